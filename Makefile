@@ -1,0 +1,74 @@
+# Everything runs in .venv, made once from requirements*.txt. `make help` lists the targets.
+# Extra arguments: make test ARGS="-k rle -x". Another Python: make PYTHON=python3.12 env.
+
+PYTHON ?= python3
+ARGS ?=
+FAST := not slow and not slurm and not browser
+SLOW := slow or slurm or browser
+
+# `make -f some/where/Makefile` from elsewhere starts again in the Makefile's own folder, which may have a space in it.
+HERE := $(shell file="$(MAKEFILE_LIST)"; CDPATH= cd "$$(dirname "$${file# }")" && pwd -P)
+ifneq "$(HERE)" "$(CURDIR)"
+
+GOALS := $(or $(MAKECMDGOALS),help)
+.PHONY: again $(GOALS)
+$(GOALS): again ;
+again:
+	@$(MAKE) --no-print-directory -C "$(HERE)" $(GOALS)
+
+else
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: help env demo test test-slow bench clean
+help:
+	@echo 'make env        the environment in .venv: pinned packages, SAM 2, this project (editable)'
+	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
+	@echo 'make test       the test suite'
+	@echo 'make test-slow  what takes longer: kills, cluster, browser'
+	@echo 'make bench      the benchmarks'
+	@echo 'make clean      removes caches and the run of the demo, not the environment'
+
+env: $(STAMP)
+
+# The stamp holds the folder's path: a moved or copied environment is completed again, as is one without a working Python.
+INSTALLED := $(shell $(PY) -c 'print(open("$(STAMP)").read())' 2>/dev/null)
+ifneq "$(INSTALLED)" "$(CURDIR)"
+.PHONY: $(STAMP)
+endif
+
+# A package folder without its RECORD is one whose installation was cut off: pip would take it for whole.
+$(STAMP): requirements.txt requirements-sam2.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " \
+	    + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@rm -f $(STAMP)
+	@if ! $(PY) -m pip --version >/dev/null 2>&1 || \
+	    find .venv/lib -name '*.dist-info' ! -exec test -f '{}/RECORD' ';' -print | grep -q .; then \
+	    echo 'making .venv'; rm -rf .venv && $(PYTHON) -m venv .venv; fi
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --require-hashes \
+	    -r requirements-sam2.txt
+	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(PY) -c 'import torch, torchvision, training.train, sam2_lora_ext.host'
+	@pwd -P > $(STAMP)
+
+demo: env
+	$(PY) tools/demo.py $(ARGS)
+
+# One thread a process: the models under test are small, and some tests start several ranks.
+test: env
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(FAST)" $(ARGS)
+
+# pytest's exit code 5 says that no test was selected, which is no failure here.
+test-slow: env
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
+
+bench: env
+	$(PY) -m benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist sam2_lora_ext.egg-info .pytest_cache .hypothesis runs/demo
+	find sam2_lora_ext hydra_plugins tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+endif

@@ -1,0 +1,32 @@
+"""The one error type that users see, and the way a command line ends with it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one sentence that says what was wrong, where, and what to do."""
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The `UserError` at the bottom of a chain of causes, for frameworks (Hydra) that wrap what they call."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command line and exits: 0 (or what `main` returns), 2 with one sentence on a `UserError`, 130 on Ctrl-C."""
+    try:
+        sys.exit(main(argv) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

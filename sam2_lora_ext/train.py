@@ -1,0 +1,81 @@
+"""`python -m sam2_lora_ext.train -c CONFIG key=value ...`: SAM 2's own launcher, with Hydra overrides.
+
+The launcher (`training.train`) knows no overrides. This command line composes the config with them, then runs the
+launcher's own `main`, which gets that config where it would have composed its own; ranks and cluster jobs get it too.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from sam2_lora_ext.compose import compose, locate
+from sam2_lora_ext.errors import find_user_error, run_cli
+from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher, known_configs
+
+EXAMPLES = """\
+examples:
+  python -m sam2_lora_ext.train -c severstal_lora
+  python -m sam2_lora_ext.train -c severstal_lora lora.rank=16 launcher.experiment_log_dir=runs/r16 --num-gpus 2
+  python -m sam2_lora_ext.train -c ./my_experiment.yaml --print-config
+
+configs:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Composes, checks and either prints or trains; see `--help`."""
+    args = parse(argv)
+    launcher = import_launcher()
+    args.config, folder = locate(args.config)
+    if folder is not None:
+        os.environ[USER_CONFIG_DIR] = str(folder)
+    config = compose(args.config, args.overrides)
+    if args.print_config:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config), end="")
+        return 0
+    launcher.compose = lambda config_name: config
+    try:
+        launcher.main(args)
+    except Exception as error:
+        if mistake := find_user_error(error):  # Hydra wraps what the dataset, model or Trainer raised
+            raise mistake from error
+        raise
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line: the stock launcher's options, `--print-config`, and overrides anywhere among them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sam2_lora_ext.train",
+        description="Train with SAM 2's own launcher and Trainer, with Hydra overrides on the command line.",
+        epilog=EXAMPLES + "\n".join(f"  {name}" for name in known_configs()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-c", "--config", required=True, help="a name below, with or without configs/ and .yaml, "
+                        "or the path of your own file (./my.yaml), whose defaults may name the configs below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: key=value, +new_key=value, "
+                        "~key_to_remove; quote lists and dicts: 'lora.targets=[a,b]'")
+    parser.add_argument("--print-config", action="store_true", help="print the composed config as YAML and exit")
+    slurm = parser.add_argument_group("options of SAM 2's launcher")
+    slurm.add_argument("--use-cluster", type=int, choices=(0, 1), help="1: submit (SLURM); 0: run here")
+    slurm.add_argument("--partition", help="SLURM partition")
+    slurm.add_argument("--account", help="SLURM account")
+    slurm.add_argument("--qos", help="SLURM quality of service")
+    slurm.add_argument("--num-gpus", type=_positive, help="GPUs (processes) per node")
+    slurm.add_argument("--num-nodes", type=_positive, help="nodes, on a cluster")
+    args = parser.parse_intermixed_args(argv)
+    args.use_cluster = None if args.use_cluster is None else bool(args.use_cluster)
+    return args
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+if __name__ == "__main__":
+    run_cli(main)
