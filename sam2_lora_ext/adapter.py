@@ -1,0 +1,191 @@
+"""Adapters on disk, in the format of PEFT: torch and safetensors are all that it takes.
+
+A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.safetensors` with the keys
+
+    base_model.model.<module>.lora_A.weight (r, in)   base_model.model.<module>.lora_B.weight (out, r)
+    base_model.model.<module>.<parameter>             of a module trained in full (PEFT's `modules_to_save`)
+
+PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
+block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
+`sam2_lora_ext`: JSON of `Adapter.metadata` and, under `fused`, the parts and the alpha of such layers.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sam2_lora_ext.checkpoints import read_weights, write_weights
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import refuse_existing, write_json
+from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
+from sam2_lora_ext.lora.inject import above, outermost
+from sam2_lora_ext.lora.layer import PLAIN, block_diagonal
+
+__all__ = ["Adapter", "LayerAdapter", "apply_adapter", "attach_adapter", "load_adapter", "save_adapter"]
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+HEADER, FUSED = "sam2_lora_ext", "fused"
+# What a PEFT config may say without changing what the adapter computes; any other setting that is on is refused.
+HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type",
+    "use_rslora",
+}
+KINDS = {
+    "rank_pattern": (dict, NoneType), "alpha_pattern": (dict, NoneType), "modules_to_save": (list, NoneType),
+    "lora_dropout": (int, float, NoneType),
+}
+OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal")  # the other ways to begin change the base's weights
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) -> None:
+    """Writes an adapter folder that PEFT and `load_adapter` read; each of its two files is replaced atomically.
+
+    Raises:
+        UserError: the folder holds an adapter and `force` is off, or the system refuses.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        refuse_existing(folder / name, force)
+    rslora = any(layer.rslora for layer in adapter.layers.values())
+    tensors, ranks, alphas, fused = {}, {}, {}, {}
+    for name, layer in adapter.layers.items():
+        adapted, alpha = sum(layer.parts), layer.alpha_for(rslora)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = block_diagonal(layer.lora_b, layer.parts)
+        ranks[name] = adapted * layer.rank
+        alphas[name] = alpha * (math.sqrt(adapted) if rslora else adapted)  # the same scaling at the larger rank
+        if layer.parts != PLAIN:
+            fused[name] = {"parts": layer.parts, "alpha": alpha}
+    rank, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 8)
+    write_json(folder / CONFIG, {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout, "use_rslora": rslora, "bias": "none",
+        "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": False, "target_modules": list(adapter.layers),
+        "modules_to_save": adapter.full_modules or None,
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+    })
+    tensors |= {PREFIX + key: value for key, value in adapter.full.items()}
+    metadata = {HEADER: json.dumps({**adapter.metadata, FUSED: fused}, allow_nan=False)}
+    write_weights(folder / WEIGHTS, tensors, "safetensors", metadata=metadata)
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Reads an adapter folder, ours or PEFT's; `path` is the folder or its weight file.
+
+    Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config.
+
+    Raises:
+        UserError: a file is missing or damaged, the adapter is of a kind that is not plain LoRA on linear layers, or
+            its tensors do not fit its config.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    config = _read_config(folder / CONFIG)
+    weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), folder / WEIGHTS)
+    tensors, metadata = read_weights(weights), _read_metadata(weights)
+    fused = metadata.pop(FUSED, {})
+    layers, full = {}, {}
+    for key, tensor in tensors.items():
+        name, matched, kind = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not key.startswith(PREFIX):
+            raise UserError(f"{weights}: {key!r} does not begin with {PREFIX!r}, as PEFT's adapters of a model do")
+        if not matched:
+            full[key.removeprefix(PREFIX)] = tensor
+        elif kind not in ("A.weight", "B.weight") or tensor.dim() != 2:
+            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only plain LoRA is known")
+        elif kind == "A.weight":
+            b = tensors.get(f"{PREFIX}{name}.lora_B.weight")
+            if b is None:
+                raise UserError(f"{weights}: {name} has lora_A but no lora_B: the file is not whole")
+            layers[name] = _layer(name, tensor, b, config, fused.get(name))
+        elif f"{PREFIX}{name}.lora_A.weight" not in tensors:
+            raise UserError(f"{weights}: {name} has lora_B but no lora_A: the file is not whole")
+    wanted = config.get("modules_to_save") or []
+    full_modules = []
+    for key in full:
+        modules = [name for name in above(key) if any(f".{name}".endswith(f".{end}") for end in wanted)]
+        if not modules:
+            raise UserError(f"{weights}: {key!r} is neither LoRA nor in a module of the config's modules_to_save")
+        full_modules.append(modules[-1])
+    full_modules = outermost(list(dict.fromkeys(full_modules)))
+    return Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}: an adapter folder holds {CONFIG} and {WEIGHTS}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{path} describes an adapter of the kind {kind}: only LORA can be used")
+    for key, value in config.items():
+        if key == "init_lora_weights":
+            refused = value not in OWN_INIT
+        else:
+            refused = value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS
+        if refused:
+            raise UserError(f"{path} sets {key} to {value!r}: only plain LoRA can be used, this is another kind")
+        if not isinstance(value, KINDS.get(key, object)):
+            raise UserError(f"{path} sets {key} to {value!r}, which PEFT never does: it is damaged")
+    return config
+
+
+def _read_metadata(weights: Path) -> dict[str, Any]:
+    if weights.suffix != ".safetensors":
+        return {}
+    with safe_open(weights, "pt") as file:
+        text = (file.metadata() or {}).get(HEADER, "{}")
+    try:
+        metadata = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{weights} is damaged: its header entry {HEADER} is no JSON") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(FUSED, {}), dict):
+        raise UserError(f"{weights} is damaged: its header entry {HEADER} is not what this package writes")
+    return metadata
+
+
+def _layer(name: str, a: Tensor, b: Tensor, config: dict[str, Any], fused: dict[str, Any] | None) -> LayerAdapter:
+    """One layer of a PEFT adapter; `fused` says which parts of its B are not zero, see `save_adapter`."""
+    rank = _pattern_value(config.get("rank_pattern"), name, config.get("r"))
+    alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    rslora = bool(config.get("use_rslora"))
+    if rank != a.shape[0] or a.shape[0] != b.shape[1] or not isinstance(alpha, (int, float)):
+        raise UserError(f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)}, its config says rank "
+                        f"{rank} and alpha {alpha}: they do not belong together")
+    if not fused:
+        return LayerAdapter(a, b, alpha, rslora)
+    try:
+        parts, part_alpha = tuple(map(bool, fused["parts"])), float(fused["alpha"])
+        step_out, step_in = b.shape[0] // len(parts), rank // sum(parts)
+        rows = [index for index, adapted in enumerate(parts) if adapted]
+        blocks = [b[row * step_out:(row + 1) * step_out, column * step_in:(column + 1) * step_in]
+                  for column, row in enumerate(rows)]
+        layer = LayerAdapter(a, torch.cat(blocks), part_alpha, rslora, parts)
+        fits = torch.equal(block_diagonal(layer.lora_b, parts), b)
+        fits = fits and math.isclose(layer.scaling, lora_scaling(rank, alpha, rslora))
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
+        fits = False
+    if not fits:
+        raise UserError(f"the adapter of {name} is damaged: its header does not fit its tensors and its config")
+    return layer
+
+
+def _pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the name or its end after a dot."""
+    try:
+        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    except re.error as error:
+        raise UserError(f"the adapter's config is damaged: a pattern is no regular expression ({error})") from error

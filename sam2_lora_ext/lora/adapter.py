@@ -1,0 +1,240 @@
+"""An adapter by itself, in memory: taken from a model or a checkpoint, put into a model. Needs torch only."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from statistics import mode
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lora.config import QKV, LoRAConfig
+from sam2_lora_ext.lora.inject import above, build_lora_model, lora_layers, outermost
+from sam2_lora_ext.lora.layer import PLAIN, delta_weight, lora_scaling
+from sam2_lora_ext.lora.report import full_modules
+
+NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # of a module; neither a path nor a glob
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class LayerAdapter:
+    """The numbers of one `LoRALinear` beside its base: see there for the formula and the shapes."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    alpha: float
+    rslora: bool = False
+    parts: tuple[bool, ...] = PLAIN
+
+    @property
+    def rank(self) -> int:
+        """r of each adapted part."""
+        return self.lora_b.shape[1]
+
+    @property
+    def scaling(self) -> float:
+        """The factor s in front of B A."""
+        return lora_scaling(self.rank, self.alpha, self.rslora)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it belongs to."""
+        return self.lora_b.shape[0] // sum(self.parts) * len(self.parts), self.lora_a.shape[1]
+
+    def alpha_for(self, rslora: bool) -> float:
+        """The alpha that gives the same scaling with the other kind of `rslora`."""
+        return self.alpha if rslora == self.rslora else self.scaling / lora_scaling(self.rank, 1.0, rslora)
+
+    def delta_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The update s B A (out, in), computed in `dtype`."""
+        return delta_weight(self.lora_a.to(dtype), self.lora_b.to(dtype), self.scaling, self.parts)
+
+
+@dataclass
+class Adapter:
+    """What training changed: low-rank updates by layer, and the modules that were trained in full.
+
+    Attributes:
+        layers: module name -> its low-rank update.
+        full: state dict key -> value, of the modules trained in full.
+        full_modules: names of these modules.
+        dropout: in front of A, for training on.
+        metadata: facts as JSON values, of which `base_id` (see `weights_id`), `base_path` and `model_config` (a stock
+            config's name) tell the base; `step`, `metrics` and the like are for people.
+
+    Raises:
+        UserError: it is empty, or a tensor has an impossible name or shape, or holds NaN or infinity.
+    """
+
+    layers: dict[str, LayerAdapter]
+    full: dict[str, Tensor] = field(default_factory=dict)
+    full_modules: list[str] = field(default_factory=list)
+    dropout: float = 0.0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers and not self.full:
+            raise UserError("the adapter is empty: it holds neither LoRA layers nor modules trained in full")
+        for name in (*self.layers, *self.full, *self.full_modules):
+            if not NAME.fullmatch(name):
+                raise UserError(f"the adapter names {name!r}, which cannot be a part of a model")
+        for name, layer in self.layers.items():
+            a, b, adapted = layer.lora_a, layer.lora_b, sum(layer.parts)
+            if a.dim() != 2 or b.dim() != 2 or not adapted or a.shape[0] != adapted * b.shape[1] or not a.numel() \
+                    or b.shape[0] % adapted:
+                raise UserError(f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)} for "
+                                f"{adapted} adapted part(s), expected A (parts x rank, in) and B (parts x out, rank)")
+            if not a.is_floating_point() or not b.is_floating_point():
+                raise UserError(f"the adapter of {name} is not of floating point")
+            if not (math.isfinite(layer.scaling) and a.isfinite().all() and b.isfinite().all()):
+                raise UserError(f"the adapter of {name} holds NaN or infinity: its training diverged, use another one")
+        for key, value in self.full.items():
+            if not any(key.startswith(f"{module}.") for module in self.full_modules):
+                raise UserError(f"the adapter holds {key}, which is in none of its modules trained in full")
+            if not value.isfinite().all():
+                raise UserError(f"the adapter's {key} holds NaN or infinity: its training diverged, use another one")
+
+    @classmethod
+    def from_model(cls, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> "Adapter":
+        """A copy, on the CPU, of a model's adapters and of what else in it has `requires_grad`.
+
+        Raises:
+            UserError: nothing is adapted, or a parameter is trained whose module is not trained as a whole.
+        """
+        modules = full_modules(model)
+        if modules == [""]:
+            raise UserError("every parameter of the model is trained: its checkpoint is the model, there is no adapter")
+        full = {key: _copy(value) for module in modules for key, value in model.state_dict().items()
+                if key.startswith(f"{module}.")}
+        layers, adapters, dropout = {}, set(), 0.0
+        for name, layer in lora_layers(model):
+            a, b, dropout = _copy(layer.lora_a), _copy(layer.lora_b), layer.dropout
+            layers[name] = LayerAdapter(a, b, layer.alpha, layer.rslora, layer.parts)
+            adapters |= {f"{name}.lora_a", f"{name}.lora_b"}
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad and key not in full and key not in adapters:
+                raise UserError(f"{key} is trained, but not the whole of its module: an adapter cannot hold it alone")
+        return cls(layers, full, modules, dropout, dict(metadata or {}))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], config: LoRAConfig | None = None, alpha: float | None = None, *,
+                   base: Mapping[str, Tensor] | None = None, metadata: Mapping[str, Any] | None = None) -> "Adapter":
+        """The adapter inside the state dict of a training checkpoint; frozen weights in it are left out.
+
+        Args:
+            state: keys `<module>.lora_a` and `<module>.lora_b`, those of modules trained in full, perhaps all others.
+            config: what it was trained with. Without it no layer counts as fused, and what was trained in full is what
+                differs from `base`, or every other key when the checkpoint does not hold the whole model.
+            alpha: instead of the config's.
+            base: the weights that training began with.
+            metadata: see the class.
+
+        Raises:
+            UserError: the keys do not fit the config, or without it there is too little to go by.
+        """
+        names = [key.removesuffix(".lora_a") for key in state if key.endswith(".lora_a")]
+        if config is None and alpha is None and names:
+            raise UserError("a checkpoint does not hold alpha, and there is no lora.json of its run: give --alpha")
+        numbers = config or LoRAConfig()
+        if alpha is not None:
+            numbers = replace(numbers, alpha=alpha, alpha_pattern={})
+        layers = {}
+        for name in names:
+            if f"{name}.lora_b" not in state:
+                raise UserError(f"the checkpoint holds {name}.lora_a without its lora_b: it is not whole")
+            layers[name] = LayerAdapter(_copy(state[f"{name}.lora_a"]), _copy(state[f"{name}.lora_b"]),
+                                        numbers.alpha_of(name), numbers.rslora, numbers.parts_of(name))
+        others = [key for key in state if key.rpartition(".")[0] not in layers]
+        modules = _modules_meant(others, config.trainable) if config else _modules_changed(others, state, base, names)
+        full = {key: _copy(state[key]) for key in others if any(key.startswith(f"{module}.") for module in modules)}
+        return cls(layers, full, modules, numbers.dropout, dict(metadata or {}))
+
+    def config(self) -> LoRAConfig:
+        """The config with which `inject` makes room for this adapter in a model without adapters.
+
+        Raises:
+            UserError: fused layers differ in their parts, which no config can say.
+        """
+        rslora = any(layer.rslora for layer in self.layers.values())
+        ranks = {name: layer.rank for name, layer in self.layers.items()}
+        alphas = {name: layer.alpha_for(rslora) for name, layer in self.layers.items()}
+        rank, alpha = mode(ranks.values() or [8]), mode(alphas.values() or [16])
+        parts = {layer.parts for name, layer in self.layers.items() if name.rpartition(".")[2] == "qkv"}
+        fused = [flags for flags in parts if len(flags) > 1]
+        config = LoRAConfig(
+            targets=list(self.layers), rank=rank, alpha=alpha, dropout=self.dropout, rslora=rslora,
+            rank_pattern={name: value for name, value in ranks.items() if value != rank},
+            alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+            qkv_parts=[part for part, adapted in zip(QKV, fused[0]) if adapted] if fused else None,
+            trainable=list(self.full_modules),
+        )
+        for name, layer in self.layers.items():
+            if layer.parts != config.parts_of(name):
+                raise UserError(f"{name} is adapted in the parts {layer.parts}, unlike other layers: no config says so")
+        return config
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Copies an adapter's tensors into a model that was injected alike; on an error the model is unchanged.
+
+    Raises:
+        UserError: the model's adapted layers, shapes, parts or scalings, or its full modules, differ.
+    """
+    layers, state = dict(lora_layers(model)), model.state_dict()
+    for name in (*layers, *adapter.layers):
+        if name not in layers or name not in adapter.layers:
+            raise UserError(f"{name} is adapted in the {'adapter' if name in adapter.layers else 'model'} only: "
+                            "inject with the adapter's own config, or use attach_adapter on a model without adapters")
+    values = dict(adapter.full)
+    for name, layer in adapter.layers.items():
+        own = layers[name]
+        if layer.parts != own.parts or not math.isclose(layer.scaling, own.scaling):
+            raise UserError(f"{name}: the adapter has scaling {layer.scaling:g} and parts {layer.parts}, the model has "
+                            f"{own.scaling:g} and {own.parts}: inject with the adapter's own config")
+        values |= {f"{name}.lora_a": layer.lora_a, f"{name}.lora_b": layer.lora_b}
+    for key, value in values.items():
+        if key not in state or state[key].shape != value.shape:
+            raise UserError(f"the adapter's {key} is {list(value.shape)}, the model "
+                            + (f"has {list(state[key].shape)}" if key in state else "has no such key"))
+    with torch.no_grad():
+        for key, value in values.items():
+            state[key].copy_(value)
+
+
+def attach_adapter(model: Model, adapter: Adapter) -> Model:
+    """Puts a live adapter into a model that has none, in place; what is outside the adapter gets frozen.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    build_lora_model(model, adapter.config())
+    apply_adapter(model, adapter)
+    return model
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _modules_meant(keys: Iterable[str], trainable: list[str]) -> list[str]:
+    names = dict.fromkeys(name for key in keys for name in reversed(list(above(key))))
+    for glob in trainable:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UserError(f"the checkpoint holds nothing that lora.trainable's {glob!r} matches: it is not whole")
+    return outermost([name for name in names if any(fnmatchcase(name, glob) for glob in trainable)])
+
+
+def _modules_changed(keys: list[str], state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None,
+                     adapted: list[str]) -> list[str]:
+    if base is not None:
+        keys = [key for key in keys if key not in base or not torch.equal(state[key].float(), base[key].float())]
+    elif any(f"{name}.weight" in state for name in adapted):
+        raise UserError("the checkpoint holds the whole model, and no lora.json says what was trained: give --base")
+    if alone := [key for key in keys if "." not in key]:
+        raise UserError(f"{alone[0]} was trained, but is in no module: an adapter cannot hold it alone")
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))

@@ -1,0 +1,97 @@
+"""A linear layer with a low-rank update (LoRA, arXiv 2106.09685) whose weight stays where checkpoints have it.
+
+    y = W x + b + s B A dropout(x),   s = alpha / r, or alpha / sqrt(r) when rank-stabilised (arXiv 2312.03732)
+
+A fused layer stacks P equal parts along its outputs (Hiera's `qkv`: the rows of q, then k, then v), d = out / P each.
+`parts` says which n of them are adapted. Each has its own r rows of A and its own B, so B as a whole is block-diagonal.
+
+Shapes: x (..., in) · W (out, in) · b (out) · lora_a (n·r, in) · lora_b (n·d, r) · block-diagonal B (out, n·r).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PLAIN = (True,)  # `parts` of a layer that is not fused
+
+
+def lora_scaling(rank: int, alpha: float, rslora: bool = False) -> float:
+    """The factor s in front of B A."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def block_diagonal(lora_b: Tensor, parts: tuple[bool, ...]) -> Tensor:
+    """B as one matrix (out, n·r): an adapted part reads its own r columns, the rows of the others are zero."""
+    if len(parts) == 1:
+        return lora_b
+    blocks = iter(lora_b.chunk(sum(parts)))
+    no_columns = lora_b.new_zeros(lora_b.shape[0] // sum(parts), 0)
+    return torch.block_diag(*[next(blocks) if adapted else no_columns for adapted in parts])
+
+
+def delta_weight(lora_a: Tensor, lora_b: Tensor, scaling: float, parts: tuple[bool, ...] = PLAIN) -> Tensor:
+    """The update s B A of the weight (out, in); merging, exporting and the layer itself mean this one."""
+    return scaling * (block_diagonal(lora_b, parts) @ lora_a)
+
+
+class LoRALinear(nn.Linear):
+    """An `nn.Linear` that adopts the Parameter objects of another one and adds a low-rank update to its output.
+
+    `weight` and `bias` keep their names in the state dict, so the checkpoint of the bare model still loads. The two new
+    parameters are not in modules of their own, so no adapter key ends in `.weight` or `.bias`. With B = 0, as at the
+    start, the output is bitwise the base's. There is no merged state: merging is a function of state dicts.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
+        parts: tuple[bool, ...] = PLAIN, rslora: bool = False,
+    ) -> None:
+        """Shares the parameters of `base`, on their device and in their dtype, and draws A from the global generator.
+
+        Args:
+            base: the layer to adapt; itself unchanged.
+            rank: r of each adapted part.
+            alpha: numerator of the scaling s.
+            dropout: probability in [0, 1) with which training zeroes an input of A.
+            parts: for each of the P stacked outputs, whether it is adapted.
+            rslora: scale by alpha / sqrt(r) instead of alpha / r.
+
+        Raises:
+            ValueError: an argument is out of its range, or the outputs do not divide into the parts.
+        """
+        if rank < 1 or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"expected a rank of at least 1 and a dropout in [0, 1), got {rank} and {dropout}")
+        if not any(parts) or base.out_features % len(parts):
+            raise ValueError(f"{base.out_features} outputs cannot be adapted in the parts {parts}")
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.train(base.training)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.parts = tuple(map(bool, parts))
+        self.scaling = lora_scaling(rank, alpha, rslora)
+        adapted = sum(self.parts)
+        self.lora_a = nn.Parameter(base.weight.new_empty(adapted * rank, self.in_features))
+        self.lora_b = nn.Parameter(base.weight.new_empty(adapted * (self.out_features // len(self.parts)), rank))
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """Draws A from U(-1/sqrt(in), 1/sqrt(in)), the start of any `nn.Linear`, and sets B to zero."""
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a)  # (..., n·r)
+        update = F.linear(low, block_diagonal(self.lora_b, self.parts))  # (..., out)
+        return F.linear(x, self.weight, self.bias) + self.scaling * update
+
+    def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The update s B A (out, in) of this layer's weight, computed in `dtype` (default: the adapter's own)."""
+        dtype = dtype or self.lora_a.dtype
+        return delta_weight(self.lora_a.to(dtype), self.lora_b.to(dtype), self.scaling, self.parts)
+
+    def extra_repr(self) -> str:
+        facts = f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+        return facts + (", rslora" if self.rslora else "") + (f", parts={self.parts}" if len(self.parts) > 1 else "")
