@@ -1,0 +1,186 @@
+"""CSV files beside TensorBoard: whole rows of metrics for `LoRATrainer`, single scalars for the plain Trainer.
+
+Both write on rank 0 only, flush every row, and survive a kill: an unfinished last line is cut off when a file is opened
+again. Floats are written by `repr`, so reading gives the same number back.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from training.utils.logger import Scalar, TensorBoardLogger, make_tensorboard_logger
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import write_atomic
+
+BASE_COLUMNS = (
+    "step", "epoch", "phase", "loss", "loss_mask", "loss_dice", "loss_iou", "loss_class", "loss_tversky",
+    "iou", "dice", "learning_rate",
+)  # fmt: skip
+SCALAR_COLUMNS = ("step", "name", "value")
+TRAIN = "train"
+
+Cell = float | int | str | None
+
+
+def metric_columns(meter_keys: Sequence[str]) -> list[str]:
+    """The columns of metrics.csv: the base ones (`iou` and `dice` at the first prompt), then a meter's, each once."""
+    return list(dict.fromkeys([*BASE_COLUMNS, *meter_keys]))
+
+
+class CSVFile:
+    """A CSV file that only grows by whole rows; on ranks other than 0 it does nothing.
+
+    Args:
+        path: the file; made with its folder and header when it is missing.
+        columns: the header.
+
+    Raises:
+        UserError: the file has another header, a damaged row before its last line, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path, columns: Sequence[str]):
+        self.path = Path(path)
+        self.columns = list(columns)
+        self.enabled = int(os.environ.get("RANK", "0")) == 0
+        if self.enabled:
+            self._rewrite(lambda row: True)
+
+    def write(self, row: Mapping[str, Cell]) -> None:
+        """Appends a row; a column without a value stays empty.
+
+        Raises:
+            UserError: a key is no column, or the file cannot be written.
+        """
+        unknown = [key for key in row if key not in self.columns]
+        if unknown:
+            raise UserError(f"{self.path} has no column {', '.join(unknown)}: choose from {', '.join(self.columns)}")
+        if not self.enabled:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                file.write(_line(_text(row.get(column)) for column in self.columns))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {self.path}: {reason}; check the folder and the free disk") from error
+
+    def read(self) -> list[dict[str, str]]:
+        """The complete rows, as text; an unfinished last line is left out."""
+        try:
+            text = self.path.read_bytes().decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}; check what is there") from error
+        whole = text[: text.rfind("\n") + 1]
+        lines = list(csv.reader(io.StringIO(whole, newline="")))
+        if not lines:
+            return []
+        if lines[0] != self.columns:
+            raise UserError(
+                f"{self.path} has the columns {', '.join(lines[0])} where this run writes {', '.join(self.columns)}: "
+                "resume with the settings of the run that made it, or move it away"
+            )
+        for number, line in enumerate(lines[1:], start=2):
+            if len(line) != len(self.columns):
+                raise UserError(
+                    f"{self.path}, row {number}, has {len(line)} cells where the header has {len(self.columns)}: "
+                    "mend or delete that row"
+                )
+        return [dict(zip(self.columns, line, strict=True)) for line in lines[1:]]
+
+    def _rewrite(self, keep: Callable[[dict[str, str]], bool]) -> int:
+        """Leaves header and the rows to keep, in one atomic step if anything changes; returns how many rows went."""
+        rows = self.read()
+        kept = [row for row in rows if keep(row)]
+        text = _line(self.columns) + "".join(_line(row.values()) for row in kept)
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
+            write_atomic(self.path, lambda temporary: temporary.write_bytes(text.encode()))
+        return len(rows) - len(kept)
+
+
+class MetricsCSV(CSVFile):
+    """logs/metrics.csv: a row for training every N steps and one for each validation (columns: `metric_columns`)."""
+
+    def truncate_after(self, step: int, epoch: int | None = None) -> int:
+        """Drops what a resumed run will write again; the file is replaced atomically.
+
+        Args:
+            step: training rows beyond this step go (those with `phase` "train").
+            epoch: other rows beyond this epoch go; `None` judges them by `step` too.
+
+        Returns:
+            The number of rows dropped.
+
+        Raises:
+            UserError: a row without a whole number as its step or epoch.
+        """
+
+        def keep(row: dict[str, str]) -> bool:
+            column, last = ("step", step) if row["phase"] == TRAIN or epoch is None else ("epoch", epoch)
+            try:
+                return int(row[column]) <= last
+            except ValueError:
+                raise UserError(f"{self.path} has a row with the {column} {row[column]!r}: mend or delete it") from None
+
+        return self._rewrite(keep) if self.enabled else 0
+
+
+class ScalarsLogger:
+    """The Trainer's logger hook: TensorBoard as stock, and each scalar as a row `step, name, value` of a CSV file.
+
+    A resumed run appends: of two rows with one step and name the later counts. Made by `make_csv_logger`.
+    """
+
+    def __init__(self, tensorboard: TensorBoardLogger, scalars: CSVFile):
+        self.tensorboard = tensorboard
+        self.scalars = scalars
+
+    def log(self, name: str, data: Scalar, step: int) -> None:
+        """Writes one scalar."""
+        self.tensorboard.log(name, data, step)
+        self.scalars.write({"step": int(step), "name": name, "value": float(data)})
+
+    def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
+        """Writes several scalars of one step."""
+        for name, data in payload.items():
+            self.log(name, data, step)
+
+    def log_hparams(self, hparams: dict[str, Scalar], meters: dict[str, Scalar]) -> None:
+        """Hyperparameters go to TensorBoard only."""
+        self.tensorboard.log_hparams(hparams, meters)
+
+    def flush(self) -> None:
+        """Writes what TensorBoard holds back; the CSV file holds nothing back."""
+        self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        self.tensorboard.close()
+
+
+def make_csv_logger(log_dir: str, csv_path: str, **writer: Any) -> ScalarsLogger:
+    """For `trainer.logging.tensorboard_writer._target_`, in the place of stock's `make_tensorboard_logger`.
+
+    Args:
+        log_dir: TensorBoard's folder.
+        csv_path: the scalars' file, such as `${launcher.experiment_log_dir}/logs/scalars.csv`.
+        writer: further arguments of TensorBoard's `SummaryWriter`, such as `flush_secs`.
+    """
+    return ScalarsLogger(make_tensorboard_logger(log_dir, **writer), CSVFile(csv_path, SCALAR_COLUMNS))
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    return str(cell) if isinstance(cell, Integral | str) else repr(float(cell))  # numpy's own repr names the type
+
+
+def _line(cells: Any) -> str:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue()

@@ -1,0 +1,199 @@
+"""SAM 2's training loss with a weight per defect class and an optional focal-Tversky term for thin defects.
+
+Shapes: O objects, M mask channels of one click step, H W pixels.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from training.loss_fns import MultiStepMultiMasksAndIous, dice_loss, iou_loss, sigmoid_focal_loss
+from training.trainer import CORE_LOSS_KEY
+
+from sam2_lora_ext.errors import UserError
+
+REQUIRED = ("loss_mask", "loss_dice", "loss_iou")
+TVERSKY = "loss_tversky"
+CHOICES = (*REQUIRED, "loss_class", TVERSKY)
+STEP_OUTPUTS = ("pred_multimasks_high_res", "pred_ious", "object_score_logits")  # lists over the click steps
+TVERSKY_FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which a saturated sigmoid would turn into NaN
+
+
+class MaskTerms(NamedTuple):
+    """Focal, Dice and IoU loss of one click step, each [O M], of one object each: not divided by their number."""
+
+    focal: Tensor
+    dice: Tensor
+    iou: Tensor
+
+
+def focal_tversky(logits: Tensor, targets: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """Focal-Tversky loss (arXiv 1810.07842), `(1 - TI) ** (1 / gamma)`, of each object.
+
+    `TI = (TP + 1) / (TP + alpha FN + beta FP + 1)` on probabilities p = sigmoid(logits): TP = sum(p g),
+    FN = sum((1 - p) g), FP = sum(p (1 - g)). Both masks empty: 0; an empty target alone: `beta FP / (beta FP + 1)` to
+    the power. `1 - TI` is cut off below 1e-6, so a perfect mask costs `1e-6 ** (1 / gamma)` and has no gradient.
+
+    Args:
+        logits: [O H W].
+        targets: [O H W], 0.0 or 1.0.
+        alpha: the price of a missed pixel.
+        beta: the price of a false pixel.
+        gamma: above 1 it turns to objects that are nearly right (the paper's range is 1 to 3).
+
+    Returns:
+        [O].
+    """
+    p, g = logits.sigmoid().flatten(1), targets.flatten(1)
+    hit = (p * g).sum(-1)
+    wrong = alpha * (g.sum(-1) - hit) + beta * (p.sum(-1, dtype=g.dtype) - hit)
+    return (wrong / (hit + wrong + 1)).clamp(min=TVERSKY_FLOOR) ** (1 / gamma)
+
+
+class SeverstalLoss(MultiStepMultiMasksAndIous):
+    """Stock `MultiStepMultiMasksAndIous` with class weights; with the defaults its values are stock's to the bit.
+
+    An object of class c adds `class_weights[c]` times its stock loss, all terms alike; the divisor stays stock's number
+    of objects, so weights scale the loss. The Tversky term is taken on the channel that stock selects (least focal +
+    Dice) and, like the other mask terms, not for an absent object.
+
+    The forward pass reads `class_ids` (int64 [O]) of each frame's outputs when some weight differs from 1, and writes
+    `object_losses` there: each term and `core_loss` as detached float [O], class weights included, summed over the
+    click steps and not divided by the number of objects. Their mean over O is the frame's loss on one rank.
+
+    Args:
+        weight_dict: `loss_mask`, `loss_dice`, `loss_iou`, and as wanted `loss_class`, `loss_tversky` (0 or absent:
+            the Tversky term is neither computed nor reported).
+        class_weights: class -> weight, at least 0; class 0 is a clean sample. A class that is not named weighs 1.
+        tversky_alpha: see `focal_tversky`.
+        tversky_beta: see `focal_tversky`.
+        tversky_gamma: see `focal_tversky`.
+        stock: the other arguments of `MultiStepMultiMasksAndIous`.
+
+    Raises:
+        UserError: a term is unknown or missing, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight_dict: Mapping[str, float],
+        class_weights: Mapping[int, float] | None = None,
+        tversky_alpha: float = 0.7,
+        tversky_beta: float = 0.3,
+        tversky_gamma: float = 4 / 3,
+        **stock,
+    ):
+        super().__init__(_checked_terms(weight_dict), **stock)
+        if not (tversky_alpha >= 0 and tversky_beta >= 0 and tversky_gamma > 0):
+            raise UserError(
+                "the Tversky term needs tversky_alpha >= 0, tversky_beta >= 0 and tversky_gamma > 0, "
+                f"but got {tversky_alpha}, {tversky_beta} and {tversky_gamma}"
+            )
+        self.class_weights = _checked_classes(class_weights or {})
+        self.tversky = {"alpha": tversky_alpha, "beta": tversky_beta, "gamma": tversky_gamma}
+
+    def mask_terms(self, masks: Tensor, targets: Tensor, ious: Tensor) -> MaskTerms:
+        """The stock terms of every mask channel.
+
+        Args:
+            masks: logits [O M H W].
+            targets: [O 1 H W], 0.0 or 1.0.
+            ious: predicted IoU [O M].
+        """
+        targets = targets.expand_as(masks)
+        return MaskTerms(
+            sigmoid_focal_loss(masks, targets, 1, self.focal_alpha, self.focal_gamma, loss_on_multimask=True),
+            dice_loss(masks, targets, 1, loss_on_multimask=True),
+            iou_loss(masks, targets, ious, 1, loss_on_multimask=True, use_l1_loss=self.iou_use_l1_loss),
+        )
+
+    def tversky_term(self, masks: Tensor, targets: Tensor, best: Tensor) -> Tensor:
+        """The Tversky loss [O] of channel `best` [O] of the logits [O M H W]."""
+        chosen = masks[torch.arange(len(best), device=best.device), best]
+        return focal_tversky(chosen, targets[:, 0], **self.tversky)
+
+    def class_term(self, score_logits: Tensor, present: Tensor) -> Tensor:
+        """The object-score loss [O] of score logits [O 1], or zeros when the scores are not trained."""
+        if not self.pred_obj_scores:
+            return torch.zeros_like(present)
+        shape = (-1, 1, 1, 1)  # as one-pixel masks, for which the stock function returns each object's loss
+        alpha, gamma = self.focal_alpha_obj_score, self.focal_gamma_obj_score
+        return sigmoid_focal_loss(
+            score_logits.view(shape), present.view(shape), 1, alpha, gamma, loss_on_multimask=True
+        )[:, 0]
+
+    def object_weights(self, outputs: Mapping, like: Tensor) -> Tensor:
+        """The class weight of each object, shaped and typed as `like` [O]."""
+        weights = torch.ones_like(like)
+        if self.class_weights and "class_ids" not in outputs:
+            raise UserError(
+                "class_weights need the class of each object, but the model's outputs have no 'class_ids': "
+                "use sam2_lora_ext.model.LoRASAM2Train, or leave class_weights out"
+            )
+        for class_id, weight in self.class_weights.items():
+            weights = torch.where(outputs["class_ids"] == class_id, weight, weights)
+        return weights
+
+    def _forward(self, outputs: dict, targets: Tensor, num_objects: float) -> dict[str, Tensor]:
+        """The losses of one frame (targets [O H W]), divided by `num_objects`; stock's `forward` adds up the frames."""
+        targets = targets.unsqueeze(1).float()
+        found = (targets > 0).flatten(1).any(-1).float()
+        present = found if self.pred_obj_scores else torch.ones_like(found)  # stock: without scores all count
+        weights = self.object_weights(outputs, found)
+        names = [*REQUIRED, "loss_class", *([TVERSKY] if TVERSKY in self.weight_dict else [])]
+        losses = dict.fromkeys(names, 0)
+        rows = {name: torch.zeros_like(found) for name in names}
+
+        steps = (outputs[f"multistep_{key}"] for key in STEP_OUTPUTS)
+        for masks, ious, score_logits in zip(*steps, strict=True):
+            terms = self.mask_terms(masks, targets, ious)
+            best = self._best_channel(terms, num_objects)
+            for name, term in zip(REQUIRED, terms, strict=True):
+                losses[name] += (self._select(name, term / num_objects, best) * present * weights).sum()
+                rows[name] += self._select(name, term.detach(), best) * present * weights
+            if TVERSKY in names:
+                term = self.tversky_term(masks, targets, best) * present * weights
+                losses[TVERSKY] += (term / num_objects).sum()
+                rows[TVERSKY] += term.detach()
+            term = self.class_term(score_logits, found) * weights
+            losses["loss_class"] += term.sum() / num_objects
+            rows["loss_class"] += term.detach()
+
+        losses[CORE_LOSS_KEY] = self.reduce_loss(losses)
+        rows[CORE_LOSS_KEY] = torch.zeros_like(found) + self.reduce_loss(rows)
+        outputs["object_losses"] = rows
+        return losses
+
+    def _best_channel(self, terms: MaskTerms, num_objects: float) -> Tensor:
+        """The channel [O] with the least focal + Dice loss; divided first, as stock does, so that ties fall alike."""
+        focal = terms.focal / num_objects * self.weight_dict["loss_mask"]
+        return torch.argmin(focal + terms.dice / num_objects * self.weight_dict["loss_dice"], dim=-1)
+
+    def _select(self, name: str, term: Tensor, best: Tensor) -> Tensor:
+        """One value per object [O] of a term [O M]."""
+        if name == "loss_iou" and self.supervise_all_iou:
+            return term.mean(dim=-1)
+        return term.gather(1, best[:, None])[:, 0]
+
+
+def _checked_terms(weight_dict: Mapping[str, float]) -> dict[str, float]:
+    """A copy (stock adds a key to what it is given), without a Tversky term of weight 0."""
+    for name in weight_dict:
+        if name not in CHOICES:
+            raise UserError(f"unknown loss term {name!r} in weight_dict: choose from {', '.join(CHOICES)}")
+    missing = [name for name in REQUIRED if name not in weight_dict]
+    if missing:
+        raise UserError(f"weight_dict lacks {', '.join(missing)}: give each a weight, 0 to switch a term off")
+    return {name: weight for name, weight in weight_dict.items() if name != TVERSKY or weight != 0}
+
+
+def _checked_classes(class_weights: Mapping[int, float]) -> dict[int, float]:
+    """Class -> weight, for the weights that differ from 1."""
+    for class_id, weight in class_weights.items():
+        if not isinstance(class_id, int) or class_id < 0:
+            raise UserError(f"class_weights has the key {class_id!r}: expected a class number, 0 for clean samples")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"class_weights[{class_id}] is {weight}: expected a finite weight of at least 0")
+    return {class_id: float(weight) for class_id, weight in class_weights.items() if weight != 1}
