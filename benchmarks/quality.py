@@ -1,0 +1,188 @@
+"""How much of full fine-tuning's gain LoRA recovers, on real steel: NEU-Seg, the small SAM 2, the same Trainer and steps for all.
+
+    python -m benchmarks.quality [--data FOLDER] [--steps 500] [--methods lora_r8 full ...]
+
+Trains each method on 1,500 images with SAM 2's Trainer and reports on 300 others, which nothing was chosen by, through the
+stock predictor. Methods that are already there (same settings) are not trained again. Needs about an hour on two cores.
+Writes quality.json, quality.md and quality.png into --out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from sam2.build_sam import build_sam2
+from tqdm import tqdm
+
+from sam2_lora_ext.adapter import load_adapter
+from sam2_lora_ext.bootstrap import bootstrap_interval
+from sam2_lora_ext.data.dataset import SeverstalRawDataset
+from sam2_lora_ext.data.label_png import LabelPNGReader
+from sam2_lora_ext.errors import UserError, run_cli
+from sam2_lora_ext.evaluation import Row, averages, evaluate, read_samples
+from sam2_lora_ext.files import write_json
+from sam2_lora_ext.lora.adapter import attach_adapter
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG, BASE = "configs/sam2_nano.yaml", ROOT / "assets/sam2_nano.pt"
+DECODER = "[sam_mask_decoder.transformer.*.q_proj,sam_mask_decoder.transformer.*.k_proj,sam_mask_decoder.transformer.*.v_proj," \
+          "sam_mask_decoder.transformer.*.out_proj,sam_mask_decoder.transformer.*.mlp.layers.*]"  # fmt: skip
+METHODS = {
+    "base": None,
+    "lora_r4": ["lora.rank=4", "lora.alpha=8"],
+    "lora_r8": [],
+    "lora_r16": ["lora.rank=16", "lora.alpha=32"],
+    "decoder_r8": [f"lora.targets={DECODER}"],
+    "full": [
+        "lora=null", "scratch.lr=5e-4", "trainer.distributed.find_unused_parameters=true",
+        "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null",
+    ],
+}  # fmt: skip
+METRICS = {"iou_1click": "1 click", "iou_8clicks": "8 clicks", "iou_box": "box"}
+SEED, TRAIN, TEST, VAL = 20, 1500, 300, 60
+
+
+def write_split(data: Path, file: Path) -> None:
+    """1,500 images to train on, 60 for the curves, 300 to report on; drawn once from a fixed seed."""
+    names = sorted(path.name for path in (data / "images").iterdir())
+    if len(names) < TRAIN + TEST + VAL:
+        raise UserError(f"{data}/images holds {len(names)} images, but {TRAIN + TEST + VAL} are needed: give NEU-Seg's training part")
+    chosen = [names[i] for i in np.random.default_rng(SEED).permutation(len(names))[: TRAIN + TEST + VAL]]
+    parts = ["train"] * TRAIN + ["test"] * TEST + ["val"] * VAL
+    file.write_text("image,split\n" + "".join(f"{name},{part}\n" for name, part in zip(chosen, parts, strict=True)))
+
+
+def train(run: Path, overrides: Sequence[str], data: Path, split: Path, steps: int) -> None:
+    """One run through SAM 2's launcher, unless the same one is already finished."""
+    command = [sys.executable, "-m", "sam2_lora_ext.train", "-c", "neu_seg_nano", f"scratch.steps={steps}", *overrides]
+    stamp = run / "command.json"
+    if (run / "training_summary.json").exists() and stamp.exists() and json.loads(stamp.read_text()) == command[1:]:
+        return
+    if run.exists():
+        raise UserError(f"{run} holds a run with other settings or an unfinished one: remove it, or give another --out")
+    environment = {**os.environ, "NEU_SEG_ROOT": str(data), "NEU_SEG_SPLIT": str(split), "SAM2_LORA_NANO": str(BASE)}
+    run.mkdir(parents=True)
+    write_json(stamp, command[1:])
+    with open(run / "train.log", "w") as log:
+        process = subprocess.run(
+            [*command, f"launcher.experiment_log_dir={run}"], env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+    if process.returncode:
+        raise UserError(f"the training of {run.name} failed: see {run / 'train.log'}")
+
+
+def measure(method: str, run: Path, samples: list) -> dict:
+    """The row of one method, from the weights after its last step."""
+    facts = {"trained": 0, "total": 0}
+    model = build_sam2(CONFIG, str(run / "weights/final.pt" if method == "full" else BASE), device="cpu", apply_postprocessing=False)
+    size = 0
+    if method != "base":
+        facts = json.loads((run / "training_summary.json").read_text())["parameters"]
+        file = run / ("weights/final.pt" if method == "full" else "adapters/final/adapter_model.safetensors")
+        size = file.stat().st_size
+        if method != "full":
+            attach_adapter(model, load_adapter(run / "adapters/final"))
+    rows = evaluate(model, tqdm(samples, desc=f"evaluating {method}", unit="image"))
+    return {"method": method, **averages(rows), **intervals(rows), "params_trained": facts["trained"], "checkpoint_bytes": size,
+            "objects": len(rows), "rows": [asdict(row) for row in rows]}  # fmt: skip
+
+
+def intervals(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """95 % bootstrap intervals by image, for IoU."""
+    def area_iou(counts: Sequence[int]) -> float:
+        return counts[0] / max(counts[1] + counts[2] - counts[0], 1)
+
+    groups = [row.name for row in rows]
+    values = {
+        "iou_1click": [area_iou(row.by_clicks[0]) for row in rows],
+        "iou_8clicks": [area_iou(row.by_clicks[-1]) for row in rows],
+        "iou_box": [area_iou(row.by_box) for row in rows],
+    }
+    return {f"{name}_ci95": list(bootstrap_interval(column, groups)) for name, column in values.items()}
+
+
+def recovered(rows: list[dict], method: str, metric: str) -> float | None:
+    """The share of full fine-tuning's gain over the base that a method reaches."""
+    by_name = {row["method"]: row[metric] for row in rows}
+    if not {"base", "full", method} <= set(by_name) or by_name["full"] <= by_name["base"]:
+        return None
+    return (by_name[method] - by_name["base"]) / (by_name["full"] - by_name["base"])
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table with intervals, and the recovered share of the gain."""
+    lines = ["| method | IoU 1 click | IoU 8 clicks | IoU box | gain recovered (1 click / box) | trained | checkpoint |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        cells = [f"{row[m]:.3f} [{row[f'{m}_ci95'][0]:.3f}, {row[f'{m}_ci95'][1]:.3f}]" for m in METRICS]
+        shares = [recovered(rows, row["method"], metric) for metric in ("iou_1click", "iou_box")]
+        gain = " / ".join("-" if share is None else f"{share:.0%}" for share in shares) if row["method"] != "base" else "-"
+        size = f"{row['checkpoint_bytes'] / 1e6:.2f} MB" if row["checkpoint_bytes"] else "-"
+        lines.append(f"| {row['method']} | {' | '.join(cells)} | {gain} | {row['params_trained']:,} | {size} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], out: Path, path: Path) -> None:
+    """Bars with intervals, and the validation curves of the runs."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.6))
+    for offset, (metric, title) in enumerate(METRICS.items()):
+        centres = np.arange(len(rows)) + 0.27 * (offset - 1)
+        heights = np.array([row[metric] for row in rows])
+        bounds = np.array([row[f"{metric}_ci95"] for row in rows]).T
+        axes[0].bar(centres, heights, 0.25, yerr=np.abs(bounds - heights), capsize=2, label=title)
+    axes[0].set(xticks=range(len(rows)), xticklabels=[row["method"] for row in rows], ylabel="mean IoU, 300 held-out images", ylim=(0, 1))
+    axes[0].legend()
+    for row in rows:
+        file = out / row["method"] / "validations.json"
+        if file.exists():
+            history = json.loads(file.read_text())
+            axes[1].plot([e["step"] for e in history], [e["metrics"]["iou_1click"] for e in history], marker="o", label=row["method"])
+    axes[1].set(xlabel="optimizer step", ylabel=f"IoU at 1 click, {VAL} validation images")
+    axes[1].legend()
+    axes[1].grid(alpha=0.3)
+    figure.suptitle("NEU-Seg, the small SAM 2 of the demo")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    default = Path(os.environ.get("SAM2_LORA_REAL_DATA", ROOT / "../shared/data")) / "neu_seg"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, default=default, help="NEU-Seg: images/ and annotations/")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/quality")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    args = parser.parse_args(argv)
+    data, out = args.data.resolve(), args.out.resolve()
+    if not (data / "images").is_dir():
+        raise UserError(f"there is no folder {data}/images: give NEU-Seg's training part with --data")
+    out.mkdir(parents=True, exist_ok=True)
+    split = out / "split.csv"
+    write_split(data, split)
+    reader = LabelPNGReader(data / "images", data / "annotations", classes=3)
+    dataset = SeverstalRawDataset(reader, training=False, split_file=split, split="test", min_area=16, include_clean=False)
+    samples = list(read_samples(dataset, None))
+    rows = []
+    for method in tqdm(args.methods, desc="methods", unit="method"):
+        if METHODS[method] is not None:
+            train(out / method, METHODS[method], data, split, args.steps)
+        rows.append(measure(method, out / method, samples))
+        write_json(out / "quality.json", rows)
+    text = table(rows)
+    (out / "quality.md").write_text(text)
+    draw(rows, out, out / "quality.png")
+    print(f"{text}\nwritten {out}/quality.json, quality.md, quality.png")
+
+
+if __name__ == "__main__":
+    run_cli(main)

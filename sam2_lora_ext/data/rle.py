@@ -1,0 +1,138 @@
+"""Run-length codes of masks: Kaggle's text, an array of runs, a mask, COCO's counts; numpy only.
+
+Pixels are numbered down the columns, then from left to right (column-major), from 0 inside this package and from 1 in
+Kaggle's text. A run is (start, length). Legend: H W height and width in pixels, R number of runs.
+"""
+
+import re
+
+import numpy as np
+
+ABSENT = frozenset({"", "nan", "none", "null", "na", "n/a", "-1", "-1.0", "0 0", "1 1"})
+NO_RUNS = np.zeros((0, 2), dtype=np.int32)
+_INTEGERS = re.compile(r"-?[0-9]+(?:\s+-?[0-9]+)*", re.ASCII)
+
+
+class RLEError(ValueError):
+    """A run-length code that cannot be read; `cause` is a short name to count by, the text a clause for a sentence."""
+
+    def __init__(self, cause: str, text: str):
+        super().__init__(text)
+        self.cause = cause
+
+
+def is_absent(text: str) -> bool:
+    """Whether an `EncodedPixels` field says "no mask": empty, NaN, -1, `0 0` or `1 1` (Kaggle's dummies)."""
+    return " ".join(text.split()).lower() in ABSENT
+
+
+def parse_rle(text: str, height: int, width: int) -> np.ndarray:
+    """Reads Kaggle's `start length start length ...`.
+
+    Args:
+        text: pairs, 1-based, with ascending starts.
+        height: H of the image.
+        width: W of the image.
+
+    Returns:
+        int32 [R, 2] of (start, length), starts from 0; runs that touch are joined.
+
+    Raises:
+        RLEError: no integers, an odd count, a length below 1, a run outside the image, runs that overlap or go back.
+    """
+    if not _INTEGERS.fullmatch(text.strip()):
+        raise RLEError("RLE not integers", "the RLE must be integers with spaces between them, got "
+                       f"{_shorten(text)!r}")
+    numbers = np.fromstring(text, dtype=np.int64, sep=" ")  # the text mode, which stays; huge numbers saturate
+    if len(numbers) % 2:
+        raise RLEError("RLE odd", f"the RLE must be pairs of start and length, got {len(numbers)} numbers, which is odd "
+                       "(is the line cut off?)")
+    runs = numbers.reshape(-1, 2)
+    wrong = (runs < 1).any(axis=1) | (runs > height * width).any(axis=1) | (runs.sum(axis=1) - 1 > height * width)
+    if wrong.any():
+        position = int(np.argmax(wrong))
+        start, length = runs[position].tolist()
+        if length < 1:
+            raise RLEError("RLE length", f"pair {position + 1} of the RLE is {start} {length}, but a length is at least 1")
+        raise RLEError("RLE out of range", f"pair {position + 1} of the RLE is {start} {length}, outside the pixels "
+                       f"1..{height * width} of a {width}x{height} image")
+    runs[:, 0] -= 1
+    steps = np.diff(runs[:, 0])
+    if (steps < 0).any():
+        position = int(np.argmax(steps < 0)) + 2
+        raise RLEError("RLE order", f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, before the pair "
+                       f"in front of it at {runs[position - 2, 0] + 1}; starts must ascend")
+    if (steps < runs[:-1, 1]).any():
+        position = int(np.argmax(steps < runs[:-1, 1])) + 2
+        raise RLEError("RLE overlap", f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, inside the run "
+                       f"in front of it ({runs[position - 2, 0] + 1} {runs[position - 2, 1]})")
+    return join_runs(runs)
+
+
+def join_runs(runs: np.ndarray) -> np.ndarray:
+    """Joins ascending runs that touch or overlap: [R, 2] -> int32 [R', 2] with at least one pixel between runs."""
+    runs = np.asarray(runs).reshape(-1, 2)
+    ends = np.maximum.accumulate(runs[:, 0] + runs[:, 1])
+    first = np.ones(len(runs), dtype=bool)
+    first[1:] = runs[1:, 0] > ends[:-1]
+    last = np.append(first[1:], True)[:len(runs)]
+    return np.stack([runs[first, 0], ends[last] - runs[first, 0]], axis=1).astype(np.int32)
+
+
+def union_runs(masks: list[np.ndarray]) -> np.ndarray:
+    """Runs of the union of some masks of one image."""
+    runs = np.concatenate([NO_RUNS, *masks])
+    return join_runs(runs[np.argsort(runs[:, 0], kind="stable")])
+
+
+def format_rle(runs: np.ndarray) -> str:
+    """Writes runs as Kaggle's text; no runs give an empty string."""
+    shifted = np.asarray(runs, dtype=np.int64).reshape(-1, 2) + (1, 0)
+    return " ".join(map(str, shifted.ravel().tolist()))
+
+
+def encode_mask(mask: np.ndarray) -> np.ndarray:
+    """Runs of the pixels of `mask` [H, W] that are not zero: int32 [R, 2]."""
+    flat = np.zeros(mask.size + 2, dtype=np.int8)
+    flat[1:-1] = (np.asarray(mask) != 0).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)).reshape(-1, 2)
+    edges[:, 1] -= edges[:, 0]
+    return edges.astype(np.int32)
+
+
+def decode_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The mask of some runs: uint8 [H, W] of 0 and 1 (in Fortran order, a view of the column-major pixels)."""
+    steps = np.zeros(height * width + 1, dtype=np.int8)
+    steps[runs[:, 0]] = 1
+    steps[runs[:, 0] + runs[:, 1]] -= 1
+    return np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8).reshape(width, height).T
+
+
+def crop_columns(runs: np.ndarray, height: int, start: int, stop: int) -> np.ndarray:
+    """Runs of the columns [start, stop) alone, counted from the new left edge; never touches a pixel."""
+    low, high = start * height, stop * height
+    begins = np.maximum(runs[:, 0], low)
+    ends = np.minimum(runs[:, 0] + runs[:, 1], high)
+    keep = ends > begins
+    return np.stack([begins[keep] - low, (ends - begins)[keep]], axis=1).astype(np.int32)
+
+
+def to_coco_counts(runs: np.ndarray, height: int, width: int) -> list[int]:
+    """COCO's uncompressed counts (zeros, ones, zeros, ...) in the same pixel order; their sum is H * W."""
+    edges = np.zeros(2 * len(runs) + 2, dtype=np.int64)
+    edges[1:-1:2] = runs[:, 0]
+    edges[2:-1:2] = runs[:, 0] + runs[:, 1]
+    edges[-1] = height * width
+    return (edges[1:] - edges[:-1]).tolist()
+
+
+def from_coco_counts(counts: list[int]) -> np.ndarray:
+    """Runs int32 [R, 2] of COCO's uncompressed counts."""
+    edges = np.cumsum(np.asarray(counts, dtype=np.int64))
+    starts, ends = edges[0::2], edges[1::2]
+    runs = np.stack([starts[:len(ends)], ends - starts[:len(ends)]], axis=1)
+    return join_runs(runs[runs[:, 1] > 0])
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,65 @@
+"""SAM 2's training model with LoRA inside, prompts for clean strips, and the targets beside each output.
+
+Legend: T frames, O objects, H W pixels of the model's square input.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from training.model.sam2 import SAM2Train
+from training.utils.data_utils import BatchedVideoDatapoint
+
+from sam2_lora_ext.data.ids import CLEAN, class_of
+from sam2_lora_ext.lora import LoRAConfig, build_lora_model
+from sam2_lora_ext.prompts import PromptSampler
+from sam2_lora_ext.seeding import derive_seed
+
+# Pixels below this are unexposed black (about 10 of 255 after SAM 2's ImageNet normalisation), not steel to click on.
+BLACK_LEVEL = -1.85
+
+
+class LoRASAM2Train(SAM2Train):
+    """`SAM2Train` that freezes the base, trains adapters, and tells losses and meters what they need.
+
+    Args:
+        lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
+        prompt_seed: draw the training clicks of each object from (prompt_seed, epoch, video, object) and not from the global
+            generator of its rank, so that they do not depend on how a batch is spread over ranks.
+        **kwargs: everything that `SAM2Train` takes.
+    """
+
+    def __init__(self, *args: Any, lora: Mapping | LoRAConfig | None = None, prompt_seed: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.prompt_seed = prompt_seed
+        self.prompt_epoch = 0  # set by LoRATrainer
+        if lora is not None:
+            build_lora_model(self, lora)
+
+    def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
+        """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
+        with self._prompt_sampler(input).installed():
+            outputs = super().forward(input)
+        class_ids = class_of(input.metadata.unique_objects_identifier[..., 1])  # T O
+        for t, frame in enumerate(outputs):
+            frame["gt_masks"] = input.masks[t].unsqueeze(1)
+            frame["class_ids"] = class_ids[t]
+        return outputs
+
+    def track_step(self, *args: Any, num_frames: int, run_mem_encoder: bool = True, **kwargs: Any) -> dict[str, Any]:
+        """Stock's step; the memory of a single frame is read by nobody, so it is not encoded."""
+        return super().track_step(*args, num_frames=num_frames, run_mem_encoder=run_mem_encoder and num_frames > 1, **kwargs)
+
+    def _prompt_sampler(self, input: BatchedVideoDatapoint) -> PromptSampler:
+        identifiers = input.metadata.unique_objects_identifier[0]  # O 3
+        empty = class_of(identifiers[:, 1]) == CLEAN
+        images = input.flat_img_batch[input.flat_obj_to_img_idx[0]] if empty.any() else input.flat_img_batch[:1]
+        sound = images.mean(1) > BLACK_LEVEL  # O H W
+        video_and_object = identifiers[:, :2].tolist()
+        seeds = None
+        if self.training and self.prompt_seed is not None:
+            seeds = [derive_seed(self.prompt_seed, self.prompt_epoch, *pair) for pair in video_and_object]
+        # A clean object's click is new each time in training and the same each time in validation.
+        salt = int(torch.randint(2**31, (1,))) if self.training and seeds is None and empty.any() else 0
+        fixed = [derive_seed(salt, *pair) for pair in video_and_object]
+        return PromptSampler(empty, sound, seeds, fixed=fixed, exact_boxes=not self.training)

@@ -1,0 +1,117 @@
+"""Clicks and boxes for training and validation: the stock sampling, made right for clean objects and repeatable per object.
+
+Stock SAM 2 gives an object with an empty mask a *negative* click (in validation always at (0, 0)) and an inverted box. Here a
+clean object gets one *positive* click on sound steel, never a box, and negative clicks afterwards: the question "is there
+something here?", whose answer the object score learns.
+
+Legend: O objects, H W pixels, P points. Coordinates are (x, y) in pixels of the model's input. Labels: 1 positive click,
+0 negative click, 2 and 3 the corners of a box, -1 padding.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import training.model.sam2 as host
+from sam2.modeling.sam2_utils import get_next_point, sample_box_points
+from torch import Tensor
+
+
+class PromptSampler:
+    """Samples the prompts of the O objects of one batch; stands in for the two functions that `SAM2Train` calls.
+
+    Args:
+        empty: bool [O], which objects are clean (no pixel in the frame that is prompted first).
+        sound: bool [O, H, W], where a clean object may be clicked.
+        seeds: one integer per object: its clicks come from a generator of its own, whatever else is in the batch and on
+            whichever rank. None: real objects draw from the global generator, as stock does.
+        exact_boxes: boxes without the stock jitter of 10 % (for validation).
+    """
+
+    def __init__(self, empty: Tensor, sound: Tensor, seeds: list[int] | None, *, fixed: list[int], exact_boxes: bool):
+        self.empty, self.sound, self.exact_boxes = empty, sound, exact_boxes
+        self.seeded = seeds is not None
+        self.generators = [torch.Generator().manual_seed(seed) for seed in (seeds or fixed)]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Puts this sampler where `SAM2Train` looks its sampling functions up, and takes it away again."""
+        saved = host.get_next_point, host.sample_box_points
+        host.get_next_point, host.sample_box_points = self.next_point, self.box
+        try:
+            yield
+        finally:
+            host.get_next_point, host.sample_box_points = saved
+
+    def next_point(self, gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
+        """One click per object: stock's for defects, ours for clean objects.
+
+        Args:
+            gt_masks: bool [O, 1, H, W].
+            pred_masks: bool [O, 1, H, W], or None for the first click.
+            method: "uniform" over the error region, or "center" (the pixel deepest inside it).
+
+        Returns:
+            Coordinates float32 [O, 1, 2] and labels int32 [O, 1].
+        """
+        if self.seeded and method == "uniform":
+            points, labels = self._seeded_points(gt_masks, pred_masks)
+        else:
+            points, labels = get_next_point(gt_masks=gt_masks, pred_masks=pred_masks, method=method)
+        for o in self._clean(gt_masks):
+            wrong = pred_masks[o, 0] if pred_masks is not None else None
+            if wrong is not None and wrong.any():
+                continue  # stock already clicks negatively on what was wrongly found
+            points[o, 0] = self._draw(o, self.sound[o] if wrong is None else ~gt_masks[o, 0]).to(points)
+            labels[o, 0] = int(wrong is None)
+        return points, labels
+
+    def box(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """A box per defect as its two corners; for a clean object a positive click and one padding point.
+
+        Args:
+            masks: bool [O, 1, H, W].
+
+        Returns:
+            Coordinates float32 [O, 2, 2] and labels int32 [O, 2].
+        """
+        points, labels = sample_box_points(masks, **({"noise": 0.0} if self.exact_boxes else {}))
+        points, labels = points.float(), labels.clone()
+        if self.seeded and not self.exact_boxes:
+            points = self._seeded_boxes(masks)
+        for o in self._clean(masks):
+            points[o, 0] = self._draw(o, self.sound[o]).to(points)
+            points[o, 1] = 0.0
+            labels[o] = torch.tensor([1, -1]).to(labels)
+        return points, labels
+
+    def _clean(self, gt_masks: Tensor) -> list[int]:
+        return (self.empty.to(gt_masks.device) & ~gt_masks.flatten(1).any(1)).nonzero().flatten().tolist()
+
+    def _draw(self, o: int, region: Tensor) -> Tensor:
+        """A uniformly drawn pixel (x, y) of a bool [H, W] region, of the whole frame where the region is empty."""
+        candidates = (region if region.any() else torch.ones_like(region)).flatten().nonzero().flatten()
+        index = int(candidates[int(torch.randint(len(candidates), (1,), generator=self.generators[o]))])
+        return torch.tensor([index % region.shape[1], index // region.shape[1]], dtype=torch.float32)
+
+    def _seeded_points(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Stock's uniform rule, object by object: a pixel of the error region, else of the background."""
+        pred = torch.zeros_like(gt_masks) if pred_masks is None else pred_masks
+        wrong = gt_masks ^ pred
+        points = torch.zeros(len(gt_masks), 1, 2, device=gt_masks.device)
+        labels = torch.zeros(len(gt_masks), 1, dtype=torch.int32, device=gt_masks.device)
+        for o in range(len(gt_masks)):
+            region = wrong[o, 0] if wrong[o].any() else ~gt_masks[o, 0]
+            points[o, 0] = self._draw(o, region).to(points)
+            x, y = points[o, 0].long().tolist()
+            labels[o, 0] = int(gt_masks[o, 0, y, x])
+        return points, labels
+
+    def _seeded_boxes(self, masks: Tensor) -> Tensor:
+        """Stock's jittered boxes, object by object, from each object's own generator."""
+        corners = []
+        for o in range(len(masks)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(torch.randint(2**62, (1,), generator=self.generators[o])))
+                corners.append(sample_box_points(masks[o : o + 1].cpu())[0])
+        return torch.cat(corners).float().to(masks.device)

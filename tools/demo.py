@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""The whole product once, on a CPU, in a few minutes: synthetic strips, training, adapter, merge, proof, pictures.
+
+    make demo            (or: python tools/demo.py [--out runs/demo])
+
+Trains with SAM 2's unmodified launcher; everything it writes is below --out, which it clears first.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from sam2_lora_ext.errors import UserError, run_cli
+from sam2_lora_ext.files import write_json
+from sam2_lora_ext.host import import_launcher
+
+CONFIG = "configs/sam2_nano.yaml"
+BASE = ROOT / "assets/sam2_nano.pt"
+CROP = 256  # columns of a strip in view, as in configs/demo.yaml
+MARK = ".sam2_lora_demo"  # tells our folder from a user's own
+COLUMNS = ("iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks", "dice_box")
+
+
+def clear(folder: Path) -> None:
+    """Empties the demo's folder; refuses one that the demo did not make."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARK).exists():
+            raise UserError(f"{folder} is not empty and not from an earlier demo: choose another --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+
+
+def write_data(folder: Path, strips: int, seed: int) -> None:
+    """Synthetic strips in Kaggle's layout and split.csv: every fifth strip validates."""
+    from sam2_lora_ext.data.synthetic import write_strips
+
+    write_strips(folder, strips, seed)
+    names = sorted(path.name for path in (folder / "train_images").iterdir())
+    rows = [f"{name},{'val' if index % 5 == 4 else 'train'}" for index, name in enumerate(names)]
+    (folder / "split.csv").write_text("\n".join(["image,split", *rows]) + "\n")
+
+
+def train(out: Path, data: Path) -> Path:
+    """Runs `python -m training.train -c configs/demo.yaml` with a progress bar; returns the run's folder."""
+    environment = {**os.environ, "SEVERSTAL_ROOT": str(data), "SEVERSTAL_SPLIT": str(data / "split.csv"),
+                   "SAM2_LORA_NANO": str(BASE), "SAM2_LORA_DEMO_RUN": str(out / "train")}  # fmt: skip
+    command = [sys.executable, "-m", "training.train", "-c", "configs/demo.yaml"]
+    print("training: " + " ".join(command[1:]), flush=True)
+    log = out / "train.log"
+    metrics = out / "train/logs/metrics.csv"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            with tqdm(desc="training", unit="step") as bar:
+                while process.poll() is None:
+                    time.sleep(0.5)
+                    follow(bar, metrics)
+                follow(bar, metrics)
+        finally:
+            process.kill()
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise UserError(f"training ended with exit code {process.returncode}; its log is {log}, and ends with:\n{tail}")
+    return out / "train"
+
+
+def follow(bar: tqdm, metrics: Path) -> None:
+    """Moves the bar to the newest row of a run's metrics.csv."""
+    if not metrics.exists():
+        return
+    with open(metrics, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    if rows and int(rows[-1]["step"]) != bar.n:
+        bar.update(int(rows[-1]["step"]) - bar.n)
+        shown = {"train_loss": "train", "val_iou_1click": "val"}
+        for name, phase in shown.items():
+            last = [row for row in rows if row["phase"] == phase]
+            if last:
+                shown[name] = f"{float(last[-1]['loss' if phase == 'train' else 'iou_1click']):.3f}"
+        bar.set_postfix({name: value for name, value in shown.items() if value not in ("train", "val")})
+
+
+def tool(*arguments: str | Path) -> None:
+    """Runs one of our command lines as a user would."""
+    command = [sys.executable, *map(str, arguments)]
+    print("$ python " + " ".join(map(str, arguments)), flush=True)
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise UserError(f"{arguments[0]} failed; see what it printed above")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/demo", help="cleared first (default: runs/demo)")
+    parser.add_argument("--strips", type=int, default=200, help="synthetic strips to draw (default: 200)")
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args(argv)
+    import_launcher()  # one sentence now rather than a traceback later
+    import torch
+    from sam2.build_sam import build_sam2
+
+    from sam2_lora_ext.adapter import load_adapter
+    from sam2_lora_ext.checkpoints import read_weights
+    from sam2_lora_ext.data.dataset import SeverstalRawDataset
+    from sam2_lora_ext.data.kaggle import KaggleReader
+    from sam2_lora_ext.evaluation import averages, evaluate, max_logit_difference, read_samples
+    from sam2_lora_ext.lora.adapter import attach_adapter
+
+    if not BASE.exists():
+        raise UserError(f"there is no {BASE}: restore it from the repository, or make it with tools/make_demo_base.py")
+    out = args.out.resolve()
+    clear(out)
+    data = out / "data"
+    write_data(data, args.strips, args.seed)
+    dataset = SeverstalRawDataset(
+        KaggleReader(data / "train_images", data / "train.csv"), training=False, split_file=data / "split.csv", split="val",
+        min_area=16, max_objects=16, group_width=CROP,
+    )  # fmt: skip
+    samples = list(read_samples(dataset, CROP))
+
+    def build(weights: Path) -> torch.nn.Module:
+        return build_sam2(CONFIG, str(weights), device="cpu", apply_postprocessing=False)
+
+    results, seconds = {}, {"train": 0.0, "evaluate": 0.0}
+
+    def measure(name: str, model: torch.nn.Module) -> None:
+        began = time.perf_counter()
+        results[name] = averages(evaluate(model, tqdm(samples, desc=f"evaluating {name}", unit="image")))
+        seconds["evaluate"] += time.perf_counter() - began
+
+    base = build(BASE)
+    measure("base", base)
+    began = time.perf_counter()
+    run = train(out, data)
+    seconds["train"] = time.perf_counter() - began
+
+    adapter_folder, merged_file = out / "adapter", out / "sam2_nano_steel.pt"
+    tool("tools/export_adapter.py", run, adapter_folder)
+    tool("tools/merge_lora.py", "--base", BASE, "--adapter", adapter_folder, "--out", merged_file, "--verify", CONFIG)
+    adapter = load_adapter(adapter_folder)
+    lora = attach_adapter(build(BASE), adapter)
+    merged = build(merged_file)
+    measure("lora", lora)
+    measure("merged", merged)
+
+    state, before = read_weights(merged_file), read_weights(BASE)
+    weight_difference = 0.0
+    for name, layer in adapter.layers.items():
+        exact = before[f"{name}.weight"].double() + layer.delta_weight()
+        weight_difference = max(weight_difference, float((state[f"{name}.weight"].double() - exact).abs().max()))
+    facts = json.loads((run / "training_summary.json").read_text())
+    summary = {
+        **results,
+        "merge": {
+            "max_abs_weight_diff": weight_difference,
+            "max_abs_logit_diff": max_logit_difference(lora, merged, samples),
+        },
+        "params": facts["parameters"],
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    write_json(out / "summary.json", summary)
+    draw(out / "overlays.png", samples, base, merged)
+    show(summary, out, len(samples))
+
+
+def draw(path: Path, samples: list, base: object, merged: object) -> None:
+    """overlays.png: the first two defects of each class: image, truth, and the masks of one click before and after."""
+    from sam2_lora_ext.data.ids import class_of
+    from sam2_lora_ext.evaluation import first_answers
+    from sam2_lora_ext.metrics import iou, mask_counts
+    from sam2_lora_ext.pictures import AFTER, BEFORE, TRUTH, overlay, save_grid
+
+    rows, captions, shown = [], [], dict.fromkeys((1, 2, 3, 4), 0)
+    for sample in samples:
+        fresh = [o for o in sample.defects if shown[class_of(sample.object_ids[o])] < 2]
+        if not fresh:
+            continue
+        place = sample.defects.index(fresh[0])
+        shown[class_of(sample.object_ids[fresh[0]])] += 1
+        truth = sample.masks[fresh[0], 0]
+        cells, texts = [sample.image, overlay(sample.image, truth.numpy(), TRUTH)], [sample.name, f"class {class_of(sample.object_ids[fresh[0]])}"]
+        for model, colour in ((base, BEFORE), (merged, AFTER)):
+            answers, clicks = first_answers(model, sample)
+            cells.append(overlay(sample.image, answers[place].numpy(), colour, tuple(clicks[place].tolist())))
+            texts.append(f"IoU {float(iou(mask_counts(answers[place][None], truth[None]))):.2f}")
+        rows.append(cells)
+        captions.append(texts)
+    save_grid(path, rows, captions, ["image", "truth", "before (base, 1 click)", "after (merged, 1 click)"])
+
+
+def show(summary: dict, out: Path, count: int) -> None:
+    """Prints the end summary."""
+    print(f"\n{count} validation samples, means over defects")
+    print(f"{'':8}" + "".join(f"{name:>14}" for name in COLUMNS))
+    for name in ("base", "lora", "merged"):
+        print(f"{name:8}" + "".join(f"{summary[name][column]:14.4f}" for column in COLUMNS))
+    params, merge, seconds = summary["params"], summary["merge"], summary["seconds"]
+    print(f"\ntrained parameters   {params['trained']:,} of {params['total']:,} ({params['trained'] / params['total']:.2%})")
+    print(f"merged vs unmerged   weights {merge['max_abs_weight_diff']:.2e}, mask logits {merge['max_abs_logit_diff']:.2e} at most")
+    print(f"time                 training {seconds['train']:.0f} s, evaluation {seconds['evaluate']:.0f} s")
+    print(f"written              {out / 'summary.json'}, overlays.png, sam2_nano_steel.pt, adapter/, train/")
+
+
+if __name__ == "__main__":
+    run_cli(main)
