@@ -27,7 +27,7 @@ help:
 	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  what takes longer: kills, cluster, browser'
-	@echo 'make bench      the benchmarks'
+	@echo 'make bench      the quality benchmark: base, LoRA, full fine-tuning'
 	@echo 'make clean      removes caches and the run of the demo, not the environment'
 
 env: $(STAMP)
@@ -65,7 +65,7 @@ test-slow: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
 
 bench: env
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) -m benchmarks.quality $(ARGS)
 
 clean:
 	rm -rf build dist sam2_lora_ext.egg-info .pytest_cache .hypothesis runs/demo

@@ -24,9 +24,12 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[s
     """Runs a command line and exits: 0 (or what `main` returns), 2 with one sentence on a `UserError`, 130 on Ctrl-C."""
     try:
         sys.exit(main(argv) or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        mistake = find_user_error(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

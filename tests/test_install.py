@@ -12,12 +12,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 from launching import CONFIG, write_recorder
 from safetensors.torch import load_file
-from sam2.build_sam import build_sam2
-
-from sam2_lora_ext.data.synthetic import write_strips
+from small_runs import environment
 
 RECORDED = "configs/recorded.yaml"
 
@@ -76,24 +73,13 @@ def test_the_unmodified_launcher_in_a_checkout_finds_our_configs(installed, sam2
 
 
 @pytest.mark.slow
-def test_the_unmodified_launcher_trains_the_demo(installed, sam2_checkout, run_python, tmp_path):
+def test_the_unmodified_launcher_trains_the_demo(installed, sam2_checkout, run_python, nano_base, strips, tmp_path):
     """The same command with `configs/demo.yaml`, which takes data, base and length from the environment."""
-    write_strips(tmp_path / "strips", 24, progress=False)
-    names = sorted(path.name for path in (tmp_path / "strips" / "train_images").iterdir())
-    rows = [f"{name},{'val' if index % 4 == 0 else 'train'}" for index, name in enumerate(names)]
-    (tmp_path / "strips" / "split.csv").write_text("\n".join(["image,split", *rows]) + "\n")
-    torch.save({"model": build_sam2("configs/sam2_nano.yaml", device="cpu").state_dict()}, tmp_path / "base.pt")
-    settings = {
-        "SEVERSTAL_ROOT": str(tmp_path / "strips"),
-        "SAM2_LORA_NANO": str(tmp_path / "base.pt"),
-        "SAM2_LORA_RUNS": str(tmp_path / "runs"),
-        "SAM2_LORA_DEMO_STEPS": "4",
-    }
+    settings = environment(nano_base, strips, tmp_path / "run") | {"SAM2_LORA_DEMO_STEPS": "4"}
     run_python(["training/train.py", "-c", "configs/demo.yaml"], cwd=sam2_checkout, python=installed,
-               env=clean(**settings), check=True, timeout=1500)
-    weights = list((tmp_path / "runs").rglob("final/adapter_model.safetensors"))
-    assert len(weights) == 1
-    assert any(tensor.any() for key, tensor in load_file(weights[0]).items() if ".lora_B." in key)
+               env=clean(**settings), check=True)
+    weights = load_file(tmp_path / "run" / "adapters" / "final" / "adapter_model.safetensors")
+    assert any(tensor.any() for key, tensor in weights.items() if ".lora_B." in key)
 
 
 def test_python_m_training_train_works_from_anywhere(installed, run_python, tmp_path):
