@@ -41,31 +41,44 @@ def parse_rle(text: str, height: int, width: int) -> np.ndarray:
         RLEError: no integers, an odd count, a length below 1, a run outside the image, runs that overlap or go back.
     """
     if not _INTEGERS.fullmatch(text.strip()):
-        raise RLEError("RLE not integers", "the RLE must be integers with spaces between them, got "
-                       f"{_shorten(text)!r}")
+        raise RLEError("RLE not integers", f"the RLE must be integers with spaces between them, got {_shorten(text)!r}")
     numbers = np.fromstring(text, dtype=np.int64, sep=" ")  # the text mode, which stays; huge numbers saturate
     if len(numbers) % 2:
-        raise RLEError("RLE odd", f"the RLE must be pairs of start and length, got {len(numbers)} numbers, which is odd "
-                       "(is the line cut off?)")
+        raise RLEError(
+            "RLE odd",
+            f"the RLE must be pairs of start and length, got {len(numbers)} numbers, which is odd "
+            "(is the line cut off?)",
+        )
     runs = numbers.reshape(-1, 2)
     wrong = (runs < 1).any(axis=1) | (runs > height * width).any(axis=1) | (runs.sum(axis=1) - 1 > height * width)
     if wrong.any():
         position = int(np.argmax(wrong))
         start, length = runs[position].tolist()
         if length < 1:
-            raise RLEError("RLE length", f"pair {position + 1} of the RLE is {start} {length}, but a length is at least 1")
-        raise RLEError("RLE out of range", f"pair {position + 1} of the RLE is {start} {length}, outside the pixels "
-                       f"1..{height * width} of a {width}x{height} image")
+            raise RLEError(
+                "RLE length", f"pair {position + 1} of the RLE is {start} {length}, but a length is at least 1"
+            )
+        raise RLEError(
+            "RLE out of range",
+            f"pair {position + 1} of the RLE is {start} {length}, outside the pixels "
+            f"1..{height * width} of a {width}x{height} image",
+        )
     runs[:, 0] -= 1
     steps = np.diff(runs[:, 0])
     if (steps < 0).any():
         position = int(np.argmax(steps < 0)) + 2
-        raise RLEError("RLE order", f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, before the pair "
-                       f"in front of it at {runs[position - 2, 0] + 1}; starts must ascend")
+        raise RLEError(
+            "RLE order",
+            f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, before the pair "
+            f"in front of it at {runs[position - 2, 0] + 1}; starts must ascend",
+        )
     if (steps < runs[:-1, 1]).any():
         position = int(np.argmax(steps < runs[:-1, 1])) + 2
-        raise RLEError("RLE overlap", f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, inside the run "
-                       f"in front of it ({runs[position - 2, 0] + 1} {runs[position - 2, 1]})")
+        raise RLEError(
+            "RLE overlap",
+            f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, inside the run "
+            f"in front of it ({runs[position - 2, 0] + 1} {runs[position - 2, 1]})",
+        )
     return join_runs(runs)
 
 
@@ -75,7 +88,7 @@ def join_runs(runs: np.ndarray) -> np.ndarray:
     ends = np.maximum.accumulate(runs[:, 0] + runs[:, 1])
     first = np.ones(len(runs), dtype=bool)
     first[1:] = runs[1:, 0] > ends[:-1]
-    last = np.append(first[1:], True)[:len(runs)]
+    last = np.append(first[1:], True)[: len(runs)]
     return np.stack([runs[first, 0], ends[last] - runs[first, 0]], axis=1).astype(np.int32)
 
 
@@ -123,14 +136,15 @@ def to_coco_counts(runs: np.ndarray, height: int, width: int) -> list[int]:
     edges[1:-1:2] = runs[:, 0]
     edges[2:-1:2] = runs[:, 0] + runs[:, 1]
     edges[-1] = height * width
-    return (edges[1:] - edges[:-1]).tolist()
+    counts = (edges[1:] - edges[:-1]).tolist()
+    return counts if counts[-1] else counts[:-1]
 
 
 def from_coco_counts(counts: list[int]) -> np.ndarray:
     """Runs int32 [R, 2] of COCO's uncompressed counts."""
     edges = np.cumsum(np.asarray(counts, dtype=np.int64))
     starts, ends = edges[0::2], edges[1::2]
-    runs = np.stack([starts[:len(ends)], ends - starts[:len(ends)]], axis=1)
+    runs = np.stack([starts[: len(ends)], ends - starts[: len(ends)]], axis=1)
     return join_runs(runs[runs[:, 1] > 0])
 
 

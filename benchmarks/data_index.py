@@ -1,0 +1,111 @@
+"""The index of a full-size set: `python -m benchmarks.data_index FOLDER CACHE` builds one in a fresh process.
+
+`benchmarks.data` calls it twice, so that the second time shows the cache.
+"""
+
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sam2_lora_ext.data.cache import cached_index
+from sam2_lora_ext.data.dataset import SeverstalRawDataset
+from sam2_lora_ext.data.kaggle import KaggleReader
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+IMAGES, MASKS = 12568, 7095  # of the full Severstal training set
+
+
+def index_figures(data: Path, folder: Path, images: int) -> dict[str, float]:
+    """A full-size set of real annotations over one small strip (hard links), indexed in fresh processes."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for row in table(data / "annotations_only_500.csv"):
+        groups.setdefault(row["ImageId"], []).append((row["ClassId"], row["EncodedPixels"]))
+    (folder / "train_images").mkdir()
+    small = folder / "strip.jpg"
+    Image.new("RGB", (1600, 256), (90, 90, 90)).save(small)
+    rows = ["ImageId,ClassId,EncodedPixels"]
+    annotations = list(groups.values())
+    for number in range(images):
+        name = f"{number:08x}.jpg"
+        os.link(small, folder / "train_images" / name)
+        if len(rows) <= MASKS * images / IMAGES:
+            rows += [f"{name},{class_id},{rle}" for class_id, rle in annotations[number % len(annotations)]]
+    (folder / "train.csv").write_text("\n".join(rows) + "\n")
+    command = [sys.executable, "-m", "benchmarks.data_index", str(folder), str(folder / "cache")]
+    first, second = (
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout)
+        for _ in range(2)
+    )
+    return {
+        "images": images,
+        "masks": len(rows) - 1,
+        "built the first time, s": first["index_s"],
+        "of that, CPU s": first["index_cpu"],
+        "read from its cache, s": second["index_s"],
+        "data set from the cache, with objects, s": second["objects_s"],
+        "index, MB": first["index_mb"],
+        "index and objects, MB": first["dataset_mb"],
+        "peak memory of building beyond the imports, MB": first["peak_mb"],
+        "pickled, MB": first["pickle_mb"],
+        "pickle and unpickle, s": first["pickle_s"],
+    }
+
+
+def build_figures(folder: Path, cache: Path) -> dict[str, float]:
+    """One build in this process."""
+    reader = KaggleReader(folder / "train_images", folder / "train.csv")
+    before = reset_peak()
+    start, cpu = time.perf_counter(), time.process_time()
+    index = cached_index(reader, cache_dir=cache)
+    index_s, index_cpu = time.perf_counter() - start, time.process_time() - cpu
+    peak_mb = memory("VmHWM") - before
+    start = time.perf_counter()
+    dataset = SeverstalRawDataset(reader, cache_dir=cache)
+    objects_s = time.perf_counter() - start
+    start = time.perf_counter()
+    text = pickle.dumps(dataset)
+    pickle.loads(text)
+    pickle_s = time.perf_counter() - start
+    objects_mb = sum(value.nbytes for value in vars(dataset.objects).values() if isinstance(value, np.ndarray)) / 2**20
+    return {
+        "index_s": index_s,
+        "index_cpu": index_cpu,
+        "objects_s": objects_s,
+        "index_mb": index.nbytes / 2**20,
+        "dataset_mb": index.nbytes / 2**20 + objects_mb,
+        "peak_mb": peak_mb,
+        "pickle_mb": len(text) / 2**20,
+        "pickle_s": pickle_s,
+    }
+
+
+def reset_peak() -> float:
+    """Forgets the peak memory of the imports (Linux); returns the memory now, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(key: str) -> float:
+    """A line of /proc/self/status in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":"))
+
+
+def table(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a Kaggle csv."""
+    csv.field_size_limit(1 << 26)
+    with open(path, newline="") as file:
+        yield from csv.DictReader(file)
+
+
+if __name__ == "__main__":
+    print(json.dumps(build_figures(Path(sys.argv[1]), Path(sys.argv[2]))))

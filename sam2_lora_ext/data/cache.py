@@ -1,0 +1,107 @@
+"""The index on disk, so that the next start does not read the data again.
+
+The key is a hash of the reader's settings, the content of its annotation files, and name, size and time of each image
+(reading a gigabyte of pixels would take longer than building the index). A damaged or foreign file is built again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+
+from sam2_lora_ext.data.index import AnnotationIndex, build_index
+from sam2_lora_ext.data.records import OnInvalid, Problem, Reader
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import write_atomic
+
+VERSION = 1  # of the arrays' layout and of the checks; raise it when either changes
+log = logging.getLogger(__name__)
+
+
+def cached_index(
+    reader: Reader, on_invalid: OnInvalid = "error", cache_dir: str | Path | None = None
+) -> AnnotationIndex:
+    """`build_index`, or the stored result of an earlier call on the same files; only a full success is stored.
+
+    Args:
+        reader: the annotation format.
+        on_invalid: see `build_index`; an index with problems is not stored, so they are reported each time.
+        cache_dir: where to keep indexes; None builds each time. A folder that cannot be written costs a warning.
+    """
+    if cache_dir is None:
+        return build_index(reader, on_invalid)
+    path = Path(cache_dir).expanduser() / f"index_{fingerprint(reader)[:24]}.npz"
+    try:
+        return load_index(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        log.warning("the stored index %s cannot be used (%s) and is built again", path, error)
+    index = build_index(reader, on_invalid)
+    if not index.problems:
+        try:
+            save_index(index, path)
+        except UserError as error:
+            log.warning("the index is not stored: %s", error)
+    return index
+
+
+def fingerprint(reader: Reader) -> str:
+    """SHA-256 of all that decides a reader's records."""
+    digest = hashlib.sha256()
+    settings = {key: str(value) for key, value in vars(reader).items() if not key.startswith("_")}
+    digest.update(json.dumps([VERSION, type(reader).__qualname__, settings], sort_keys=True).encode())
+    try:
+        for path in reader.files():
+            digest.update(str(path).encode("utf-8", "surrogateescape"))
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; check the path") from error
+    for folder, folders, names in os.walk(reader.image_dir):
+        folders.sort()
+        for name in sorted(names):
+            try:
+                stat = os.stat(os.path.join(folder, name))
+                state = f"{stat.st_size} {stat.st_mtime_ns}"
+            except OSError as error:
+                state = str(error.errno)
+            digest.update(f"{folder}/{name} {state}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def save_index(index: AnnotationIndex, path: Path) -> None:
+    """Writes the arrays as an npz (no pickles)."""
+    arrays = {key: value for key, value in vars(index).items() if isinstance(value, np.ndarray)}
+    other = {
+        "image_dir": index.image_dir,
+        "class_names": list(index.class_names.items()),
+        "problems": [asdict(problem) for problem in index.problems],
+    }
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays, other=np.frombuffer(json.dumps(other).encode(), dtype=np.uint8))
+
+    write_atomic(path, write)
+
+
+def load_index(path: Path) -> AnnotationIndex:
+    """Reads what `save_index` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        other = json.loads(arrays["other"].tobytes())
+        wanted = [
+            field.name
+            for field in fields(AnnotationIndex)
+            if field.name not in ("image_dir", "class_names", "problems")
+        ]
+        return AnnotationIndex(
+            other["image_dir"],
+            {int(number): name for number, name in other["class_names"]},
+            **{name: arrays[name] for name in wanted},
+            problems=tuple(Problem(**problem) for problem in other["problems"]),
+        )

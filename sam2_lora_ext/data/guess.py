@@ -1,0 +1,111 @@
+"""Which reader fits a path: for the tools, where a user names a folder and no format."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sam2_lora_ext.data.coco import COCOReader
+from sam2_lora_ext.data.images import SUFFIXES
+from sam2_lora_ext.data.kaggle import KaggleReader
+from sam2_lora_ext.data.label_png import LabelPNGReader
+from sam2_lora_ext.data.records import Reader
+from sam2_lora_ext.data.supervisely import SuperviselyReader
+from sam2_lora_ext.errors import UserError
+
+LABEL_FOLDERS = ("annotations", "labels", "masks", "label", "mask", "gt")
+
+
+def guess_reader(
+    path: str | Path,
+    images: str | Path | None = None,
+    classes: int | Sequence[str] | dict[int, str] | None = None,
+    size: Sequence[int] | None = (256, 1600),
+    split: str | None = None,
+) -> Reader:
+    """The reader for a data set on disk.
+
+    Args:
+        path: a Kaggle csv, a COCO JSON, or a folder: with such a file, with Supervisely's `img` and `ann` (or splits
+            that have them), or with images beside a folder of label images.
+        images: the image folder, where it is not beside the annotations.
+        classes: as the readers take it.
+        size: [H, W] that images of a Kaggle csv must have; None takes each as it is.
+        split: of a Supervisely project.
+
+    Raises:
+        UserError: nothing fits, or several things do.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() not in (".csv", ".json"):
+            raise UserError(
+                f"{path} is neither a Kaggle csv nor a COCO json; name one of them, or the data set's folder"
+            )
+        folder = Path(images) if images is not None else image_folder(path.parent)
+        if path.suffix.lower() == ".csv":
+            return KaggleReader(folder, path, classes, size)
+        return COCOReader(folder, path, classes)
+    if not path.is_dir():
+        raise UserError(f"there is no {path}; name a data set's folder, its csv or its json")
+    if split is not None or any(path.glob("img")) or any(path.glob("*/img")):
+        return SuperviselyReader(path, split, classes)
+    tables = [table for table in sorted(path.glob("*.csv")) if _is_kaggle(table)]
+    tables += [table for table in sorted(path.glob("*.json")) if _is_coco(table)]
+    if len(tables) > 1:
+        tables = [table for table in tables if table.stem == "train"] or tables
+    if len(tables) > 1:
+        raise UserError(
+            f"{path} has several annotation files ({', '.join(table.name for table in tables)}); name the one you mean"
+        )
+    if tables:
+        return guess_reader(tables[0], images, classes, size)
+    labels = [path / name for name in LABEL_FOLDERS if (path / name).is_dir()]
+    if len(labels) == 1:
+        return LabelPNGReader(images if images is not None else image_folder(path, labels[0]), labels[0], classes)
+    raise UserError(
+        f"{path} has no annotations that this package knows: no csv of Kaggle, no json of COCO, no folders img and ann "
+        f"(Supervisely), no folder of label images ({', '.join(LABEL_FOLDERS)})"
+    )
+
+
+def image_folder(parent: Path, *others: Path) -> Path:
+    """The folder of the images beside an annotation file or folder (`others`)."""
+    named = [parent / name for name in ("train_images", "images", "img", "imgs") if (parent / name).is_dir()]
+    if named:
+        return named[0]
+    holding = [
+        folder
+        for folder in sorted(parent.iterdir())
+        if folder.is_dir() and folder not in others and _holds_images(folder)
+    ]
+    if not holding and _holds_images(parent):
+        return parent
+    if len(holding) != 1:
+        raise UserError(
+            f"cannot tell which folder in {parent} has the images "
+            f"({', '.join(folder.name for folder in holding) or 'none has any'}); "
+            "name it"
+        )
+    return holding[0]
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
+
+
+def _is_kaggle(path: Path) -> bool:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = {field.strip() for field in next(csv.reader(file), [])}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+    return "EncodedPixels" in header
+
+
+def _is_coco(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"images", "annotations"} <= set(content)

@@ -1,0 +1,220 @@
+"""Which samples a data set has: an image, a part of its columns, and some of its objects each.
+
+Legend: N images, L items, P objects.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sam2_lora_ext.data.index import AnnotationIndex
+from sam2_lora_ext.data.objects import ObjectTable
+from sam2_lora_ext.data.windows import Windows
+from sam2_lora_ext.errors import UserError
+
+NO_OBJECTS = np.zeros(0, dtype=np.int64)
+MARGIN = 16  # columns between a clean part and the nearest defect: borders of masks are vague
+
+
+class Row(NamedTuple):
+    """One item: columns [start, stop) of an image, places in the object table, the window that its clip begins at."""
+
+    image: int
+    start: int
+    stop: int
+    objects: np.ndarray
+    first: int = 0
+
+
+@dataclass
+class Items:
+    """The rows as arrays; item l has the objects `objects[offsets[l]:offsets[l + 1]]`, one without any is clean."""
+
+    images: np.ndarray  # int32 [L]
+    starts: np.ndarray  # int32 [L]
+    stops: np.ndarray  # int32 [L]
+    firsts: np.ndarray  # int32 [L]
+    offsets: np.ndarray  # int64 [L + 1]
+    objects: np.ndarray  # int64
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int) -> Row:
+        return Row(
+            int(self.images[item]),
+            int(self.starts[item]),
+            int(self.stops[item]),
+            self.objects[slice(*self.offsets[item : item + 2])],
+            int(self.firsts[item]),
+        )
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> "Items":
+        table = np.array([(row.image, row.start, row.stop, row.first) for row in rows], dtype=np.int32).reshape(-1, 4)
+        offsets = np.append(0, np.cumsum([len(row.objects) for row in rows], dtype=np.int64))
+        objects = np.concatenate([np.zeros(0, np.int64), *(row.objects for row in rows)]).astype(np.int64)
+        return cls(*table.T.copy(), offsets, objects)
+
+
+def read_split(path: str | Path, split: str | Sequence[str] | None) -> list[str]:
+    """Image names of one split.
+
+    Args:
+        path: a csv with the columns `image` and `split`, or (`split` None) a text file with a name in each line.
+        split: the value or values of the column `split` to take; `!fold0` takes all others.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if split is None:
+                names = [line.strip() for line in file if line.strip()]
+            else:
+                table = csv.DictReader(file)
+                if not {"image", "split"} <= set(table.fieldnames or ()):
+                    raise UserError(
+                        f"the split file {path} must have the columns image and split, it has "
+                        f"{', '.join(table.fieldnames or ()) or 'none'}"
+                    )
+                rows = [(row["image"], row["split"]) for row in table]
+                known = {str(value) for _, value in rows}
+                wanted = [split] if isinstance(split, str) else list(split)
+                unknown = [value for value in wanted if value.removeprefix("!") not in known]
+                if unknown or not wanted:
+                    raise UserError(
+                        f"the split file {path} has no split {', '.join(unknown) or wanted!r}; it has "
+                        f"{', '.join(sorted(known)) or 'no rows'}"
+                    )
+                taken = set().union(*(known - {value[1:]} if value.startswith("!") else {value} for value in wanted))
+                names = [image for image, value in rows if value in taken]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the split file {path}: {error}") from error
+    if not names:
+        raise UserError(f"{path} names no image{'' if split is None else f' in split {split}'}")
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{path} names the image {twice} twice; keep one of the lines")
+    return names
+
+
+def select_images(index: AnnotationIndex, names: list[str] | None, where: str | Path | None = None) -> np.ndarray:
+    """int64: the images with these names, in the order of the index; all for None.
+
+    Names of images that were left out as invalid are passed over.
+
+    Raises:
+        UserError: a name that the data does not have.
+    """
+    if names is None:
+        return np.arange(len(index))
+    place = {name: image for image, name in enumerate(index.names())}
+    dropped = {problem.image for problem in index.problems}
+    unknown = [name for name in names if name not in place and name not in dropped]
+    if unknown:
+        raise UserError(
+            f"{where} names {len(unknown)} images that {index.image_dir} does not have, the first is "
+            f"{unknown[0]!r}; make the split again or correct the folder"
+        )
+    chosen = np.array(sorted(place[name] for name in names if name in place), dtype=np.int64)
+    if not len(chosen):
+        raise UserError(f"no image of {where} is usable; look at the problems above")
+    return chosen
+
+
+def clean_part(index: AnnotationIndex, image: int, width: int) -> tuple[int, int] | None:
+    """The widest [start, stop) of columns without a mask, `MARGIN` off the next; None if narrower than `width`."""
+    height, columns = index.sizes[image]
+    runs = [runs for _, runs in index.masks(image)]
+    if not runs:
+        return (0, int(columns))
+    runs = np.concatenate(runs)
+    used = np.zeros(columns + 1, dtype=np.int32)
+    np.add.at(used, np.maximum(runs[:, 0] // height - MARGIN, 0), 1)
+    np.add.at(used, np.minimum((runs[:, 0] + runs[:, 1] - 1) // height + 1 + MARGIN, columns), -1)
+    edges = np.flatnonzero(np.diff(np.cumsum(used[:-1]) == 0, prepend=False, append=False)).reshape(-1, 2)
+    if not len(edges):
+        return None
+    start, stop = edges[np.argmax(edges[:, 1] - edges[:, 0])].tolist()
+    return (start, stop) if stop - start >= width else None
+
+
+def group_objects(boxes: np.ndarray, max_objects: int | None, width: int | None) -> list[np.ndarray]:
+    """Cuts the objects of an image into groups for evaluation, each object in exactly one.
+
+    Args:
+        boxes: [P, 4] of (x0, y0, x1, y1).
+        max_objects: the most objects of a group; None for no bound.
+        width: columns that a group may span (an object that is wider is a group of its own); None for no bound.
+
+    Returns:
+        places in `boxes`, from left to right when `width` is given, else in their order.
+    """
+    order = range(len(boxes)) if width is None else np.lexsort((np.arange(len(boxes)), boxes[:, 0]))
+    groups = []
+    left = right = 0
+    for place in order:
+        x0, x1 = boxes[place, 0], boxes[place, 2]
+        if (
+            groups
+            and (max_objects is None or len(groups[-1]) < max_objects)
+            and (width is None or max(right, x1) - left <= width)
+        ):
+            groups[-1].append(place)
+            right = max(right, x1)
+        else:
+            groups.append([place])
+            left, right = x0, x1
+    return [np.array(group) for group in groups]
+
+
+def object_rows(
+    index: AnnotationIndex,
+    objects: ObjectTable,
+    images: np.ndarray,
+    keep: np.ndarray,
+    max_objects: int | None,
+    width: int | None,
+    windows: Windows | None,
+) -> list[Row]:
+    """Rows of the defective images with the objects that `keep` (bool [P]) leaves.
+
+    Args:
+        index: the annotations.
+        objects: its P objects.
+        images: which images.
+        keep: which objects.
+        max_objects: see `group_objects`.
+        width: see `group_objects`.
+        windows: group by the window that an object's clip begins at; None for one frame.
+    """
+    rows = []
+    for image in images:
+        places = np.arange(*objects.offsets[image : image + 2])
+        places = places[keep[places]]
+        height, columns = index.sizes[image].tolist()
+        firsts = np.array(
+            [windows.best_window(objects.runs_of(place), height, columns) if windows else 0 for place in places]
+        )
+        for first in np.unique(firsts):
+            chosen = places[firsts == first]
+            rows += [
+                Row(image, 0, columns, chosen[group], first)
+                for group in group_objects(objects.boxes[chosen], max_objects, width)
+            ]
+    return rows
+
+
+def clean_rows(index: AnnotationIndex, images: np.ndarray) -> list[Row]:
+    """Rows of the clean images among `images`."""
+    return [Row(image, 0, int(index.sizes[image, 1]), NO_OBJECTS) for image in images[index.clean()[images]]]
+
+
+def clean_part_rows(index: AnnotationIndex, images: np.ndarray, width: int) -> list[Row]:
+    """Rows of the clean parts, at least `width` columns wide, of the defective images that kept all their masks."""
+    defective = images[index.complete[images] & ~index.clean()[images]]
+    parts = [(image, clean_part(index, image, width)) for image in defective]
+    return [Row(image, *part, NO_OBJECTS) for image, part in parts if part is not None]

@@ -1,0 +1,164 @@
+"""Label images: one per image with the same stem, the class in each pixel (grey value, palette index or colour)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sam2_lora_ext.data.images import ImageError, list_images, probe
+from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
+from sam2_lora_ext.data.rle import encode_mask
+from sam2_lora_ext.errors import UserError
+
+
+class LabelPNGReader:
+    """Reads an image folder and a folder of label images.
+
+    Args:
+        image_dir: the folder of the images.
+        label_dir: the folder of the label images: `X.png` belongs to `X.jpg`.
+        classes: class names or their count; None for Severstal's four.
+        colors: class number -> [r, g, b] for coloured labels; black is none. None takes grey values or palette indices
+            (0 is none).
+        full_check: decode every image instead of looking at its header and end.
+    """
+
+    def __init__(
+        self,
+        image_dir: str | Path,
+        label_dir: str | Path,
+        classes: int | Sequence[str] | dict[int, str] | None = None,
+        colors: Mapping[int, Sequence[int]] | None = None,
+        full_check: bool = False,
+    ):
+        self.image_dir = Path(image_dir)
+        self.label_dir = Path(label_dir)
+        self.class_names = class_table(classes)
+        self.colors = None if colors is None else {int(number): _packed(color) for number, color in colors.items()}
+        if self.colors is not None and (
+            set(self.colors) != set(self.class_names)
+            or 0 in self.colors.values()
+            or len(set(self.colors.values())) < len(self.colors)
+        ):
+            raise UserError(
+                f"colors must give each class ({describe_classes(self.class_names)}) a colour of its own that is not "
+                f"black, got {dict(colors)}"
+            )
+        self.full_check = full_check
+
+    def files(self) -> list[Path]:
+        return [self.label_dir / name for name in list_images(self.label_dir)]
+
+    def records(self) -> Iterator[ImageRecord | Problem]:
+        labels, images = {}, set()
+        for name in list_images(self.label_dir):
+            stem = Path(name).stem
+            if stem in labels:
+                yield Problem(
+                    str(self.label_dir / name),
+                    None,
+                    "duplicate label",
+                    f"{labels[stem]} has the same stem; keep one of them",
+                )
+            labels.setdefault(stem, name)
+        for name in list_images(self.image_dir):
+            stem = Path(name).stem
+            try:
+                if stem in images:
+                    raise ImageError(
+                        "duplicate image", f"another image has the stem {stem}, so they would share a label"
+                    )
+                images.add(stem)
+                height, width, deep = probe(self.image_dir / name, self.full_check)
+            except ImageError as error:
+                yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)
+                continue
+            if stem not in labels:
+                yield Problem(
+                    str(self.image_dir / name),
+                    None,
+                    "label missing",
+                    f"no label image {stem}.png in "
+                    f"{self.label_dir}; add it (all zeros for a clean image) or remove the image",
+                    name,
+                )
+                continue
+            path = self.label_dir / labels[stem]
+            record = ImageRecord(name, height, width, deep=deep)
+            try:
+                for problem in self._read(path, record):
+                    record.complete = False
+                    yield problem
+            except ImageError as error:
+                yield Problem(
+                    str(path),
+                    None,
+                    error.cause.replace("an image", "a label").replace("image", "label"),
+                    str(error),
+                    name,
+                )
+                continue
+            yield record
+        for stem, name in labels.items():
+            if stem not in images:
+                yield Problem(
+                    str(self.label_dir / name),
+                    None,
+                    "image missing",
+                    f"no image {stem} in {self.image_dir}; add it or remove the label",
+                )
+
+    def _read(self, path: Path, record: ImageRecord) -> Iterator[Problem]:
+        """Adds the masks of one label image to its record; yields a problem for each value that is no class."""
+        label = read_label(path, self.colors is not None)
+        if label.shape != (record.height, record.width):
+            raise ImageError(
+                "label size",
+                f"the label is {label.shape[1]}x{label.shape[0]}, its image "
+                f"{record.width}x{record.height}; they must be equal",
+            )
+        values = {number: number for number in self.class_names} if self.colors is None else self.colors
+        numbers = {value: number for number, value in values.items()}
+        for value in np.unique(label).tolist():
+            if value in numbers:
+                record.masks.append((numbers[value], encode_mask(label == value)))
+            elif value:
+                shown = value if self.colors is None else f"colour {[value >> 16, value >> 8 & 255, value & 255]}"
+                yield Problem(
+                    str(path),
+                    None,
+                    "unknown class",
+                    f"the label has the value {shown}, but the classes are "
+                    f"{describe_classes(self.class_names)}, and 0 is none",
+                    record.name,
+                )
+
+
+def read_label(path: Path, color: bool = False) -> np.ndarray:
+    """int64 [H, W] of a label image: grey values (1, 8 or 16 bit) or palette indices; with `color` 0xRRGGBB.
+
+    Raises:
+        ImageError: the file cannot be read, or has colours where numbers are expected.
+    """
+    probe(path)
+    try:
+        with Image.open(path) as image:
+            if color:
+                return np.asarray(image.convert("RGB")).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+            if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+                return np.asarray(image).astype(np.int64)
+            mode = image.mode
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError("label damaged", f"the label cannot be decoded ({error}); write it again") from error
+    raise ImageError(
+        "label mode",
+        f"the label has the mode {mode}, but grey values or a palette are expected; save it with one "
+        "number per pixel, or give the reader its colors",
+    )
+
+
+def _packed(color: Sequence[int]) -> int:
+    if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+        raise UserError(f"a colour is [r, g, b] of 0..255, got {list(color)}")
+    return color[0] << 16 | color[1] << 8 | color[2]

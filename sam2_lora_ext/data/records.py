@@ -1,0 +1,106 @@
+"""What every reader yields: one `ImageRecord` per image, one `Problem` per thing that cannot be used."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sam2_lora_ext.errors import UserError
+
+SEVERSTAL_CLASSES = {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
+LISTED = 50  # problems in one message
+OnInvalid = Literal["error", "skip"]
+
+
+@dataclass
+class ImageRecord:
+    """One image and its masks."""
+
+    name: str  # below the reader's image folder
+    height: int
+    width: int
+    masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
+    deep: bool = False  # more than 8 bits a channel
+    complete: bool = True  # False: a mask of it was dropped, so nothing here may be called clean
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the data that cannot be used."""
+
+    file: str
+    row: int | None  # line of a table, counted from 1 as editors do; None where a file has no rows
+    cause: str  # a few fixed words, to count by
+    sentence: str  # what came, what was expected, what to do
+    image: str | None = None  # the image that it concerns, where one is known
+
+    def __str__(self) -> str:
+        return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.sentence}"
+
+
+class Reader(Protocol):
+    """One annotation format. Nothing is read before `records` is called."""
+
+    image_dir: Path
+    class_names: dict[int, str]
+
+    def records(self) -> Iterator[ImageRecord | Problem]:
+        """All images and all problems, in one pass; an image whose mask was dropped says so (`complete`)."""
+        ...
+
+    def files(self) -> list[Path]:
+        """The files besides the images whose content decides the records (the cache is keyed by them)."""
+        ...
+
+
+def class_table(classes: int | Sequence[str] | dict[int, str] | None) -> dict[int, str]:
+    """Class number -> name from a count, a list of names (numbered from 1), a table, or None for Severstal's four."""
+    if classes is None:
+        return dict(SEVERSTAL_CLASSES)
+    if isinstance(classes, int):
+        classes = [f"defect_{number}" for number in range(1, classes + 1)]
+    if not hasattr(classes, "items"):
+        classes = dict(enumerate(classes, 1))
+    table = {int(number): str(name) for number, name in classes.items()}
+    if not table or min(table) < 1:
+        raise UserError(f"classes are numbered from 1 (0 is a clean image), got {table or 'none'}")
+    if len(set(table.values())) < len(table):
+        raise UserError(f"class names must differ, got {', '.join(table.values())}")
+    return table
+
+
+def describe_classes(class_names: dict[int, str]) -> str:
+    """The known classes for a message: `1 (patches), 2 (scratches)`."""
+    return ", ".join(f"{number} ({name})" for number, name in sorted(class_names.items()))
+
+
+def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path) -> None:
+    """Ends the reading: one error that lists all problems, or with `skip` one summary line in the log.
+
+    Raises:
+        UserError: there are problems and `on_invalid` is "error".
+    """
+    if on_invalid not in ("error", "skip"):
+        raise UserError(f"on_invalid must be error or skip, got {on_invalid!r}")
+    if not problems:
+        return
+    counts = ", ".join(f"{count} {cause}" for cause, count in Counter(p.cause for p in problems).most_common())
+    if on_invalid == "skip":
+        logging.getLogger(__name__).warning("%s: skipped %d invalid entries: %s", where, len(problems), counts)
+        return
+    lines = [f"  {problem}" for problem in problems[:LISTED]]
+    if len(problems) > LISTED:
+        lines.append(f"  ... and {len(problems) - LISTED} more")
+    raise UserError(
+        "\n".join(
+            [
+                f"{where} has {len(problems)} invalid entries ({counts}); mend them, or set "
+                "on_invalid: skip to leave them out:",
+                *lines,
+            ]
+        )
+    )

@@ -1,0 +1,140 @@
+"""A look at a data set: what is in it, what is wrong with it, which images are the same.
+
+Legend: N usable images.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
+from sam2_lora_ext.data.ids import class_of
+from sam2_lora_ext.data.images import explain, load
+from sam2_lora_ext.data.index import AnnotationIndex, collect
+from sam2_lora_ext.data.objects import ObjectTable, make_objects
+from sam2_lora_ext.data.records import Problem, Reader
+
+DARK = 16  # a grey level at most so high (of 255) is unexposed
+
+
+@dataclass
+class PixelFacts:
+    """What the pixels of N images say."""
+
+    modes: list[str] = field(default_factory=list)  # of PIL, e.g. RGB
+    black: list[float] = field(default_factory=list)  # share of columns that are unexposed
+    digests: list[bytes] = field(default_factory=list)
+    hashes: list[np.ndarray] = field(default_factory=list)
+    thumbnails: list[np.ndarray] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def equal(self) -> np.ndarray:
+        """Pairs of images with the same pixels."""
+        return equal_pairs(self.digests)
+
+    def near(self) -> np.ndarray:
+        """Pairs of images that look the same."""
+        return near_pairs(
+            np.array(self.hashes, bool).reshape(-1, 256), np.array(self.thumbnails, np.uint8).reshape(-1, 16, 64)
+        )
+
+
+def look_at_pixels(index: AnnotationIndex, progress: bool = True) -> PixelFacts:
+    """Decodes every image once; one that cannot be decoded is a problem, and like no other."""
+    facts = PixelFacts()
+    for number in tqdm(range(len(index)), desc="images", unit="image", disable=not progress):
+        path = index.path(number)
+        try:
+            image = load(path)
+            mode, grey = image.mode, np.asarray(image.convert("L"))
+            digest = hashlib.sha256(f"{mode}{image.size}".encode() + image.tobytes()).digest()
+            small, bits = thumbnail(image), difference_hash(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = explain(error, path)
+            facts.problems.append(Problem(path, None, reason.cause, str(reason), index.name(number)))
+            mode, grey, digest = "unreadable", np.full((1, 1), 255), str(number).encode()
+            small, bits = np.zeros((16, 64), np.uint8), np.zeros(256, bool)
+        facts.modes.append(mode)
+        facts.black.append(float((grey.max(axis=0) <= DARK).mean()))
+        facts.digests.append(digest)
+        facts.hashes.append(bits)
+        facts.thumbnails.append(small)
+    return facts
+
+
+def scan(reader: Reader, progress: bool = True) -> tuple[dict[str, Any], AnnotationIndex]:
+    """Everything `scan.json` says, and the index it was found with."""
+    index = collect(reader)
+    facts = look_at_pixels(index, progress)
+    return summarise(index, facts), index
+
+
+def summarise(index: AnnotationIndex, facts: PixelFacts) -> dict[str, Any]:
+    """The content of `scan.json`; a mask is what one class covers of one image."""
+    masks, objects = make_objects(index, "classes"), make_objects(index, "components")
+    sizes = Counter(f"{width}x{height}" for height, width in index.sizes.tolist())
+    present = class_sets(index)
+    problems = [*index.problems, *facts.problems]
+    exact = facts.equal()
+    return {
+        "images": len(index),
+        "clean": int(index.clean().sum()),
+        "clean_share": float(index.clean().mean()) if len(index) else 0.0,
+        "masks": len(masks),
+        "masks_per_class": _per_class(index, masks),
+        "objects": len(objects),
+        "objects_per_class": _per_class(index, objects),
+        "class_names": {str(number): name for number, name in sorted(index.class_names.items())},
+        "combinations": {label: count for label, count in sorted(Counter(map(combination, present)).items())},
+        "object_area": {
+            str(number): _spread(objects.areas[class_of(objects.ids) == number]) for number in sorted(index.class_names)
+        },
+        "sizes": dict(sizes.most_common()),
+        "modes": dict(Counter(facts.modes).most_common()),
+        "black_share": {
+            "mean": float(np.mean(facts.black)) if facts.black else 0.0,
+            "max": max(facts.black, default=0.0),
+            "images_above_10_percent": sum(share > 0.1 for share in facts.black),
+        },
+        "duplicates": {
+            "exact": _named(index, groups(len(index), exact)),
+            "near": _named(index, groups(len(index), exact, facts.near())),
+        },
+        "problems_per_cause": dict(Counter(problem.cause for problem in problems).most_common()),
+        "problems": [asdict(problem) for problem in problems],
+    }
+
+
+def class_sets(index: AnnotationIndex) -> list[tuple[int, ...]]:
+    """The classes of each image, ascending; empty for a clean one."""
+    return [tuple(sorted({class_id for class_id, _ in index.masks(image)})) for image in range(len(index))]
+
+
+def combination(classes: tuple[int, ...]) -> str:
+    """`1+3`, or `clean`."""
+    return "+".join(map(str, classes)) or "clean"
+
+
+def _per_class(index: AnnotationIndex, objects: ObjectTable) -> dict[str, int]:
+    classes = class_of(objects.ids)
+    return {str(number): int((classes == number).sum()) for number in sorted(index.class_names)}
+
+
+def _spread(areas: np.ndarray) -> dict[str, float]:
+    """Quantiles in pixels; empty without objects."""
+    if not len(areas):
+        return {}
+    levels = {"min": 0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1}
+    return {name: float(np.quantile(areas, level)) for name, level in levels.items()}
+
+
+def _named(index: AnnotationIndex, group: np.ndarray) -> list[list[str]]:
+    """The names in each group of at least two images."""
+    members: dict[int, list[str]] = {}
+    for image, number in enumerate(group.tolist()):
+        members.setdefault(number, []).append(index.name(image))
+    return [names for names in members.values() if len(names) > 1]

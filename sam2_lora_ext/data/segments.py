@@ -1,0 +1,106 @@
+"""Masks and pixels of one strip, as SAM 2's `VOSDataset` asks for them: decoded only when used.
+
+A frame shows the columns [start, stop) of the strip; column-major runs are cut without decoding the rest.
+Legend: H W height and width of the frame in pixels.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_utils
+from training.dataset.vos_segment_loader import LazySegments
+
+from sam2_lora_ext.data.images import read_rgb
+from sam2_lora_ext.data.rle import crop_columns, to_coco_counts
+
+
+class RunSegments(LazySegments):
+    """object id -> mask uint8 [H, W]; `segments` holds runs, decoded by pycocotools on access."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.size = (height, width)
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        if key not in self.cache:
+            self.cache[key] = torch.from_numpy(decode(self.segments[key], *self.size))
+        return self.cache[key]
+
+    def items(self):
+        """(id, mask) pairs, for samplers that look at every mask."""
+        return ((key, self[key]) for key in self.keys())
+
+
+def decode(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The mask uint8 [H, W] of ascending runs, in Fortran order; pycocotools sees only the columns of the object."""
+    columns = np.zeros((width, height), dtype=np.uint8)
+    if len(runs):
+        first = int(runs[0, 0]) // height
+        last = (int(runs[-1, 0]) + int(runs[-1, 1]) - 1) // height + 1
+        counts = to_coco_counts(runs - (first * height, 0), height, last - first)
+        rle = mask_utils.frPyObjects({"size": [height, last - first], "counts": counts}, height, last - first)
+        columns[first:last] = mask_utils.decode(rle).T
+    return columns.T
+
+
+class StripSegmentLoader:
+    """`load(frame_idx)` gives the objects that the frame shows; a clean object (no runs) is in every frame.
+
+    Args:
+        objects: object id -> runs on the whole strip.
+        height: H of the strip.
+        width: W of the strip.
+        windows: [start, stop) columns of each frame.
+    """
+
+    def __init__(self, objects: dict[int, np.ndarray], height: int, width: int, windows: Sequence[tuple[int, int]]):
+        self.objects = objects
+        self.height = height
+        self.width = width
+        self.windows = windows
+        self._loaded = {}
+
+    def load(self, frame_idx: int) -> RunSegments:
+        if frame_idx not in self._loaded:
+            start, stop = self.windows[frame_idx]
+            whole = (start, stop) == (0, self.width)
+            segments = RunSegments(self.height, stop - start)
+            for object_id, runs in self.objects.items():
+                visible = runs if whole else crop_columns(runs, self.height, start, stop)
+                if len(visible) or not len(runs):
+                    segments[object_id] = visible
+            self._loaded[frame_idx] = segments
+        return self._loaded[frame_idx]
+
+
+class StripPixels:
+    """The pixels of one strip, decoded once for all its frames."""
+
+    def __init__(self, path: str, bits: int):
+        self.path = path
+        self.bits = bits
+
+    @cached_property
+    def rgb(self) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return read_rgb(self.path, self.bits)
+
+
+class WindowFrame:
+    """A `VOSFrame` of the columns [start, stop) of a strip, cut out when `data` is read."""
+
+    is_conditioning_only = False
+
+    def __init__(self, frame_idx: int, pixels: StripPixels, start: int, stop: int):
+        self.frame_idx = frame_idx
+        self.image_path = pixels.path
+        self._pixels = pixels
+        self._columns = slice(start, stop)
+
+    @cached_property
+    def data(self) -> torch.Tensor:
+        """float32 [3, H, W] in 0..1. SAM 2 turns it back by truncating x * 255, hence the half."""
+        crop = self._pixels.rgb[:, self._columns]
+        return torch.from_numpy((crop.astype(np.float32) + 0.5) / 255).permute(2, 0, 1)

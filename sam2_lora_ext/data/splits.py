@@ -1,0 +1,102 @@
+"""Train, validation and test, or k folds: the same for a seed anywhere, duplicates together, classes spread evenly."""
+
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import write_atomic
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """`train=0.8,val=0.1,test=0.1` -> a share for each split, summing to 1."""
+    shares = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        try:
+            share = float(value)
+        except ValueError:
+            share = 0.0
+        if not (name and equals and share > 0) or name in shares:
+            raise UserError(f"shares are like train=0.8,val=0.1,test=0.1, each above 0, got {text!r}")
+        shares[name] = share
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(f"the shares {text} sum to {sum(shares.values()):g}, but must sum to 1")
+    return shares
+
+
+def fold_shares(count: int) -> dict[str, float]:
+    """`fold0` ... with equal shares."""
+    if count < 2:
+        raise UserError(f"at least 2 folds are needed, got {count}")
+    return {f"fold{number}": 1 / count for number in range(count)}
+
+
+def stratified_split(
+    names: Sequence[str],
+    classes: Sequence[tuple[int, ...]],
+    groups: Sequence[int],
+    shares: Mapping[str, float],
+    seed: int = 42,
+) -> list[str]:
+    """A split for each image.
+
+    Groups of duplicates stay together. All groups are put in a row, by class combination (those that share their
+    rarest class side by side), within it in an order hashed from the seed and their names; along the row each goes to
+    the split that is furthest behind its share. So every stretch of the row, thus every combination, has the shares to
+    within a group or two, rare combinations count as their rarest class, and every split gets something.
+
+    Args:
+        names: of N images.
+        classes: of each image, empty for clean.
+        groups: a number for each image.
+        shares: share of each split, summing to 1.
+        seed: another one gives another split.
+
+    Raises:
+        UserError: fewer groups than splits.
+    """
+    members: dict[int, list[int]] = {}
+    for image, group in enumerate(groups):
+        members.setdefault(int(group), []).append(image)
+    if len(members) < len(shares):
+        raise UserError(
+            f"{len(names)} images in {len(members)} groups of duplicates cannot be split into {len(shares)} parts"
+        )
+    frequency = Counter(c for present in classes for c in present)
+
+    def place_in_row(images: list[int]) -> tuple:
+        present = sorted({c for image in images for c in classes[image]}, key=lambda c: (frequency[c], c))
+        return present, _order(seed, min(names[image] for image in images))
+
+    row = sorted(members.values(), key=place_in_row)
+    result = [""] * len(names)
+    done = dict.fromkeys(shares, 0)
+    placed = 0
+    for number, images in enumerate(row):
+        placed += len(images)
+        empty = [split for split in shares if not done[split]]
+        open_splits = (
+            empty if len(empty) == len(row) - number else shares
+        )  # the last groups, if a split has nothing yet
+        split = max(open_splits, key=lambda split: shares[split] * placed - done[split])
+        done[split] += len(images)
+        for image in images:
+            result[image] = split
+    return result
+
+
+def _order(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def write_split(path: str | Path, names: Sequence[str], splits: Sequence[str], force: bool = False) -> None:
+    """Writes the csv (`image,split`) that `SeverstalRawDataset` takes as `split_file`."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", "split"])
+    table.writerows(sorted(zip(names, splits, strict=True)))
+    write_atomic(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"), force=force)

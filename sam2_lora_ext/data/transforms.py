@@ -1,0 +1,178 @@
+"""Crops, flips and resizing of strips, on SAM 2's `VideoDatapoint` and in the call style of its own transforms.
+
+Each draws once (with `random`) and treats all frames alike. Pixels are PIL images here, masks uint8 [H, W]; x counts
+columns and y rows from the top left. Legend: H W height and width in pixels.
+"""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+from training.utils.data_utils import Object, VideoDatapoint
+
+from sam2_lora_ext.data.ids import CLEAN, class_of
+from sam2_lora_ext.data.pixels import resize_mask
+from sam2_lora_ext.errors import UserError
+
+DARK = 16  # a pixel at most so bright (of 255) is unexposed, not steel
+
+
+class RandomStripCrop:
+    """Cuts a random window that shows one of the objects, chosen at random.
+
+    An object that fits is shown whole; of a longer one some pixel, drawn uniformly, is in view. Other objects are
+    dropped when nothing of them is left in the first frame: an object that left the view must not become a negative
+    example. A clean object keeps its empty mask; its window is at least half exposed steel.
+
+    Args:
+        width: W of the window; a narrower strip is taken whole.
+        height: H of the window; None takes the full height.
+    """
+
+    def __init__(self, width: int, height: int | None = None):
+        self.width = _positive("width", width)
+        self.height = None if height is None else _positive("height", height)
+
+    def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
+        height, width = datapoint.size
+        window = min(self.height or height, height), min(self.width, width)
+        target = random.choice(datapoint.frames[0].objects)
+        if class_of(target.object_id) == CLEAN:
+            return crop(datapoint, *self._sound_corner(datapoint, window), *window)
+        rows, columns = torch.nonzero(target.segment, as_tuple=True)
+        if not len(rows):
+            raise ValueError(f"object {target.object_id} of video {datapoint.video_id} has no pixel in the first frame")
+        pixel = random.randrange(len(rows))
+        y = _draw_start(int(rows.min()), int(rows.max()), int(rows[pixel]), window[0], height)
+        x = _draw_start(int(columns.min()), int(columns.max()), int(columns[pixel]), window[1], width)
+        return crop(datapoint, y, x, *window)
+
+    @staticmethod
+    def _sound_corner(datapoint: VideoDatapoint, window: tuple[int, int]) -> tuple[int, int]:
+        """(y, x) of a random window at least half of which is exposed; of any window where there is none."""
+        height, width = datapoint.size
+        y = random.randint(0, height - window[0])
+        lit = np.asarray(datapoint.frames[0].data.convert("L"))[y : y + window[0]] > DARK
+        sums = np.append(0, np.cumsum(lit.sum(axis=0)))
+        starts = np.flatnonzero(sums[window[1] :] - sums[: -window[1]] >= window[0] * window[1] / 2)
+        return y, int(random.choice(starts)) if len(starts) else random.randint(0, width - window[1])
+
+
+class FixedStripCrop:
+    """Cuts a window around the objects, the same each time, for evaluation.
+
+    The window is centred on the box around all objects; where they do not fit, it stands where most of their pixels
+    are. A clean strip is cut at its exposed middle.
+
+    Args:
+        width: W of the window; None leaves the strip whole.
+    """
+
+    def __init__(self, width: int | None):
+        self.width = None if width is None else _positive("width", width)
+
+    def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
+        height, width = datapoint.size
+        if self.width is None or self.width >= width:
+            return datapoint
+        weight = sum(obj.segment.sum(dim=0, dtype=torch.int64) for obj in datapoint.frames[0].objects).numpy()
+        if not weight.any():
+            weight = (np.asarray(datapoint.frames[0].data.convert("L")) > DARK).sum(axis=0)
+        used = np.flatnonzero(weight)
+        left, right = (used[0], used[-1] + 1) if len(used) else (0, width)
+        x = int(np.clip((left + right - self.width) // 2, 0, width - self.width))
+        if right - left > self.width:
+            sums = np.cumsum(np.append(0, weight))
+            inside = sums[self.width :] - sums[: -self.width]  # pixels in the window that starts at each column
+            best = np.flatnonzero(inside == inside.max())
+            x = int(best[np.argmin(np.abs(best - x))])
+        before = len(datapoint.frames[0].objects)
+        datapoint = crop(datapoint, 0, x, height, self.width)
+        if len(datapoint.frames[0].objects) < before:
+            raise UserError(
+                f"a crop of {self.width} columns does not show all objects of video {datapoint.video_id}; set "
+                f"the data set's group_width: {self.width}, so that evaluation counts each"
+            )
+        return datapoint
+
+
+class RandomHorizontalFlip:
+    """Mirrors left and right with probability `p`."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
+        return _flip(datapoint, Image.Transpose.FLIP_LEFT_RIGHT, 1) if random.random() < self.p else datapoint
+
+
+class RandomVerticalFlip:
+    """Mirrors top and bottom with probability `p`."""
+
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
+        return _flip(datapoint, Image.Transpose.FLIP_TOP_BOTTOM, 0) if random.random() < self.p else datapoint
+
+
+class SquareResize:
+    """Squashes frames to a square as SAM 2's `RandomResizeAPI` does, but keeps small objects (see `resize_mask`).
+
+    The frames stay PIL images, for SAM 2's transforms behind it; `ModelInput` does this and the rest faster.
+
+    Args:
+        size: the side of the square in pixels.
+    """
+
+    def __init__(self, size: int):
+        self.size = _positive("size", size)
+
+    def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
+        size = [self.size, self.size]
+        for frame in datapoint.frames:
+            frame.data = F.resize(frame.data, size, antialias=True)
+            for obj in frame.objects:
+                obj.segment = resize_mask(obj.segment, self.size)
+        return datapoint
+
+
+def crop(datapoint: VideoDatapoint, y: int, x: int, height: int, width: int) -> VideoDatapoint:
+    """Cuts all frames to one window and drops the objects that the first frame no longer shows (clean ones stay)."""
+    for frame in datapoint.frames:
+        frame.data = frame.data.crop((x, y, x + width, y + height))
+        for obj in frame.objects:
+            obj.segment = obj.segment[y : y + height, x : x + width]
+    kept = {obj.object_id for obj in datapoint.frames[0].objects if _shown(obj)}
+    for frame in datapoint.frames:
+        frame.objects = [obj for obj in frame.objects if obj.object_id in kept]
+    datapoint.size = (height, width)
+    return datapoint
+
+
+def _shown(obj: Object) -> bool:
+    return class_of(obj.object_id) == CLEAN or bool(obj.segment.any())
+
+
+def _draw_start(first: int, last: int, pixel: int, window: int, length: int) -> int:
+    """A random start of a window within [0, length) that holds [first, last], or if that is too long then `pixel`."""
+    if last - first + 1 > window:
+        first = last = pixel
+    return random.randint(max(0, last - window + 1), min(first, length - window))
+
+
+def _flip(datapoint: VideoDatapoint, how: Image.Transpose, axis: int) -> VideoDatapoint:
+    for frame in datapoint.frames:
+        frame.data = frame.data.transpose(how)
+        for obj in frame.objects:
+            obj.segment = obj.segment.flip(axis)
+    return datapoint
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, Sequence) or value < 1:
+        raise UserError(f"{name} must be a number of pixels, at least 1, got {value!r}")
+    return value

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Follows one defect along a strip with SAM 2's own video predictor: a click in one window, its mask in all others.
+
+The strip is cut into overlapping windows that move to both sides of the click, as `configs/severstal_lora_video.yaml`
+trains it; what the windows say is stitched back to the strip and drawn into a picture.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.data.images import ImageError, probe, read_rgb
+from sam2_lora_ext.data.windows import Windows
+from sam2_lora_ext.errors import UserError, run_cli
+from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.tiles import stitch
+
+TINT = (0, 180, 255)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tracks, prints what was found, writes the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="merged (or any SAM 2) weights")
+    parser.add_argument("--config", required=True, metavar="NAME", help="e.g. configs/sam2.1/sam2.1_hiera_l.yaml")
+    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the strip")
+    parser.add_argument(
+        "--click", required=True, metavar="X,Y", help="a pixel of the defect, from the strip's top left"
+    )
+    parser.add_argument("--width", type=int, default=512, help="columns of a window (%(default)s)")
+    parser.add_argument("--stride", type=int, default=256, help="columns between windows (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, .png")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture")
+    args = parser.parse_args(argv)
+    refuse_existing(args.out, args.force)
+    try:
+        probe(args.image)
+        strip = read_rgb(args.image)
+        click = tuple(int(value) for value in args.click.split(","))
+        if len(click) != 2 or not (0 <= click[0] < strip.shape[1] and 0 <= click[1] < strip.shape[0]):
+            raise ValueError
+    except ImageError as error:
+        raise UserError(f"{args.image}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"--click is x,y inside the strip, got {args.click!r}") from error
+    if not args.checkpoint.is_file():
+        raise UserError(f"there is no file {args.checkpoint}; give merged weights with --checkpoint")
+    windows = Windows(min(args.width, strip.shape[1]), args.stride, 2).fixed(strip.shape[1])
+
+    from sam2.build_sam import build_sam2_video_predictor
+
+    predictor = build_sam2_video_predictor(args.config, str(args.checkpoint), device=args.device)
+    mask = track(predictor, strip, windows, click) > 0
+    write_atomic(args.out, lambda path: draw(strip, mask, click).save(path, format="PNG"))
+    columns = np.flatnonzero(mask.any(axis=0))
+    print(
+        f"{len(windows)} windows, {int(mask.sum())} pixels found"
+        + (f" in columns {columns[0]}..{columns[-1]}" if len(columns) else "")
+        + f"; picture in {args.out}"
+    )
+
+
+def track(predictor: Any, strip: np.ndarray, windows: Sequence[tuple[int, int]], click: tuple[int, int]) -> np.ndarray:
+    """Logits float32 [H, W] of the clicked object.
+
+    Args:
+        predictor: a `SAM2VideoPredictor`.
+        strip: uint8 [H, W, 3].
+        windows: [start, stop) columns, from left to right, all of one width.
+        click: (x, y) on the strip.
+    """
+    holding = [place for place, (start, stop) in enumerate(windows) if start <= click[0] < stop]
+    first = min(holding, key=lambda place: abs(sum(windows[place]) / 2 - click[0]))
+    logits: dict[int, torch.Tensor] = {}
+    for path in (range(first, len(windows)), range(first, -1, -1)):  # to the right, then to the left
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            for number, place in enumerate(path):
+                start, stop = windows[place]
+                Image.fromarray(strip[:, start:stop]).save(f"{folder}/{number:05d}.jpg", quality=100, subsampling=0)
+            state = predictor.init_state(folder)
+            points = np.array([[click[0] - windows[first][0], click[1]]], dtype=np.float32)
+            predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=points, labels=np.array([1]))
+            for number, _, found in predictor.propagate_in_video(state):
+                logits[path[number]] = found[0, 0].float().cpu()
+    tiles = torch.stack([logits[place] for place in range(len(windows))])
+    return stitch(tiles, [start for start, _ in windows], strip.shape[1]).numpy()
+
+
+def draw(strip: np.ndarray, mask: np.ndarray, click: tuple[int, int]) -> Image.Image:
+    """The strip, and below it the strip with the mask tinted and the click as a cross."""
+    shown = strip.copy()
+    shown[mask] = (shown[mask] * 0.5 + np.array(TINT) * 0.5).astype(np.uint8)
+    x, y = click
+    shown[y, max(x - 6, 0) : x + 7] = shown[max(y - 6, 0) : y + 7, x] = (255, 40, 40)
+    return Image.fromarray(np.concatenate([strip, shown]))
+
+
+if __name__ == "__main__":
+    run_cli(main)
