@@ -14,7 +14,7 @@ from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter, load_ad
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, identify, read_weights, weights_id, write_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import refuse_existing
-from sam2_lora_ext.lora import LoRAConfig
+from sam2_lora_ext.lora import LoRAConfig, adapter_from_state
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HALVES = (torch.float16, torch.bfloat16)
@@ -40,20 +40,16 @@ def merge_state_dict(
     for key in base:
         if key.endswith(ADAPTER_KEYS):
             raise UserError(f"the base has adapters itself ({key}): give the weights that its training began with")
-    shapes = {f"{name}.weight": layer.shape for name, layer in adapter.layers.items()}
-    shapes |= {key: value.shape for key, value in adapter.full.items()}
-    for key, shape in shapes.items():
-        if key not in base or base[key].shape != shape:
-            found = f"is {list(base[key].shape)}" if key in base else "does not exist"
-            raise UserError(f"the adapter changes {key} of shape {list(shape)}, which in the base {found}: it is of "
-                            f"another model than the base, which looks like {identify(base) or 'no stock SAM 2'}")
+    if words := adapter.misfit(base):
+        raise UserError(f"{words} in the base: the adapter is of another model than this base, which looks like "
+                        f"{identify(base) or 'no stock SAM 2'}")
     merged = {}
     for key, value in _shown(base.items(), "merging", progress):
         layer = adapter.layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
         target = value.dtype
         if value.is_floating_point():
             target = dtype or (torch.float32 if value.dtype in HALVES else value.dtype)
-        total = value.double() + layer.delta_weight() if layer else adapter.full.get(key, value)
+        total = layer.delta_weight().add_(value) if layer else adapter.full.get(key, value)
         merged[key] = total.to(target)
         if not _is_finite(merged[key]):
             cause = f"its values are too large for {target}" if _is_finite(total) else "its base holds NaN or infinity"
@@ -106,12 +102,12 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
         try:
             facts = json.loads(notes[0].read_text(encoding="utf-8"))
             config = LoRAConfig.of(facts["config"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{notes[0]} is damaged ({error}): it should be as LoRATrainer writes it") from error
         metadata = {key: facts[key] for key in ("base_id", "base_path", "model_config") if facts.get(key)}
     if not any(key.endswith(ADAPTER_KEYS) for key in state) and not (config and config.trainable):
         raise UserError(f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run")
-    return Adapter.from_state(state, config, alpha, base=base, metadata=metadata)
+    return adapter_from_state(state, config, alpha, base=base, metadata=metadata)
 
 
 def check_base(base_path: str | Path, base: Mapping[str, Tensor], adapter: Adapter) -> str | None:

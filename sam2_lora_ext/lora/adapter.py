@@ -1,10 +1,9 @@
-"""An adapter by itself, in memory: taken from a model or a checkpoint, put into a model. Needs torch only."""
+"""An adapter by itself, in memory: taken from a model, checked, put into another model. Needs torch only."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import mode
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.config import QKV, LoRAConfig
-from sam2_lora_ext.lora.inject import above, build_lora_model, lora_layers, outermost
+from sam2_lora_ext.lora.inject import build_lora_model, lora_layers
 from sam2_lora_ext.lora.layer import PLAIN, delta_weight, lora_scaling
 from sam2_lora_ext.lora.report import full_modules
 
@@ -109,11 +108,11 @@ class Adapter:
         modules = full_modules(model)
         if modules == [""]:
             raise UserError("every parameter of the model is trained: its checkpoint is the model, there is no adapter")
-        full = {key: _copy(value) for module in modules for key, value in model.state_dict().items()
+        full = {key: copied(value) for module in modules for key, value in model.state_dict().items()
                 if key.startswith(f"{module}.")}
         layers, adapters, dropout = {}, set(), 0.0
         for name, layer in lora_layers(model):
-            a, b, dropout = _copy(layer.lora_a), _copy(layer.lora_b), layer.dropout
+            a, b, dropout = copied(layer.lora_a), copied(layer.lora_b), layer.dropout
             layers[name] = LayerAdapter(a, b, layer.alpha, layer.rslora, layer.parts)
             adapters |= {f"{name}.lora_a", f"{name}.lora_b"}
         for key, parameter in model.named_parameters():
@@ -121,38 +120,14 @@ class Adapter:
                 raise UserError(f"{key} is trained, but not the whole of its module: an adapter cannot hold it alone")
         return cls(layers, full, modules, dropout, dict(metadata or {}))
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], config: LoRAConfig | None = None, alpha: float | None = None, *,
-                   base: Mapping[str, Tensor] | None = None, metadata: Mapping[str, Any] | None = None) -> "Adapter":
-        """The adapter inside the state dict of a training checkpoint; frozen weights in it are left out.
-
-        Args:
-            state: keys `<module>.lora_a` and `<module>.lora_b`, those of modules trained in full, perhaps all others.
-            config: what it was trained with. Without it no layer counts as fused, and what was trained in full is what
-                differs from `base`, or every other key when the checkpoint does not hold the whole model.
-            alpha: instead of the config's.
-            base: the weights that training began with.
-            metadata: see the class.
-
-        Raises:
-            UserError: the keys do not fit the config, or without it there is too little to go by.
-        """
-        names = [key.removesuffix(".lora_a") for key in state if key.endswith(".lora_a")]
-        if config is None and alpha is None and names:
-            raise UserError("a checkpoint does not hold alpha, and there is no lora.json of its run: give --alpha")
-        numbers = config or LoRAConfig()
-        if alpha is not None:
-            numbers = replace(numbers, alpha=alpha, alpha_pattern={})
-        layers = {}
-        for name in names:
-            if f"{name}.lora_b" not in state:
-                raise UserError(f"the checkpoint holds {name}.lora_a without its lora_b: it is not whole")
-            layers[name] = LayerAdapter(_copy(state[f"{name}.lora_a"]), _copy(state[f"{name}.lora_b"]),
-                                        numbers.alpha_of(name), numbers.rslora, numbers.parts_of(name))
-        others = [key for key in state if key.rpartition(".")[0] not in layers]
-        modules = _modules_meant(others, config.trainable) if config else _modules_changed(others, state, base, names)
-        full = {key: _copy(state[key]) for key in others if any(key.startswith(f"{module}.") for module in modules)}
-        return cls(layers, full, modules, numbers.dropout, dict(metadata or {}))
+    def misfit(self, state: Mapping[str, Tensor]) -> str | None:
+        """What it changes that a model's state dict has not, or has in another shape, in words; None when it fits."""
+        shapes = {f"{name}.weight": layer.shape for name, layer in self.layers.items()}
+        for key, shape in {**shapes, **{key: tuple(value.shape) for key, value in self.full.items()}}.items():
+            if key not in state or tuple(state[key].shape) != shape:
+                found = f"is {list(state[key].shape)}" if key in state else "does not exist"
+                return f"the adapter changes {key} of shape {list(shape)}, which {found}"
+        return None
 
     def config(self) -> LoRAConfig:
         """The config with which `inject` makes room for this adapter in a model without adapters.
@@ -193,14 +168,12 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
     values = dict(adapter.full)
     for name, layer in adapter.layers.items():
         own = layers[name]
-        if layer.parts != own.parts or not math.isclose(layer.scaling, own.scaling):
-            raise UserError(f"{name}: the adapter has scaling {layer.scaling:g} and parts {layer.parts}, the model has "
-                            f"{own.scaling:g} and {own.parts}: inject with the adapter's own config")
+        if (layer.rank, layer.parts) != (own.rank, own.parts) or not math.isclose(layer.scaling, own.scaling):
+            raise UserError(
+                f"{name}: the adapter has rank {layer.rank}, scaling {layer.scaling:g} and parts {layer.parts}, "
+                f"the model {own.rank}, {own.scaling:g} and {own.parts}: inject with the adapter's own config")
         values |= {f"{name}.lora_a": layer.lora_a, f"{name}.lora_b": layer.lora_b}
-    for key, value in values.items():
-        if key not in state or state[key].shape != value.shape:
-            raise UserError(f"the adapter's {key} is {list(value.shape)}, the model "
-                            + (f"has {list(state[key].shape)}" if key in state else "has no such key"))
+    _require_fit(adapter, state)
     with torch.no_grad():
         for key, value in values.items():
             state[key].copy_(value)
@@ -212,29 +185,17 @@ def attach_adapter(model: Model, adapter: Adapter) -> Model:
     Raises:
         UserError: the adapter does not fit the model.
     """
+    _require_fit(adapter, model.state_dict())
     build_lora_model(model, adapter.config())
     apply_adapter(model, adapter)
     return model
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that shares nothing."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _modules_meant(keys: Iterable[str], trainable: list[str]) -> list[str]:
-    names = dict.fromkeys(name for key in keys for name in reversed(list(above(key))))
-    for glob in trainable:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise UserError(f"the checkpoint holds nothing that lora.trainable's {glob!r} matches: it is not whole")
-    return outermost([name for name in names if any(fnmatchcase(name, glob) for glob in trainable)])
-
-
-def _modules_changed(keys: list[str], state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None,
-                     adapted: list[str]) -> list[str]:
-    if base is not None:
-        keys = [key for key in keys if key not in base or not torch.equal(state[key].float(), base[key].float())]
-    elif any(f"{name}.weight" in state for name in adapted):
-        raise UserError("the checkpoint holds the whole model, and no lora.json says what was trained: give --base")
-    if alone := [key for key in keys if "." not in key]:
-        raise UserError(f"{alone[0]} was trained, but is in no module: an adapter cannot hold it alone")
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+def _require_fit(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
+    if words := adapter.misfit(state):
+        raise UserError(f"{words} in this model: the adapter is of another one")

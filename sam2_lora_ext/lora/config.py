@@ -22,7 +22,7 @@ DEFAULT_TARGETS = (
 )
 Number = TypeVar("Number", int, float)
 QKV = ("q", "k", "v")  # order of the rows of Hiera's fused `qkv`
-IMPLEMENTATIONS = ("plain",)
+IMPLEMENTATIONS = ("plain", "lean")
 
 
 @dataclass
@@ -42,7 +42,7 @@ class LoRAConfig:
         alpha_pattern: glob -> alpha of the adapted layers that it matches.
         qkv_parts: of layers named `qkv`, adapt only these, e.g. ["q", "v"]; None adapts the fused layer as one.
         trainable: globs of modules that are trained in full beside the adapters, e.g. "*.norm1".
-        implementation: how the update is computed; "plain" is the only choice.
+        implementation: how the update is computed: "plain", or "lean" for the same numbers with less kept for backward.
     """
 
     targets: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))

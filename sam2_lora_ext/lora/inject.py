@@ -10,6 +10,7 @@ from torch import nn
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.config import LoRAConfig
 from sam2_lora_ext.lora.layer import LoRALinear
+from sam2_lora_ext.lora.lean import LeanLoRALinear
 from sam2_lora_ext.lora.report import report
 
 Config = LoRAConfig | Mapping[str, Any]
@@ -111,8 +112,8 @@ def inject(model: nn.Module, config: Config) -> dict[str, Any]:
     for name, rank, alpha, parts in find_targets(model, config):
         parent, _, attribute = name.rpartition(".")
         base = model.get_submodule(name)
-        setattr(model.get_submodule(parent), attribute,
-                LoRALinear(base, rank, alpha, config.dropout, parts, config.rslora))
+        layer = {"plain": LoRALinear, "lean": LeanLoRALinear}[config.implementation]
+        setattr(model.get_submodule(parent), attribute, layer(base, rank, alpha, config.dropout, parts, config.rslora))
     return report(model, _trained(model, config))
 
 

@@ -33,7 +33,7 @@ def block_diagonal(lora_b: Tensor, parts: tuple[bool, ...]) -> Tensor:
 
 def delta_weight(lora_a: Tensor, lora_b: Tensor, scaling: float, parts: tuple[bool, ...] = PLAIN) -> Tensor:
     """The update s B A of the weight (out, in); merging, exporting and the layer itself mean this one."""
-    return scaling * (block_diagonal(lora_b, parts) @ lora_a)
+    return block_diagonal(scaling * lora_b, parts) @ lora_a
 
 
 class LoRALinear(nn.Linear):
