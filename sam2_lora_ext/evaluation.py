@@ -4,6 +4,7 @@ Legend: O objects, H W pixels of the (cropped) strip. Clicks are simulated as SA
 each next one in the middle of the largest error.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,26 +50,32 @@ class Row:
 
 def read_samples(dataset: SeverstalRawDataset, crop_width: int | None) -> Iterator[Sample]:
     """The items of a data set built with `training=False`, cut as in validation; None keeps whole strips."""
-    cut = FixedStripCrop(crop_width)
     for index in range(len(dataset)):
-        video, segments = dataset.get_video(index)
-        frame = video.frames[0]
-        image = Image.open(frame.image_path).convert("RGB") if frame.data is None else Image.fromarray(np.asarray(frame.data))
-        masks = segments.load(frame.frame_idx)
-        objects = [Object(identifier, frame.frame_idx, masks[identifier]) for identifier in masks.keys()]
-        point = cut(VideoDatapoint([Frame(image, objects)], video.video_id, (image.height, image.width)))
-        objects = point.frames[0].objects
-        yield Sample(
-            name=video.video_name,
-            image=np.asarray(point.frames[0].data),
-            object_ids=[obj.object_id for obj in objects],
-            masks=torch.stack([obj.segment.bool() for obj in objects])[:, None],
-        )
+        yield read_sample(dataset, index, crop_width)
+
+
+def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None) -> Sample:
+    """One item of a data set, see `read_samples`."""
+    video, segments = dataset.get_video(index)
+    frame = video.frames[0]
+    image = Image.open(frame.image_path).convert("RGB") if frame.data is None else Image.fromarray(np.asarray(frame.data))
+    masks = segments.load(frame.frame_idx)
+    objects = [Object(identifier, frame.frame_idx, masks[identifier]) for identifier in masks.keys()]
+    point = FixedStripCrop(crop_width)(VideoDatapoint([Frame(image, objects)], video.video_id, (image.height, image.width)))
+    objects = point.frames[0].objects
+    return Sample(
+        name=video.video_name,
+        image=np.array(point.frames[0].data),  # a copy: PIL's own memory cannot be written
+        object_ids=[obj.object_id for obj in objects],
+        masks=torch.stack([obj.segment.bool() for obj in objects])[:, None],
+    )
 
 
 def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
     """The stock predictor, also for models that do not take 1024 px: it hard-codes the sizes of their feature maps."""
-    predictor = SAM2ImagePredictor(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)  # in stock's transforms
+        predictor = SAM2ImagePredictor(model)
     predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
     return predictor
 
@@ -81,7 +88,7 @@ class Prompter:
         self.predictor, self.size = predictor, image.shape[:2]
 
     def _scaled(self, coords: Tensor) -> Tensor:
-        return self.predictor._transforms.transform_coords(coords, normalize=True, orig_hw=self.size)
+        return self.predictor._transforms.transform_coords(coords.to(self.predictor.device), normalize=True, orig_hw=self.size)
 
     def points(self, coords: Tensor, labels: Tensor, previous: Tensor | None = None, *, all_masks: bool = False) -> tuple[Tensor, Tensor]:
         """Answers clicks.
@@ -93,22 +100,26 @@ class Prompter:
             all_masks: return all three candidates of a first click instead of the one with the best predicted IoU.
 
         Returns:
-            Logits [O, M, H, W] at the strip's resolution and [O, M, h, w] at the model's; M is 1 or 3.
+            Logits [O, M, H, W] at the strip's resolution, on the CPU, and [O, M, h, w] at the model's; M is 1 or 3.
         """
+        labels = labels.to(self.predictor.device)
         logits, scores, low = self.predictor._predict(
             self._scaled(coords), labels, mask_input=previous, multimask_output=previous is None, return_logits=True
         )
         if previous is None and not all_masks:
-            rows, best = torch.arange(len(scores)), scores.argmax(1)
+            rows, best = torch.arange(len(scores), device=scores.device), scores.argmax(1)
             logits, low = logits[rows, best, None], low[rows, best, None]
-        return logits, low
+        return logits.cpu(), low
 
     def boxes(self, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Answers the exact box around each mask bool [O, 1, H, W]: logits [O, 1, H, W] and [O, 1, h, w]."""
-        corners = mask_to_box(masks)[:, 0].float().reshape(-1, 2, 2)
-        boxes = self._scaled(corners).reshape(-1, 4)
+        return self.corners(mask_to_box(masks)[:, 0].float())
+
+    def corners(self, corners: Tensor) -> tuple[Tensor, Tensor]:
+        """Answers boxes float [O, 4] of (x0, y0, x1, y1): logits [O, 1, H, W] and [O, 1, h, w]."""
+        boxes = self._scaled(corners.reshape(-1, 2, 2)).reshape(-1, 4)
         logits, _, low = self.predictor._predict(None, None, boxes, multimask_output=False, return_logits=True)
-        return logits, low
+        return logits.cpu(), low
 
 
 @torch.inference_mode()
