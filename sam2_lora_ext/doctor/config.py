@@ -1,0 +1,163 @@
+"""Checks of a training config: it composes, what it names exists and imports, its keys fit, its folder is free."""
+
+import importlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yellow
+
+AREA = "config"
+
+
+def load(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed and resolved config as plain containers.
+
+    Raises:
+        UserError: there is none, or it cannot be composed.
+    """
+    from omegaconf import OmegaConf
+
+    from sam2_lora_ext.compose import compose, locate
+    from sam2_lora_ext.host import USER_CONFIG_DIR
+
+    found, folder = locate(name)
+    if folder is not None:
+        os.environ[USER_CONFIG_DIR] = str(folder)
+    return OmegaConf.to_container(compose(found, overrides), resolve=True)
+
+
+def walk(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of all leaves."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        yield where, tree
+        return
+    for key, value in items:
+        yield from walk(value, f"{where}.{key}".lstrip("."))
+
+
+def check_targets(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Everything that `_target_` names, imported here: Hydra hides the cause behind "Error locating target"."""
+    targets: dict[str, str] = {}
+    for where, value in walk(config):
+        if where.rpartition(".")[2] == "_target_":
+            targets.setdefault(value, where)
+    bad = 0
+    for target, where in targets.items():
+        try:
+            resolve(target)
+        except Exception as error:
+            bad += 1
+            yield red(
+                AREA,
+                f"{where}: {target} cannot be imported: {root_cause(error)}",
+                "correct the name, or mend that import",
+            )
+    if not bad:
+        yield green(AREA, f"composes; all {len(targets)} classes and functions that it names can be imported")
+
+
+def resolve(target: str) -> Any:
+    """What a dotted name means.
+
+    Raises:
+        ImportError: no such module, or an import inside it fails.
+        AttributeError: the module has no such name.
+    """
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:cut])
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and (name == error.name or name.startswith(f"{error.name}.")) and cut > 1:
+                continue  # not a module but a class, perhaps
+            raise
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(f"{target!r} is no dotted name of a class or function")
+
+
+def check_paths(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Files and folders that the data sets and the checkpoint read."""
+    keys = re.compile(r"(^|\.)(image_dir|label_dir|csv|split_file|json|checkpoint_path|ann_file|root)$")
+    inputs = {
+        where: value
+        for section in ("data", "checkpoint")
+        for where, value in walk(config["trainer"].get(section) or {}, f"trainer.{section}")
+        if keys.search(where) and isinstance(value, str)
+    }
+    missing: dict[str, str] = {}
+    for where, value in inputs.items():
+        if not Path(value).exists():
+            missing.setdefault(value, where)
+    for value, where in missing.items():
+        variables = (
+            "; the environment variables that set it stand in the config's header"
+            if "checkpoint" in where or "data" in where
+            else ""
+        )
+        yield red(AREA, f"{where} is {value}, which does not exist (from {Path.cwd()})", f"correct the path{variables}")
+    if not missing:
+        yield green(AREA, f"all {len(set(inputs.values()))} input paths exist")
+
+
+def check_keys(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """The keys of batches, losses and meters, which the Trainer compares only when it gets there."""
+    trainer = config["trainer"]
+    losses = set(trainer.get("loss") or {})
+    bad = False
+    for phase in ("train", "val"):
+        key = (((trainer["data"].get(phase) or {}).get("collate_fn")) or {}).get("dict_key")
+        if key is None:
+            continue
+        if key not in losses:
+            bad = True
+            yield red(
+                AREA,
+                f"trainer.data.{phase}.collate_fn.dict_key is {key}, but trainer.loss has {', '.join(sorted(losses)) or 'nothing'}",
+                f"give trainer.loss an entry {key}",
+            )
+        if phase == "val" and key == "all":
+            bad = True
+            yield red(
+                AREA,
+                "the dict_key of validation is all, which the Trainer refuses",
+                "name it after the data, in data, loss and meters",
+            )
+        meters = set((trainer.get("meters") or {}).get(phase) or {})
+        if meters and meters != {key}:
+            bad = True
+            yield red(
+                AREA,
+                f"trainer.meters.{phase} has {', '.join(sorted(meters))}, but its batches have the key {key}",
+                f"name it {key}",
+            )
+    if not bad:
+        yield green(AREA, "keys of data, loss and meters fit")
+
+
+def check_folder(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the run's folder can be written, and whether a run is in it already."""
+    folder = Path(config["launcher"]["experiment_log_dir"]).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        yield red(AREA, f"{existing} cannot be written", "choose another launcher.experiment_log_dir")
+    elif (folder / "training_summary.json").exists():
+        yield yellow(
+            AREA,
+            f"{folder} holds a finished run, which will not be trained again",
+            "choose another launcher.experiment_log_dir for a new run",
+        )
+    elif (folder / "checkpoints/checkpoint.pt").exists():
+        yield yellow(
+            AREA,
+            f"{folder} holds an unfinished run, which will be continued",
+            "choose another launcher.experiment_log_dir for a new run",
+        )
+    else:
+        yield green(AREA, f"the run goes to {folder}")

@@ -1,0 +1,73 @@
+"""What the doctor says: green, yellow and red lines, each of the latter two with what to do."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TextIO
+
+from sam2_lora_ext.errors import find_user_error
+
+Level = Literal["green", "yellow", "red"]
+COLOURS = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
+MARKS = {"green": "ok  ", "yellow": "note", "red": "FAIL"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: green is as it should be, yellow works but deserves a look, red will not work."""
+
+    level: Level
+    area: str
+    text: str
+    advice: str = ""
+
+
+def green(area: str, text: str) -> Finding:
+    """As it should be."""
+    return Finding("green", area, text)
+
+
+def yellow(area: str, text: str, advice: str) -> Finding:
+    """Works, but deserves a look."""
+    return Finding("yellow", area, text, advice)
+
+
+def red(area: str, text: str, advice: str) -> Finding:
+    """Will not work."""
+    return Finding("red", area, text, advice)
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost cause of an error in one line; our own sentences as they are."""
+    if mistake := find_user_error(error):
+        return str(mistake)
+    seen: set[int] = set()
+    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None and id(
+        inner
+    ) not in seen:
+        seen.add(id(inner))
+        error = inner
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+
+
+def guarded(area: str, check: Callable[[], Iterable[Finding]], advice: str) -> Iterator[Finding]:
+    """The findings of a check; whatever it raises becomes a red one with its cause, so that the other checks go on."""
+    try:
+        yield from check()
+    except (Exception, SystemExit) as error:
+        yield red(area, root_cause(error), "" if find_user_error(error) else advice)
+
+
+def show(finding: Finding, file: TextIO = sys.stdout) -> None:
+    """Prints one line, in colour on a terminal."""
+    start, end = (COLOURS[finding.level], "\033[0m") if file.isatty() else ("", "")
+    print(f"{start}{MARKS[finding.level]}{end}  {finding.area:<11} {finding.text}", file=file)
+    if finding.advice:
+        print(f"{'':18}-> {finding.advice}", file=file, flush=True)
+
+
+def to_json(findings: Iterable[Finding]) -> dict[str, Any]:
+    """`{ok, counts, findings}` for --json."""
+    rows = list(findings)
+    counts = {level: sum(row.level == level for row in rows) for level in COLOURS}
+    return {"ok": not counts["red"], "counts": counts, "findings": [asdict(row) for row in rows]}

@@ -1,0 +1,214 @@
+"""Checks of what a training is made of: the base, the adapted model, the data, and one real step on one sample."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
+from sam2_lora_ext.doctor.looks import check_gradients, describe_dataset, peak_memory
+from sam2_lora_ext.errors import UserError
+
+GIGA = 1e9
+TRIES = 50  # samples that are looked at for one with a defect
+
+
+class Training:
+    """A config's parts, built when they are first asked for and used by several checks.
+
+    Args:
+        config: as plain containers, resolved.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.trainer = config["trainer"]
+        self.wanted = str(self.trainer.get("accelerator", "cuda"))
+        self.device = torch.device("cuda" if self.wanted == "cuda" and torch.cuda.is_available() else "cpu")
+        self._model: nn.Module | None = None
+
+    @property
+    def base_path(self) -> str | None:
+        """The file of the base, or None."""
+        initializer = (self.trainer.get("checkpoint") or {}).get("model_weight_initializer") or {}
+        return (initializer.get("state_dict") or {}).get("checkpoint_path")
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as the Trainer builds it, without weights."""
+        if self._model is None:
+            from hydra.utils import instantiate
+
+            torch.manual_seed(0)
+            self._model = instantiate(self.trainer["model"], _convert_="all")
+        return self._model
+
+    @property
+    def buildable(self) -> bool:
+        """Whether there is a model; `check_adapters` says why not."""
+        try:
+            return self.model is not None
+        except Exception:
+            return False
+
+    def check_checkpoint(self) -> Iterator[Finding]:
+        """The base: readable, which SAM 2 it is, its identity, and whether it fits the model; then it is loaded."""
+        from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights, weights_id
+
+        area = "checkpoint"
+        if self.base_path is None:
+            yield yellow(
+                area,
+                "the config names no base, so training would begin with random weights",
+                "set trainer.checkpoint.model_weight_initializer as in configs/base/severstal.yaml",
+            )
+            return
+        state = read_weights(self.base_path)
+        count = sum(value.numel() for value in state.values())
+        yield green(
+            area,
+            f"{self.base_path} is {identify(state) or 'no stock SAM 2'}, {count / 1e6:,.1f} M parameters, id {weights_id(state)[:12]}",
+        )
+        if any(key.endswith(ADAPTER_KEYS) for key in state):
+            yield red(
+                area,
+                f"{self.base_path} is a training checkpoint with adapters inside, not a base",
+                "give the file that its training began with, or merge it first: tools/merge_lora.py",
+            )
+            return
+        if self.buildable and (sentence := explain_mismatch(state, self.model.state_dict())):
+            yield red(area, sentence, "take the config of this checkpoint, or the checkpoint of this config")
+            return
+        if bad := [
+            key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
+        ]:
+            yield red(
+                area,
+                f"{self.base_path} holds NaN or infinity in {bad[0]} and {len(bad) - 1} more",
+                "copy or download it again",
+            )
+            return
+        if self.buildable:
+            self.model.load_state_dict(state, strict=False)
+
+    def check_adapters(self) -> Iterator[Finding]:
+        """What is trained; targets that hit nothing are an error when the model is built."""
+        from sam2_lora_ext.lora import report
+
+        facts = report(self.model)
+        if not facts["trained"]:
+            yield red(
+                "adapters",
+                "nothing in the model is trainable",
+                "give trainer.model.lora some targets, or set it to null",
+            )
+            return
+        groups = ", ".join(f"{len(row['layers'])} in {name}" for name, row in facts["groups"].items())
+        yield green(
+            "adapters",
+            f"{facts['trained']:,} of {facts['total']:,} parameters are trained ({facts['share']:.2%}); layers: {groups or 'all'}",
+        )
+
+    def check_data(self, phase: str) -> Iterator[Finding]:
+        """The data sets of a phase, built as in training, with a short scan of the annotations."""
+        from hydra.utils import instantiate
+
+        for data in (self.trainer["data"].get(phase) or {}).get("datasets", []):
+            conf = _inner(data)
+            if conf is None:
+                yield yellow(
+                    "data",
+                    f"{phase}: {data.get('_target_')} has no video_dataset, so it was not looked at",
+                    "check it yourself",
+                )
+                continue
+            yield from describe_dataset(phase, instantiate(conf, _convert_="all"))
+
+    def check_step(self) -> Iterator[Finding]:
+        """Forward, loss, backward and an optimizer step on one sample with a defect, with its time and memory."""
+        from hydra.utils import instantiate
+
+        model, area = self.model.to(self.device).train(), "step"
+        batch = self.sample().to(self.device)
+        losses = nn.ModuleDict({key: instantiate(conf, _convert_="all") for key, conf in self.trainer["loss"].items()})
+        trained = [value for value in model.parameters() if value.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6)
+        before = peak_memory(self.device)
+        began = time.perf_counter()
+        with self.autocast():
+            outputs = model(batch)
+            values = losses[batch.dict_key](outputs, batch.masks)
+        loss = values["core_loss"] if isinstance(values, Mapping) else values
+        if not torch.isfinite(loss):
+            yield red(
+                area,
+                f"the loss of one sample is {float(loss)}",
+                "look at the base and at the sample's image; try trainer.optim.amp.enabled=false",
+            )
+            return
+        loss.backward()
+        optimizer.step()
+        seconds = time.perf_counter() - began
+        where = "on the GPU" if self.device.type == "cuda" else "of the process at most"
+        yield green(
+            area,
+            f"one sample, {len(batch.masks[0])} object(s): loss {float(loss):.3f}, {seconds:.1f} s, "
+            f"{peak_memory(self.device) / GIGA:.2f} GB {where} ({before / GIGA:.2f} GB before){self.caveat}",
+        )
+        yield from check_gradients(model)
+
+    def sample(self) -> Any:
+        """A batch of one training sample that shows a defect, if one of the first has any."""
+        from hydra.utils import instantiate
+
+        conf = self.trainer["data"]["train"]
+        dataset = instantiate(conf["datasets"][0], _convert_="all")
+        inner = _attribute(dataset, "video_dataset")
+        known = getattr(inner, "classes_of", lambda index: {1})
+        place = next((index for index in range(min(len(inner or dataset), TRIES)) if known(index)), 0)
+        collate = instantiate(conf["collate_fn"])
+        return collate([_attribute(dataset, "video_dataset", holder=True)[place]])
+
+    @property
+    def caveat(self) -> str:
+        """What the step could not show here."""
+        return (
+            "; the config wants CUDA, this was the CPU" if self.wanted == "cuda" and self.device.type == "cpu" else ""
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision as the config has it; the Trainer's is for CUDA only."""
+        amp = (self.trainer.get("optim") or {}).get("amp") or {}
+        if not amp.get("enabled") or self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", dtype=getattr(torch, amp.get("amp_dtype", "bfloat16")))
+
+    def disk_need(self) -> float:
+        """Bytes that a run writes: checkpoints with optimizer state (twice while one is replaced), exports, logs."""
+        trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+        total = sum(value.numel() for value in self.model.parameters())
+        export = self.trainer.get("export") or {}
+        merged = 4 * total * (bool(export.get("merged")) + bool(export.get("flat_files")))
+        copies = 2 + int(self.trainer.get("keep_previous") or 0)
+        return copies * 3 * 4 * trained + 3 * 4 * trained + 2 * merged + 50e6
+
+
+def _inner(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of the raw data set inside wrappers."""
+    while data is not None and "video_dataset" not in data:
+        data = data.get("dataset")
+    return None if data is None else data["video_dataset"]
+
+
+def _attribute(dataset: Any, name: str, holder: bool = False) -> Any:
+    """`dataset.name`, looked up through wrappers that have a `dataset`; with `holder` the data set that has it."""
+    inner = dataset
+    while inner is not None and not hasattr(inner, name):
+        inner = getattr(inner, "dataset", None)
+    if inner is None:
+        if holder:
+            return dataset
+        raise UserError(f"the training data {type(dataset).__name__} has no {name}: the step needs a VOSDataset")
+    return inner if holder else getattr(inner, name)

@@ -1,0 +1,55 @@
+"""Which defects are found without any prompt: the stock `SAM2AutomaticMaskGenerator` against the true masks.
+
+Legend: O objects, A automatic masks, H W pixels.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+from sam2.modeling.sam2_base import SAM2Base
+from torch import Tensor
+
+from sam2_lora_ext.evaluation import make_predictor
+from sam2_lora_ext.metrics import iou, mask_counts
+from sam2_lora_ext.tiles import tile_starts
+
+
+class AutomaticMasks:
+    """The stock generator with its own thresholds, on whole strips or on tiles.
+
+    Args:
+        model: any SAM 2 in eval mode.
+        points_per_side: the generator asks about so many points squared, per image or tile.
+        tile: width of tiles, None for whole strips.
+        overlap: of neighbouring tiles.
+    """
+
+    def __init__(self, model: SAM2Base, points_per_side: int, tile: int | None = None, overlap: int = 0):
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning
+            )  # in stock's transforms
+            self.generator = SAM2AutomaticMaskGenerator(model, points_per_side=points_per_side)
+        self.generator.predictor = make_predictor(model)  # with the sizes of this model's feature maps
+        self.tile, self.overlap = tile, overlap
+
+    def masks(self, image: np.ndarray) -> Tensor:
+        """All masks bool [A, H, W] of an image uint8 [H, W, 3], A may be 0; a tile's are empty outside it."""
+        height, width = image.shape[:2]
+        tile = min(self.tile or width, width)
+        found = []
+        for start in tile_starts(width, tile, min(self.overlap, tile - 1)):
+            for record in self.generator.generate(np.ascontiguousarray(image[:, start : start + tile])):
+                mask = torch.zeros(height, width, dtype=torch.bool)
+                mask[:, start : start + tile] = torch.from_numpy(np.asarray(record["segmentation"], dtype=bool))
+                found.append(mask)
+        return torch.stack(found) if found else torch.zeros(0, height, width, dtype=torch.bool)
+
+    def best_ious(self, image: np.ndarray, truth: Tensor) -> tuple[list[float], int]:
+        """For each true mask bool [O, 1, H, W] the IoU of the best automatic mask (0 without any), and A."""
+        masks = self.masks(image)
+        if not len(masks):
+            return [0.0] * len(truth), 0
+        return [float(iou(mask_counts(masks, target)).max()) for target in truth], len(masks)

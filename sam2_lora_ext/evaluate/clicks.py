@@ -1,0 +1,89 @@
+"""Simulated users: clicks in the middle of the largest error, boxes that are a little off, clicks on sound steel.
+
+All of it depends on the image, the object and the seed only, so that every model is asked alike; later clicks answer a
+model's own errors. Legend: O objects, H W pixels, P clicks. Coordinates are (x, y) in pixels of the strip.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from sam2.modeling.sam2_utils import get_next_point, mask_to_box
+from torch import Tensor
+
+from sam2_lora_ext.data.transforms import DARK
+from sam2_lora_ext.evaluate.views import View
+
+
+def click_rounds(view: View, truth: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Asks with 1, 2, ... `count` clicks, as SAM's training does: each in the middle of the largest error.
+
+    An object that is answered without error gets no more clicks (there is nothing to click on) and keeps its mask.
+
+    Args:
+        view: the image.
+        truth: bool [O, 1, H, W], O >= 1, none of them empty.
+        count: clicks.
+
+    Yields:
+        Masks bool [O, 1, H, W] and object scores (logits) float [O] of the newest answers.
+    """
+    prediction, scores = torch.zeros_like(truth), torch.zeros(len(truth))
+    histories = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int32)) for _ in truth]
+    memories: list = [None] * len(truth)
+    for step in range(count):
+        open_ones = (prediction != truth).flatten(1).any(1).nonzero()[:, 0]
+        if len(open_ones):
+            coords, labels = get_next_point(truth[open_ones], prediction[open_ones] if step else None, "center")
+            for place, o in enumerate(open_ones.tolist()):
+                histories[o] = tuple(
+                    torch.cat([old, new]) for old, new in zip(histories[o], (coords[place], labels[place]))
+                )
+            answers = view.clicks([histories[o] for o in open_ones], [memories[o] for o in open_ones])
+            for o, answer in zip(open_ones.tolist(), answers, strict=True):
+                prediction[o, 0], scores[o], memories[o] = answer.mask, answer.score, answer.memory
+        yield prediction.clone(), scores.clone()
+
+
+def exact_boxes(truth: Tensor) -> Tensor:
+    """float [O, 4] of (x0, y0, x1, y1), the outermost pixels of masks bool [O, 1, H, W] that are not empty."""
+    return mask_to_box(truth)[:, 0].float()
+
+
+def shifted_boxes(
+    boxes: Tensor, share: float, size: tuple[int, int], image: str, object_ids: Sequence[int], seed: int = 0
+) -> Tensor:
+    """Boxes moved as a whole by `share` of their width and height, each along a diagonal drawn for its object.
+
+    Args:
+        boxes: float [O, 4], see `exact_boxes`.
+        share: 0.1 moves a box of 50 x 20 pixels by 5 and 2.
+        size: (H, W); what leaves the image is cut off, but a pixel always stays.
+        image: name of the image, part of the seed.
+        object_ids: part of the seed.
+        seed: another one draws other diagonals.
+    """
+    signs = torch.tensor([_diagonal(seed, image, identifier) for identifier in object_ids], dtype=torch.float32)  # O 2
+    step = share * (boxes[:, 2:] - boxes[:, :2] + 1) * signs
+    last = torch.tensor([size[1] - 1, size[0] - 1], dtype=torch.float32)
+    return torch.cat([corner.clamp(min=0).minimum(last) for corner in (boxes[:, :2] + step, boxes[:, 2:] + step)], 1)
+
+
+def sound_clicks(image: np.ndarray, count: int, name: str, seed: int = 0) -> Tensor:
+    """float [count, 2]: places on exposed steel of a clean image uint8 [H, W, 3]; its middle where all is black."""
+    height, width = image.shape[:2]
+    exposed = np.flatnonzero(image.mean(axis=2) > DARK)
+    if not len(exposed):
+        return torch.tensor([[width // 2, height // 2]], dtype=torch.float32).repeat(count, 1)
+    drawn = np.random.default_rng(_seed(seed, name)).choice(exposed, count)
+    return torch.tensor(np.stack([drawn % width, drawn // width], 1), dtype=torch.float32)
+
+
+def _seed(*parts: object) -> int:
+    return zlib.crc32("|".join(map(str, parts)).encode("utf-8", "surrogateescape"))
+
+
+def _diagonal(*parts: object) -> tuple[int, int]:
+    drawn = np.random.default_rng(_seed(*parts)).integers(2, size=2) * 2 - 1
+    return int(drawn[0]), int(drawn[1])

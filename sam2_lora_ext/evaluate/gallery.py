@@ -1,0 +1,80 @@
+"""Pictures of an evaluation: its best, median and worst masks of one click, and false alarms on clean strips."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sam2.modeling.sam2_utils import get_next_point
+
+from sam2_lora_ext.data.ids import class_of
+from sam2_lora_ext.data.rle import decode_runs
+from sam2_lora_ext.evaluate.run import CleanResult, ModelResult, ObjectResult
+from sam2_lora_ext.evaluation import Sample
+from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.metrics import iou
+from sam2_lora_ext.pictures import AFTER, BEFORE, TRUTH, overlay
+
+WIDEST, GAP = 900, 4  # pixels of a picture, and between its halves
+
+
+def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult | CleanResult]]:
+    """Objects by their IoU at one click, at most `count` a kind and none twice (fewer than three give the best only), and
+    false alarms.
+
+    A false alarm is a click on clean steel with a positive object score: the highest come first, one for each image.
+    """
+    values = iou(torch.tensor([row.by_clicks[0] for row in result.objects]).reshape(-1, 3)).tolist()
+    order = [result.objects[o] for o in sorted(range(len(values)), key=lambda o: -values[o])]
+    each = max(min(count, len(order) // 3), 1)
+    best, rest = order[:each], order[each:]
+    worst, rest = rest[::-1][:each], rest[: max(len(rest) - each, 0)]
+    middle = max((len(rest) - each) // 2, 0)
+    alarms: dict[str, CleanResult] = {}
+    for row in sorted(result.clean, key=lambda row: -row.score):
+        if row.score > 0:
+            alarms.setdefault(row.image, row)
+    return {
+        "best": best,
+        "median": rest[middle : middle + each],
+        "worst": worst,
+        "false alarms": list(alarms.values())[:count],
+    }
+
+
+def write_gallery(
+    folder: Path, result: ModelResult, samples: Sequence[Sample], class_names: dict[int, str], count: int = 4
+) -> list[dict[str, Any]]:
+    """Writes the pictures as JPEG; returns `{kind, file, caption}` of each, `file` relative to the folder's parent."""
+    written = []
+    for kind, rows in choose(result, count).items():
+        for number, row in enumerate(rows):
+            file = folder / f"{kind.replace(' ', '_')}_{number}.jpg"
+            picture, caption = draw(row, samples[row.item], class_names)
+            write_atomic(file, lambda path, picture=picture: picture.save(path, format="JPEG", quality=85))
+            written.append({"kind": kind, "file": f"{folder.name}/{file.name}", "caption": caption})
+    return written
+
+
+def draw(row: ObjectResult | CleanResult, sample: Sample, class_names: dict[int, str]) -> tuple[Image.Image, str]:
+    """Truth first, then the prediction with its click, and the caption."""
+    predicted = decode_runs(row.runs, *sample.image.shape[:2]) > 0
+    if isinstance(row, CleanResult):
+        caption = f"{row.image}: clean, object score {row.score:.1f}, {predicted.mean():.1%} of the image masked"
+        cells = [overlay(sample.image, predicted, BEFORE, row.click)]
+    else:
+        truth = sample.masks[sample.object_ids.index(row.object_id), 0].numpy()
+        value = float(iou(torch.tensor(row.by_clicks[0])))
+        class_id = class_of(row.object_id)
+        caption = f"{row.image}: {class_names.get(class_id, class_id)}, IoU {value:.2f}, score {row.score:.1f}"
+        click = get_next_point(torch.from_numpy(truth)[None, None], None, "center")[0][0, 0].tolist()
+        cells = [overlay(sample.image, truth, TRUTH), overlay(sample.image, predicted, AFTER, tuple(click))]
+    height, width = sample.image.shape[:2]
+    axis = 0 if width > 2 * height else 1  # long strips one above the other
+    gap = np.full((GAP, width, 3) if axis == 0 else (height, GAP, 3), 255, dtype=np.uint8)
+    picture = Image.fromarray(np.concatenate(cells if len(cells) == 1 else [cells[0], gap, cells[1]], axis))
+    if picture.width > WIDEST:
+        picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
+    return picture, caption

@@ -1,0 +1,80 @@
+"""Small pieces of HTML: escaped text, tables that scroll on a phone, pictures inside the page, and its style."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from sam2_lora_ext.errors import UserError
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5b6570; --line: #d9dee3; --panel: #f5f7f9;
+  --good: #15803d; --bad: #b42318 }
+@media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e6e9ec; --soft: #9aa5b0; --line: #343c44; --panel: #1d2329;
+  --good: #5fd38a; --bad: #ff8f80 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1180px; padding: 1rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: .3rem 0; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem } p { margin: .4rem 0 } .soft { color: var(--soft) }
+.scroll { overflow-x: auto; margin: .5rem 0 1rem }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { padding: 3px 12px 3px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
+td.n { white-space: nowrap } tbody th { position: sticky; left: 0; background: var(--paper) } th { font-weight: 600 } small { color: var(--soft) }
+.plots, .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
+figure { margin: 0; min-width: 0 } figcaption { font-size: 12px; color: var(--soft); overflow-wrap: anywhere }
+img, svg { display: block; width: 100%; height: auto } .tall { max-width: 700px }
+pre { background: var(--panel); padding: .7rem; overflow-x: auto; font-size: 12.5px; border-radius: 6px; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+.better { color: var(--good) } .worse { color: var(--bad) }
+summary { cursor: pointer }
+"""
+
+
+class Raw(str):
+    """Text that is HTML already."""
+
+
+def text(value: object) -> str:
+    """Escaped, unless it is `Raw`."""
+    return value if isinstance(value, Raw) else escape(str(value))
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table whose first column names the row."""
+    head = "".join(f"<th>{text(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th>{text(row[0])}</th>" + "".join(f"<td class=n>{text(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def picture(file: Path, caption: str) -> str:
+    """A JPEG or PNG inside the page.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    try:
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+    except OSError as error:
+        raise UserError(f"cannot read the picture {file} ({error.strerror}): evaluate again") from error
+    kind = "png" if file.suffix == ".png" else "jpeg"
+    return f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/{kind};base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def figure(svg: str) -> str:
+    """A plot; nothing for an empty one."""
+    return f"<figure>{svg}</figure>" if svg else ""
+
+
+def page(title: str, body: str) -> str:
+    """The whole page; it asks the network for nothing, not even for an icon."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<title>{escape(title)}</title><style>{STYLE}</style></head>
+<body>
+{body}
+</body></html>
+"""
