@@ -21,13 +21,15 @@ else
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help env demo test test-slow bench clean
+.PHONY: help env demo test test-slow fuzz bench quality clean
 help:
 	@echo 'make env        the environment in .venv: pinned packages, SAM 2, this project (editable)'
 	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  what takes longer: kills, cluster, browser'
-	@echo 'make bench      the quality benchmark: base, LoRA, full fine-tuning'
+	@echo 'make fuzz       the readers under random input for a minute each'
+	@echo 'make bench      cost: a training step, the data, bytes between ranks'
+	@echo 'make quality    quality on NEU-Seg: base, LoRA, full fine-tuning (half an hour)'
 	@echo 'make clean      removes caches and the run of the demo, not the environment'
 
 env: $(STAMP)
@@ -56,15 +58,21 @@ $(STAMP): requirements.txt requirements-sam2.txt setup.py pyproject.toml
 demo: env
 	$(PY) tools/demo.py $(ARGS)
 
-# One thread a process: the models under test are small, and some tests start several ranks.
+# One thread a process: the models under test are small, and some tests start several ranks. Two processes, a file at a time.
 test: env
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(FAST)" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(FAST)" $(ARGS)
 
 # pytest's exit code 5 says that no test was selected, which is no failure here.
 test-slow: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
 
+fuzz: env
+	SAM2_LORA_FUZZ_SECONDS=60 $(PY) -m pytest tests/test_fuzz_readers.py -s $(ARGS)
+
 bench: env
+	$(PY) -m benchmarks $(ARGS)
+
+quality: env
 	$(PY) -m benchmarks.quality $(ARGS)
 
 clean:

@@ -18,9 +18,9 @@ from training.utils.train_utils import MemMeter
 
 from sam2_lora_ext.errors import find_user_error
 
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|SESSION|DSN|PRIVATE", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|_PWD|CREDENTIAL|AUTH|COOKIE|SESSION|DSN|PRIVATE", re.IGNORECASE)
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
-URL_PASSWORD = re.compile(r"(://[^/@:\s]*):[^/@\s]+@")
+URL_PASSWORD = re.compile(r"(://(?:[^/@:\s]*:)?)[^/@\s]+@")
 
 
 class HostMemMeter(MemMeter):
@@ -42,28 +42,31 @@ def log_redacted_environment() -> None:
 
 def redact(name: str, value: str) -> str:
     """The value of a variable as it may be logged: without secrets, told by the name, and without passwords in URLs."""
-    return "<redacted>" if SECRET.search(name) else URL_PASSWORD.sub(r"\1:<redacted>@", value)
+    return "<redacted>" if SECRET.search(name) else URL_PASSWORD.sub(r"\1<redacted>@", value)
 
 
 @contextmanager
 def host_guards(accelerator: str) -> Iterator[None]:
     """Replaces `log_env_variables`, and on a CPU `MemMeter`, in the Trainer's module for the time of the block."""
-    saved = host.MemMeter, host.log_env_variables
+    saved, raising = (host.MemMeter, host.log_env_variables), logging.raiseExceptions
+    logging.raiseExceptions = False  # a line that a full disk refuses is no reason for a traceback
     host.log_env_variables = log_redacted_environment
     if accelerator == "cpu":
         host.MemMeter = HostMemMeter
     try:
         with warnings.catch_warnings():
-            # The Trainer names CUDA's autocast by its old name, at every step; on a CPU it also says that it does nothing.
-            warnings.filterwarnings("ignore", message=r".*torch\.cuda\.amp\.autocast.*deprecated", category=FutureWarning)
+            # The Trainer names CUDA's autocast by its old name, at every step; on a CPU that does nothing and says so.
+            warnings.filterwarnings(
+                "ignore", message=r".*torch\.cuda\.amp\.autocast.*deprecated", category=FutureWarning
+            )
             warnings.filterwarnings("ignore", message=".*CUDA is not available.*", category=UserWarning)
             yield
     finally:
-        host.MemMeter, host.log_env_variables = saved
+        (host.MemMeter, host.log_env_variables), logging.raiseExceptions = saved, raising
 
 
 def share_log() -> None:
-    """Lets this package's loggers write where the Trainer, which has taken logging over by now, writes its own lines."""
+    """Lets this package's loggers write where the Trainer, which has taken logging over by now, writes its own."""
     ours = logging.getLogger("sam2_lora_ext")
     ours.handlers, ours.propagate = logging.root.handlers, False
     ours.setLevel(logging.INFO)
@@ -71,27 +74,29 @@ def share_log() -> None:
 
 @contextmanager
 def at_work(accelerator: str) -> Iterator[None]:
-    """Guards the host, and ends the process with one sentence on a mistake that the user can mend (exit code 2) or Ctrl-C.
+    """Guards the host; ends the process with one sentence on a mistake that the user can mend, or on Ctrl-C.
 
     The launcher is stock, so nobody above would catch the error: users would see a traceback through Hydra.
     """
-    try:
-        with host_guards(accelerator):
+    with host_guards(accelerator):
+        try:
             yield
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
-    except Exception as error:
-        sentence = find_user_error(error) or system_refusal(error)
-        if sentence is None:
-            raise
-        logging.error(str(sentence))
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
+        except Exception as error:
+            sentence = find_user_error(error) or system_refusal(error)
+            if sentence is None:
+                raise
+            logging.error(str(sentence))
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
 
 
 def system_refusal(error: BaseException) -> str | None:
     """A sentence for what the disk or its rights refused somewhere in the host's code; None for other errors."""
     if not isinstance(error, OSError) or error.errno not in REFUSALS:
         return None
-    return f"cannot write {error.filename or 'the run'}: {error.strerror}; check the folder, its rights and the free disk"
+    return (
+        f"cannot write {error.filename or 'the run'}: {error.strerror}; check the folder, its rights and the free disk"
+    )

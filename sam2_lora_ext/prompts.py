@@ -1,11 +1,11 @@
-"""Clicks and boxes for training and validation: the stock sampling, made right for clean objects and repeatable per object.
+"""Clicks and boxes for training and validation: stock's sampling, made right for clean objects and repeatable.
 
-Stock SAM 2 gives an object with an empty mask a *negative* click (in validation always at (0, 0)) and an inverted box. Here a
-clean object gets one *positive* click on sound steel, never a box, and negative clicks afterwards: the question "is there
-something here?", whose answer the object score learns.
+Stock SAM 2 gives an object with an empty mask a *negative* click (in validation always at (0, 0)) and an inverted box.
+Here a clean object gets one *positive* click on sound steel, never a box, and negative clicks afterwards: the question
+"is there something here?", whose answer the object score learns.
 
-Legend: O objects, H W pixels, P points. Coordinates are (x, y) in pixels of the model's input. Labels: 1 positive click,
-0 negative click, 2 and 3 the corners of a box, -1 padding.
+Legend: O objects, H W pixels, P points. Coordinates are (x, y) in pixels of the model's input. Labels: 1 positive
+click, 0 negative click, 2 and 3 the corners of a box, -1 padding.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ class PromptSampler:
     def __init__(self, empty: Tensor, sound: Tensor, seeds: list[int] | None, *, fixed: list[int], exact_boxes: bool):
         self.empty, self.sound, self.exact_boxes = empty, sound, exact_boxes
         self.seeded = seeds is not None
+        self.correcting = False  # set once the first prompts are there
         self.generators = [torch.Generator().manual_seed(seed) for seed in (seeds or fixed)]
 
     @contextmanager
@@ -48,7 +49,7 @@ class PromptSampler:
 
         Args:
             gt_masks: bool [O, 1, H, W].
-            pred_masks: bool [O, 1, H, W], or None for the first click.
+            pred_masks: bool [O, 1, H, W], or None for the first click and for one that looks at the target alone.
             method: "uniform" over the error region, or "center" (the pixel deepest inside it).
 
         Returns:
@@ -59,11 +60,10 @@ class PromptSampler:
         else:
             points, labels = get_next_point(gt_masks=gt_masks, pred_masks=pred_masks, method=method)
         for o in self._clean(gt_masks):
-            wrong = pred_masks[o, 0] if pred_masks is not None else None
-            if wrong is not None and wrong.any():
+            if pred_masks is not None and pred_masks[o].any():
                 continue  # stock already clicks negatively on what was wrongly found
-            points[o, 0] = self._draw(o, self.sound[o] if wrong is None else ~gt_masks[o, 0]).to(points)
-            labels[o, 0] = int(wrong is None)
+            points[o, 0] = self._draw(o, self.sound[o]).to(points)
+            labels[o, 0] = int(not self.correcting)
         return points, labels
 
     def box(self, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,8 @@ class PromptSampler:
         Returns:
             Coordinates float32 [O, 2, 2] and labels int32 [O, 2].
         """
-        points, labels = sample_box_points(masks, **({"noise": 0.0} if self.exact_boxes else {}))
+        jittered = not (self.exact_boxes or self.seeded)
+        points, labels = sample_box_points(masks, **({} if jittered else {"noise": 0.0}))
         points, labels = points.float(), labels.clone()
         if self.seeded and not self.exact_boxes:
             points = self._seeded_boxes(masks)

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchvision", "hydra-core", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of what a result depends on; SAM 2 may be installed as `sam2` or, from Meta's checkout, as `SAM-2`."""
+    """The versions of what a result depends on; SAM 2 is called `sam2`, or `SAM-2` in Meta's checkout."""
     found: dict[str, str | None] = {"python": platform.python_version(), "sam2_lora_ext": sam2_lora_ext.__version__}
     for name in PACKAGES:
         found[name] = _version(name)
@@ -37,15 +37,16 @@ def git_commit() -> str | None:
 
 
 def summarize(
-    *, name: str, model_config: str | None, lora: Mapping[str, Any] | None, learning_rate: float, seed: int, world_size: int,
-    history: History, steps: int, planned_epochs: int, epochs: int, stop_reason: str | None, parameters: Mapping[str, int],
-    wall_seconds: float, base_id: str | None, skipped_steps: int,
+    *, name: str, model_config: str | None, lora: Mapping[str, Any] | None, learning_rate: float, seed: int,
+    world_size: int, history: History, steps: int, planned_epochs: int, epochs: int, stop_reason: str | None,
+    parameters: Mapping[str, int], wall_seconds: float, base_id: str | None, base_path: str | None, skipped_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The summary as plain values; epochs are phases, `skipped_steps` those of float16 overflows since the last start."""
+    """The summary as plain values; epochs are phases, `skipped_steps` those of float16 overflows in this process."""
     return {
         "name": name,
         "model_config": model_config,
         "base_id": base_id,
+        "base_path": base_path,
         "lora": dict(lora) if lora is not None else None,
         "learning_rate": learning_rate,
         "seed": seed,
@@ -64,6 +65,12 @@ def summarize(
         "versions": versions(),
         "git_commit": git_commit(),
     }
+
+
+def peak_rate(optim: Any) -> float:
+    """The highest learning rate of the schedule of the first parameter group of SAM 2's `Optimizer`."""
+    schedule = (optim.schedulers or [{}])[0].get("lr")
+    return max(schedule(w / 200) for w in range(200)) if schedule else optim.optimizer.param_groups[0]["lr"]
 
 
 def _version(name: str) -> str | None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 
 from sam2_lora_ext.compose import compose, locate
-from sam2_lora_ext.errors import find_user_error, run_cli
+from sam2_lora_ext.errors import UserError, find_user_error, run_cli
 from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher, known_configs
 
 EXAMPLES = """\
@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if mistake := find_user_error(error):  # Hydra wraps what the dataset, model or Trainer raised
             raise mistake from error
+        run_dir = str(config.launcher.experiment_log_dir)
+        if isinstance(error, OSError) and str(error.filename).startswith(run_dir):  # the launcher's own first files
+            raise UserError(
+                f"cannot write {error.filename}: {error.strerror}; choose another launcher.experiment_log_dir"
+            ) from error
+        if type(error).__name__ == "FailedJobError":  # submitit's: sbatch was not content
+            raise UserError(f"Slurm refused the job: {' '.join(str(error).split())}") from error
         raise
     return 0
 

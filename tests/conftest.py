@@ -71,6 +71,22 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def nano_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised small SAM 2, where the quality of the base does not matter."""
+    from small_runs import make_base
+
+    return make_base(tmp_path_factory.mktemp("base") / "nano.pt")
+
+
+@pytest.fixture(scope="session")
+def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve synthetic strips in Kaggle's layout, with split.csv; not to be changed."""
+    from small_runs import make_strips
+
+    return make_strips(tmp_path_factory.mktemp("strips"))
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """An empty folder for one training run, in a path with a space."""

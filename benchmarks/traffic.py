@@ -1,0 +1,74 @@
+"""What ranks send each other per step: the bytes of gradients that DDP reduces, LoRA against full fine-tuning.
+
+    python -m benchmarks.traffic [--configs severstal_lora severstal_full]
+
+Counted in DDP's own communication hook while one backward pass runs, on SAM 2.1 large by default, with random weights.
+"""
+
+import argparse
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from torch.nn.parallel import DistributedDataParallel
+
+from sam2_lora_ext.compose import compose, locate
+from sam2_lora_ext.files import write_json
+
+
+def reduced_bytes(config: str) -> tuple[int, int]:
+    """(bytes reduced in a backward pass, trained parameters) of a config's model; every trained parameter takes part."""
+    name, _ = locate(config)
+    model = instantiate(compose(name, ["trainer.accelerator=cpu"]).trainer.model, _convert_="all")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    class Touch(torch.nn.Module):
+        """Uses every trained parameter once: the traffic does not depend on what is computed with them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> torch.Tensor:
+            return sum(parameter.flatten()[0] for parameter in trained)
+
+    wrapped, sent = DistributedDataParallel(Touch()), [0]
+
+    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent[0] += bucket.buffer().numel() * bucket.buffer().element_size()
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, count)
+    wrapped().backward()
+    return sent[0], sum(parameter.numel() for parameter in trained)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--configs", nargs="+", default=["severstal_lora", "severstal_full"], help="the last is the whole")
+    parser.add_argument("--out", type=Path, default=Path("runs/traffic.json"))
+    args = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo")
+    rows = []
+    for config in args.configs:
+        sent, trained = reduced_bytes(config)
+        rows.append({"config": config, "bytes_per_step": sent, "params_trained": trained})
+    for row in rows:
+        row["share"] = row["bytes_per_step"] / rows[-1]["bytes_per_step"]
+        print(f"{row['config']:24} {row['bytes_per_step']:>15,} bytes a step, {row['share']:8.3%} of {rows[-1]['config']}")
+    write_json(args.out, rows)
+    print(f"written: {args.out}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Ablations: the members of a grid of overrides, what came out of each, and the table and plot of all.
+
+A member is a run of its own in its own folder, so that it resumes like any run and is finished when its
+summary is there.
+"""
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import write_atomic, write_json
+
+SUMMARY, MEMBER, LOG = "training_summary.json", "member.json", "ablation.log"
+METRICS = ("iou_1click", "dice_1click", "iou_8clicks", "dice_8clicks", "clean_accuracy")
+OPENING, CLOSING = "[{(", "]})"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One point of the grid: its overrides by key, and its run folder."""
+
+    values: dict[str, str] = field(hash=False)
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The last part of each key with its value, such as "rank=8, dropout=0.1"."""
+        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items())
+
+    @property
+    def overrides(self) -> list[str]:
+        """For Hydra."""
+        return [f"{key}={value}" for key, value in self.values.items()]
+
+
+def parse_grid(axes: Sequence[str]) -> dict[str, list[str]]:
+    """Key -> values of axes such as "lora.rank=4,8,16" or "lora.targets=[a,b],[c]" (commas in brackets do not divide).
+
+    Raises:
+        UserError: an axis is not of this form, names a key again, or a value twice.
+    """
+    grid: dict[str, list[str]] = {}
+    for axis in axes:
+        key, equals, text = axis.partition("=")
+        values = [value.strip() for value in _split(text)]
+        if not equals or not re.fullmatch(r"\+{0,2}[\w.@/-]+", key) or not all(values):
+            raise UserError(f"--grid takes key=value,value ..., got {axis!r}")
+        if key in grid or len(set(values)) < len(values):
+            raise UserError(f"--grid names {key} or one of its values twice: {axis!r}")
+        grid[key] = values
+    return grid
+
+
+def members_of(grid: dict[str, list[str]], out: Path, common: Sequence[str]) -> list[Member]:
+    """All combinations, each with a folder below `out` that tells its values; notes the settings of new ones there.
+
+    Args:
+        grid: key -> values.
+        out: the ablation's folder.
+        common: config and overrides that all members share.
+
+    Raises:
+        UserError: a folder holds a member of other settings.
+    """
+    found = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        label = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items())
+        label = re.sub(r"[^\w.-]+", "-", label).strip("-")
+        if len(label) > 80 or any(label == member.folder.name for member in found):
+            label = f"{label[:70]}_{len(found)}"
+        member = Member(chosen, out / label)
+        settings = {"values": chosen, "common": list(common)}
+        note = member.folder / MEMBER
+        if note.exists() and json.loads(note.read_text()) != settings:
+            raise UserError(f"{member.folder} holds a member of other settings: choose another --out")
+        if not note.exists():
+            write_json(note, settings)
+        found.append(member)
+    return found
+
+
+def finished(member: Member) -> bool:
+    """Whether the member was trained to its end."""
+    return (member.folder / SUMMARY).exists()
+
+
+def reason_of_failure(member: Member, code: int) -> str:
+    """The sentence with which a member's process ended, from its log."""
+    log = member.folder / LOG
+    lines = (
+        [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    )
+    sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (sentences or lines or ["it left no word"])[-1][:500] + f" (exit code {code}; log: {log})"
+
+
+def collect(members: Sequence[Member], failures: dict[str, str]) -> list[dict[str, Any]]:
+    """One row a member: its values, `status`, what it trained and its best validation.
+
+    Args:
+        members: all of them.
+        failures: folder name -> reason, of those that failed now.
+    """
+    rows = []
+    for member in members:
+        row: dict[str, Any] = {"member": member.folder.name, **member.values, "status": "failed", "reason": ""}
+        if finished(member):
+            summary = json.loads((member.folder / SUMMARY).read_text())
+            best = summary["best"] or {"metrics": {}, "step": None}
+            row |= {"status": "finished", "params_trained": summary["parameters"]["trained"], "best_step": best["step"],
+                    "steps": summary["steps"], "seconds": summary["wall_seconds"]}  # fmt: skip
+            row |= {name: best["metrics"].get(name) for name in METRICS}
+            row[summary["monitor"]] = best["metrics"].get(summary["monitor"])
+        else:
+            row["reason"] = failures.get(member.folder.name, "not run")
+        rows.append(row)
+    return rows
+
+
+def best_of(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The finished member with the highest metric; of equal ones the smallest."""
+    known = [row for row in rows if row.get(metric) is not None]
+    return max(known, key=lambda row: (row[metric], -row["params_trained"]), default=None)
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows under the union of their columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def to_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """A table of the members, the best in bold."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("member", "reason")]
+    best = best_of(rows, metric)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = [_cell(row.get(column)) for column in columns]
+        cells = [f"**{cell}**" if row is best and cell else cell for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
+    """The metric against the trained parameters, one point a finished member; nothing without any."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = [row for row in rows if row.get(metric) is not None]
+    if not known:
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.scatter([row["params_trained"] for row in known], [row[metric] for row in known])
+    for row in known:
+        axes.annotate(
+            row["member"], (row["params_trained"], row[metric]), textcoords="offset points", xytext=(5, 4), fontsize=8
+        )
+    axes.set(xlabel="trained parameters", ylabel=f"{metric} (best validation)", xscale="log")
+    axes.grid(alpha=0.3)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that are in no bracket and no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        depth += (character in OPENING and not quote) - (character in CLOSING and not quote)
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value).replace("|", "\\|")
+    )

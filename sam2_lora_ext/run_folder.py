@@ -1,0 +1,158 @@
+"""What a run leaves behind beside the Trainer's own files, written by rank 0 and whole at every moment.
+
+run_dir/
+  run.json                the run's name with its start time, fixed at the first start
+  lora.json               which layers are adapted, parameters, the LoRA config, the identity of the base
+  validations.json        the metrics of every validation; early stopping and `best` are computed from it
+  adapters/{best,latest,final}/   PEFT folders
+  weights/{best,final}.pt         full weights instead, where no adapter is trained
+  merged_best.pt          on request: what stock `build_sam2` loads
+  <name>/*.torch          on request: the flat files of the older Severstal script
+  training_summary.json   at the end
+"""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sam2_lora_ext.adapter import save_adapter
+from sam2_lora_ext.checkpoint_files import write_checkpoint
+from sam2_lora_ext.checkpoints import read_weights, write_weights
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import write_json
+from sam2_lora_ext.lora import lora_layers, report
+from sam2_lora_ext.lora.adapter import Adapter
+from sam2_lora_ext.merge import merge_state_dict
+
+SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
+
+
+def model_size(config_name: str | None) -> str:
+    """ "large" for "configs/sam2.1/sam2.1_hiera_l.yaml", and so on; the file's own name for other configs."""
+    name = Path(config_name or "custom").stem
+    hiera = re.search(r"hiera_(t|s|b\+|l)$", name)
+    return SIZES[hiera.group(1)] if hiera else name.removeprefix("sam2_")
+
+
+def short_number(value: float) -> str:
+    """A learning rate as people write it in a folder's name: 1e-3, 5e-4, 0."""
+    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.0e}") if value else "0"
+
+
+class RunFolder:
+    """The files of one run; only rank 0 makes one.
+
+    Args:
+        path: `launcher.experiment_log_dir`.
+        model: the unwrapped model; read when something is exported.
+        facts: the adapter's metadata that does not change: `base_id`, `model_config` ... .
+        merged: also write `merged_best.pt`.
+        flat_files: also write the flat files.
+        base_path: the base checkpoint, read again for merging.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        facts: Mapping[str, Any],
+        *,
+        merged: bool,
+        flat_files: bool,
+        base_path: str | None,
+    ):
+        self.path, self.model, self.facts = path, model, dict(facts)
+        self.merged, self.flat_files, self.base_path = merged, flat_files, base_path
+        self.report = report(model)
+        self.has_adapter = any(True for _ in lora_layers(model))
+        if merged and not base_path:
+            raise UserError(
+                "trainer.export.merged needs trainer.checkpoint.model_weight_initializer to name the base checkpoint"
+            )
+
+    def name(self, learning_rate: float) -> str:
+        """The run's name, such as sam2_large_lora_r8_a16_lr1e-3_20260102-030405; made once, then read from run.json."""
+        file = self.path / "run.json"
+        if file.exists():
+            return _read(file, {"name"})["name"]
+        layer = next((layer for _, layer in lora_layers(self.model)), None)
+        method = f"lora_r{layer.rank}_a{layer.alpha:g}" if layer is not None else "full"
+        started = time.strftime("%Y%m%d-%H%M%S")
+        name = f"sam2_{model_size(self.facts.get('model_config'))}_{method}_lr{short_number(learning_rate)}_{started}"
+        write_json(file, {"name": name, "started": started})
+        return name
+
+    def write_lora(self, config: Mapping[str, Any] | None, resumed: bool) -> None:
+        """Writes lora.json: the `LoRAConfig` as given (None: full fine-tuning), the base, the layers, their parameters.
+
+        Raises:
+            UserError: the run is `resumed` on another base than it began with.
+        """
+        file = self.path / "lora.json"
+        if resumed and file.exists() and _read(file, {"base_id"})["base_id"] != self.facts.get("base_id"):
+            raise UserError(
+                f"the base {self.base_path} is not the one that the run in {self.path} began with: give that one"
+            )
+        write_json(file, {"config": config, **self.facts, **self.report})
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The validations so far, oldest first: `epoch` (from 0), `step` and `metrics`."""
+        file = self.path / "validations.json"
+        return _read(file, {"epoch", "step", "metrics"}) if file.exists() else []
+
+    def write_validations(self, history: list[dict[str, Any]]) -> None:
+        """Replaces the record of validations."""
+        write_json(self.path / "validations.json", history)
+
+    def export(self, kind: str, step: int, metrics: Mapping[str, float], name: str) -> None:
+        """Writes the model as it is now as `best`, `latest` or `final`."""
+        if not self.has_adapter:
+            if kind != "latest":  # checkpoint.pt already is the latest
+                write_weights(self.path / "weights" / f"{kind}.pt", self.model.state_dict())
+            return
+        adapter = Adapter.from_model(self.model, {**self.facts, "step": step, "kind": kind, "metrics": dict(metrics)})
+        save_adapter(adapter, self.path / "adapters" / kind)
+        merged = None
+        if kind == "best" and (self.merged or (self.flat_files and self.base_path)):
+            merged = merge_state_dict(read_weights(self.base_path), adapter)
+        if kind == "best" and self.merged:
+            write_weights(self.path / "merged_best.pt", merged)
+        if self.flat_files:
+            self._write_flat(kind, step, metrics, name, merged)
+
+    def _write_flat(self, kind: str, step: int, metrics: Mapping[str, float], name: str, merged: dict | None) -> None:
+        folder = self.path / name
+        trained = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
+        state = {"model": {key: value.detach().clone() for key, value in trained.items()}}
+        quality = f"iou{metrics.get('iou_1click', float('nan')):.4f}_dice{metrics.get('dice_1click', float('nan')):.4f}"
+        file = {
+            "best": f"best_lora_step{step}_{quality}.torch",
+            "latest": f"latest_lora_step{step}.torch",
+            "final": f"final_lora_step{step}.torch",
+        }[kind]
+        old = [path for path in folder.glob(f"{kind}_*.torch") if path.name != file]
+        write_checkpoint(state, folder / file, keep_previous=False)
+        if merged is not None:
+            merged_file = folder / f"best_merged_step{step}_{quality}.torch"
+            write_weights(merged_file, merged)
+            old = [path for path in old if path != merged_file]
+        for path in old:
+            path.unlink()
+
+
+def _read(file: Path, fields: set[str]) -> Any:
+    """The JSON in a file, an object or a list of objects that have these fields."""
+    again = "mend it, or choose another launcher.experiment_log_dir"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): {again}") from error
+    entries = content if isinstance(content, list) else [content]
+    if not all(isinstance(entry, dict) and fields <= entry.keys() for entry in entries):
+        raise UserError(f"{file} does not hold what a run writes there: {again}")
+    return content

@@ -1,0 +1,64 @@
+"""One run a folder: a lock that the system releases when its process ends, however it ends."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+from sam2_lora_ext.errors import UserError
+
+NAME = ".lock"
+
+
+def lock_run(folder: Path) -> IO[str] | None:
+    """Locks the folder on rank 0; the process group must be there, so that no rank waits for one that was refused.
+
+    Raises:
+        UserError: on all ranks, what `lock_folder` says on rank 0.
+    """
+    lock, refusal = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            lock = lock_folder(folder)
+        except UserError as error:
+            refusal = [str(error)]
+    dist.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        raise UserError(refusal[0])
+    return lock
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Makes the folder if need be and locks it for as long as the returned file is open.
+
+    Raises:
+        UserError: another process has it, or the system refuses the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / NAME, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot use {folder} as the run's folder: {error.strerror or error}; check it and its rights"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"a run is at work in {folder} ({holder}): wait for its end, or choose another launcher.experiment_log_dir"
+        ) from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    try:
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}; check the free disk") from error
+    return file

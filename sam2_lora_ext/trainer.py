@@ -1,0 +1,244 @@
+"""SAM 2's Trainer with what LoRA on steel needs: a CPU, early stopping, adapters on disk, whole rows of metrics.
+
+Thin on purpose: the training step, the validation pass, DDP, AMP, logging and checkpoints are stock's.
+An "epoch" of the Trainer is a phase here: the steps between two validations.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from training.trainer import Trainer, unwrap_ddp_if_wrapped
+from training.utils.distributed import barrier
+from training.utils.train_utils import Phase
+
+from sam2_lora_ext.base_weights import base_path, load_base
+from sam2_lora_ext.checkpoint_files import prepare_resume, remove_temporaries, write_checkpoint
+from sam2_lora_ext.checkpoints import weights_id
+from sam2_lora_ext.early_stop import EarlyStop
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.history import History
+from sam2_lora_ext.host_guards import at_work, share_log
+from sam2_lora_ext.meters import SegmentationMeter
+from sam2_lora_ext.run_lock import lock_run
+from sam2_lora_ext.run_record import RunRecord
+from sam2_lora_ext.seeding import derive_seed, seed_everything
+from sam2_lora_ext.step_guard import StepGuard
+from sam2_lora_ext.summary import peak_rate
+
+WINDOW = "window"  # the name of the meter over the training steps since the last row of metrics.csv
+
+
+class LoRATrainer(Trainer):
+    """The stock Trainer and these hooks.
+
+    Args:
+        run_dir: where adapters, metrics and summaries go: `${launcher.experiment_log_dir}`.
+        model_config: the stock inference config of the base, such as configs/sam2.1/sam2.1_hiera_l.yaml.
+        monitor: the validation metric that decides about `best` and early stopping.
+        monitor_mode: "max" or "min".
+        early_stop: `patience` and `min_delta`; None trains to the end.
+        metrics_every: training steps between two rows of logs/metrics.csv.
+        export: `merged` and `flat_files`, both off by default; see `run_folder`.
+        keep_previous: 1 keeps the checkpoint before the last one, which takes over when the last one is damaged.
+        max_epochs: number of phases; may be left out where the training data is a `PhasedDataset`, which knows it.
+        **stock: everything that `training.trainer.Trainer` takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_dir: str,
+        model_config: str | None = None,
+        monitor: str = "iou_1click",
+        monitor_mode: str = "max",
+        early_stop: Mapping[str, Any] | None = None,
+        metrics_every: int = 100,
+        export: Mapping[str, bool] | None = None,
+        keep_previous: int = 0,
+        max_epochs: int | None = None,
+        seed_value: int = 42,
+        accelerator: str = "cuda",
+        **stock: Any,
+    ):
+        self.run_dir, self.model_config, self.keep_previous = Path(run_dir), model_config, bool(keep_previous)
+        self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
+        self.export_conf = {"merged": False, "flat_files": False, **(export or {})}
+        self.base_id: str | None = None
+        self.window = SegmentationMeter()
+        self.guard = StepGuard(self.run_dir / "debug")
+        with at_work(self.accelerator):
+            if accelerator == "cuda" and not torch.cuda.is_available():
+                raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
+            rule = EarlyStop(**{"mode": monitor_mode, **(early_stop or {"patience": sys.maxsize})})
+            self.history = History(monitor, rule)
+            self.lock: IO[str] | None = None
+            try:
+                super().__init__(max_epochs=max_epochs or 1, seed_value=seed_value, accelerator=accelerator, **stock)
+                self._open_run()
+            except BaseException:
+                self._unlock()
+                raise
+
+    def _setup_torch_dist_and_backend(self, *args: Any) -> None:
+        super()._setup_torch_dist_and_backend(*args)
+        self.lock = lock_run(self.run_dir)
+
+    def _setup_components(self) -> None:
+        share_log()
+        super()._setup_components()
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if not trained:
+            raise UserError("nothing in the model is trainable: give lora some targets, or set it to null")
+        skipped = [name for name in self.model.state_dict() if name not in trained]
+        if any(not parameter.requires_grad for parameter in self.model.parameters()):
+            # A checkpoint then holds what is trained, and the base is read again on resume.
+            self.checkpoint_conf.skip_saving_parameters = skipped
+            self.checkpoint_conf.initialize_after_preemption = True
+        self.trained = list(trained.values())
+        for key in self.loss:
+            self.meters.setdefault(Phase.TRAIN, {}).setdefault(key, {})[WINDOW] = self.window
+        self.user_gradient_logger, self.gradient_logger = self.gradient_logger, self._after_gradients
+
+    def _setup_dataloaders(self) -> None:
+        super()._setup_dataloaders()
+        phases = getattr(self.train_dataset, "num_phases", None)
+        if phases is not None:
+            self.max_epochs = phases
+
+    def load_checkpoint(self) -> None:
+        if self.distributed_rank == 0:
+            remove_temporaries(self.run_dir)
+            skipped = set(self.checkpoint_conf.skip_saving_parameters)
+            saved = {name: value for name, value in self.model.state_dict().items() if name not in skipped}
+            prepare_resume(Path(self.checkpoint_conf.save_dir), saved)
+        barrier()
+        super().load_checkpoint()
+
+    def _call_model_initializer(self) -> None:
+        load_base(self._base_path(), self.model, super()._call_model_initializer)
+        self.base_id = weights_id(self.model.state_dict()) if self._base_path() is not None else None
+
+    def _base_path(self) -> str | None:
+        return base_path(self.checkpoint_conf.model_weight_initializer)
+
+    def _open_run(self) -> None:
+        model = unwrap_ddp_if_wrapped(self.model)
+        steps = getattr(model, "num_correction_pt_per_frame", 7) + 1
+        meters = self._get_meters([Phase.VAL]).values()
+        meter_keys = [key for meter in meters for key in meter.keys(steps, tracked=True)]
+        if self.mode == "train":
+            self.history.check(meter_keys)
+        self.record = RunRecord(
+            self.run_dir, model, history=self.history, lora=self.model_conf.get("lora"),
+            facts={"base_id": self.base_id, "base_path": self._base_path(), "model_config": self.model_config},
+            export=self.export_conf, meter_keys=meter_keys, learning_rate=peak_rate(self.optim),
+            epoch=self.epoch, step=self.steps[Phase.TRAIN],
+        )  # fmt: skip
+        self.history = self.record.history
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    def run(self) -> None:
+        """Trains to the end, to early stopping, or not at all if that was done before; `mode: val` validates once."""
+        try:
+            with at_work(self.accelerator), self.guard:
+                if self.mode == "val":
+                    self.run_val()
+                    return
+                done = self.epoch - 1
+                if self.mode == "train" and self.history.last_epoch < done and self._validates(done):
+                    self.epoch -= 1  # the run ended between its checkpoint and its validation
+                    self.run_val()
+                    self.epoch += 1
+                first_step = self.steps[Phase.TRAIN]
+                self.run_train()
+                self.record.finish(
+                    self.steps[Phase.TRAIN], trained=self.steps[Phase.TRAIN] > first_step, seed=self.seed_value,
+                    epochs=self.epoch + 1, planned_epochs=self.max_epochs, stop_reason=self._stop_reason(),
+                    wall_seconds=max(self.time_elapsed_meter.val, self.ckpt_time_elapsed or 0),
+                    skipped_steps=self.guard.skipped,
+                )  # fmt: skip
+        finally:
+            self._unlock()
+
+    def run_train(self) -> None:
+        """Stock's loop, with one validation per phase, early stopping, and seeds that depend on the phase only."""
+        while self.epoch < self.max_epochs and not self._stop_reason():
+            self._reseed(Phase.TRAIN, self.epoch)
+            loader = self.train_dataset.get_loader(epoch=int(self.epoch))
+            barrier()
+            outs = self.train_epoch(loader)
+            self.logger.log_dict(outs, self.epoch)
+            self.record.export("latest", self.steps[Phase.TRAIN])
+            self.save_checkpoint(self.epoch + 1)
+            if self.mode == "train" and self._validates(self.epoch):
+                self.run_val()
+            self.epoch += 1
+        self.epoch -= 1  # as stock leaves it
+
+    def run_val(self) -> None:
+        """Stock's validation, drawing the same prompts each time."""
+        self._reseed(Phase.VAL, 0)
+        super().run_val()
+
+    def val_epoch(self, val_loader: Any, phase: str) -> dict[str, float]:
+        outs = super().val_epoch(val_loader, phase)
+        metrics: dict[str, float] = {}
+        for name in self._get_meters([phase]):
+            prefix = f"Meters_train/{name}/"
+            metrics |= {key.removeprefix(prefix): value for key, value in outs.items() if key.startswith(prefix)}
+        logging.info("Validation: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+        if self.mode != "val":
+            self.record.validation(self.steps[Phase.TRAIN], self.epoch, metrics)
+        return outs
+
+    def _step(self, batch: Any, model: torch.nn.Module, phase: str) -> tuple:
+        """Stock's step; between two of them a signal ends the run, and a loss that is not finite does on all ranks."""
+        if self.guard.stop_signal:
+            # checkpoint.pt stays at the last phase's end: one from inside a phase would make its steps twice
+            self.record.export("latest", self.steps[Phase.TRAIN])
+            self.guard.exit(self.steps[Phase.TRAIN])
+        result = super()._step(batch, model, phase)
+        losses = {**result[0], **result[2]}
+        self.guard.check_loss(batch, losses, self.steps[Phase.TRAIN], phase, self._datasets(phase))
+        return result
+
+    def _after_gradients(self, model: torch.nn.Module, rank: int, where: float) -> None:
+        """The Trainer's gradient hook: the step's rate is set, its gradients are clipped, nothing is applied yet."""
+        amp, step = self.optim_conf.amp, self.steps[Phase.TRAIN]
+        self.guard.check_gradients(self.trained, step, scaled=amp.enabled and amp.amp_dtype == "float16")
+        if self.user_gradient_logger is not None:
+            self.user_gradient_logger(model, rank=rank, where=where)
+        if step % self.metrics_every == 0:
+            values = self.window.compute_synced()
+            self.window.reset()
+            rate = self.optim.optimizer.param_groups[0]["lr"]
+            self.record.row(Phase.TRAIN, step, self.epoch, values, learning_rate=rate)
+
+    def _datasets(self, phase: str) -> list[Any]:
+        mixed = self.train_dataset if phase == Phase.TRAIN else self.val_dataset
+        return [getattr(data, "video_dataset", data) for data in getattr(mixed, "datasets", [])]
+
+    def _validates(self, epoch: int) -> bool:
+        return epoch >= 0 and (epoch % self.val_epoch_freq == 0 or epoch == self.max_epochs - 1)
+
+    def _stop_reason(self) -> str | None:
+        return self.history.stop_reason if self.mode == "train" else None
+
+    def _save_checkpoint(self, checkpoint: dict[str, Any], checkpoint_path: str) -> None:
+        write_checkpoint(checkpoint, Path(checkpoint_path), self.keep_previous)
+
+    def _reseed(self, phase: str, epoch: int) -> None:
+        """Makes what follows depend on seed, phase and rank only: a resumed run equals one that never stopped."""
+        seed_everything(self.seed_value, phase, epoch, self.distributed_rank)
+        model = unwrap_ddp_if_wrapped(self.model)
+        model.prompt_epoch = epoch
+        # the same on all ranks, as in stock
+        model.rng = np.random.default_rng(derive_seed(self.seed_value, phase, epoch))

@@ -1,0 +1,251 @@
+"""LeanLoRALinear against the plain layer, which is its oracle, and against finite differences."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.measure import Saved
+from sam2_lora_ext.lora import LoRALinear, build_lora_model, lora_layers
+from sam2_lora_ext.lora.lean import LeanLoRALinear, drop, dropped_places
+
+QKV = (True, False, True)
+
+
+def pair(dtype=torch.float64, parts=(True,), bias=True, dropout=0.0, frozen=True, width=(12, 24)):
+    """A plain and a lean layer with the same parameters and a B that is not zero."""
+    torch.manual_seed(0)
+    base = nn.Linear(*width, bias=bias).to(dtype).requires_grad_(not frozen)
+    plain = LoRALinear(base, 4, 8, dropout, parts)
+    nn.init.normal_(plain.lora_b)
+    lean = LeanLoRALinear(copy.deepcopy(base), 4, 8, dropout, parts)
+    lean.load_state_dict(plain.state_dict())
+    return plain, lean
+
+
+def gradients(layer, x, seed=1):
+    torch.manual_seed(seed)
+    y = layer(x)
+    wanted = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
+    return y, torch.autograd.grad(y, wanted, weights)
+
+
+def assert_same(layers, x, **tolerance):
+    (y, grads), (expected, expected_grads) = (gradients(layer, x) for layer in reversed(layers))
+    torch.testing.assert_close(y, expected, **tolerance)
+    assert len(grads) == len(expected_grads)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, **tolerance)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (2, 7, 12), (2, 3, 5, 12), (12,), (0, 12), (2, 0, 12)])
+@pytest.mark.parametrize("parts", [(True,), QKV])
+def test_equals_plain_in_double_precision(shape, parts):
+    for bias, frozen in ((True, True), (False, True), (True, False)):
+        for frozen_input in (False, True):
+            x = torch.randn(shape, dtype=torch.float64, requires_grad=not frozen_input)
+            assert_same(pair(parts=parts, bias=bias, frozen=frozen), x, rtol=1e-13, atol=1e-13)
+
+
+def test_equals_plain_in_single_precision_and_for_strided_input():
+    x = torch.randn(5, 12, 3).transpose(1, 2).requires_grad_()
+    assert not x.is_contiguous()
+    assert_same(pair(torch.float32), x)
+    assert_same(pair(torch.float32, QKV), torch.randn(4, 1, 12).expand(4, 6, 12).detach().requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [(True,), QKV])
+def test_without_an_update_the_output_is_the_bases_to_the_bit(dtype, parts):
+    base = nn.Linear(64, 96).to(dtype)
+    layer = LeanLoRALinear(base, 4, 8, 0.1, parts)
+    x = torch.randn(50, 64, dtype=dtype)
+    assert torch.equal(layer(x), base(x))
+
+
+def test_under_autocast_the_error_is_that_of_plain():
+    plain, lean = pair(torch.float32, QKV, width=(256, 384))
+    x = torch.randn(64, 256, requires_grad=True)
+    exact = gradients(copy.deepcopy(plain).double(), x.detach().double().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [gradients(layer, x) for layer in (plain, lean)]
+    assert results[1][0].dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in results[1][1])
+    errors = [[(a - b).norm() / b.norm() for a, b in zip((y, *grads), (exact[0], *exact[1]), strict=True)]
+              for y, grads in results]  # fmt: skip
+    for plain_error, lean_error in zip(*errors, strict=True):
+        assert lean_error < 1.2 * plain_error + 1e-3 and lean_error < 0.02  # bf16 has 8 bits: 0.004 a rounding
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
+def test_ten_steps_of_adamw_end_at_the_same_weights(dtype, tolerance):
+    # float32: AdamW divides by the gradient's size, so rounding of tiny gradients shows
+    ends = []
+    for layer in pair(dtype, QKV):
+        net = nn.Sequential(layer, nn.GELU(), nn.Linear(24, 1).to(dtype).requires_grad_(False))
+        nn.init.constant_(net[2].weight, 0.1)
+        nn.init.zeros_(net[2].bias)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        data = torch.Generator().manual_seed(3)
+        for _ in range(10):
+            x = torch.randn(32, 12, generator=data, dtype=dtype)
+            (net(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(layer)
+    for key, value in ends[0].state_dict().items():
+        torch.testing.assert_close(ends[1].state_dict()[key], value, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(ends[0].lora_a, pair(dtype, QKV)[0].lora_a)
+
+
+def test_dropout_has_the_same_zeros_in_forward_and_backward():
+    _, lean = pair(dropout=0.3)
+    x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+
+    def seeded(*tensors):
+        torch.manual_seed(5)
+        return lean(tensors[0])
+
+    assert torch.autograd.gradcheck(seeded, (x, lean.lora_a, lean.lora_b))
+
+
+def test_dropout_is_the_formula():
+    _, lean = pair(dropout=0.25)
+    x = torch.randn(40, 12, dtype=torch.float64)
+    torch.manual_seed(5)
+    mask = drop(torch.ones_like(x), dropped_places(40, 12, 0.25, x.device))
+    torch.manual_seed(5)
+    expected = nn.functional.linear(x, lean.weight, lean.bias)
+    expected = expected + lean.scaling * (x * mask / 0.75) @ lean.lora_a.T @ lean.lora_b.T
+    torch.testing.assert_close(lean(x), expected)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
+def test_zeros_are_independent_and_at_the_right_rate(p):
+    torch.manual_seed(0)
+    zeros = drop(torch.ones(2000, 500), dropped_places(2000, 500, p, torch.device("cpu"))) == 0
+    n = zeros.numel()
+    deviation = (p * (1 - p) / n) ** 0.5
+    assert abs(zeros.double().mean() - p) < 5 * deviation
+    assert (zeros.double().mean(0) - p).abs().max() < 6 * (p * (1 - p) / 2000) ** 0.5  # every feature
+    assert (zeros.double().mean(1) - p).abs().max() < 6 * (p * (1 - p) / 500) ** 0.5 + 0.01  # every token, to the last
+    pairs = (zeros[:, 1:] & zeros[:, :-1]).double().mean()
+    assert abs(pairs - p * p) < 6 * (p * p / n) ** 0.5
+
+
+def test_tiny_inputs_get_each_pattern_at_its_rate():
+    torch.manual_seed(0)
+    patterns = torch.stack([drop(torch.ones(1, 2), dropped_places(1, 2, 0.5, torch.device("cpu")))[0] for _ in range(4000)])
+    rates = (patterns @ torch.tensor([1.0, 2.0])).long().bincount(minlength=4) / 4000
+    torch.testing.assert_close(rates, torch.full((4,), 0.25), atol=0.035, rtol=0)  # 5 deviations
+
+
+def test_dropout_follows_the_seed_and_differs_between_calls():
+    _, lean = pair(dropout=0.2)
+    x = torch.randn(30, 12, dtype=torch.float64)
+    torch.manual_seed(7)
+    first, second = lean(x), lean(x)
+    torch.manual_seed(7)
+    assert torch.equal(lean(x), first) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    assert torch.equal(lean.eval()(x), lean(x)) and torch.equal(torch.get_rng_state(), state)
+
+
+class Twice(nn.Module):
+    def __init__(self, layer, recompute=False):
+        super().__init__()
+        self.layer, self.recompute = layer, recompute
+
+    def forward(self, x):
+        return checkpoint(self.twice, x, use_reentrant=False) if self.recompute else self.twice(x)
+
+    def twice(self, x):
+        return self.layer(self.layer(x).relu())
+
+
+def test_used_twice_and_under_a_checkpoint_with_dropout():
+    _, lean = pair(dropout=0.2, width=(12, 12))
+    x = torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
+
+    (y, grads), (expected, expected_grads) = gradients(Twice(lean, recompute=True), x), gradients(Twice(lean), x)
+    assert torch.equal(y, expected) and all(map(torch.equal, grads, expected_grads))
+    plain, lean = pair(width=(12, 12))
+    assert_same((Twice(plain), Twice(lean)), x)
+
+
+def test_copies_pickles_and_state_dicts():
+    plain, lean = pair()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    for other in (copy.deepcopy(lean), pickle.loads(pickle.dumps(lean))):
+        assert type(other) is LeanLoRALinear and torch.equal(other(x), lean(x))
+        assert other.lora_a is not lean.lora_a
+    assert list(lean.state_dict()) == list(plain.state_dict())
+    assert torch.equal(lean.delta_weight(), plain.delta_weight())
+
+
+def test_the_config_chooses_the_class():
+    def build(implementation):
+        lora = {"targets": ["0"], "implementation": implementation}
+        return build_lora_model(nn.Sequential(nn.Linear(4, 4)), lora)
+
+    assert type(build("lean")[0]) is LeanLoRALinear and type(build("plain")[0]) is LoRALinear
+    assert [name for name, _ in lora_layers(build("lean"))] == ["0"]
+
+
+def test_layers_that_share_an_input_keep_it_once():
+    x = torch.randn(100, 64, requires_grad=True)
+    layers = [LeanLoRALinear(nn.Linear(64, 64).requires_grad_(False), 4, 8, 0.1) for _ in range(3)]
+    with Saved([p for layer in layers for p in layer.parameters()]) as saved:
+        outputs = [layer(x) for layer in layers]
+    places = sum(output.grad_fn.saved_tensors[-1].nbytes for output in outputs)
+    assert saved.total == x.nbytes + 3 * 100 * 4 * 4 + places
+    with Saved(()) as saved, torch.no_grad():
+        layers[0](x)
+    assert saved.total == 0
+
+
+def test_nothing_of_the_input_is_kept_where_a_is_frozen():
+    layer = LeanLoRALinear(nn.Linear(64, 64).requires_grad_(False), 4, 8)
+    layer.lora_a.requires_grad_(False)
+    with Saved(list(layer.parameters())) as saved:
+        y = layer(torch.randn(100, 64, requires_grad=True))
+    assert saved.total == 100 * 4 * 4
+    y.sum().backward()
+    assert layer.lora_b.grad is not None and layer.lora_a.grad is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiles_as_one_graph(dropout):
+    _, lean = pair(torch.float32, QKV, dropout=dropout)
+    compiled = torch.compile(copy.deepcopy(lean), fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 12, requires_grad=True)
+    y = compiled(x)
+    y.sum().backward()
+    if not dropout:
+        expected = lean(x)
+        expected.sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(compiled.lora_a.grad, lean.lora_a.grad)
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    _, lean = pair()
+    inputs = [torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)]
+    parallel = nn.parallel.DistributedDataParallel(lean)  # a name, for its hooks die with it
+    parallel(inputs[rank]).square().mean().backward()
+    _, alone = pair()
+    (alone(torch.stack(inputs)).square().mean()).backward()
+    torch.testing.assert_close(lean.lora_a.grad, alone.lora_a.grad)
+    torch.testing.assert_close(lean.lora_b.grad, alone.lora_b.grad)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_average_their_gradients(tmp_path):
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)

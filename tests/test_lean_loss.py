@@ -1,0 +1,125 @@
+"""The lean loss against the plain one, which is stock's to the bit, and against finite differences."""
+
+import pytest
+import torch
+from test_losses import NAMES, WEIGHTS, leaves, make_batch
+from training.trainer import CORE_LOSS_KEY
+
+from benchmarks.measure import Saved
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.mask_sums import mask_sums
+from sam2_lora_ext.losses import SeverstalLoss
+
+SETTINGS = [
+    {},
+    {"pred_obj_scores": True, "supervise_all_iou": True, "iou_use_l1_loss": True},
+    {"focal_gamma": 1.5, "focal_alpha": -1.0},
+    {"weight_dict": WEIGHTS | {"loss_tversky": 2.0}, "class_weights": {1: 0.5}},
+]
+
+
+def run(implementation, outputs, targets, settings):
+    for frame in outputs:
+        frame["class_ids"] = torch.arange(targets.shape[1])
+    losses = SeverstalLoss(**{"weight_dict": WEIGHTS, "implementation": implementation, **settings})(outputs, targets)
+    grads = torch.autograd.grad(losses[CORE_LOSS_KEY], leaves(outputs), allow_unused=True)
+    rows = {f"{key} of each": value for frame in outputs for key, value in frame["object_losses"].items()}
+    return {**losses, **rows}, grads
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_and_gradients_equal_plain(settings, channels):
+    batch = {"frames": 2, "objects": 4, "channels": channels, "size": 40}
+    values, grads = run("lean", *make_batch(**batch), settings)
+    expected, expected_grads = run("plain", *make_batch(**batch), settings)
+    assert list(values) == list(expected)
+    for key in expected:
+        torch.testing.assert_close(values[key], expected[key])
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad is None) == (expected_grad is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, expected_grad, atol=1e-8, rtol=1e-5)
+
+
+def test_double_precision_equals_plain_closely():
+    def doubled(implementation):
+        outputs, targets = make_batch(size=30)
+        with torch.no_grad():
+            frame = {key: [v.double().requires_grad_() for v in steps] for key, steps in outputs[0].items()}
+        return run(implementation, [frame], targets, SETTINGS[1])
+
+    (values, grads), (expected, expected_grads) = doubled("lean"), doubled("plain")
+    for value, expected_value in zip((*values.values(), *grads), (*expected.values(), *expected_grads), strict=True):
+        torch.testing.assert_close(value, expected_value, rtol=1e-6, atol=1e-15)  # targets and some sums are float32
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [-1.0, 0.25])
+def test_gradients_by_finite_differences(alpha, gamma):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    targets = (torch.rand(2, 1, 4, 5) > 0.5).double()
+    assert torch.autograd.gradcheck(lambda x: mask_sums(x, targets, alpha, gamma)[:3], logits)
+
+
+def test_closed_forms():
+    logits = torch.tensor([[[[0.0, 0.0, 3.0, -200.0]]]], dtype=torch.float64)
+    targets = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]], dtype=torch.float64)
+    sums = mask_sums(logits, targets, 0.25, 2.0)
+    p = torch.tensor(3.0, dtype=torch.float64).sigmoid()
+    ln2 = torch.tensor(2.0, dtype=torch.float64).log()
+    expected = (0.25 * ln2 / 4 + 0.75 * ln2 / 4 + 0.75 * p**2 * -torch.log(1 - p)) / 4
+    torch.testing.assert_close(sums.focal, expected.view(1, 1))
+    torch.testing.assert_close(sums.overlap, torch.tensor([[0.5]], dtype=torch.float64))
+    torch.testing.assert_close(sums.drawn, (1 + p).view(1, 1))
+    assert sums.hits == 0 and sums.positives == 1
+
+
+def test_saturated_logits_are_finite_and_equal_plain():
+    def saturated(implementation):
+        outputs, targets = make_batch(objects=3, size=8)
+        with torch.no_grad():
+            for tensor in leaves(outputs):
+                tensor.mul_(500)
+        return run(implementation, outputs, targets, SETTINGS[3])
+
+    (values, grads), (expected, expected_grads) = saturated("lean"), saturated("plain")
+    for value, expected_value in zip((*values.values(), *grads), (*expected.values(), *expected_grads), strict=True):
+        if value is not None:
+            assert value.isfinite().all()
+            torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-6)  # 1 - p loses digits in plain
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_logits_are_computed_in_single(autocast):
+    outputs, targets = make_batch(size=40)
+    half = [{key: [v.detach().bfloat16().requires_grad_() for v in steps] for key, steps in outputs[0].items()}]
+    exact = [{key: [v.detach().float().requires_grad_() for v in steps] for key, steps in half[0].items()}]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        values, grads = run("lean", half, targets, {})
+    expected, expected_grads = run("plain", exact, targets, {})
+    torch.testing.assert_close(values["loss_mask"].float(), expected["loss_mask"])
+    assert grads[0].dtype == torch.bfloat16
+    torch.testing.assert_close(grads[0].float(), expected_grads[0], rtol=0.01, atol=1e-7)  # rounded to 8 bits
+
+
+def test_nothing_is_kept_but_logits_and_targets():
+    outputs, targets = make_batch(objects=2, steps=3, channels=3, size=64)
+    with Saved(()) as saved:
+        SeverstalLoss(WEIGHTS, implementation="lean", pred_obj_scores=True)(outputs, targets)
+    logits = sum(tensor.nbytes for tensor in outputs[0][f"multistep_{NAMES[0]}"])
+    small = 3 * 1500  # scores and sums
+    assert logits + 2 * 64 * 64 * 4 <= saved.total <= logits + 2 * 64 * 64 * 4 + small
+
+
+def test_a_batch_without_objects():
+    outputs = [{f"multistep_{name}": [torch.zeros(shape, requires_grad=True)] for name, shape in
+                zip(NAMES, ((0, 3, 4, 4), (0, 3), (0, 1)), strict=True)}]  # fmt: skip
+    values, grads = run("lean", outputs, torch.zeros(1, 0, 4, 4, dtype=torch.bool), {})
+    assert values[CORE_LOSS_KEY] == 0 and grads[0].shape == (0, 3, 4, 4)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(UserError, match="plain.*lean.*'fast'"):
+        SeverstalLoss(WEIGHTS, implementation="fast")

@@ -1,0 +1,133 @@
+"""The memory presets compute what stock computes: on a small SAM 2, and the pooling by itself."""
+
+import copy
+import math
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.methods import build, make_batch
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.memory import PRESETS, CheckpointedBlock, MemoryConfig, blocks_for_share
+from sam2_lora_ext.lean.pool import LeanMaxPool2d
+
+SIZE, RESOLUTION = "nano", 128
+
+
+def lively(setup):
+    """A setup whose adapters and object scores do something: a random B, objects that are there."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in setup.model.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(std=0.02)
+        setup.model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(3.0)
+    return setup
+
+
+def train(setup, steps=1):
+    """Loss and gradients of each step, with the same clicks and dropout for each setup."""
+    torch.manual_seed(3)
+    history, batch = [], make_batch(RESOLUTION)
+    for _ in range(steps):
+        loss = setup.step_loss(batch)
+        loss.backward()
+        history.append([loss.detach()] + [p.grad.clone() for p in setup.model.parameters() if p.grad is not None])
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+    return history
+
+
+@pytest.mark.parametrize("preset", ["default", "low"])
+def test_a_preset_changes_no_bit(preset):
+    off = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory="off")), steps=2)
+    lean = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=preset)), steps=2)
+    for step, expected in zip(lean, off, strict=True):
+        assert len(step) == len(expected) > 20
+        assert all(map(torch.equal, step, expected))
+    assert off[0][0] != off[1][0] and any(value.abs().max() > 1e-6 for value in off[0][1:])
+
+
+@pytest.mark.parametrize("method", ["lean", "lean_memory", "decoder_lean"])
+def test_ten_steps_equal_the_plain_implementation_with_the_plain_loss(method):
+    plain = {"decoder_lean": "decoder_plain"}.get(method, "plain")
+    lean, expected = (lively(build(name, SIZE, RESOLUTION, dropout=0.0)) for name in (method, plain))
+    for step, expected_step in zip(train(lean, 10), train(expected, 10), strict=True):
+        torch.testing.assert_close(step[0], expected_step[0], rtol=1e-4, atol=1e-5)
+    for (key, value), other in zip(lean.model.state_dict().items(), expected.model.state_dict().values(), strict=True):
+        # AdamW moves each weight by about lr a step whatever the gradient's size: rounding can turn a tiny one's sign
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_gradients_equal_the_plain_implementation_in_double_precision():
+    results = []
+    for method in ("plain", "lean_memory"):
+        setup = lively(build(method, SIZE, RESOLUTION, dropout=0.0))
+        setup.model.double().sam_prompt_encoder.pe_layer.float()  # stock asks for float32 there, and below by `float()`
+        batch = make_batch(RESOLUTION)
+        batch.img_batch = batch.img_batch.double()
+        torch.manual_seed(3)
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            loss = setup.step_loss(batch)
+            loss.backward()
+        assert loss.dtype == torch.float64
+        results.append({"loss": loss.detach()} | {n: p.grad for n, p in setup.model.named_parameters() if p.grad is not None})
+    assert len(results[0]) > 20
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_keys_copies_pickles_and_evaluation():
+    plain, lean = build("plain", SIZE, RESOLUTION), build("lean_memory", SIZE, RESOLUTION)
+    assert list(plain.model.state_dict()) == list(lean.model.state_dict())
+    assert all(type(block) is CheckpointedBlock for block in lean.model.image_encoder.trunk.blocks)
+    batch = make_batch(RESOLUTION)
+    frames = []
+    for model in (plain.model, lean.model, copy.deepcopy(lean.model), pickle.loads(pickle.dumps(lean.model))):
+        model.eval()
+        with torch.no_grad():
+            frames.append(model(batch)[0]["pred_masks_high_res"])
+    assert all(torch.equal(frame, frames[0]) for frame in frames)
+
+
+def test_which_blocks_are_computed_again():
+    class Block(nn.Module):
+        def __init__(self, q_stride):
+            super().__init__()
+            self.q_stride = q_stride
+
+    stages = [1, 2, 7, 2]  # SAM 2.1 tiny; the first block of a stage pools
+    blocks = nn.ModuleList(Block((2, 2) if s and not b else None) for s, n in enumerate(stages) for b in range(n))
+    # sizes 1 | 1 1/2 | 1/2 1/4 1/4 1/4 1/4 1/4 1/4 | 1/4 1/8, together 4.875
+    assert [blocks_for_share(blocks, share) for share in (0, 0.2, 0.21, 0.5, 0.99, 1)] == [0, 1, 2, 3, 12, 12]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("small", "'small'.*off, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
+     ({"decoder": "yes"}, "decoder.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool")],
+)  # fmt: skip
+def test_bad_settings_are_refused(value, message):
+    with pytest.raises(UserError, match=message):
+        MemoryConfig.of(value)
+
+
+def test_presets_and_mappings():
+    assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of({"encoder": 1, "decoder": True, "pool": True})
+    assert MemoryConfig.of({}) == PRESETS["off"] == MemoryConfig()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 2, 2), (0, 3, 4, 4), (2, 3, 5, 7)])
+def test_pooling_equals_stock_to_the_bit_with_ties(shape, dtype):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        x = torch.randint(0, 3, shape).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        y, expected = LeanMaxPool2d((2, 2), (2, 2))(x), nn.MaxPool2d((2, 2), (2, 2))(x)
+        dy = torch.randn_like(expected)
+        assert torch.equal(y, expected) and y.stride() == expected.stride()
+        grads = [torch.autograd.grad(result, x, dy)[0] for result in (y, expected)]
+        assert torch.equal(*grads) and (1 in shape or grads[0].stride() == grads[1].stride())
