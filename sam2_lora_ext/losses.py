@@ -13,10 +13,12 @@ from training.loss_fns import MultiStepMultiMasksAndIous, dice_loss, iou_loss, s
 from training.trainer import CORE_LOSS_KEY
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.mask_sums import mask_sums
 
 REQUIRED = ("loss_mask", "loss_dice", "loss_iou")
 TVERSKY = "loss_tversky"
 CHOICES = (*REQUIRED, "loss_class", TVERSKY)
+IMPLEMENTATIONS = ("plain", "lean")
 STEP_OUTPUTS = ("pred_multimasks_high_res", "pred_ious", "object_score_logits")  # lists over the click steps
 TVERSKY_FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which a saturated sigmoid would turn into NaN
 
@@ -47,8 +49,12 @@ def focal_tversky(logits: Tensor, targets: Tensor, alpha: float, beta: float, ga
         [O].
     """
     p, g = logits.sigmoid().flatten(1), targets.flatten(1)
-    hit = (p * g).sum(-1)
-    wrong = alpha * (g.sum(-1) - hit) + beta * (p.sum(-1, dtype=g.dtype) - hit)
+    return tversky_of_sums((p * g).sum(-1), p.sum(-1, dtype=g.dtype), g.sum(-1), alpha, beta, gamma)
+
+
+def tversky_of_sums(hit: Tensor, drawn: Tensor, area: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """`focal_tversky` [O] from TP = `hit`, sum(p) = `drawn` and sum(g) = `area`, each [O]."""
+    wrong = alpha * (area - hit) + beta * (drawn - hit)
     return (wrong / (hit + wrong + 1)).clamp(min=TVERSKY_FLOOR) ** (1 / gamma)
 
 
@@ -70,6 +76,8 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         tversky_alpha: see `focal_tversky`.
         tversky_beta: see `focal_tversky`.
         tversky_gamma: see `focal_tversky`.
+        implementation: "plain" calls stock's functions; "lean" computes the same to rounding from sums of its own (see
+            `lean.mask_sums`), faster and keeping nothing for backward but the logits.
         stock: the other arguments of `MultiStepMultiMasksAndIous`.
 
     Raises:
@@ -83,9 +91,13 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         tversky_alpha: float = 0.7,
         tversky_beta: float = 0.3,
         tversky_gamma: float = 4 / 3,
+        implementation: str = "plain",
         **stock,
     ):
         super().__init__(_checked_terms(weight_dict), **stock)
+        if implementation not in IMPLEMENTATIONS:
+            raise UserError(f"the loss's implementation must be one of {list(IMPLEMENTATIONS)}, got {implementation!r}")
+        self.lean = implementation == "lean"
         if not (tversky_alpha >= 0 and tversky_beta >= 0 and tversky_gamma > 0):
             raise UserError(
                 "the Tversky term needs tversky_alpha >= 0, tversky_beta >= 0 and tversky_gamma > 0, "
@@ -102,6 +114,8 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
             targets: [O 1 H W], 0.0 or 1.0.
             ious: predicted IoU [O M].
         """
+        if self.lean:
+            return self._lean_terms(masks, targets, ious)
         targets = targets.expand_as(masks)
         return MaskTerms(
             sigmoid_focal_loss(masks, targets, 1, self.focal_alpha, self.focal_gamma, loss_on_multimask=True),
@@ -109,10 +123,25 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
             iou_loss(masks, targets, ious, 1, loss_on_multimask=True, use_l1_loss=self.iou_use_l1_loss),
         )
 
+    def _lean_terms(self, masks: Tensor, targets: Tensor, ious: Tensor) -> MaskTerms:
+        area = targets.flatten(2).sum(-1)  # O 1
+        sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
+        true_ious = sums.hits / (sums.positives + area - sums.hits).clamp(min=1)
+        error = ious - true_ious
+        return MaskTerms(
+            sums.focal,
+            1 - (2 * sums.overlap + 1) / (sums.drawn + area + 1),
+            error.abs() if self.iou_use_l1_loss else error.square(),
+        )
+
     def tversky_term(self, masks: Tensor, targets: Tensor, best: Tensor) -> Tensor:
         """The Tversky loss [O] of channel `best` [O] of the logits [O M H W]."""
-        chosen = masks[torch.arange(len(best), device=best.device), best]
-        return focal_tversky(chosen, targets[:, 0], **self.tversky)
+        if not self.lean:
+            chosen = masks[torch.arange(len(best), device=best.device), best]
+            return focal_tversky(chosen, targets[:, 0], **self.tversky)
+        sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
+        hit, drawn = (total.gather(1, best[:, None])[:, 0] for total in (sums.overlap, sums.drawn))
+        return tversky_of_sums(hit, drawn, targets.flatten(1).sum(-1), **self.tversky)
 
     def class_term(self, score_logits: Tensor, present: Tensor) -> Tensor:
         """The object-score loss [O] of score logits [O 1], or zeros when the scores are not trained."""

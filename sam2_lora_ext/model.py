@@ -11,6 +11,7 @@ from training.model.sam2 import SAM2Train
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from sam2_lora_ext.data.ids import CLEAN, class_of
+from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, make_lean
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model
 from sam2_lora_ext.prompts import PromptSampler
 from sam2_lora_ext.seeding import derive_seed
@@ -24,31 +25,51 @@ class LoRASAM2Train(SAM2Train):
 
     Args:
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
+        memory: what a step keeps for backward: a preset ("off", "default", "low") or a `MemoryConfig` as a mapping.
         prompt_seed: draw the training clicks of each object from (prompt_seed, epoch, video, object) and not from the global
             generator of its rank, so that they do not depend on how a batch is spread over ranks.
         **kwargs: everything that `SAM2Train` takes.
     """
 
-    def __init__(self, *args: Any, lora: Mapping | LoRAConfig | None = None, prompt_seed: int | None = None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, lora: Mapping | LoRAConfig | None = None, memory: Mapping | MemoryConfig | str = "off",
+        prompt_seed: int | None = None, **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.memory = MemoryConfig.of(memory)
+        make_lean(self.image_encoder.trunk, self.memory)
         self.prompt_seed = prompt_seed
         self.prompt_epoch = 0  # set by LoRATrainer
+        self.prompts: PromptSampler | None = None  # of the forward pass that is running
         if lora is not None:
             build_lora_model(self, lora)
 
     def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
         """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
-        with self._prompt_sampler(input).installed():
+        self.prompts = self._prompt_sampler(input)
+        with self.prompts.installed():
             outputs = super().forward(input)
+        self.prompts = None
         class_ids = class_of(input.metadata.unique_objects_identifier[..., 1])  # T O
         for t, frame in enumerate(outputs):
             frame["gt_masks"] = input.masks[t].unsqueeze(1)
             frame["class_ids"] = class_ids[t]
         return outputs
 
+    def prepare_prompt_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Stock's choice of the first prompts; the clicks after it are corrections."""
+        prepared = super().prepare_prompt_inputs(*args, **kwargs)
+        self.prompts.correcting = True
+        return prepared
+
     def track_step(self, *args: Any, num_frames: int, run_mem_encoder: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Stock's step; the memory of a single frame is read by nobody, so it is not encoded."""
         return super().track_step(*args, num_frames=num_frames, run_mem_encoder=run_mem_encoder and num_frames > 1, **kwargs)
+
+    def _forward_sam_heads(self, *args: Any, **kwargs: Any) -> tuple:
+        """Stock's prediction step, keeping for backward what `memory` says."""
+        heads = super()._forward_sam_heads
+        return checkpointed(heads, *args, **kwargs) if self.memory.decoder else heads(*args, **kwargs)
 
     def _prompt_sampler(self, input: BatchedVideoDatapoint) -> PromptSampler:
         identifiers = input.metadata.unique_objects_identifier[0]  # O 3

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.adapter import Adapter
 from sam2_lora_ext.checkpoints import FORMATS
 from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.merge import DTYPES, merge_files
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verify(args, merged.adapter)
 
 
-def verify(args: argparse.Namespace, adapter: "Adapter") -> None:  # noqa: F821
+def verify(args: argparse.Namespace, adapter: Adapter) -> None:
     """Compares the written file with base plus live adapter, and fails past the bound."""
     try:
         from sam2_lora_ext.verify import compare_merged

@@ -1,0 +1,141 @@
+"""Counts what a training step needs: FLOPs, bytes kept for backward, peak live bytes; all repeat exactly, on any machine.
+
+Everything here also works on fake tensors, which have shapes and storages but no memory (see `benchmarks.estimate`).
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Cost(NamedTuple):
+    """What one step costs.
+
+    Attributes:
+        flops: multiply-adds count two; elementwise operations count nothing.
+        saved_bytes: live when the loss is there and the model's outputs are dropped, beyond the weights, the batch and the
+            optimizer's state: what is kept for backward, by whatever means.
+        hooked_bytes: what autograd's saved-tensor hooks see (distinct storages, without parameters, buffers and the batch):
+            also what is saved for parts that get no gradient and is dropped before backward, but not the inputs of
+            checkpoints.
+        peak_live_bytes: the largest sum of live storages from forward to the end of the optimizer's step, beyond the
+            weights, the batch and the optimizer's state; with the gradients.
+        gradient_bytes: of all parameters.
+        optimizer_bytes: the optimizer's state.
+    """
+
+    flops: int
+    saved_bytes: int
+    hooked_bytes: int
+    peak_live_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage that an operation makes, by weak reference, from its first sight until it is freed.
+
+    Args:
+        known: tensors that do not count, such as the weights.
+    """
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.finalize] = {}
+        for tensor in known:
+            self._follow(tensor, counts=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        return result
+
+    def _follow(self, tensor: Tensor, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes() if counts else 0
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self._alive[key] = weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._alive[key]
+
+
+class Saved(AbstractContextManager):
+    """The storages that autograd saves for backward inside the block, each once; `total` is their size in bytes."""
+
+    def __init__(self, left_out: Iterable[Tensor]):
+        self.total = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in left_out}
+        self._kept: list[Any] = []  # so that no address is used twice
+        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._kept.append(storage)
+            self.total += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "Saved":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._kept.clear()
+        self._hooks.__exit__(*exception)
+
+
+def step_cost(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Iterable[Tensor], loss: Callable[[], Tensor]
+) -> Cost:
+    """Runs three training steps: the first counts FLOPs and makes the optimizer's state, the next ones count bytes.
+
+    Args:
+        model: whose parameters and buffers are the weights.
+        optimizer: of the model; its weights change.
+        batch: the tensors that are there before the step.
+        loss: forward pass and loss; it must keep nothing but what it returns, and do the same at each call.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    with FlopCounterMode(display=False) as flops:
+        run_step(optimizer, loss)
+    with Saved([*weights, *batch]) as saved:
+        value = loss()
+    del value
+    state = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
+    gc.collect()
+    with LiveBytes([*weights, *batch, *state]) as live:
+        value = loss()
+        kept = live.now
+        value.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        optimizer.step()
+        peak = live.peak
+    optimizer_bytes, gradient_bytes = (sum(tensor.nbytes for tensor in group) for group in (state, gradients))
+    optimizer.zero_grad()
+    return Cost(flops.get_total_flops(), kept, saved.total, peak, gradient_bytes, optimizer_bytes)
+
+
+def run_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+    """One training step."""
+    loss().backward()
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,100 @@
+"""The sums over pixels that SAM 2's mask losses are made of, keeping nothing for backward but the logits.
+
+With g the target (0 or 1) and z = (2 g - 1) x the logit towards it, q = sigmoid(-z) is the probability of the wrong answer:
+
+    focal    = mean of w q^gamma softplus(-z),  w = alpha where g = 1, 1 - alpha elsewhere (1 everywhere for alpha < 0)
+    overlap  = sum of p g,   drawn = sum of p,  p = sigmoid(x)
+    dfocal/dx = -(2 g - 1) w q^gamma (gamma (1 - q) softplus(-z) + q) / (H W),   dp/dx = q (1 - q)
+
+Stock keeps about ten maps of the size of the logits. Here forward and backward work on one map (H W) at a time, so
+temporaries stay small, and maps whose sums have no gradient (channels that were not selected) cost nothing in backward.
+
+Shapes: O objects, M mask channels, H W pixels.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class MaskSums(NamedTuple):
+    """Sums over the pixels of each map, each float [O M].
+
+    Attributes:
+        focal: mean focal loss (arXiv 1708.02002).
+        overlap: sum of the probabilities inside the target.
+        drawn: sum of the probabilities.
+        hits: number of pixels with a logit above 0 inside the target; without a gradient.
+        positives: number of pixels with a logit above 0; without a gradient.
+    """
+
+    focal: Tensor
+    overlap: Tensor
+    drawn: Tensor
+    hits: Tensor
+    positives: Tensor
+
+
+def mask_sums(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> MaskSums:
+    """The sums of each map of `logits` [O M H W] for `targets` [O 1 H W], 0.0 or 1.0, differentiable in the logits."""
+    return MaskSums(*_MaskSums.apply(logits, targets, alpha, gamma))
+
+
+class _MaskSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> tuple[Tensor, ...]:
+        shape, dtype = logits.shape[:2], torch.promote_types(logits.dtype, targets.dtype)
+        focal, overlap, drawn, hits, positives = (torch.zeros(shape, dtype=dtype, device=logits.device) for _ in range(5))
+        for o, m in itertools.product(*map(range, shape)):
+            x, g = logits[o, m].to(dtype), targets[o, 0].to(dtype)
+            z, q = _towards(x, g)
+            loss = F.logsigmoid(z).mul_(_weight(g, alpha)).mul_(_power(q, gamma))
+            focal[o, m] = -loss.mean()
+            wrong, wrong_inside, inside = q.sum(), q.mul_(g).sum(), g.sum()
+            overlap[o, m] = inside - wrong_inside
+            drawn[o, m] = inside - wrong_inside + (wrong - wrong_inside)
+            above = (x > 0).to(g.dtype)
+            positives[o, m] = above.sum()
+            hits[o, m] = above.mul_(g).sum()
+        ctx.save_for_backward(logits, targets)
+        ctx.alpha, ctx.gamma = alpha, gamma
+        ctx.mark_non_differentiable(hits, positives)
+        return focal, overlap, drawn, hits, positives
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dfocal: Tensor, doverlap: Tensor, ddrawn: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets = ctx.saved_tensors
+        grad = torch.zeros_like(logits)
+        for o, m in with_gradient(dfocal, doverlap, ddrawn):
+            x, g = logits[o, m].to(dfocal.dtype), targets[o, 0].to(dfocal.dtype)
+            z, q = _towards(x, g)
+            slope = F.logsigmoid(z).mul_(1 - q).mul_(-ctx.gamma).add_(q)
+            slope.mul_(_power(q, ctx.gamma)).mul_(_weight(g, ctx.alpha)).mul_(1 - 2 * g)
+            slope.mul_(dfocal[o, m] / g.numel())
+            slope.add_((g * doverlap[o, m]).add_(ddrawn[o, m]).mul_(q.mul_(1 - q)))
+            grad[o, m] = slope
+        return grad, None, None, None
+
+
+def with_gradient(*gradients: Tensor) -> list[list[int]]:
+    """The maps (o, m) of which some sum has a gradient."""
+    return torch.stack(gradients).any(0).nonzero().tolist()
+
+
+def _towards(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """z and q of a map."""
+    z = (2 * g - 1).mul_(x)
+    return z, torch.sigmoid(-z)
+
+
+def _weight(g: Tensor, alpha: float) -> Tensor | float:
+    return g * (2 * alpha - 1) + (1 - alpha) if alpha >= 0 else 1.0
+
+
+def _power(q: Tensor, gamma: float) -> Tensor:
+    return q * q if gamma == 2 else q**gamma

@@ -1,0 +1,111 @@
+"""What a training step keeps for backward and what it computes again, by part of a stock SAM 2.
+
+A trunk block whose forward pass is computed again keeps its input alone, a tenth of what it keeps otherwise, and costs about
+two thirds of its forward FLOPs once more (nothing after its last activation is needed). A block of Hiera's first stages
+holds more numbers than a late one at equal FLOPs, so blocks are taken from the first on. Of a prediction step, which holds
+three quarters of SAM 2.1 tiny's activations in a tenth of its FLOPs, the low-resolution mask remains.
+
+No module is added, so the keys of the checkpoint stay Meta's.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from sam2.modeling.backbones.hieradet import MultiScaleBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.pool import LeanMaxPool2d
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """A `memory:` block.
+
+    Attributes:
+        encoder: share, 0 to 1, of the trunk's activations that is computed again in backward; the rest is kept.
+        decoder: compute the prediction steps (prompt encoder, mask decoder, upscaling) again.
+        pool: keep one byte for each result of the trunk's max-pooling, not its input and an index of eight bytes.
+    """
+
+    encoder: float = 0.0
+    decoder: bool = False
+    pool: bool = False
+
+    def __post_init__(self) -> None:
+        share = self.encoder
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise UserError(f"memory.encoder must be a number from 0 to 1, got {share!r}")
+        for name in ("decoder", "pool"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"memory.{name} must be true or false, got {getattr(self, name)!r}")
+
+    @classmethod
+    def of(cls, config: "MemoryConfig | Mapping[str, Any] | str") -> "MemoryConfig":
+        """A preset by name, or what a mapping says.
+
+        Raises:
+            UserError: there is no such preset or setting, or a value is wrong.
+        """
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, str):
+            if config not in PRESETS:
+                raise UserError(f"there is no memory preset {config!r}: choose from {', '.join(PRESETS)}")
+            return PRESETS[config]
+        names = [field.name for field in fields(cls)]
+        for key in config:
+            if key not in names:
+                raise UserError(f"memory has no setting {key!r}: there are {', '.join(names)}")
+        return cls(**config)
+
+
+PRESETS = {
+    "off": MemoryConfig(),
+    "default": MemoryConfig(encoder=0.5, decoder=True, pool=True),
+    "low": MemoryConfig(encoder=1.0, decoder=True, pool=True),
+}
+
+
+class CheckpointedBlock(MultiScaleBlock):
+    """A block of Hiera that keeps its input alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpointed(super().forward, x)
+
+
+def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, of which backward keeps the arguments alone."""
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def make_lean(trunk: nn.Module, memory: MemoryConfig) -> None:
+    """Changes the classes of a Hiera's blocks and pools, in place, to those that `memory` asks for."""
+    if memory.pool:
+        for module in trunk.modules():
+            if type(module) is nn.MaxPool2d:
+                module.__class__ = LeanMaxPool2d
+    for block in trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]:
+        block.__class__ = CheckpointedBlock
+
+
+def blocks_for_share(blocks: nn.ModuleList, share: float) -> int:
+    """How many blocks, from the first on, hold at least `share` of the activations of a Hiera's blocks.
+
+    A block counts as tokens times width; from one stage to the next the tokens are a quarter and the width doubles.
+    """
+    size, sizes = 1.0, []
+    for block in blocks:
+        sizes.append(size)  # the first block of a stage still works at the resolution before it
+        size = size / 2 if block.q_stride else size
+    total, held = sum(sizes), 0.0
+    for count, size in enumerate(sizes):
+        if held >= share * total * (1 - 1e-9):
+            return count
+        held += size
+    return len(sizes)
