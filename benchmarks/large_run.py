@@ -25,6 +25,7 @@ from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+MARK = ".sam2_lora_large"  # tells our folder from a user's own
 CONFIG = "configs/sam2.1/sam2.1_hiera_l.yaml"
 OVERRIDES = [
     "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "scratch.num_workers=0", "scratch.steps=2", "scratch.steps_per_phase=1",
@@ -60,14 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/large", help="cleared first")
     args = parser.parse_args(argv)
     out = args.out.resolve()
-    if out.exists():
-        shutil.rmtree(out)
+    if args.base is not None and (not args.base.is_file() or args.base.resolve().is_relative_to(out)):
+        raise UserError(f"--base {args.base} is no file, or lies in --out, which is cleared: name Meta's sam2.1_hiera_large.pt")
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise UserError(f"{out} is not empty and not from this benchmark: choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "checkpoints").mkdir(parents=True)
+    (out / MARK).touch()
     base = (args.base or out / "checkpoints/sam2.1_hiera_large.pt").resolve()
-    base.parent.mkdir(parents=True, exist_ok=True)
-    if not base.exists():
+    if args.base is None:
         torch.manual_seed(0)
         torch.save({"model": build_sam2(CONFIG, device="cpu").state_dict()}, base)
-    out.mkdir(parents=True, exist_ok=True)
     table = write_strips(out / "data", 4, clean_share=0.0)
     names = sorted(path.name for path in (table.parent / "train_images").iterdir())
     (out / "data/split.csv").write_text("image,split\n" + "".join(f"{n},{'val' if i == 3 else 'train'}\n" for i, n in enumerate(names)))
@@ -78,9 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     stages = {}
     print("first step, then kill -9 ...", flush=True)
-    stages["train_step_1_and_kill"] = watch(command, environment, out / "train.log", stop_when=run / "adapters/latest/adapter_model.safetensors")
+    stages["train_step_1_and_kill"] = watch(command, environment, out / "train.log", stop_when=run / "checkpoints/checkpoint.pt")
     print("resume, second step ...", flush=True)
     stages["resume_step_2"] = watch(command, environment, out / "train.log")
+    if "Resuming training from" not in (out / "train.log").read_text() or not (run / "training_summary.json").exists():
+        raise UserError(f"the second start did not resume the first: see {out / 'train.log'}")
     print("export, merge, verify ...", flush=True)
     export = [sys.executable, "tools/export_adapter.py", str(run), str(out / "adapter")]
     stages["export"] = watch(export, environment, out / "tools.log")

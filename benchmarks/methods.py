@@ -62,7 +62,7 @@ def build(method: str, size: str, resolution: int, dropout: float = DROPOUT, mem
     torch.manual_seed(0)
     if method.endswith(("lean", "lean_memory", "plain")):
         kind = "plain" if method.endswith("plain") else "lean"
-        preset = memory or {"plain": "off", "lean_memory": "low"}.get(method.removeprefix("decoder_"), "default")
+        preset = memory or {"plain": "stock", "lean_memory": "low"}.get(method.removeprefix("decoder_"), "default")
         lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
         model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", lora=lora, memory=preset)
         loss = SeverstalLoss(**LOSS, implementation=kind)

@@ -5,6 +5,7 @@ summary is there.
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -72,11 +73,7 @@ def members_of(grid: dict[str, list[str]], out: Path, common: Sequence[str]) -> 
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        label = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items())
-        label = re.sub(r"[^\w.-]+", "-", label).strip("-")
-        if len(label) > 80 or any(label == member.folder.name for member in found):
-            label = f"{label[:70]}_{len(found)}"
-        member = Member(chosen, out / label)
+        member = Member(chosen, out / label_of(chosen))
         settings = {"values": chosen, "common": list(common)}
         note = member.folder / MEMBER
         if note.exists() and json.loads(note.read_text()) != settings:
@@ -85,6 +82,26 @@ def members_of(grid: dict[str, list[str]], out: Path, common: Sequence[str]) -> 
             write_json(note, settings)
         found.append(member)
     return found
+
+
+def label_of(values: dict[str, str]) -> str:
+    """A folder's name for key -> value, the same in every grid; with a hash where it cannot hold all of the values."""
+    whole = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+    label = re.sub(r"[^\w.-]+", "-", whole).strip("-")
+    if label == whole and len(label) <= 80:
+        return label
+    return f"{label[:70]}_{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]}"
+
+
+def metrics_of(config: Any) -> tuple[list[str], str | None, str]:
+    """What a composed config's validation gives, its monitored metric, and whether that is best at its "max" or "min"."""
+    from hydra.utils import instantiate
+
+    trainer = config.trainer
+    steps = trainer.model.get("num_correction_pt_per_frame", 7) + 1
+    meters = [instantiate(meter) for group in trainer.meters.val.values() for meter in group.values()]
+    keys = [key for meter in meters if hasattr(meter, "keys") for key in meter.keys(steps, tracked=True)]
+    return keys, trainer.get("monitor"), trainer.get("monitor_mode", "max")
 
 
 def finished(member: Member) -> bool:
@@ -102,12 +119,13 @@ def reason_of_failure(member: Member, code: int) -> str:
     return (sentences or lines or ["it left no word"])[-1][:500] + f" (exit code {code}; log: {log})"
 
 
-def collect(members: Sequence[Member], failures: dict[str, str]) -> list[dict[str, Any]]:
-    """One row a member: its values, `status`, what it trained and its best validation.
+def collect(members: Sequence[Member], failures: dict[str, str], metric: str = METRICS[0]) -> list[dict[str, Any]]:
+    """One row a member: its values, `status`, what it trained and its best validation (by the monitored metric).
 
     Args:
         members: all of them.
         failures: folder name -> reason, of those that failed now.
+        metric: a column beside the usual ones.
     """
     rows = []
     for member in members:
@@ -117,18 +135,18 @@ def collect(members: Sequence[Member], failures: dict[str, str]) -> list[dict[st
             best = summary["best"] or {"metrics": {}, "step": None}
             row |= {"status": "finished", "params_trained": summary["parameters"]["trained"], "best_step": best["step"],
                     "steps": summary["steps"], "seconds": summary["wall_seconds"]}  # fmt: skip
-            row |= {name: best["metrics"].get(name) for name in METRICS}
-            row[summary["monitor"]] = best["metrics"].get(summary["monitor"])
+            row |= {name: best["metrics"].get(name) for name in (*METRICS, summary["monitor"], metric)}
         else:
             row["reason"] = failures.get(member.folder.name, "not run")
         rows.append(row)
     return rows
 
 
-def best_of(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The finished member with the highest metric; of equal ones the smallest."""
+def best_of(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") -> dict[str, Any] | None:
+    """The finished member with the highest metric ("max") or the lowest ("min"); of equal ones the smallest."""
     known = [row for row in rows if row.get(metric) is not None]
-    return max(known, key=lambda row: (row[metric], -row["params_trained"]), default=None)
+    sign = 1 if mode == "max" else -1
+    return max(known, key=lambda row: (sign * row[metric], -row["params_trained"]), default=None)
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -141,10 +159,10 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def to_markdown(rows: Sequence[dict[str, Any]], metric: str) -> str:
+def to_markdown(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") -> str:
     """A table of the members, the best in bold."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("member", "reason")]
-    best = best_of(rows, metric)
+    best = best_of(rows, metric, mode)
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = [_cell(row.get(column)) for column in columns]

@@ -1,13 +1,23 @@
 """The one error type that users see, and the way a command line ends with it."""
 
+import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: one sentence that says what was wrong, where, and what to do."""
+
+
+def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a `UserError` that names the first of the `given` keys of a setting that is not among the `known` ones."""
+    choices = list(known)
+    for key in given:
+        if key not in choices:
+            near = difflib.get_close_matches(str(key), choices, 1, cutoff=0)[0]
+            raise UserError(f"{where} has no setting {key!r}, did you mean {near!r}? There are {', '.join(choices)}")
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:

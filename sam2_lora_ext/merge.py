@@ -71,6 +71,9 @@ def find_adapter(path: str | Path) -> Path:
     for name in ("best", "final"):
         if (path / "adapters" / name / CONFIG).exists():
             return path / "adapters" / name
+    if (path / "weights").is_dir():
+        raise UserError(f"{path} is a run that trained the whole model: there is nothing to merge, for its "
+                        "weights/best.pt and weights/final.pt are what build_sam2 loads")
     others = (path / "adapters" / "latest", path / "checkpoints" / "checkpoint.pt")
     hint = " or ".join(str(other) for other in others if other.exists())
     raise UserError(f"{path} is no adapter folder (no {CONFIG}), and no run with adapters/best or adapters/final"
@@ -101,12 +104,14 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     if notes:
         try:
             facts = json.loads(notes[0].read_text(encoding="utf-8"))
-            config = LoRAConfig.of(facts["config"])
+            if facts["config"] is not None:
+                config = LoRAConfig.of(facts["config"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{notes[0]} is damaged ({error}): it should be as LoRATrainer writes it") from error
         metadata = {key: facts[key] for key in ("base_id", "base_path", "model_config") if facts.get(key)}
     if not any(key.endswith(ADAPTER_KEYS) for key in state) and not (config and config.trainable):
-        raise UserError(f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run")
+        raise UserError(f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (one that trained the whole "
+                        "model leaves what build_sam2 loads in its folder weights)")
     return adapter_from_state(state, config, alpha, base=base, metadata=metadata)
 
 

@@ -81,10 +81,15 @@ class SegmentationMeter:
         classes: the classes that get keys of their own; others count in the overall means only.
         prompt: what the first step is; it only names the keys.
         losses: report the loss too. Switch it off when the plain Trainer saves best checkpoints by this meter.
+        distinct: count an object once however often it comes (validation); False counts each time (training).
     """
 
     def __init__(
-        self, classes: Sequence[int] = (1, 2, 3, 4), prompt: Literal["click", "box"] = "click", losses: bool = True
+        self,
+        classes: Sequence[int] = (1, 2, 3, 4),
+        prompt: Literal["click", "box"] = "click",
+        losses: bool = True,
+        distinct: bool = True,
     ):
         if prompt not in ("click", "box"):
             raise UserError(f"the meter's prompt is {prompt!r}: choose 'click' or 'box'")
@@ -93,6 +98,7 @@ class SegmentationMeter:
         self.classes = tuple(classes)
         self.prompt = prompt
         self.losses = losses
+        self.distinct = distinct
         self.reset()
 
     def reset(self) -> None:
@@ -148,7 +154,8 @@ class SegmentationMeter:
     def _summary(self, parts: list[Rows]) -> dict[str, float]:
         if not any(len(part) for part in parts):
             return {}
-        rows = Rows.concatenate(parts).unique()
+        rows = Rows.concatenate(parts)
+        rows = rows.unique() if self.distinct else rows
         classes = class_of(rows.ids[:, 1])
         prompted, defect = ~rows.tracked, classes != CLEAN
 
@@ -164,7 +171,7 @@ class SegmentationMeter:
         values |= {"clean_accuracy": clean, "clean_accuracy_last": clean_last, "defect_accuracy": found}
         values |= {"objects": float((prompted & defect).sum()), "clean": float((prompted & ~defect).sum())}
 
-        frames_per_object = len(rows) / len(torch.unique(rows.ids[:, :2], dim=0))
+        frames_per_object = len(rows) / max(int(prompted.sum()), 1)  # every clip has one first frame
         for name, column in zip(rows.loss_names, rows.losses.unbind(1), strict=True):
             values[_loss_key(name)] = exact_mean(column) * frames_per_object
         return {key: value for key, value in values.items() if value is not None}

@@ -25,14 +25,14 @@ class LoRASAM2Train(SAM2Train):
 
     Args:
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
-        memory: what a step keeps for backward: a preset ("off", "default", "low") or a `MemoryConfig` as a mapping.
+        memory: what a step keeps for backward: a preset ("stock", "default", "low") or a `MemoryConfig` as a mapping.
         prompt_seed: draw the training clicks of each object from (prompt_seed, epoch, video, object) and not from the global
             generator of its rank, so that they do not depend on how a batch is spread over ranks.
         **kwargs: everything that `SAM2Train` takes.
     """
 
     def __init__(
-        self, *args: Any, lora: Mapping | LoRAConfig | None = None, memory: Mapping | MemoryConfig | str = "off",
+        self, *args: Any, lora: Mapping | LoRAConfig | None = None, memory: Mapping | MemoryConfig | str = "stock",
         prompt_seed: int | None = None, **kwargs: Any,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)

@@ -40,8 +40,9 @@ def model_size(config_name: str | None) -> str:
 
 
 def short_number(value: float) -> str:
-    """A learning rate as people write it in a folder's name: 1e-3, 5e-4, 0."""
-    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.0e}") if value else "0"
+    """A learning rate as people write it in a folder's name: 1e-3, 2.5e-4, 0."""
+    mantissa, exponent = f"{value:.4e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 class RunFolder:
@@ -54,6 +55,7 @@ class RunFolder:
         merged: also write `merged_best.pt`.
         flat_files: also write the flat files.
         base_path: the base checkpoint, read again for merging.
+        monitor: the metric that the flat files are named by.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class RunFolder:
         merged: bool,
         flat_files: bool,
         base_path: str | None,
+        monitor: str = "iou_1click",
     ):
         self.path, self.model, self.facts = path, model, dict(facts)
-        self.merged, self.flat_files, self.base_path = merged, flat_files, base_path
+        self.merged, self.flat_files, self.base_path, self.monitor = merged, flat_files, base_path, monitor
         self.report = report(model)
         self.has_adapter = any(True for _ in lora_layers(model))
         if merged and not base_path:
@@ -129,7 +132,9 @@ class RunFolder:
         folder = self.path / name
         trained = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
         state = {"model": {key: value.detach().clone() for key, value in trained.items()}}
-        quality = f"iou{metrics.get('iou_1click', float('nan')):.4f}_dice{metrics.get('dice_1click', float('nan')):.4f}"
+        iou = self.monitor if self.monitor.startswith("iou_") else next((key for key in metrics if key.startswith("iou_")), "")
+        values = metrics.get(iou, float("nan")), metrics.get(iou.replace("iou", "dice", 1), float("nan"))
+        quality = f"iou{values[0]:.4f}_dice{values[1]:.4f}"
         file = {
             "best": f"best_lora_step{step}_{quality}.torch",
             "latest": f"latest_lora_step{step}.torch",

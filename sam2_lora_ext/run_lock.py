@@ -1,7 +1,9 @@
 """One run a folder: a lock that the system releases when its process ends, however it ends."""
 
+import contextlib
 import fcntl
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import IO
@@ -9,12 +11,17 @@ from typing import IO
 import torch.distributed as dist
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import write_atomic
 
 NAME = ".lock"
+CONFIGS = ("config.yaml", "config_resolved.yaml")
 
 
 def lock_run(folder: Path) -> IO[str] | None:
     """Locks the folder on rank 0; the process group must be there, so that no rank waits for one that was refused.
+
+    The stock launcher writes its config files before anybody can refuse it: the run that has the lock keeps a copy of
+    them, which one that is refused puts back.
 
     Raises:
         UserError: on all ranks, what `lock_folder` says on rank 0.
@@ -23,8 +30,14 @@ def lock_run(folder: Path) -> IO[str] | None:
     if dist.get_rank() == 0:
         try:
             lock = lock_folder(folder)
+            for name in CONFIGS:
+                _copy(folder / name, folder / f".{name}")
         except UserError as error:
             refusal = [str(error)]
+            if lock is None and folder.is_dir():
+                for name in CONFIGS:
+                    with contextlib.suppress(UserError):
+                        _copy(folder / f".{name}", folder / name)
     dist.broadcast_object_list(refusal, src=0)
     if refusal[0] is not None:
         raise UserError(refusal[0])
@@ -62,3 +75,14 @@ def lock_folder(folder: Path) -> IO[str]:
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror or error}; check the free disk") from error
     return file
+
+
+def check_free(folder: Path) -> None:
+    """Raises a `UserError` when a run is at work in the folder; makes nothing."""
+    if (folder / NAME).exists():
+        lock_folder(folder).close()
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))

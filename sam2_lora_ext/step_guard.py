@@ -41,7 +41,10 @@ class StepGuard(Interrupt):
         return self.signum if dist.get_world_size() == 1 else self.agreed
 
     def exit(self, step: int) -> NoReturn:
-        """Ends the process as the signal would have, 128 + its number."""
+        """Ends the process as the signal would have, 128 + its number, when all ranks are here: torch's launcher kills
+        the others at the end of the first, and one of them may be writing.
+        """
+        dist.barrier()
         name = signal.Signals(self.stop_signal).name
         logging.info(f"{name}: stopped after step {step}; the same command goes on from the last checkpoint")
         raise SystemExit(128 + self.stop_signal)
@@ -107,10 +110,25 @@ class StepGuard(Interrupt):
         )
 
 
+def raw_datasets(dataset: Any) -> list[Any]:
+    """The raw data sets inside stock's wrappers: mixed, concatenated, repeated, a `Subset`, a `VOSDataset`."""
+    if hasattr(dataset, "datasets"):
+        return [raw for part in dataset.datasets for raw in raw_datasets(part)]
+    inner = next((getattr(dataset, name) for name in ("video_dataset", "dataset") if hasattr(dataset, name)), None)
+    return [dataset] if inner is None else raw_datasets(inner)
+
+
 def _names(video_ids: Sequence[int], datasets: Sequence[Any]) -> list[str]:
-    """The images' names, each once; their numbers where no data set has an index."""
-    index = next((raw.index for raw in datasets if hasattr(raw, "index")), None)
-    return [index.name(number) if index is not None else str(number) for number in dict.fromkeys(video_ids)]
+    """The images' names, each once; their numbers where no data set has an index.
+
+    A number tells no data set: where several have an image of it, all their names are given.
+    """
+    indices = [raw.index for raw in datasets if hasattr(raw, "index")]
+    names = []
+    for number in dict.fromkeys(video_ids):
+        known = dict.fromkeys(index.name(number) for index in indices if number < len(index))
+        names.append(" or ".join(known) or str(number))
+    return names
 
 
 def _largest(values: list[int], device: torch.device) -> list[int]:

@@ -3,7 +3,8 @@
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def launched_config(argv: Sequence[str]) -> str | None:
+    """The training config that a launcher's command line names (-c CONFIG); None where there was no such command."""
+    for place, word in enumerate(argv):
+        if word in ("-c", "--config") and place + 1 < len(argv):
+            return argv[place + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
 def git_commit() -> str | None:
     """The commit of the checkout that this package runs from, with "-dirty" when it was changed; None outside one."""
     folder = Path(__file__).resolve().parent
@@ -44,6 +55,7 @@ def summarize(
     """The summary as plain values; epochs are phases, `skipped_steps` those of float16 overflows in this process."""
     return {
         "name": name,
+        "config": launched_config(sys.argv),
         "model_config": model_config,
         "base_id": base_id,
         "base_path": base_path,

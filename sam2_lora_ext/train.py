@@ -2,15 +2,23 @@
 
 The launcher (`training.train`) knows no overrides. This command line composes the config with them, then runs the
 launcher's own `main`, which gets that config where it would have composed its own; ranks and cluster jobs get it too.
+
+Exit codes: 0; 2 on a mistake that the user can mend; 143 after SIGTERM and 130 after Ctrl-C, with one rank or several,
+once the running step is finished and `latest` is written (on a first signal; a second one ends everything at once).
 """
 
 import argparse
+import contextlib
+import errno
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from sam2_lora_ext.compose import compose, locate
 from sam2_lora_ext.errors import UserError, find_user_error, run_cli
 from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher, known_configs
+from sam2_lora_ext.interrupt import Forward
 
 EXAMPLES = """\
 examples:
@@ -36,20 +44,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(OmegaConf.to_yaml(config), end="")
         return 0
     launcher.compose = lambda config_name: config
+    from sam2_lora_ext.run_lock import check_free  # needs torch, which `import_launcher` has found
+
+    run_dir = config.launcher.experiment_log_dir
+    if run_dir is not None:
+        check_free(Path(run_dir))  # before the launcher replaces the config files of the run that is at work
+    forward = Forward()
     try:
-        launcher.main(args)
+        with forward if _starts_ranks(args, config) else contextlib.nullcontext():
+            launcher.main(args)
     except Exception as error:
+        if forward.signum:  # torch's own words about the ranks that ended as they were told
+            return 128 + forward.signum
         if mistake := find_user_error(error):  # Hydra wraps what the dataset, model or Trainer raised
             raise mistake from error
-        run_dir = str(config.launcher.experiment_log_dir)
-        if isinstance(error, OSError) and str(error.filename).startswith(run_dir):  # the launcher's own first files
+        if isinstance(error, OSError) and run_dir is not None and _of_the_launcher(error, str(run_dir)):
             raise UserError(
-                f"cannot write {error.filename}: {error.strerror}; choose another launcher.experiment_log_dir"
+                f"cannot write {error.filename or run_dir}: {error.strerror}; check the folder, its rights and the free "
+                "disk, or choose another launcher.experiment_log_dir"
             ) from error
         if type(error).__name__ == "FailedJobError":  # submitit's: sbatch was not content
             raise UserError(f"Slurm refused the job: {' '.join(str(error).split())}") from error
         raise
-    return 0
+    return 128 + forward.signum if forward.signum else 0
+
+
+def _starts_ranks(args: argparse.Namespace, config: Any) -> bool:
+    """Whether the launcher will start processes of its own here; a single rank is this process."""
+    on_cluster = config.submitit.use_cluster if args.use_cluster is None else args.use_cluster
+    return not on_cluster and (args.num_gpus or config.launcher.gpus_per_node) > 1
+
+
+def _of_the_launcher(error: OSError, run_dir: str) -> bool:
+    """Whether it is about the launcher's own first files: opening one names it, a full disk while writing does not."""
+    full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return full or str(error.filename).startswith(run_dir)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,6 +2,9 @@
 
 Thin on purpose: the training step, the validation pass, DDP, AMP, logging and checkpoints are stock's.
 An "epoch" of the Trainer is a phase here: the steps between two validations.
+
+A run that reaches its last phase or stops early writes `best` (at its validation), `final`, then the summary. SIGTERM or
+Ctrl-C finish the step on all ranks and write `latest`; `final` and the summary would lie about a run that can go on.
 """
 
 import logging
@@ -20,14 +23,14 @@ from sam2_lora_ext.base_weights import base_path, load_base
 from sam2_lora_ext.checkpoint_files import prepare_resume, remove_temporaries, write_checkpoint
 from sam2_lora_ext.checkpoints import weights_id
 from sam2_lora_ext.early_stop import EarlyStop
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
 from sam2_lora_ext.meters import SegmentationMeter
 from sam2_lora_ext.run_lock import lock_run
 from sam2_lora_ext.run_record import RunRecord
 from sam2_lora_ext.seeding import derive_seed, seed_everything
-from sam2_lora_ext.step_guard import StepGuard
+from sam2_lora_ext.step_guard import StepGuard, raw_datasets
 from sam2_lora_ext.summary import peak_rate
 
 WINDOW = "window"  # the name of the meter over the training steps since the last row of metrics.csv
@@ -69,11 +72,15 @@ class LoRATrainer(Trainer):
         self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
         self.export_conf = {"merged": False, "flat_files": False, **(export or {})}
         self.base_id: str | None = None
-        self.window = SegmentationMeter()
+        self.window = SegmentationMeter(distinct=False)
         self.guard = StepGuard(self.run_dir / "debug")
         with at_work(self.accelerator):
             if accelerator == "cuda" and not torch.cuda.is_available():
                 raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
+            check_keys("trainer.export", self.export_conf, ("merged", "flat_files"))
+            check_keys("trainer.early_stop", early_stop or (), ("patience", "min_delta"))
+            if metrics_every < 1:
+                raise UserError(f"trainer.metrics_every must be at least 1 step, got {metrics_every}")
             rule = EarlyStop(**{"mode": monitor_mode, **(early_stop or {"patience": sys.maxsize})})
             self.history = History(monitor, rule)
             self.lock: IO[str] | None = None
@@ -96,10 +103,12 @@ class LoRATrainer(Trainer):
             raise UserError("nothing in the model is trainable: give lora some targets, or set it to null")
         skipped = [name for name in self.model.state_dict() if name not in trained]
         if any(not parameter.requires_grad for parameter in self.model.parameters()):
-            # A checkpoint then holds what is trained, and the base is read again on resume.
-            self.checkpoint_conf.skip_saving_parameters = skipped
-            self.checkpoint_conf.initialize_after_preemption = True
+            self.checkpoint_conf.skip_saving_parameters = skipped  # a checkpoint then holds what is trained
+        # The base is read again on resume: for what the checkpoint leaves out, and to know that it is the same one.
+        self.checkpoint_conf.initialize_after_preemption = True
         self.trained = list(trained.values())
+        if self.scaler.is_enabled() and self.optim_conf.amp.amp_dtype == "bfloat16":
+            self.scaler = torch.amp.GradScaler(enabled=False)  # it has float32's range: only a growing scale overflows
         for key in self.loss:
             self.meters.setdefault(Phase.TRAIN, {}).setdefault(key, {})[WINDOW] = self.window
         self.user_gradient_logger, self.gradient_logger = self.gradient_logger, self._after_gradients
@@ -207,13 +216,14 @@ class LoRATrainer(Trainer):
             self.guard.exit(self.steps[Phase.TRAIN])
         result = super()._step(batch, model, phase)
         losses = {**result[0], **result[2]}
-        self.guard.check_loss(batch, losses, self.steps[Phase.TRAIN], phase, self._datasets(phase))
+        dataset = self.train_dataset if phase == Phase.TRAIN else self.val_dataset
+        self.guard.check_loss(batch, losses, self.steps[Phase.TRAIN], phase, raw_datasets(dataset))
         return result
 
     def _after_gradients(self, model: torch.nn.Module, rank: int, where: float) -> None:
         """The Trainer's gradient hook: the step's rate is set, its gradients are clipped, nothing is applied yet."""
-        amp, step = self.optim_conf.amp, self.steps[Phase.TRAIN]
-        self.guard.check_gradients(self.trained, step, scaled=amp.enabled and amp.amp_dtype == "float16")
+        step = self.steps[Phase.TRAIN]
+        self.guard.check_gradients(self.trained, step, scaled=self.scaler.is_enabled())
         if self.user_gradient_logger is not None:
             self.user_gradient_logger(model, rank=rank, where=where)
         if step % self.metrics_every == 0:
@@ -221,10 +231,6 @@ class LoRATrainer(Trainer):
             self.window.reset()
             rate = self.optim.optimizer.param_groups[0]["lr"]
             self.record.row(Phase.TRAIN, step, self.epoch, values, learning_rate=rate)
-
-    def _datasets(self, phase: str) -> list[Any]:
-        mixed = self.train_dataset if phase == Phase.TRAIN else self.val_dataset
-        return [getattr(data, "video_dataset", data) for data in getattr(mixed, "datasets", [])]
 
     def _validates(self, epoch: int) -> bool:
         return epoch >= 0 and (epoch % self.val_epoch_freq == 0 or epoch == self.max_epochs - 1)

@@ -87,21 +87,38 @@ def compare_merged(merged: str | Path, base: str | Path, adapter: Adapter, confi
                       float(((logits > 0) != (live_logits > 0)).double().mean()), max(LOGIT_BOUND, half * largest))
 
 
+def check_inputs(config: str, image: str | Path | None = None) -> None:
+    """Tells early what `compare_merged` would stumble over.
+
+    Raises:
+        UserError: there is no such config, or it is no inference config, or the image cannot be read.
+    """
+    import sam2  # noqa: F401  (initialises Hydra with SAM 2's configs)
+    from hydra import compose
+    from hydra.errors import MissingConfigException
+
+    stock = "give a stock name such as configs/sam2.1/sam2.1_hiera_l.yaml or configs/sam2/sam2_hiera_l.yaml"
+    try:
+        known = "model" in compose(config_name=config)
+    except MissingConfigException as error:
+        raise UserError(f"there is no config {config!r}: {stock}") from error
+    if not known:
+        raise UserError(f"{config} is no inference config (it has no model at its top): {stock}")
+    if image is not None:
+        read_image(image, 8)
+
+
 def build_stock(config: str, weights: str | Path | None = None) -> nn.Module:
     """Stock SAM 2 on the CPU as `build_sam2` makes it, without the postprocessing that chooses between masks.
 
     Raises:
         UserError: there is no such config, or the weights do not fit it.
     """
-    from hydra.errors import MissingConfigException
     from sam2.build_sam import build_sam2
 
+    check_inputs(config)
     native = weights is not None and Path(weights).suffix != ".safetensors"
-    try:
-        model = build_sam2(config, str(weights) if native else None, device="cpu", apply_postprocessing=False)
-    except MissingConfigException as error:
-        raise UserError(f"there is no config {config!r}: give a stock name such as configs/sam2.1/sam2.1_hiera_l.yaml "
-                        "or configs/sam2/sam2_hiera_l.yaml") from error
+    model = build_sam2(config, str(weights) if native else None, device="cpu", apply_postprocessing=False)
     if weights is not None and not native:
         load_strictly(model, weights)
     return model

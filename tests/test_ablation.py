@@ -1,11 +1,20 @@
 """The ablation tool: its grid, its table, and (slow) real members that finish, fail and resume."""
 
+import argparse
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from small_runs import QUICK, environment
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import ablate
 
 from sam2_lora_ext.ablation import Member, best_of, collect, members_of, parse_grid, plot, to_csv, to_markdown
 from sam2_lora_ext.errors import UserError
@@ -34,6 +43,67 @@ def test_members_have_folders_of_their_own(tmp_path):
         members_of(grid, tmp_path, ["-c", "demo", "scratch.steps=2"])
 
 
+def test_a_members_folder_does_not_depend_on_the_others(tmp_path):
+    long = "[" + "x" * 100
+    few = members_of(parse_grid([f"lora.targets={long},y]", "a.b=[c,d],c-d"]), tmp_path, [])
+    more = members_of(parse_grid([f"lora.targets=[e],{long},y]", "a.b=c,[c,d],c-d"]), tmp_path, [])
+    assert {member.folder for member in few} < {member.folder for member in more}
+    assert len({member.folder for member in more}) == 6
+
+
+def test_an_unknown_metric_is_a_sentence_with_the_choices(tmp_path, monkeypatch):
+    """Before anything is run; one that only the grid brings is known; the monitored one decides by its mode."""
+    monkeypatch.setenv("SAM2_LORA_CONFIG_DIR", "")
+    command = ["-c", "demo", "--out", str(tmp_path / "out"), "--grid", "lora.rank=2"]
+    with pytest.raises(UserError, match="--metric iou: .*choose from iou_1click.*clean_accuracy.*loss_mask"):
+        ablate.main([*command, "--metric", "iou"])
+    assert not (tmp_path / "out").exists()
+
+    def mode(metric: str | None, *overrides: str, grid: tuple[str, ...] = ("lora.rank=2",)) -> tuple[str, str]:
+        args = argparse.Namespace(config="demo", overrides=list(overrides), metric=metric)
+        found = ablate.check_metric(args, parse_grid(grid))
+        return args.metric, found
+
+    assert mode(None) == ("iou_1click", "max") and mode("loss") == ("loss", "min")
+    assert mode(None, "trainer.monitor=loss_dice", "trainer.monitor_mode=min") == ("loss_dice", "min")
+    boxes = "+trainer.meters.val.severstal.segmentation.prompt=click,box"
+    assert mode("iou_box", grid=(boxes,)) == ("iou_box", "max")
+    with pytest.raises(UserError, match="iou_box"):
+        mode("iou_box")
+
+
+MEMBER_PROGRAM = """
+import signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from sam2_lora_ext.interrupt import Interrupt
+with Interrupt() as interrupt:
+    Path(sys.argv[1], "started").touch()
+    for _ in range(1200):
+        if interrupt.signum:
+            time.sleep(1)  # the step
+            Path(sys.argv[1], "finished").touch()
+            sys.exit(128 + interrupt.signum)
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_member_finish_its_step(number, tmp_path, repository):
+    """As a terminal sends it, to the whole group, and to the tool alone; no member is left behind."""
+    start = f"import sys; sys.path.insert(0, {str(repository / 'tools')!r}); import ablate; from pathlib import Path; "
+    start += f"ablate.attend(ablate.Task([sys.executable, '-c', {MEMBER_PROGRAM!r}, {str(tmp_path)!r}, "
+    start += f"{str(repository)!r}], Path({str(tmp_path)!r})))"
+    process = subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    said = process.communicate(timeout=60)[1].decode()
+    assert (tmp_path / "finished").exists(), said
+    assert process.returncode == (-signal.SIGINT if number == signal.SIGINT else 143), said
+
+
 def finish(member: Member, iou: float, trained: int) -> None:
     (member.folder / "training_summary.json").write_text(json.dumps({
         "parameters": {"trained": trained, "total": 100}, "steps": 10, "wall_seconds": 1.5, "monitor": "iou_1click",
@@ -51,6 +121,8 @@ def test_results(tmp_path):
     assert best_of(rows, "iou_1click") is rows[0]  # the smaller of equal ones
     read = list(csv.DictReader(to_csv(rows).splitlines()))
     assert [row["lora.rank"] for row in read] == ["4", "8", "16", "32"] and read[2]["iou_1click"] == "0.6"
+    assert best_of(rows, "iou_1click", "min") is rows[2]
+    assert collect(members, {}, "dice_box")[0]["dice_box"] is None  # of a run that did not give it
     table = to_markdown(rows, "iou_1click")
     assert table.count("\n") == 6 and "**0.7000**" in table and "| 0.7000 |" in table
     plot(rows, "iou_1click", tmp_path / "plot.png")

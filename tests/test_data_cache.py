@@ -25,11 +25,13 @@ def test_cache(tmp_path, caplog):
                 else getattr(index, name) == value
             )
     (stored,) = cache.iterdir()
-    damaged = stored.read_bytes()[:500]
-    stored.write_bytes(damaged)
-    with caplog.at_level(logging.WARNING):
-        assert len(cached_index(reader(folder), cache_dir=cache)) == 6
-    assert "built again" in caplog.text and len(stored.read_bytes()) > 500
+    whole = stored.read_bytes()
+    for damaged in (b"", whole[:500], whole[:-1], whole[:90] + b"\0" * 40 + whole[130:], b"\x80\x04.", b"\x93NUMPY"):
+        stored.write_bytes(damaged)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(cached_index(reader(folder), cache_dir=cache)) == 6
+        assert "built again" in caplog.text and len(stored.read_bytes()) == len(whole)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_conversion_refuses_what_it_cannot_say(tmp_path):
     with pytest.raises(UserError, match="classes 1 and 2|classes 2 and 1"):
         run("convert", folder, "--to", "label_png", "--out", tmp_path / "out", *SIZE)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-    with pytest.raises(UserError, match="holds the images"):
+    with pytest.raises(UserError, match="holds .*images, which is read"):
         run("convert", folder, "--to", "coco", "--out", folder, "--force", *SIZE)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="--force"):
@@ -94,3 +94,74 @@ def test_guessing(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             guess_reader(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("kaggle", "one/train_images/new"),
+        ("kaggle", "one/train.csv"),
+        ("label_png", "one/annotations"),
+        ("label_png", "one/annotations/new"),
+        ("supervisely", "one/train"),
+        ("supervisely", "one/train/ann/new"),
+        ("supervisely", "one"),
+        ("coco", "."),
+    ],
+)
+def test_conversion_never_writes_over_its_input(tmp_path, source, out):
+    write_kaggle(tmp_path / "k")
+    run("convert", tmp_path / "k", "--to", source, "--out", tmp_path / "one", *SIZE)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="which is read"):
+        run("convert", tmp_path / "one", "--to", "kaggle", "--out", tmp_path / out, "--force", *SIZE)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_conversion_never_removes_what_its_images_link_to(tmp_path):
+    folder = write_kaggle(tmp_path / "k")
+    (folder / "images").rename(tmp_path / "real")
+    (folder / "images").mkdir()
+    for path in (tmp_path / "real").iterdir():
+        (folder / "images" / path.name).symlink_to(path)
+    with pytest.raises(UserError, match="which is read"):
+        run("convert", folder, "--to", "coco", "--out", tmp_path / "real", "--force", *SIZE)
+    assert len(list((tmp_path / "real").iterdir())) == len(STRIPS)
+
+
+def test_a_failed_conversion_keeps_the_old_result_and_the_input(tmp_path, monkeypatch):
+    folder, out = write_kaggle(tmp_path / "k"), tmp_path / "out"
+    run("convert", folder, "--to", "coco", "--out", out, *SIZE)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr("shutil.copy2", full)
+        run("convert", folder, "--to", "kaggle", "--out", out, "--force", *SIZE)
+    rename = Path.rename
+
+    def no_swap(path, target):
+        if path.name.endswith(".tmp"):
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="busy"):
+        patch.setattr(Path, "rename", no_swap)
+        run("convert", folder, "--to", "kaggle", "--out", out, "--force", *SIZE)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="'thesis.tex', which is none of its parts"):
+        run("convert", folder, "--to", "kaggle", "--out", out, "--force", *SIZE)
+    assert (out / "thesis.tex").exists()
+
+
+def test_a_mask_of_the_first_pixel_alone_survives_kaggle(tmp_path):
+    folder = write_kaggle(tmp_path / "k", {"a.png": [(3, 0, 0, 1, 1)], "b.png": []})
+    for kind in ("coco", "kaggle_old", "kaggle"):
+        run("convert", folder, "--to", kind, "--out", tmp_path / kind, *SIZE)
+        folder = tmp_path / kind
+        index = build_index(guess_reader(folder, size=(40, 200)))
+        assert [(number, runs.tolist()) for number, runs in index.masks(0)] == [(3, [[0, 1]])]
+    assert [int(number) for number in (folder / "train.csv").read_text().split(",")[-1].split()] == [1, 1]

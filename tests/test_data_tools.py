@@ -18,6 +18,7 @@ import prepare_data
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.items import read_split
+from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.errors import UserError
 
 SIZE = ["--size", "200x40", "--quiet"]
@@ -114,6 +115,16 @@ def test_synth(tmp_path):
     assert len(index) == 3 and index.sizes.tolist() == [[256, 1600]] * 3
     with pytest.raises(UserError, match="--count"):
         run("synth", "--out", tmp_path / "t", "--count", 0)
+    with pytest.raises(UserError, match="--force"):
+        run("synth", "--out", tmp_path / "s", "--count", 2, "--quiet")
+    run("synth", "--out", tmp_path / "s", "--count", 2, "--seed", 6, "--clean-share", 0, "--force", "--quiet")
+    index = build_index(guess_reader(tmp_path / "s"))
+    assert len(index) == 2 and not index.clean().any()  # no image of the old set, which would be a clean strip now
+    (tmp_path / "s/train.csv").unlink()
+    with pytest.raises(UserError, match="exists already"):
+        write_strips(tmp_path / "s", 1, progress=False)
+    (tmp_path / "empty").mkdir()
+    run("synth", "--out", tmp_path / "empty", "--count", 1, "--quiet")
 
 
 def test_command_line(tmp_path, run_python, repository):

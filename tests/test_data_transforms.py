@@ -15,7 +15,6 @@ from sam2_lora_ext.data.transforms import (
     RandomHorizontalFlip,
     RandomStripCrop,
     RandomVerticalFlip,
-    SquareResize,
 )
 from sam2_lora_ext.errors import UserError
 
@@ -160,9 +159,8 @@ def test_model_input_is_what_stock_transforms_give(size):
 def test_small_objects_survive_the_resizing():
     speck = box(100, 20, 101, 21)
     assert not RandomResizeAPI(8, True, square=True)(datapoint({1_000_000: speck})).frames[0].objects[0].segment.any()
-    for transform in (SquareResize(8), ModelInput(8)):
-        segment = transform(datapoint({1_000_000: speck})).frames[0].objects[0].segment
-        assert torch.nonzero(segment).tolist() == [[4, 4]]
+    segment = ModelInput(8)(datapoint({1_000_000: speck})).frames[0].objects[0].segment
+    assert torch.nonzero(segment).tolist() == [[4, 4]]
     assert not resize_mask(torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8), 8).any()
     full = resize_mask(torch.ones(HEIGHT, WIDTH, dtype=torch.uint8), 8)
     assert bool(full.all())
@@ -173,7 +171,6 @@ def test_small_objects_survive_the_resizing():
     [
         lambda: RandomStripCrop(0),
         lambda: FixedStripCrop(-1),
-        lambda: SquareResize(0),
         lambda: ModelInput(0),
         lambda: RandomStripCrop([10, 20]),
     ],

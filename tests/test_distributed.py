@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from small_runs import environment, launch, rank_environment, train_here, write_config
 
 from sam2_lora_ext.adapter import load_adapter
+from sam2_lora_ext.interrupt import Forward, Interrupt
 
 RECORDER = '''\
 """Stands where SAM 2's Trainer calls a gradient logger: writes what a rank holds, and ends one on demand."""
@@ -129,6 +131,19 @@ def test_only_the_gradients_of_adapters_travel():
 
 
 @pytest.mark.slow
+def test_sam_2_1_large_sends_under_a_percent():
+    """Rank 8 on the default targets against full fine-tuning, counted as above on the real models."""
+    from benchmarks.traffic import reduced_bytes
+
+    with rank_environment({}):
+        dist.init_process_group("gloo")
+        sent, trained = reduced_bytes("severstal_lora")
+        whole, total = reduced_bytes("severstal_full")
+    assert sent == 4 * trained and whole == 4 * total and total > 220_000_000
+    assert 0 < sent < 0.01 * whole
+
+
+@pytest.mark.slow
 def test_validation_does_not_depend_on_the_ranks(tmp_path, nano_base, strips):
     """1, 2 and 3 ranks, which do not divide the samples: every metric is the same to the last digit."""
     results = []
@@ -183,6 +198,54 @@ def test_a_gradient_that_is_not_finite_on_one_rank(tmp_path, nano_base, strips, 
     process = start(tmp_path, nano_base, strips, 2, with_recorder(recorder, action="nan", rank=1, step=2))
     output = process.communicate(timeout=300)[0]
     assert process.returncode != 0 and "not finite" in output
+
+
+def _rank() -> None:
+    """Stands for a rank of torch's launcher: its step takes a second."""
+    with Interrupt() as interrupt:
+        os.write(1, b"ready\n")
+        while not interrupt.signum:
+            time.sleep(0.05)
+        time.sleep(1)
+        raise SystemExit(128 + interrupt.signum)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("group", [True, False], ids=["to the group", "to the parent"])
+def test_the_parent_of_the_ranks_hands_signals_on_once(number, group, tmp_path):
+    """A rank that got the signal itself, from a terminal, is not ended by what its parent hands on."""
+    code = (
+        f"import multiprocessing, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_distributed as t\n"
+        "ranks = [multiprocessing.get_context('fork').Process(target=t._rank) for _ in range(2)]\n"
+        "with t.Forward() as forward:\n    [rank.start() for rank in ranks]\n    [rank.join() for rank in ranks]\n"
+        "print(*(rank.exitcode for rank in ranks))\nsys.exit(128 + forward.signum)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert [process.stdout.readline() for _ in range(2)] == [b"ready\n"] * 2
+    (os.killpg if group else os.kill)(process.pid, number)
+    codes = set(process.communicate(timeout=60)[0].decode().split())
+    assert codes <= {"130", "143"} and process.returncode == 128 + number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_exit_codes_of_our_command_line_with_two_ranks(number, tmp_path, nano_base, strips, recorder):
+    """SIGTERM to the parent alone, as `kill` sends it, and Ctrl-C to the group: 143 and 130, with the step finished."""
+    overrides = ["scratch.steps=8", "scratch.steps_per_phase=4", *with_recorder(recorder, action="slow")]
+    config = write_config(tmp_path / "config", overrides)
+    env = environment(nano_base, strips, tmp_path / "run") | {"PYTHONPATH": str(recorder)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sam2_lora_ext.train", "-c", config, "--num-gpus", "2"], env={**os.environ, **env},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not len(recorded(recorder, 0)) >= 5 and process.poll() is None:
+        time.sleep(0.05)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + number and "Traceback" not in said, said[-3000:]
+    assert not any(alive(row["pid"]) for rank in (0, 1) for row in recorded(recorder, rank))
+    assert load_adapter(tmp_path / "run/adapters/latest").metadata["step"] >= 5
+    assert torch.load(tmp_path / "run/checkpoints/checkpoint.pt", weights_only=True)["steps"]["train"] == 4
 
 
 @pytest.mark.slow

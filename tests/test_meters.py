@@ -248,3 +248,15 @@ def test_one_two_and_three_ranks_agree_to_the_last_digit(tmp_path):
             values, local, gathered = torch.load(tmp_path / f"{ranks}_{rank}.pt", weights_only=True)
             assert values == alone.compute_synced() and gathered == lonely.compute()
             assert local["objects"] + local["clean"] == 2 * len(range(rank, 7 + (-7 % ranks), ranks))
+
+
+def test_training_counts_an_object_each_time_it_comes():
+    """Two steps on one object: validation would keep the first, the rows of training are the mean of both."""
+    values = {}
+    for distinct in (True, False):
+        meter = SegmentationMeter(distinct=distinct)
+        feed(meter, [frame([4], losses={"core_loss": 1.0})], [0, object_id(1, 0), 0])
+        feed(meter, [frame([2], losses={"core_loss": 4.0})], [0, object_id(1, 0), 0])
+        values[distinct] = meter.compute()
+    assert (values[True]["iou_1click"], values[True]["loss"], values[True]["objects"]) == (1.0, 1.0, 1.0)
+    assert (values[False]["iou_1click"], values[False]["loss"], values[False]["objects"]) == (0.75, 2.5, 2.0)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from small_runs import make_batch, make_model
 
+from sam2_lora_ext.host import config_root
 from sam2_lora_ext.lora import lora_layers
 
 DEFECTS = [[1_000_001], [3_000_001, 2_000_002]]
@@ -135,13 +137,10 @@ def test_the_memory_of_a_single_frame_is_not_encoded():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("frames", [1, 3])
-@pytest.mark.parametrize("prompt", ["click", "box", "mask"])
-def test_every_adapter_gets_a_gradient(prompt, frames):
-    """So `find_unused_parameters` may stay off for the default targets, whatever is drawn (one frame takes no mask)."""
+def assert_every_adapter_gets_a_gradient(prompt: str, frames: int, **changes: object) -> None:
     model = make_model(
         prob_to_use_pt_input_for_train=0.0 if prompt == "mask" else 1.0, num_correction_pt_per_frame=1,
-        prob_to_use_box_input_for_train=1.0 if prompt == "box" else 0.0,
+        prob_to_use_box_input_for_train=1.0 if prompt == "box" else 0.0, **changes,
     )  # fmt: skip
     with torch.no_grad():
         for _, layer in lora_layers(model):
@@ -155,3 +154,21 @@ def test_every_adapter_gets_a_gradient(prompt, frames):
             gradient = getattr(layer, half).grad
             assert gradient is not None and gradient.isfinite().all() and gradient.any(), (name, half)
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("prompt", ["click", "box", "mask"])
+def test_every_adapter_gets_a_gradient(prompt, frames):
+    """So `find_unused_parameters` may stay off for the default targets, whatever is drawn (one frame takes no mask)."""
+    assert_every_adapter_gets_a_gradient(prompt, frames)
+
+
+@pytest.mark.parametrize("corrected", [1, 2])
+@pytest.mark.parametrize("prompt", ["click", "box", "mask"])
+def test_every_adapter_of_the_video_config_gets_a_gradient(prompt, corrected):
+    """The memory attention's too, from any clip; `corrected` frames get clicks."""
+    video = OmegaConf.load(config_root() / "configs/base/video.yaml")
+    targets = list(video.lora.targets)
+    assert any(target.startswith("memory_attention") for target in targets)
+    clips = {**video.trainer.model, "num_frames_to_correct_for_train": corrected, "rand_frames_to_correct_for_train": False}
+    assert_every_adapter_gets_a_gradient(prompt, 3, lora={"targets": targets, "rank": 2}, **clips)

@@ -9,17 +9,20 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import environment, launch, train_here, write_config
+from small_runs import environment, rank_environment, train_here, write_config
 from test_resume import assert_same_run, assert_same_tensors
+from training.dataset.utils import ConcatDataset, RepeatFactorWrapper
 from training.utils.train_utils import Phase
 
 from sam2_lora_ext.adapter import load_adapter
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.interrupt import Interrupt
-from sam2_lora_ext.run_lock import lock_folder
+from sam2_lora_ext.run_lock import CONFIGS, check_free, lock_folder, lock_run
+from sam2_lora_ext.step_guard import _names, raw_datasets
 from sam2_lora_ext.trainer import LoRATrainer
 
 
@@ -152,13 +155,64 @@ def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
     assert "float16 overflow at step 3: 1 steps skipped so far" in (tmp_path / "run/logs/log.txt").read_text()
 
 
+def test_bfloat16_is_not_scaled(env, tmp_path, monkeypatch):
+    """Stock's scale doubles until something overflows; without one, what is not finite is real, and ends the run."""
+    amp = "trainer.optim.amp={enabled: true, amp_dtype: bfloat16}"
+    scaled = {"scale": 2.0**126, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+    with monkeypatch.context() as patch:
+
+        def poison(trainer) -> None:
+            trainer.trained[0].grad[0] = float("nan")
+
+        at_step(patch, 3, poison)
+        assert "a gradient is not finite at step 3" in ends_with(2, env, amp)
+    file = tmp_path / "run/checkpoints/checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    assert state["scaler"] == {}
+    torch.save(state | {"scaler": scaled}, file)  # as runs of stock, and older ones of ours, have it
+    trainer = train_here(env, amp)
+    assert trainer.steps[Phase.TRAIN] == 6 and not trainer.scaler.is_enabled() and trainer.guard.skipped == 0
+    assert all(parameter.isfinite().all() for parameter in trainer.trained)
+
+
+def test_samples_inside_stocks_wrappers_have_names():
+    """Mixed, repeated and concatenated; a number that several data sets know gets all its names."""
+
+    class Raw:
+        def __init__(self, *names):
+            self.index = Index(names)
+
+    class Index(tuple):
+        def name(self, number):
+            return self[number]
+
+    class VOS(torch.utils.data.Dataset):
+        def __init__(self, *names):
+            self.video_dataset, self.repeat_factors = Raw(*names), torch.ones(len(names))
+
+        def __len__(self):
+            return len(self.repeat_factors)
+
+    both = ConcatDataset([VOS("a.jpg", "b.jpg"), RepeatFactorWrapper(VOS("c.jpg")).dataset])
+    mixed = SimpleNamespace(datasets=[RepeatFactorWrapper(both)])
+    raws = raw_datasets(mixed)
+    assert [list(raw.index) for raw in raws] == [["a.jpg", "b.jpg"], ["c.jpg"]]
+    assert _names([1, 0, 1, 7], raws) == ["b.jpg", "a.jpg or c.jpg", "7"]
+    assert _names([2], raw_datasets(None)) == ["2"]
+
+
 def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
     """And the lock is free again when the first ends, however."""
     lock = lock_folder(tmp_path / "run")
     said = ends_with(2, env)
     assert f"a run is at work in {tmp_path / 'run'} (process {os.getpid()} on" in said
     assert not (tmp_path / "run/run.json").exists()
+    with pytest.raises(UserError, match="a run is at work"):
+        check_free(tmp_path / "run")
     lock.close()
+    check_free(tmp_path / "run")
+    check_free(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     child = subprocess.Popen(["python3", "-c", (
         "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
         "print('locked', flush=True); time.sleep(60)"
@@ -170,6 +224,24 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
     child.wait()
     child.stdout.close()
     lock_folder(tmp_path / "run").close()
+
+
+def test_a_refused_run_puts_the_config_files_back(tmp_path):
+    """The stock launcher has replaced them before anybody could refuse it."""
+    for name in ("config.yaml", "config_resolved.yaml"):
+        (tmp_path / name).write_text(f"{name}: 1")
+    with rank_environment({}):
+        torch.distributed.init_process_group("gloo")
+        lock = lock_run(tmp_path)
+        for name in ("config.yaml", "config_resolved.yaml"):
+            (tmp_path / name).write_text("another: 1")
+        with pytest.raises(UserError, match="a run is at work"):
+            lock_run(tmp_path)
+        assert [(tmp_path / name).read_text() for name in CONFIGS] == ["config.yaml: 1", "config_resolved.yaml: 1"]
+        lock.close()
+        (tmp_path / "config.yaml").write_text("third: 1")
+        lock_run(tmp_path).close()  # a resume with other settings: they hold from now on
+        assert (tmp_path / ".config.yaml").read_text() == "third: 1"
 
 
 def test_leftovers_of_a_kill_are_removed(env, tmp_path):
@@ -197,7 +269,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk(small_disk, nano_base, strips, tmp_path):
+def test_a_full_disk(small_disk, nano_base, strips, tmp_path, run_python):
     """One sentence, and what was there before is whole; with room again the run goes on."""
     env = environment(nano_base, strips, small_disk / "run")
     train_here(env, "scratch.steps=2", "scratch.steps_per_phase=2")
@@ -207,9 +279,10 @@ def test_a_full_disk(small_disk, nano_base, strips, tmp_path):
     with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 12))
-    process = launch(write_config(tmp_path / "config"), env | {"TMPDIR": str(tmp_path)})
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode != 0
+    command = ["-m", "sam2_lora_ext.train", "-c", write_config(tmp_path / "config")]
+    done = run_python(command, env=env | {"TMPDIR": str(tmp_path)})
+    output = done.stderr
+    assert done.returncode == 2 and "Traceback" not in output and output.count("error: ") == 1, output
     filler.unlink()
     assert_same_tensors(torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True), good)
     now = load_adapter(small_disk / "run/adapters/latest")

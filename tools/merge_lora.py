@@ -50,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.image and not args.verify:
         raise UserError("--image is what --verify segments: give --verify CONFIG too")
 
+    if args.verify:
+        try:
+            from sam2_lora_ext.verify import check_inputs
+            import hydra, sam2  # noqa: E401, F401
+        except ModuleNotFoundError as error:
+            raise UserError(f"--verify needs SAM 2 ({error}): pip install -e '.[sam2]', or merge without it") from error
+        check_inputs(args.verify, args.image)
+
     start = time.perf_counter()
     merged = merge_files(args.base, args.adapter, args.out, file_format=args.format, dtype=args.dtype,
                          alpha=args.alpha, force=args.force, progress=True)
@@ -64,11 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def verify(args: argparse.Namespace, adapter: Adapter) -> None:
     """Compares the written file with base plus live adapter, and fails past the bound."""
-    try:
-        from sam2_lora_ext.verify import compare_merged
-        import hydra, sam2  # noqa: E401, F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"--verify needs SAM 2 ({error}): pip install -e '.[sam2]'; {args.out} was written") from error
+    from sam2_lora_ext.verify import compare_merged
+
     print(f"verify   stock SAM 2 from {args.out}, and from {args.base} with the live adapter ...", flush=True)
     result = compare_merged(args.out, args.base, adapter, args.verify, args.image)
     print(f"weights  differ by at most {result.max_abs_weight_diff:.3g}")

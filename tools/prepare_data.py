@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.data.duplicates import groups
+from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.records import Reader
@@ -156,8 +157,10 @@ def run_split(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     """Writes the data set in another format."""
-    index = build_index(open_reader(args), args.on_invalid)
-    left_out = convert(index, args.to, args.out, args.force, progress=not args.quiet)
+    reader = open_reader(args)
+    refuse_inputs(args.out, reader.inputs())
+    index = build_index(reader, args.on_invalid)
+    left_out = convert(index, args.to, args.out, args.force, progress=not args.quiet, inputs=reader.inputs())
     print(
         f"{len(index) - left_out} images written to {args.out} as {args.to}"
         + (f"; {left_out} left out because a mask of theirs is invalid" if left_out else "")
@@ -165,13 +168,16 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_synth(args: argparse.Namespace) -> None:
-    """Writes synthetic strips."""
+    """Writes synthetic strips; with --force in the place of an old set, no image of which stays."""
     if args.count < 1 or not 0 <= args.clean_share <= 1:
         raise UserError(f"--count is at least 1 and --clean-share in 0..1, got {args.count} and {args.clean_share}")
-    if args.force:
-        (args.out / "train.csv").unlink(missing_ok=True)
-    table = write_strips(args.out, args.count, args.seed, args.clean_share, progress=not args.quiet)
-    print(f"{args.count} strips written to {table.parent}")
+    empty = args.out.is_dir() and not any(args.out.iterdir())
+    write_folder(
+        args.out,
+        lambda folder: write_strips(folder, args.count, args.seed, args.clean_share, progress=not args.quiet),
+        args.force or empty,
+    )
+    print(f"{args.count} strips written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -40,8 +39,8 @@ def cached_index(
         return load_index(path)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        log.warning("the stored index %s cannot be used (%s) and is built again", path, error)
+    except Exception as error:  # numpy, zip and JSON fail in many ways on a damaged file, and a cache may not matter
+        log.warning("the stored index %s cannot be used (%s) and is built again", path, error or type(error).__name__)
     index = build_index(reader, on_invalid)
     if not index.problems:
         try:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from sam2_lora_ext.data.images import ImageError, probe
-from sam2_lora_ext.data.records import ImageRecord, Problem, class_table
+from sam2_lora_ext.data.images import probe
+from sam2_lora_ext.data.records import ImageRecord, InvalidData, Problem, class_table
 from sam2_lora_ext.data.rle import encode_mask, from_coco_counts
 from sam2_lora_ext.errors import UserError
 
@@ -51,27 +51,30 @@ class COCOReader:
     def files(self) -> list[Path]:
         return [self.json]
 
+    def inputs(self) -> list[Path]:
+        return [self.image_dir, self.json]
+
     def records(self) -> Iterator[ImageRecord | Problem]:
         records, bad, names = {}, set(), set()
         for row, entry in enumerate(self._content["images"], 1):
             image_id, name = _key(entry.get("id")), str(entry.get("file_name"))
             try:
                 if image_id is None or image_id in records or image_id in bad:
-                    raise ImageError("duplicate row", f"image {row} has no id of its own (id {image_id})")
+                    raise InvalidData("duplicate row", f"image {row} has no id of its own (id {image_id})")
                 if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-                    raise ImageError("path in name", f"{name!r} of image {row} leads out of {self.image_dir}")
+                    raise InvalidData("path in name", f"{name!r} of image {row} leads out of {self.image_dir}")
                 if name in names:
-                    raise ImageError("duplicate row", f"image {row} names {name} a second time; keep one of them")
+                    raise InvalidData("duplicate row", f"image {row} names {name} a second time; keep one of them")
                 names.add(name)
                 height, width, deep = probe(self.image_dir / name, self.full_check)
                 if (entry.get("height", height), entry.get("width", width)) != (height, width):
-                    raise ImageError(
+                    raise InvalidData(
                         "image size",
                         f"{name} is {width}x{height}, but the table says "
                         f"{entry.get('width')}x{entry.get('height')}; they must be equal",
                     )
                 records[image_id] = ImageRecord(name, height, width, deep=deep)
-            except ImageError as error:
+            except InvalidData as error:
                 bad.add(image_id)
                 yield Problem(str(self.json), row, error.cause, f"{name}: {error}", name)
         for row, entry in enumerate(self._content["annotations"], 1):
@@ -92,14 +95,14 @@ class COCOReader:
                 continue
             try:
                 if _key(entry.get("category_id")) not in self._numbers:
-                    raise ImageError(
+                    raise InvalidData(
                         "unknown class",
                         f"the category {entry.get('category_id')!r} is unknown; the categories are "
                         f"{', '.join(f'{key} ({self.class_names[n]})' for key, n in self._numbers.items())}",
                     )
                 runs = read_segmentation(entry.get("segmentation"), record.height, record.width)
                 record.masks.append((self._numbers[entry["category_id"]], runs))
-            except ImageError as error:
+            except InvalidData as error:
                 record.complete = False
                 yield Problem(
                     str(self.json), row, error.cause, f"annotation {row} of {record.name}: {error}", record.name
@@ -116,16 +119,16 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Runs of polygons (list of [x, y, x, y, ...]) or of an RLE (`counts` as list or compressed text).
 
     Raises:
-        ImageError: neither of these, another size, or no pixel.
+        InvalidData: neither of these, another size, or no pixel.
     """
     try:
         if isinstance(segmentation, dict):
             counts, size = segmentation["counts"], [int(length) for length in segmentation["size"]]
             if size != [height, width]:
-                raise ImageError("RLE size", f"its RLE is for {size[1]}x{size[0]}, the image is {width}x{height}")
+                raise InvalidData("RLE size", f"its RLE is for {size[1]}x{size[0]}, the image is {width}x{height}")
             if isinstance(counts, list):
                 if any(not isinstance(count, int) or count < 0 for count in counts) or sum(counts) != height * width:
-                    raise ImageError(
+                    raise InvalidData(
                         "RLE out of range", f"its RLE counts must be at least 0 and sum to {height * width}"
                     )
                 runs = from_coco_counts(counts)
@@ -136,15 +139,15 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
             if not polygons or any(
                 len(polygon) < 6 or len(polygon) % 2 or not np.isfinite(polygon).all() for polygon in polygons
             ):
-                raise ImageError("polygon", "each of its polygons must be at least three finite x, y pairs")
+                raise InvalidData("polygon", "each of its polygons must be at least three finite x, y pairs")
             shapes = mask_utils.frPyObjects([polygon.tolist() for polygon in polygons], height, width)
             runs = encode_mask(mask_utils.decode(mask_utils.merge(shapes)))
-    except ImageError:
+    except InvalidData:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ImageError("segmentation", f"its segmentation is neither polygons nor RLE ({error!r})") from error
+        raise InvalidData("segmentation", f"its segmentation is neither polygons nor RLE ({error!r})") from error
     if not len(runs):
-        raise ImageError("mask empty", f"its segmentation has no pixel inside the {width}x{height} image; remove it")
+        raise InvalidData("mask empty", f"its segmentation has no pixel inside the {width}x{height} image; remove it")
     return runs
 
 

@@ -25,6 +25,12 @@ class Components:
     run_offsets: np.ndarray  # int64 [C + 1]
     runs: np.ndarray  # int32 [K, 2] of (start, length)
 
+    @classmethod
+    def none(cls) -> "Components":
+        """No component, C = K = 0."""
+        shapes = (0, np.int32), (0, np.int64), ((0, 4), np.int32), (1, np.int64), ((0, 2), np.int32)
+        return cls(*(np.zeros(shape, dtype) for shape, dtype in shapes))
+
 
 def find_components(
     runs: np.ndarray, run_offsets: np.ndarray, heights: np.ndarray, widths: np.ndarray, split: bool = True
@@ -38,7 +44,7 @@ def find_components(
         widths: [M] columns of each mask's image.
         split: False makes one component of each mask that has a pixel.
     """
-    parts = []
+    parts = [Components.none()]
     for low in range(0, len(heights), CHUNK):
         high = min(low + CHUNK, len(heights))
         first, last = run_offsets[low], run_offsets[high]
@@ -46,14 +52,6 @@ def find_components(
         part = _chunk(runs[first:last].astype(np.int64), owner, heights[low:high], widths[low:high], split)
         part.mask += low
         parts.append(part)
-    if not parts:
-        return Components(
-            np.zeros(0, np.int32),
-            np.zeros(0, np.int64),
-            np.zeros((0, 4), np.int32),
-            np.zeros(1, np.int64),
-            np.zeros((0, 2), np.int32),
-        )
     lengths = np.concatenate([np.diff(part.run_offsets) for part in parts])
     return Components(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("mask", "areas", "boxes")),
@@ -74,13 +72,7 @@ def _chunk(runs: np.ndarray, owner: np.ndarray, heights: np.ndarray, widths: np.
     labels, owner, column, top, bottom = (array[order] for array in (labels, owner, column, top, bottom))
     begins = np.flatnonzero(np.diff(labels, prepend=-1))
     if not len(begins):
-        return Components(
-            np.zeros(0, np.int32),
-            np.zeros(0, np.int64),
-            np.zeros((0, 4), np.int32),
-            np.zeros(1, np.int64),
-            np.zeros((0, 2), np.int32),
-        )
+        return Components.none()
     boxes = np.stack(
         [
             np.minimum.reduceat(column, begins),

@@ -10,19 +10,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
+DARK = 16  # a grey level at most so high (of 255) is unexposed, not steel
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what an undamaged file of the kind ends with
 
 
-class ImageError(ValueError):
-    """An image file that cannot be used; `cause` is a short name to count by, the text a sentence."""
-
-    def __init__(self, cause: str, text: str):
-        super().__init__(text)
-        self.cause = cause
+class ImageError(InvalidData):
+    """An image file that cannot be used."""
 
 
 def list_images(folder: str | Path) -> list[str]:

@@ -44,6 +44,9 @@ class KaggleReader:
     def files(self) -> list[Path]:
         return [self.csv]
 
+    def inputs(self) -> list[Path]:
+        return [self.image_dir, self.csv]
+
     def records(self) -> Iterator[ImageRecord | Problem]:
         records = {}
         bad = set()
@@ -80,7 +83,7 @@ class KaggleReader:
         rle: str,
         records: dict[str, ImageRecord],
         bad: set[str],
-        seen: dict[tuple[str, str], int],
+        seen: dict[tuple[str, int | None], int],
     ) -> Problem | None:
         """Adds the mask of one row to its record, or says why not."""
 
@@ -89,18 +92,18 @@ class KaggleReader:
 
         absent = is_absent(rle)
         if absent and is_absent(class_text):  # a clean image written as a row of its own
-            class_text = ""
-        elif _class_number(class_text) not in self.class_names:
+            number = None
+        elif (number := _class_number(class_text)) not in self.class_names:
             return problem(
                 "unknown class",
                 f"class {class_text!r} of {name} is unknown; the classes are {describe_classes(self.class_names)}",
             )
-        if (name, class_text) in seen:
+        if (name, number) in seen:
+            what = "without a class" if number is None else f"class {number}"
             return problem(
-                "duplicate row",
-                f"{name} class {class_text} stands in row {seen[name, class_text]} already; keep one of them",
+                "duplicate row", f"{name} {what} stands in row {seen[name, number]} already; keep one of them"
             )
-        seen[name, class_text] = row
+        seen[name, number] = row
         if name in bad:
             return None  # the image itself is reported
         if name not in records:
@@ -115,7 +118,7 @@ class KaggleReader:
             runs = parse_rle(rle, record.height, record.width)
         except RLEError as error:
             return problem(error.cause, f"{name} class {class_text}: {error}")
-        record.masks.append((_class_number(class_text), runs))
+        record.masks.append((number, runs))
         return None
 
     def _rows(self) -> Iterator[tuple[int, str | Problem, str, str]]:

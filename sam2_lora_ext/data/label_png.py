@@ -50,6 +50,9 @@ class LabelPNGReader:
     def files(self) -> list[Path]:
         return [self.label_dir / name for name in list_images(self.label_dir)]
 
+    def inputs(self) -> list[Path]:
+        return [self.image_dir, self.label_dir]
+
     def records(self) -> Iterator[ImageRecord | Problem]:
         labels, images = {}, set()
         for name in list_images(self.label_dir):

@@ -12,7 +12,7 @@ import numpy as np
 from sam2_lora_ext.errors import UserError
 
 SEVERSTAL_CLASSES = {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
-LISTED = 50  # problems in one message
+LISTED = 1000  # problems in one message
 OnInvalid = Literal["error", "skip"]
 
 
@@ -43,7 +43,8 @@ class Problem:
 
 
 class Reader(Protocol):
-    """One annotation format. Nothing is read before `records` is called."""
+    """One annotation format. No image is looked at before `records` is called; what names the classes (COCO's file,
+    Supervisely's `meta.json`) is read when the reader is made."""
 
     image_dir: Path
     class_names: dict[int, str]
@@ -55,6 +56,18 @@ class Reader(Protocol):
     def files(self) -> list[Path]:
         """The files besides the images whose content decides the records (the cache is keyed by them)."""
         ...
+
+    def inputs(self) -> list[Path]:
+        """The folders and files that the data set consists of: nothing may be written into or over them."""
+        ...
+
+
+class InvalidData(ValueError):
+    """Data that cannot be used; `cause` is a few fixed words to count by, the text a clause for a sentence."""
+
+    def __init__(self, cause: str, text: str):
+        super().__init__(text)
+        self.cause = cause
 
 
 def class_table(classes: int | Sequence[str] | dict[int, str] | None) -> dict[int, str]:
@@ -79,7 +92,8 @@ def describe_classes(class_names: dict[int, str]) -> str:
 
 
 def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path) -> None:
-    """Ends the reading: one error that lists all problems, or with `skip` one summary line in the log.
+    """Ends the reading: one error that lists all problems (beyond `LISTED`: says where they are listed), or with `skip`
+    one summary line in the log.
 
     Raises:
         UserError: there are problems and `on_invalid` is "error".
@@ -94,7 +108,9 @@ def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path
         return
     lines = [f"  {problem}" for problem in problems[:LISTED]]
     if len(problems) > LISTED:
-        lines.append(f"  ... and {len(problems) - LISTED} more")
+        lines.append(
+            f"  ... and {len(problems) - LISTED} more; tools/prepare_data.py scan lists all of them in its scan.json"
+        )
     raise UserError(
         "\n".join(
             [

@@ -8,17 +8,15 @@ import re
 
 import numpy as np
 
+from sam2_lora_ext.data.records import InvalidData
+
 ABSENT = frozenset({"", "nan", "none", "null", "na", "n/a", "-1", "-1.0", "0 0", "1 1"})
 NO_RUNS = np.zeros((0, 2), dtype=np.int32)
 _INTEGERS = re.compile(r"-?[0-9]+(?:\s+-?[0-9]+)*", re.ASCII)
 
 
-class RLEError(ValueError):
-    """A run-length code that cannot be read; `cause` is a short name to count by, the text a clause for a sentence."""
-
-    def __init__(self, cause: str, text: str):
-        super().__init__(text)
-        self.cause = cause
+class RLEError(InvalidData):
+    """A run-length code that cannot be read."""
 
 
 def is_absent(text: str) -> bool:
@@ -99,9 +97,13 @@ def union_runs(masks: list[np.ndarray]) -> np.ndarray:
 
 
 def format_rle(runs: np.ndarray) -> str:
-    """Writes runs as Kaggle's text; no runs give an empty string."""
+    """Writes runs as Kaggle's text; no runs give an empty string.
+
+    A mask of the first pixel alone is `01 1`: the same numbers to every reader, but not the dummy `1 1` for "no mask".
+    """
     shifted = np.asarray(runs, dtype=np.int64).reshape(-1, 2) + (1, 0)
-    return " ".join(map(str, shifted.ravel().tolist()))
+    text = " ".join(map(str, shifted.ravel().tolist()))
+    return "01 1" if text == "1 1" else text
 
 
 def encode_mask(mask: np.ndarray) -> np.ndarray:

@@ -13,12 +13,10 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
 from sam2_lora_ext.data.ids import class_of
-from sam2_lora_ext.data.images import explain, load
+from sam2_lora_ext.data.images import DARK, explain, load
 from sam2_lora_ext.data.index import AnnotationIndex, collect
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.records import Problem, Reader
-
-DARK = 16  # a grey level at most so high (of 255) is unexposed
 
 
 @dataclass

@@ -9,15 +9,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_utils
 from training.dataset.vos_segment_loader import LazySegments
 
 from sam2_lora_ext.data.images import read_rgb
-from sam2_lora_ext.data.rle import crop_columns, to_coco_counts
+from sam2_lora_ext.data.rle import crop_columns
 
 
 class RunSegments(LazySegments):
-    """object id -> mask uint8 [H, W]; `segments` holds runs, decoded by pycocotools on access."""
+    """object id -> mask uint8 [H, W]; `segments` holds runs, decoded on access."""
 
     def __init__(self, height: int, width: int):
         super().__init__()
@@ -34,15 +33,12 @@ class RunSegments(LazySegments):
 
 
 def decode(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mask uint8 [H, W] of ascending runs, in Fortran order; pycocotools sees only the columns of the object."""
-    columns = np.zeros((width, height), dtype=np.uint8)
-    if len(runs):
-        first = int(runs[0, 0]) // height
-        last = (int(runs[-1, 0]) + int(runs[-1, 1]) - 1) // height + 1
-        counts = to_coco_counts(runs - (first * height, 0), height, last - first)
-        rle = mask_utils.frPyObjects({"size": [height, last - first], "counts": counts}, height, last - first)
-        columns[first:last] = mask_utils.decode(rle).T
-    return columns.T
+    """The mask uint8 [H, W] of runs, in Fortran order (a view of the column-major pixels)."""
+    pixels = np.zeros(height * width, dtype=np.uint8)
+    view = pixels.data  # a write through it costs a third of one through numpy
+    for start, length in runs.tolist():
+        view[start : start + length] = b"\1" * length
+    return pixels.reshape(width, height).T
 
 
 class StripSegmentLoader:

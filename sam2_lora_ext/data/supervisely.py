@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sam2_lora_ext.data.images import ImageError, list_images, probe
-from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
+from sam2_lora_ext.data.records import ImageRecord, InvalidData, Problem, class_table, describe_classes
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
 
@@ -72,6 +72,9 @@ class SuperviselyReader:
 
     def files(self) -> list[Path]:
         return self._meta + [path for folder in self.folders for path in sorted((folder / "ann").glob("*.json"))]
+
+    def inputs(self) -> list[Path]:
+        return [*self._meta, *self.folders]
 
     def records(self) -> Iterator[ImageRecord | Problem]:
         numbers = {title: number for number, title in self.class_names.items()}
@@ -155,12 +158,8 @@ class SuperviselyReader:
                 )
 
 
-class BitmapError(ValueError):
-    """A bitmap that cannot be used; `cause` is a short name to count by."""
-
-    def __init__(self, cause: str, text: str):
-        super().__init__(text)
-        self.cause = cause
+class BitmapError(InvalidData):
+    """A bitmap that cannot be used."""
 
 
 def place_bitmap(entry: dict[str, Any], height: int, width: int) -> np.ndarray:

@@ -134,7 +134,7 @@ def write_strips(folder: str | Path, count: int, seed: int = 42, clean_share: fl
     """Writes `count` strips as `train_images/*.jpg` and `train.csv` (new Kaggle format), the same for a seed.
 
     Args:
-        folder: made when it is missing; must not hold a `train.csv` yet.
+        folder: made when it is missing; must not hold a `train.csv` or an image yet.
         count: number of strips.
         seed: strip i depends on (seed, i) only.
         clean_share: every strip is clean with this probability.
@@ -148,15 +148,17 @@ def write_strips(folder: str | Path, count: int, seed: int = 42, clean_share: fl
     """
     folder = Path(folder)
     table = folder / "train.csv"
-    if table.exists():
-        raise UserError(f"{table} exists already: choose an empty folder for the synthetic strips")
-    (folder / "train_images").mkdir(parents=True, exist_ok=True)
+    images = folder / "train_images"
+    for old in (table, *(images.iterdir() if images.is_dir() else ())):  # an image without a row would be a clean strip
+        if old.exists():
+            raise UserError(f"{old} exists already: choose an empty folder for the synthetic strips")
+    images.mkdir(parents=True, exist_ok=True)
     rows = ["ImageId,ClassId,EncodedPixels"]
     for index in tqdm(range(count), desc="synthetic strips", unit="strip", disable=not progress):
         rng = np.random.default_rng((seed, index))
         image, masks = strip(rng, clean=rng.random() < clean_share)
         name = f"syn{seed:04d}{index:05d}.jpg"
-        Image.fromarray(image).convert("RGB").save(folder / "train_images" / name, quality=95)
+        Image.fromarray(image).convert("RGB").save(images / name, quality=95)
         rows += [f"{name},{class_id},{format_rle(encode_mask(masks[class_id]))}" for class_id in sorted(masks)]
     write_atomic(table, lambda path: path.write_text("\n".join(rows) + "\n"))
     return table

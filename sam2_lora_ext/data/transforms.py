@@ -10,14 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 from training.utils.data_utils import Object, VideoDatapoint
 
 from sam2_lora_ext.data.ids import CLEAN, class_of
-from sam2_lora_ext.data.pixels import resize_mask
+from sam2_lora_ext.data.images import DARK
 from sam2_lora_ext.errors import UserError
-
-DARK = 16  # a pixel at most so bright (of 255) is unexposed, not steel
 
 
 class RandomStripCrop:
@@ -28,17 +25,17 @@ class RandomStripCrop:
     example. A clean object keeps its empty mask; its window is at least half exposed steel.
 
     Args:
-        width: W of the window; a narrower strip is taken whole.
+        width: W of the window; a narrower strip is taken whole. None takes the full width.
         height: H of the window; None takes the full height.
     """
 
-    def __init__(self, width: int, height: int | None = None):
-        self.width = _positive("width", width)
+    def __init__(self, width: int | None, height: int | None = None):
+        self.width = None if width is None else _positive("width", width)
         self.height = None if height is None else _positive("height", height)
 
     def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
         height, width = datapoint.size
-        window = min(self.height or height, height), min(self.width, width)
+        window = min(self.height or height, height), min(self.width or width, width)
         target = random.choice(datapoint.frames[0].objects)
         if class_of(target.object_id) == CLEAN:
             return crop(datapoint, *self._sound_corner(datapoint, window), *window)
@@ -117,27 +114,6 @@ class RandomVerticalFlip:
 
     def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
         return _flip(datapoint, Image.Transpose.FLIP_TOP_BOTTOM, 0) if random.random() < self.p else datapoint
-
-
-class SquareResize:
-    """Squashes frames to a square as SAM 2's `RandomResizeAPI` does, but keeps small objects (see `resize_mask`).
-
-    The frames stay PIL images, for SAM 2's transforms behind it; `ModelInput` does this and the rest faster.
-
-    Args:
-        size: the side of the square in pixels.
-    """
-
-    def __init__(self, size: int):
-        self.size = _positive("size", size)
-
-    def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
-        size = [self.size, self.size]
-        for frame in datapoint.frames:
-            frame.data = F.resize(frame.data, size, antialias=True)
-            for obj in frame.objects:
-                obj.segment = resize_mask(obj.segment, self.size)
-        return datapoint
 
 
 def crop(datapoint: VideoDatapoint, y: int, x: int, height: int, width: int) -> VideoDatapoint:

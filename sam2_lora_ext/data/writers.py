@@ -5,9 +5,8 @@ A whole data set is written beside its place and then renamed, so a folder is th
 
 import csv
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
+from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.rle import decode_runs, format_rle, to_coco_counts
@@ -151,24 +151,29 @@ FORMATS: dict[str, tuple[Write, str, tuple[str, ...]]] = {  # writer, image fold
 }
 
 
-def convert(index: AnnotationIndex, kind: str, out: str | Path, force: bool = False, progress: bool = True) -> int:
+def convert(
+    index: AnnotationIndex,
+    kind: str,
+    out: str | Path,
+    force: bool = False,
+    progress: bool = True,
+    inputs: Sequence[str | Path] = (),
+) -> int:
     """Writes a data set; the image files are copied as they are.
 
     Args:
         index: what to write; images that lost a mask as invalid are left out, since nobody could tell.
         kind: a key of `FORMATS`.
         out: the folder to make.
-        force: replace it if it exists.
+        force: replace it if it exists; see `write_folder`.
         progress: show a bar.
+        inputs: what the index was read from besides its images; `out` may not contain or lie in any of it.
 
     Returns:
         The number of images left out.
     """
     write, image_folder, others = FORMATS[kind]
-    out = Path(out).resolve()
-    source = Path(index.image_dir).resolve()
-    if out == source or out in source.parents:
-        raise UserError(f"{out} holds the images that are read; choose another folder")
+    refuse_inputs(Path(out), [index.image_dir, *inputs, *map(index.path, range(len(index)))])
     refuse_existing(out, force)
     chosen = np.flatnonzero(index.complete)
     left_out = len(index) - len(chosen)
@@ -178,24 +183,15 @@ def convert(index: AnnotationIndex, kind: str, out: str | Path, force: bool = Fa
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{twice} stands in several folders of the data; convert one split at a time")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+
+    def fill(folder: Path) -> None:
         for name in (image_folder, *others):
-            (temporary / name).mkdir(parents=True)
-        write(index, names, temporary)
+            (folder / name).mkdir(parents=True)
+        write(index, names, folder)
         for image, name in enumerate(tqdm(names, desc="images", unit="image", disable=not progress)):
-            shutil.copy2(index.path(image), temporary / image_folder / name)
-        if out.is_dir() and not out.is_symlink():
-            shutil.rmtree(out)
-        else:
-            out.unlink(missing_ok=True)
-        temporary.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror or error}; check the folder, its rights and the free disk"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copy2(index.path(image), folder / image_folder / name)
+
+    write_folder(out, fill, force)
     return left_out
 
 

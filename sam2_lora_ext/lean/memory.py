@@ -64,8 +64,8 @@ class MemoryConfig:
 
 
 PRESETS = {
-    "off": MemoryConfig(),
-    "default": MemoryConfig(encoder=0.5, decoder=True, pool=True),
+    "stock": MemoryConfig(),
+    "default": MemoryConfig(encoder=0.55, decoder=True, pool=True),
     "low": MemoryConfig(encoder=1.0, decoder=True, pool=True),
 }
 
@@ -95,17 +95,12 @@ def make_lean(trunk: nn.Module, memory: MemoryConfig) -> None:
 
 
 def blocks_for_share(blocks: nn.ModuleList, share: float) -> int:
-    """How many blocks, from the first on, hold at least `share` of the activations of a Hiera's blocks.
+    """How many blocks, from the first on, hold as nearly as can be `share` of the activations of a Hiera's blocks.
 
     A block counts as tokens times width; from one stage to the next the tokens are a quarter and the width doubles.
     """
-    size, sizes = 1.0, []
+    held, size = [0.0], 1.0
     for block in blocks:
-        sizes.append(size)  # the first block of a stage still works at the resolution before it
+        held.append(held[-1] + size)  # the first block of a stage still works at the resolution before it
         size = size / 2 if block.q_stride else size
-    total, held = sum(sizes), 0.0
-    for count, size in enumerate(sizes):
-        if held >= share * total * (1 - 1e-9):
-            return count
-        held += size
-    return len(sizes)
+    return min(range(len(held)), key=lambda count: abs(held[count] - share * held[-1]))

@@ -1,14 +1,13 @@
 """What a `lora:` block may say: the fields, their defaults, and a clear word on each wrong one."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.lora.layer import PLAIN
 
 DEFAULT_TARGETS = (
@@ -93,10 +92,7 @@ class LoRAConfig:
         if not isinstance(config, Mapping):
             raise UserError(f"lora must be a mapping of settings, got {config!r}")
         known = [entry.name for entry in dataclasses.fields(cls)]
-        for key in config:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1, cutoff=0)[0]
-                raise UserError(f"lora has no setting {key!r}, did you mean {near!r}? There are {', '.join(known)}")
+        check_keys("lora", config, known)
         return cls(**{key: config[key] for key in config})
 
     def to_dict(self) -> dict[str, Any]:

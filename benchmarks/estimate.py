@@ -1,0 +1,118 @@
+"""How much memory training with a config needs, and how large a batch fits a GPU, computed without one.
+
+    python -m benchmarks.estimate -c configs/severstal_lora.yaml [key=value ...]
+
+The model and the loss are those of the config, one training step runs on fake tensors (shapes and storages, no arithmetic) with
+one image and with two, and what a further image adds is taken to be the same from there on. Not counted: what CUDA, cuDNN and
+the allocator take for themselves, about 1 GB, for which --reserve stands; and validation, which keeps nothing for backward.
+"""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from training.trainer import CORE_LOSS_KEY
+
+from benchmarks.fake import convert, fake_tensors
+from benchmarks.measure import LiveBytes
+from benchmarks.methods import make_batch
+from sam2_lora_ext.compose import compose, locate
+from sam2_lora_ext.errors import UserError, run_cli
+
+GPUS = (12, 16, 24, 40, 80)  # GB (10^9 bytes)
+
+
+class Estimate(NamedTuple):
+    """Bytes.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of what is trained; part of `step`.
+        optimizer: AdamW's two moments.
+        saved: kept for backward with one image.
+        step: peak of a step with one image beyond weights and optimizer, the batch and the gradients included.
+        per_image: what each further image adds to `step`.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+    step: int
+    per_image: int
+
+    def total(self, images: int) -> int:
+        """Of training with this batch size."""
+        return self.weights + self.optimizer + self.step + (images - 1) * self.per_image
+
+    def largest_batch(self, capacity: float) -> int:
+        """The largest batch size within `capacity` bytes; 0 where not even one image fits."""
+        return max(0, 1 + int((capacity - self.total(1)) // self.per_image))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the estimate of a config; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.estimate", description=__doc__.splitlines()[0])
+    parser.add_argument("-c", "--config", required=True)
+    parser.add_argument("--objects", type=int, help="per image; default: the config's scratch.max_num_objects")
+    parser.add_argument("--reserve", type=float, default=1.0, metavar="GB", help="what the GPU's libraries take")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    name, folder = locate(args.config)
+    if folder is not None:
+        raise UserError(f"{args.config} is not among the installed configs: put it into the folder of your own configs")
+    config = compose(name, args.overrides)
+    objects = args.objects or config.get("scratch", {}).get("max_num_objects") or 1
+    found = estimate(config, objects)
+    size = config.trainer.model.image_size
+    print(f"{args.config}: {size} px, {objects} objects an image, {'bfloat16 autocast' if _amp(config) else 'float32'}")
+    for title, value in zip(("weights", "gradients", "optimizer", "kept for backward, one image", "peak of a step, one image",
+                             "each further image"), found, strict=True):  # fmt: skip
+        print(f"  {title:<32}{value / 1e9:8.3f} GB")
+    for gigabytes in GPUS:
+        print(f"  largest batch on {gigabytes} GB: {found.largest_batch((gigabytes - args.reserve) * 1e9)}")
+
+
+def estimate(config: Any, objects: int) -> Estimate:
+    """The estimate for a training config.
+
+    Args:
+        config: as composed for the launcher.
+        objects: per image.
+    """
+    from hydra.utils import instantiate
+
+    model = instantiate(config.trainer.model).train()
+    loss = instantiate(next(iter(config.trainer.loss.values())))
+    with fake_tensors() as mode:
+        convert(model, mode)
+        steps = [_step(model, loss, config.trainer.model.image_size, images, objects, _amp(config)) for images in (1, 2)]
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    (saved, peak), (_, peak_of_two) = steps
+    return Estimate(weights, gradients, 2 * gradients, saved, peak, peak_of_two - peak)
+
+
+def _step(model: nn.Module, loss: nn.Module, size: int, images: int, objects: int, amp: bool) -> tuple[int, int]:
+    """Bytes kept for backward, and the peak of forward and backward; the optimizer's step needs less than these."""
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        batch = make_batch(size, images, objects)
+        before = live.now
+        with torch.autocast("cpu", torch.bfloat16) if amp else nullcontext():
+            value = loss(model(batch), batch.masks)[CORE_LOSS_KEY]
+        saved = live.now - before
+        value.backward()
+    model.zero_grad()
+    return saved, live.peak
+
+
+def _amp(config: Any) -> bool:
+    amp = config.trainer.optim.get("amp") or {}
+    return bool(amp.get("enabled")) and amp.get("amp_dtype") == "bfloat16"
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,67 @@
+"""A data set's folder: whole or not there at all, and never written over what is read."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import refuse_existing
+
+PARTS = frozenset(  # what a data set that this package wrote may hold
+    {"train_images", "train.csv", "split.csv", "images", "annotations", "annotations.json", "meta.json", "train"}
+)
+
+
+def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises a `UserError` when `out` contains, is, or lies in something that is read; links are followed."""
+    out = out.resolve()
+    for source in inputs:
+        real = Path(source).resolve()
+        if out == real or out in real.parents or real in out.parents:
+            how = "holds" if out in real.parents else "is" if out == real else "lies in"
+            raise UserError(f"{out} {how} {source}, which is read; choose another folder for the result")
+
+
+def write_folder(out: str | Path, write: Callable[[Path], Any], force: bool = False) -> None:
+    """Calls `write(temporary)` with a new folder beside `out`, then puts it in the place of `out`.
+
+    A failure leaves `out` as it was: the old folder is moved aside, and deleted only when the new one stands.
+
+    Args:
+        out: the folder to make.
+        write: fills the empty folder that it is given.
+        force: replace a folder that holds a data set of this package, with all its images, or nothing.
+
+    Raises:
+        UserError: `out` exists and `force` is off, it holds something else, or the system refuses.
+    """
+    out = Path(out).resolve()
+    refuse_existing(out, force)
+    strangers = sorted(entry.name for entry in out.iterdir() if entry.name not in PARTS) if out.is_dir() else []
+    if strangers or out.is_file():
+        raise UserError(
+            f"--force replaces a data set, but {out} "
+            + (f"holds {strangers[0]!r}, which is none of its parts" if strangers else "is a file")
+            + "; choose another folder"
+        )
+    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        if out.exists():
+            out.rename(old)
+        try:
+            temporary.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out}: {error.strerror or error}; check the folder, its rights and the free disk"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""The yardstick: its counters on known operations, fake tensors against real ones, the estimate against a real step."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.estimate import Estimate, estimate
+from benchmarks.fake import _click
+from benchmarks.measure import LiveBytes, step_cost
+from benchmarks.methods import METHODS, build, make_batch
+from benchmarks.train_step import add_ratios, count, main, parse_case, real_cost, table
+from sam2_lora_ext.compose import compose, locate
+from sam2_lora_ext.errors import UserError
+
+
+def test_live_bytes_follow_storages():
+    known = torch.ones(1000)
+    with LiveBytes([known]) as live:
+        a = torch.ones(1000)  # 4000 bytes
+        view = a[:10]
+        b = a + known
+        assert (live.now, live.peak) == (8000, 8000)
+        del a
+        assert live.now == 8000  # the view holds it
+        del view
+        assert live.now == 4000
+        known.add_(1)
+        del b
+        assert (live.now, live.peak) == (0, 8000)
+
+
+def test_the_cost_of_one_linear_layer():
+    layer, x = nn.Linear(8, 16, bias=False), torch.ones(10, 8)
+    cost = step_cost(layer, torch.optim.AdamW(layer.parameters()), [x], lambda: layer(x).square().sum())
+    assert cost.flops == 2 * 2 * 10 * 8 * 16  # forward and the weight's gradient
+    assert cost.hooked_bytes == 10 * 16 * 4 and cost.saved_bytes == cost.hooked_bytes + 4  # and the loss itself
+    assert cost.gradient_bytes == 8 * 16 * 4 and cost.optimizer_bytes == 2 * 8 * 16 * 4 + 4  # and the step counter
+
+
+@pytest.mark.parametrize("method", ["full", "lean", "lean_memory"])
+def test_fake_tensors_cost_what_real_ones_do(method, monkeypatch):
+    monkeypatch.setattr("training.model.sam2.get_next_point", _click)
+    monkeypatch.setattr("sam2_lora_ext.prompts.get_next_point", _click)
+    fake, real = count(method, "nano", 128), real_cost(method, "nano", 128)._asdict()
+    assert fake["flops"] == real["flops"]
+    for key in ("saved_bytes", "hooked_bytes", "peak_live_bytes", "gradient_bytes", "optimizer_bytes"):
+        assert fake[key] == pytest.approx(real[key], rel=0.01), key  # maps of the loss without a gradient are skipped
+
+
+def test_lean_keeps_less_than_full_and_the_low_preset_least():
+    kept = [count(method, "nano", 128)["saved_bytes"] for method in ("full", "peft", "lean", "lean_memory")]
+    assert kept[3] < kept[2] < 0.5 * kept[0] and kept[3] < 0.25 * kept[0] < kept[1]
+
+
+def test_the_estimate_is_what_a_real_step_takes():
+    config = compose(locate("configs/demo.yaml")[0], [])
+    found = estimate(config, objects=2)
+    setup = build("lean", "nano", 128)
+    size = config.trainer.model.image_size
+    for images in (1, 3):
+        with LiveBytes([*setup.model.parameters(), *setup.model.buffers()]) as live:
+            setup.step_loss(make_batch(size, images, 2)).backward()
+        setup.optimizer.zero_grad()
+        expected = found.weights + found.optimizer + live.peak
+        assert found.total(images) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_largest_batch():
+    found = Estimate(weights=10, gradients=1, optimizer=2, saved=20, step=30, per_image=25)
+    assert found.total(1) == 42 and found.total(3) == 92
+    assert [found.largest_batch(capacity) for capacity in (10, 41, 42, 66, 67, 92)] == [0, 0, 1, 1, 2, 3]
+
+
+def test_ratios_table_and_cases():
+    rows = add_ratios([{"model": "tiny", "resolution": 512, "method": m, "flops": f} for m, f in (("full", 4e9), ("lean", 3e9))])
+    assert rows[1]["ratio_to_full"] == {"flops": 0.75}
+    assert table(rows).splitlines()[-1] == "| tiny 512 | lean | 3 (0.75) |"
+    assert parse_case("tiny:512") == ("tiny", 512)
+    for case in ("huge:512", "tiny", "tiny:100"):
+        with pytest.raises(UserError, match=case):
+            parse_case(case)
+
+
+@pytest.mark.slow
+def test_the_goals(tmp_path):
+    """Ratios to full fine-tuning of FLOPs, bytes saved and peak bytes: what the benchmark's table promises."""
+    limits = {"lean": (0.80, 0.30, 0.40), "lean_memory": (1.00, 0.10, 0.20)}
+    for case in ("tiny:1024", "base_plus:512", "large:1024"):
+        size, resolution = parse_case(case)
+        full, *others = [count(method, size, resolution) for method in ("full", *limits)]
+        for found, (flops, saved, peak) in zip(others, limits.values(), strict=True):
+            assert found["flops"] <= flops * full["flops"], case
+            assert found["saved_bytes"] <= saved * full["saved_bytes"], case
+            assert found["peak_live_bytes"] <= peak * full["peak_live_bytes"], case
+
+
+@pytest.mark.slow
+def test_the_command_writes_every_key(tmp_path, capsys):
+    out = tmp_path / "new" / "train_step.json"
+    main(["--cases", "nano:128", "--timed", "nano:128", "--rounds", "1", "--threads", "1", "--out", str(out),
+          "--methods", "full", "lean"])  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    keys = {"model", "resolution", "method", "flops", "saved_bytes", "peak_live_bytes", "step_seconds", "peak_rss_bytes",
+            "ratio_to_full"}  # fmt: skip
+    assert [row["method"] for row in rows] == ["full", "lean"] and all(keys <= set(row) for row in rows)
+    assert "| nano 128 | lean |" in capsys.readouterr().out and set(METHODS) >= {"peft", "decoder"}
