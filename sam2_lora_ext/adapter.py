@@ -3,6 +3,7 @@
 A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.safetensors` with the keys
 
     base_model.model.<module>.lora_A.weight (r, in)   base_model.model.<module>.lora_B.weight (out, r)
+    base_model.model.<module>.lora_magnitude_vector   (out), with DoRA
     base_model.model.<module>.<parameter>             of a module trained in full (PEFT's `modules_to_save`)
 
 PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
@@ -32,13 +33,15 @@ __all__ = ["Adapter", "LayerAdapter", "apply_adapter", "attach_adapter", "load_a
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"
+KEYS = {A: 2, B: 2, MAGNITUDE: 1}  # ends of a layer's keys after `lora_`, and their numbers of dimensions
 HEADER, FUSED = "sam2_lora_ext", "fused"
 # What a PEFT config may say without changing what the adapter computes; any other setting that is on is refused.
 HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type",
-    "use_rslora",
+    "use_dora", "use_rslora",
 }
 KINDS = {
     "rank_pattern": (dict, NoneType), "alpha_pattern": (dict, NoneType), "modules_to_save": (list, NoneType),
@@ -60,8 +63,10 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
     tensors, ranks, alphas, fused = {}, {}, {}, {}
     for name, layer in adapter.layers.items():
         adapted, alpha = sum(layer.parts), layer.alpha_for(rslora)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = block_diagonal(layer.lora_b, layer.parts)
+        tensors[f"{PREFIX}{name}.lora_{A}"] = layer.lora_a
+        tensors[f"{PREFIX}{name}.lora_{B}"] = block_diagonal(layer.lora_b, layer.parts)
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_{MAGNITUDE}"] = layer.magnitude
         ranks[name] = adapted * layer.rank
         alphas[name] = alpha * (math.sqrt(adapted) if rslora else adapted)  # the same scaling at the larger rank
         if layer.parts != PLAIN:
@@ -70,7 +75,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
     write_json(folder / CONFIG, {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout, "use_rslora": rslora, "bias": "none",
-        "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": False, "target_modules": list(adapter.layers),
+        "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": adapter.is_dora, "target_modules": list(adapter.layers),
         "modules_to_save": adapter.full_modules or None,
         "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
@@ -86,7 +91,7 @@ def load_adapter(path: str | Path) -> Adapter:
     Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config.
 
     Raises:
-        UserError: a file is missing or damaged, the adapter is of a kind that is not plain LoRA on linear layers, or
+        UserError: a file is missing or damaged, the adapter is of a kind that is not LoRA or DoRA on linear layers, or
             its tensors do not fit its config.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -94,26 +99,30 @@ def load_adapter(path: str | Path) -> Adapter:
     weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), folder / WEIGHTS)
     tensors, metadata = read_weights(weights), _read_metadata(weights)
     fused = metadata.pop(FUSED, {})
-    layers, full = {}, {}
+    found: dict[str, dict[str, Tensor]] = {}
+    full = {}
     for key, tensor in tensors.items():
         name, matched, kind = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX):
             raise UserError(f"{weights}: {key!r} does not begin with {PREFIX!r}, as PEFT's adapters of a model do")
         if not matched:
             full[key.removeprefix(PREFIX)] = tensor
-        elif kind not in ("A.weight", "B.weight") or tensor.dim() != 2:
-            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only plain LoRA is known")
-        elif kind == "A.weight":
-            b = tensors.get(f"{PREFIX}{name}.lora_B.weight")
-            if b is None:
-                raise UserError(f"{weights}: {name} has lora_A but no lora_B: the file is not whole")
-            layers[name] = _layer(name, tensor, b, config, fused.get(name))
-        elif f"{PREFIX}{name}.lora_A.weight" not in tensors:
-            raise UserError(f"{weights}: {name} has lora_B but no lora_A: the file is not whole")
-    wanted = config.get("modules_to_save") or []
+        elif KEYS.get(kind) != tensor.dim():
+            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only LoRA and DoRA are known")
+        elif kind == MAGNITUDE and not config.get("use_dora"):
+            raise UserError(f"{weights}: {key!r} is DoRA's, but its config does not set use_dora")
+        else:
+            found.setdefault(name, {})[kind] = tensor
+    for name, entries in found.items():
+        for kind in KEYS if config.get("use_dora") else (A, B):
+            if kind not in entries:
+                present, missing = (f"lora_{word.removesuffix('.weight')}" for word in (next(iter(entries)), kind))
+                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is not whole")
+    layers = {name: _layer(name, entries, config, fused.get(name)) for name, entries in found.items()}
+    saved = config.get("modules_to_save") or []
     full_modules = []
     for key in full:
-        modules = [name for name in above(key) if any(f".{name}".endswith(f".{end}") for end in wanted)]
+        modules = [name for name in above(key) if any(f".{name}".endswith(f".{end}") for end in saved)]
         if not modules:
             raise UserError(f"{weights}: {key!r} is neither LoRA nor in a module of the config's modules_to_save")
         full_modules.append(modules[-1])
@@ -137,7 +146,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         else:
             refused = value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS
         if refused:
-            raise UserError(f"{path} sets {key} to {value!r}: only plain LoRA can be used, this is another kind")
+            raise UserError(f"{path} sets {key} to {value!r}: only LoRA and DoRA can be used, this is another kind")
         if not isinstance(value, KINDS.get(key, object)):
             raise UserError(f"{path} sets {key} to {value!r}, which PEFT never does: it is damaged")
     return config
@@ -157,8 +166,9 @@ def _read_metadata(weights: Path) -> dict[str, Any]:
     return metadata
 
 
-def _layer(name: str, a: Tensor, b: Tensor, config: dict[str, Any], fused: dict[str, Any] | None) -> LayerAdapter:
+def _layer(name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused: dict[str, Any] | None) -> LayerAdapter:
     """One layer of a PEFT adapter; `fused` says which parts of its B are not zero, see `save_adapter`."""
+    a, b = tensors[A], tensors[B]
     rank = _pattern_value(config.get("rank_pattern"), name, config.get("r"))
     alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     rslora = bool(config.get("use_rslora"))
@@ -166,7 +176,7 @@ def _layer(name: str, a: Tensor, b: Tensor, config: dict[str, Any], fused: dict[
         raise UserError(f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)}, its config says rank "
                         f"{rank} and alpha {alpha}: they do not belong together")
     if not fused:
-        return LayerAdapter(a, b, alpha, rslora)
+        return LayerAdapter(a, b, alpha, rslora, magnitude=tensors.get(MAGNITUDE))
     try:
         parts, part_alpha = tuple(map(bool, fused["parts"])), float(fused["alpha"])
         step_out, step_in = b.shape[0] // len(parts), rank // sum(parts)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.lora.variants import TENSORS
 
-ADAPTER_KEYS = (".lora_a", ".lora_b")  # ends of the keys that `LoRALinear` adds to a model's state dict
+# Ends of the keys that `LoRALinear` and its variants add to a model's state dict.
+ADAPTER_KEYS = tuple(sorted({f".{name}" for names in TENSORS.values() for name in names}))
 FORMATS = ("pt", "safetensors")
 HASH_CHUNK = 1 << 22  # values converted at a time
 SIZES = {  # (width of the first stage, blocks, channels of the neck) -> config of SAM 2.0, config of SAM 2.1

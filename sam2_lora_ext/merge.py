@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 def merge_state_dict(
     base: Mapping[str, Tensor], adapter: Adapter, dtype: torch.dtype | None = None, *, progress: bool = False,
 ) -> dict[str, Tensor]:
-    """The base's state dict with the adapter worked in, W + s B A; what does not change are the tensors of `base`.
+    """The base's state dict with the adapter worked in, see `LayerAdapter.merged_weight`; what stays is `base`'s own.
 
     Sums are in float64 and cast once: to the base's dtype, or to float32 where that is a half precision.
 
@@ -49,7 +49,7 @@ def merge_state_dict(
         target = value.dtype
         if value.is_floating_point():
             target = dtype or (torch.float32 if value.dtype in HALVES else value.dtype)
-        total = layer.delta_weight().add_(value) if layer else adapter.full.get(key, value)
+        total = layer.merged_weight(value) if layer else adapter.full.get(key, value)
         merged[key] = total.to(target)
         if not _is_finite(merged[key]):
             cause = f"its values are too large for {target}" if _is_finite(total) else "its base holds NaN or infinity"

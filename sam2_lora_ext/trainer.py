@@ -21,7 +21,7 @@ from training.utils.train_utils import Phase
 
 from sam2_lora_ext.base_weights import base_path, load_base
 from sam2_lora_ext.checkpoint_files import prepare_resume, remove_temporaries, write_checkpoint
-from sam2_lora_ext.checkpoints import weights_id
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS, weights_id
 from sam2_lora_ext.early_stop import EarlyStop
 from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.history import History
@@ -101,9 +101,9 @@ class LoRATrainer(Trainer):
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         if not trained:
             raise UserError("nothing in the model is trainable: give lora some targets, or set it to null")
-        skipped = [name for name in self.model.state_dict() if name not in trained]
+        skipped = [name for name in self.model.state_dict() if name not in trained and not name.endswith(ADAPTER_KEYS)]
         if any(not parameter.requires_grad for parameter in self.model.parameters()):
-            self.checkpoint_conf.skip_saving_parameters = skipped  # a checkpoint then holds what is trained
+            self.checkpoint_conf.skip_saving_parameters = skipped  # a checkpoint holds what is trained, and its start
         # The base is read again on resume: for what the checkpoint leaves out, and to know that it is the same one.
         self.checkpoint_conf.initialize_after_preemption = True
         self.trained = list(trained.values())

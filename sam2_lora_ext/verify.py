@@ -35,7 +35,7 @@ class Comparison:
     """Merged against unmerged.
 
     Attributes:
-        max_abs_weight_diff: largest difference of the file from W + s B A in float64, over all tensors.
+        max_abs_weight_diff: largest difference of the file from the merged weights in float64, over all tensors.
         max_abs_logit_diff: largest difference of a low-resolution mask logit, over all prompts and mask outputs.
         max_abs_logit: largest logit, for scale.
         flipped: share of mask pixels that changed side.
@@ -74,7 +74,7 @@ def compare_merged(merged: str | Path, base: str | Path, adapter: Adapter, confi
     attach_adapter(live, adapter)
     live.requires_grad_(False)
     live_logits = mask_logits(live, pixels)
-    expected = {f"{name}.weight": layer.weight.double() + layer.delta_weight(torch.float64)
+    expected = {f"{name}.weight": layer.merged_weight(torch.float64)
                 for name, layer in lora_layers(live)}
     expected = {key: expected.get(key, value) for key, value in live.state_dict().items()}
     written = read_weights(merged)

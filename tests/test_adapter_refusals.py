@@ -30,7 +30,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("variant, words", [
-    ({"use_dora": True}, "sets use_dora to True: only plain LoRA"),
     ({"init_lora_weights": "pissa"}, "sets init_lora_weights to 'pissa'"),
     ({"lora_bias": True}, "sets lora_bias to True"),
     ({"bias": "all"}, "sets bias to 'all'"), ({"bias": "lora_only"}, "sets bias to 'lora_only'"),
@@ -55,7 +54,7 @@ def test_layers_that_are_not_linear_are_refused(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     ({"peft_type": "IA3"}, "of the kind IA3: only LORA"), ({"peft_type": None}, "of the kind None"),
-    ({"something_new": {"a": 1}}, "sets something_new to {'a': 1}: only plain LoRA"),
+    ({"something_new": {"a": 1}}, "sets something_new to {'a': 1}: only LoRA and DoRA"),
     ({"fan_in_fan_out": True}, "sets fan_in_fan_out to True"), ({"r": 4}, "its config says rank 4"),
     ({"target_parameters": ["x"]}, "sets target_parameters"),
     ({"layer_replication": [[0, 1]]}, "sets layer_replication"),
@@ -87,7 +86,8 @@ def test_a_config_that_is_no_json_object(folder, content):
     ({f"{KEY}.lora_B.weight": torch.ones(70, 6)}, "its header does not fit"),
     ({f"{KEY}.lora_B.weight": torch.ones(72, 5)}, r"has A \[6, 24\] and B \[72, 5\], its config says rank 6"),
     ({f"{KEY}.lora_A.weight": torch.full((6, 24), float("nan"))}, f"adapter of {QKV} holds NaN"),
-    ({f"{KEY}.lora_magnitude_vector": torch.ones(72)}, "lora_magnitude_vector' is not the A or B"),
+    ({f"{KEY}.lora_magnitude_vector": torch.ones(72)}, "lora_magnitude_vector' is DoRA's, but its config"),
+    ({f"{KEY}.lora_magnitude_vector": torch.ones(72, 1)}, "lora_magnitude_vector' is not the A or B"),
     ({f"{KEY}.lora_B.bias": torch.ones(72)}, "lora_B.bias' is not the A or B"),
     ({f"{KEY}.bias": torch.ones(72)}, "qkv.bias' is neither LoRA nor in a module"),
     ({"model.x.lora_A.weight": torch.ones(6, 24)}, "does not begin with 'base_model.model.'"),

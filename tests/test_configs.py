@@ -12,6 +12,7 @@ from small_runs import rank_environment
 from training.optimizer import construct_optimizer
 from training.utils.train_utils import collect_dict_keys
 
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS
 from sam2_lora_ext.compose import compose, locate
 from sam2_lora_ext.host import config_root, known_configs
 from sam2_lora_ext.lora import lora_layers
@@ -81,6 +82,6 @@ def test_it_builds_and_all_globs_match(name, tmp_path):
     missing = trainer.checkpoint.model_weight_initializer.ignore_missing_keys or []
     state = set(model.state_dict())
     adapters = {key for key in state if any(fnmatch(key, glob) for glob in missing)}
-    assert adapters == {key for key in state if key.endswith((".lora_a", ".lora_b"))}
+    assert adapters == {key for key in state if key.endswith(ADAPTER_KEYS)}
     for glob in missing:
         assert any(fnmatch(key, glob) for key in state), glob

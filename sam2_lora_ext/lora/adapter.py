@@ -13,45 +13,12 @@ from torch import Tensor, nn
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.config import QKV, LoRAConfig
 from sam2_lora_ext.lora.inject import build_lora_model, lora_layers
-from sam2_lora_ext.lora.layer import PLAIN, delta_weight, lora_scaling
+from sam2_lora_ext.lora.layer import PLAIN
+from sam2_lora_ext.lora.layer_adapter import LayerAdapter
 from sam2_lora_ext.lora.report import full_modules
 
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # of a module; neither a path nor a glob
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass
-class LayerAdapter:
-    """The numbers of one `LoRALinear` beside its base: see there for the formula and the shapes."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    alpha: float
-    rslora: bool = False
-    parts: tuple[bool, ...] = PLAIN
-
-    @property
-    def rank(self) -> int:
-        """r of each adapted part."""
-        return self.lora_b.shape[1]
-
-    @property
-    def scaling(self) -> float:
-        """The factor s in front of B A."""
-        return lora_scaling(self.rank, self.alpha, self.rslora)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight that it belongs to."""
-        return self.lora_b.shape[0] // sum(self.parts) * len(self.parts), self.lora_a.shape[1]
-
-    def alpha_for(self, rslora: bool) -> float:
-        """The alpha that gives the same scaling with the other kind of `rslora`."""
-        return self.alpha if rslora == self.rslora else self.scaling / lora_scaling(self.rank, 1.0, rslora)
-
-    def delta_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The update s B A (out, in), computed in `dtype`."""
-        return delta_weight(self.lora_a.to(dtype), self.lora_b.to(dtype), self.scaling, self.parts)
 
 
 @dataclass
@@ -88,10 +55,16 @@ class Adapter:
                     or b.shape[0] % adapted:
                 raise UserError(f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)} for "
                                 f"{adapted} adapted part(s), expected A (parts x rank, in) and B (parts x out, rank)")
-            if not a.is_floating_point() or not b.is_floating_point():
+            if (m := layer.magnitude) is not None and (layer.parts != PLAIN or m.shape != b.shape[:1]):
+                raise UserError(f"the adapter of {name} has a magnitude {list(m.shape)} for parts {layer.parts} of "
+                                f"B {list(b.shape)}, expected one number for each output of a layer adapted as one")
+            if not all(tensor.is_floating_point() for tensor in layer.tensors.values()):
                 raise UserError(f"the adapter of {name} is not of floating point")
-            if not (math.isfinite(layer.scaling) and a.isfinite().all() and b.isfinite().all()):
+            if not (math.isfinite(layer.scaling) and all(tensor.isfinite().all() for tensor in layer.tensors.values())):
                 raise UserError(f"the adapter of {name} holds NaN or infinity: its training diverged, use another one")
+        kinds = {layer.magnitude is None: name for name, layer in self.layers.items()}
+        if len(kinds) == 2:
+            raise UserError(f"{kinds[False]} has a magnitude (DoRA) and {kinds[True]} has none: all must or none")
         for key, value in self.full.items():
             if not any(key.startswith(f"{module}.") for module in self.full_modules):
                 raise UserError(f"the adapter holds {key}, which is in none of its modules trained in full")
@@ -112,13 +85,18 @@ class Adapter:
                 if key.startswith(f"{module}.")}
         layers, adapters, dropout = {}, set(), 0.0
         for name, layer in lora_layers(model):
-            a, b, dropout = copied(layer.lora_a), copied(layer.lora_b), layer.dropout
-            layers[name] = LayerAdapter(a, b, layer.alpha, layer.rslora, layer.parts)
-            adapters |= {f"{name}.lora_a", f"{name}.lora_b"}
+            tensors = {key: copied(value) for key, value in layer.adapter_state().items()}
+            layers[name], dropout = LayerAdapter.of(tensors, layer.alpha, layer.rslora, layer.parts), layer.dropout
+            adapters |= {f"{name}.{key}" for key in tensors}
         for key, parameter in model.named_parameters():
             if parameter.requires_grad and key not in full and key not in adapters:
                 raise UserError(f"{key} is trained, but not the whole of its module: an adapter cannot hold it alone")
         return cls(layers, full, modules, dropout, dict(metadata or {}))
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether its layers have magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
 
     def misfit(self, state: Mapping[str, Tensor]) -> str | None:
         """What it changes that a model's state dict has not, or has in another shape, in words; None when it fits."""
@@ -146,7 +124,7 @@ class Adapter:
             rank_pattern={name: value for name, value in ranks.items() if value != rank},
             alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
             qkv_parts=[part for part, adapted in zip(QKV, fused[0]) if adapted] if fused else None,
-            trainable=list(self.full_modules),
+            trainable=list(self.full_modules), variant="dora" if self.is_dora else "lora",
         )
         for name, layer in self.layers.items():
             if layer.parts != config.parts_of(name):
@@ -172,7 +150,10 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
             raise UserError(
                 f"{name}: the adapter has rank {layer.rank}, scaling {layer.scaling:g} and parts {layer.parts}, "
                 f"the model {own.rank}, {own.scaling:g} and {own.parts}: inject with the adapter's own config")
-        values |= {f"{name}.lora_a": layer.lora_a, f"{name}.lora_b": layer.lora_b}
+        if set(layer.tensors) != set(own.adapter_state()):
+            raise UserError(f"{name}: the adapter is {'DoRA' if adapter.is_dora else 'LoRA'}, the model has a "
+                            f"{type(own).__name__}: inject with the adapter's own config")
+        values |= {f"{name}.{key}": tensor for key, tensor in layer.tensors.items()}
     _require_fit(adapter, state)
     with torch.no_grad():
         for key, value in values.items():

@@ -12,6 +12,7 @@ from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.adapter import Adapter, LayerAdapter, copied
 from sam2_lora_ext.lora.config import LoRAConfig
 from sam2_lora_ext.lora.inject import above, outermost
+from sam2_lora_ext.lora.variants import TENSORS
 
 
 def adapter_from_state(
@@ -21,7 +22,8 @@ def adapter_from_state(
     """The adapter inside the state dict of a training checkpoint; frozen weights in it are left out.
 
     Args:
-        state: keys `<module>.lora_a` and `<module>.lora_b`, those of modules trained in full, perhaps all others.
+        state: keys `<module>.lora_a`, `<module>.lora_b` (of a variant, see `TENSORS`), those of modules trained in full,
+            perhaps all others.
         config: what it was trained with. Without it no layer counts as fused, and what was trained in full is what
             differs from `base`, or every other key when the checkpoint does not hold the whole model.
         alpha: instead of the config's.
@@ -39,14 +41,20 @@ def adapter_from_state(
         numbers = replace(numbers, alpha=alpha, alpha_pattern={})
     layers = {}
     for name in names:
-        if f"{name}.lora_b" not in state:
-            raise UserError(f"the checkpoint holds {name}.lora_a without its lora_b: it is not whole")
-        layers[name] = LayerAdapter(copied(state[f"{name}.lora_a"]), copied(state[f"{name}.lora_b"]),
-                                    numbers.alpha_of(name), numbers.rslora, numbers.parts_of(name))
+        tensors = _tensors(name, state, config)
+        layers[name] = LayerAdapter.of(tensors, numbers.alpha_of(name), numbers.rslora, numbers.parts_of(name))
     others = [key for key in state if key.rpartition(".")[0] not in layers]
     modules = _modules_meant(others, config.trainable) if config else _modules_changed(others, state, base, names)
     full = {key: copied(state[key]) for key in others if any(key.startswith(f"{module}.") for module in modules)}
     return Adapter(layers, full, modules, config.dropout if config else 0.0, dict(metadata or {}))
+
+
+def _tensors(name: str, state: Mapping[str, Tensor], config: LoRAConfig | None) -> dict[str, Tensor]:
+    found = {key.removeprefix(f"{name}.") for key in state if key.startswith(f"{name}.lora_")}
+    kind = config.variant if config else "dora" if "lora_m" in found else "pissa" if "lora_a0" in found else "lora"
+    if missing := [key for key in TENSORS[kind] if key not in found]:
+        raise UserError(f"the checkpoint holds {name}.lora_a without its {missing[0]}: it is not whole")
+    return {key: copied(state[f"{name}.{key}"]) for key in TENSORS[kind]}
 
 
 def _modules_meant(keys: Iterable[str], trainable: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ DEFAULT_TARGETS = (
 Number = TypeVar("Number", int, float)
 QKV = ("q", "k", "v")  # order of the rows of Hiera's fused `qkv`
 IMPLEMENTATIONS = ("plain", "lean")
+VARIANTS = ("lora", "dora", "pissa")
 
 
 @dataclass
@@ -41,6 +42,7 @@ class LoRAConfig:
         alpha_pattern: glob -> alpha of the adapted layers that it matches.
         qkv_parts: of layers named `qkv`, adapt only these, e.g. ["q", "v"]; None adapts the fused layer as one.
         trainable: globs of modules that are trained in full beside the adapters, e.g. "*.norm1".
+        variant: "lora", "dora" (arXiv 2402.09353) or "pissa" (arXiv 2404.02948), see `variants.py`.
         implementation: how the update is computed: "plain", or "lean" for the same numbers with less kept for backward.
     """
 
@@ -53,6 +55,7 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     qkv_parts: list[str] | None = None
     trainable: list[str] = field(default_factory=list)
+    variant: str = "lora"
     implementation: str = "plain"
 
     def __post_init__(self) -> None:
@@ -75,8 +78,11 @@ class LoRAConfig:
             self.qkv_parts = _names("qkv_parts", self.qkv_parts)
             if not self.qkv_parts or len(set(self.qkv_parts)) < len(self.qkv_parts) or set(self.qkv_parts) - set(QKV):
                 raise UserError(f"lora.qkv_parts must be null or some of {list(QKV)}, each once, got {self.qkv_parts}")
-        if self.implementation not in IMPLEMENTATIONS:
-            raise UserError(f"lora.implementation must be one of {list(IMPLEMENTATIONS)}, got {self.implementation!r}")
+        for where, choices in (("variant", VARIANTS), ("implementation", IMPLEMENTATIONS)):
+            if getattr(self, where) not in choices:
+                raise UserError(f"lora.{where} must be one of {list(choices)}, got {getattr(self, where)!r}")
+        if self.variant == "dora" and self.qkv_parts is not None:
+            raise UserError("lora.variant dora gives every row of a fused qkv a magnitude: set lora.qkv_parts to null")
         if not self.targets and not self.trainable:
             raise UserError("lora.targets and lora.trainable are both empty: there is nothing to train")
 

@@ -10,8 +10,8 @@ from torch import nn
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.config import LoRAConfig
 from sam2_lora_ext.lora.layer import LoRALinear
-from sam2_lora_ext.lora.lean import LeanLoRALinear
 from sam2_lora_ext.lora.report import report
+from sam2_lora_ext.lora.variants import LAYERS
 
 Config = LoRAConfig | Mapping[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,7 +48,8 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
 
     Raises:
         UserError: a glob matches nothing, or something that is not an `nn.Linear`, or a layer that has an adapter
-            already, or a layer inside a module that is trained in full; or the outputs do not divide into q, k and v.
+            already, or a layer inside a module that is trained in full; or the outputs do not divide into q, k and v;
+            or PiSSA is asked for more singular values than a weight has.
     """
     config = LoRAConfig.of(config)
     modules = {name: module for name, module in model.named_modules() if name}
@@ -73,9 +74,13 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
     targets = [Target(name, config.rank_of(name), config.alpha_of(name), config.parts_of(name)) for name in names]
     if config.qkv_parts is not None and all(len(target.parts) == 1 for target in targets):
         raise UserError("lora.qkv_parts is set, but no target is named qkv: set it to null, or target fused layers")
-    for name, *_, parts in targets:
-        if modules[name].out_features % len(parts):
-            raise UserError(f"{name} has {modules[name].out_features} outputs, which do not divide into q, k and v")
+    for name, rank, _, parts in targets:
+        outputs, inputs = modules[name].weight.shape
+        if outputs % len(parts):
+            raise UserError(f"{name} has {outputs} outputs, which do not divide into q, k and v")
+        if config.variant == "pissa" and rank > (most := min(outputs // len(parts), inputs)):
+            raise UserError(f"{name} has {most} singular values, fewer than its rank {rank}: give it a lower one in "
+                            "lora.rank_pattern, or take it out of lora.targets")
     return targets
 
 
@@ -112,7 +117,7 @@ def inject(model: nn.Module, config: Config) -> dict[str, Any]:
     for name, rank, alpha, parts in find_targets(model, config):
         parent, _, attribute = name.rpartition(".")
         base = model.get_submodule(name)
-        layer = {"plain": LoRALinear, "lean": LeanLoRALinear}[config.implementation]
+        layer = LAYERS[config.variant, config.implementation]
         setattr(model.get_submodule(parent), attribute, layer(base, rank, alpha, config.dropout, parts, config.rslora))
     return report(model, _trained(model, config))
 
@@ -146,7 +151,7 @@ def build_lora_model(model: Model, lora: Config) -> Model:
 
 
 def _trained(model: nn.Module, config: LoRAConfig) -> set[str]:
-    adapters = {f"{name}.{key}" for name, _ in lora_layers(model) for key in ("lora_a", "lora_b")}
+    adapters = {f"{name}.{key}" for name, layer in lora_layers(model) for key in layer.adapter_parameters()}
     return adapters | {f"{outer}.{name}" for outer in find_trainable(model, config)
                        for name, _ in model.get_submodule(outer).named_parameters()}
 

@@ -6,6 +6,7 @@ A fused layer stacks P equal parts along its outputs (Hiera's `qkv`: the rows of
 `parts` says which n of them are adapted. Each has its own r rows of A and its own B, so B as a whole is block-diagonal.
 
 Shapes: x (..., in) · W (out, in) · b (out) · lora_a (n·r, in) · lora_b (n·d, r) · block-diagonal B (out, n·r).
+Variants of this layer are in `variants.py`; what they add to the state dict is named `lora_...` too.
 """
 
 import math
@@ -34,6 +35,17 @@ def block_diagonal(lora_b: Tensor, parts: tuple[bool, ...]) -> Tensor:
 def delta_weight(lora_a: Tensor, lora_b: Tensor, scaling: float, parts: tuple[bool, ...] = PLAIN) -> Tensor:
     """The update s B A of the weight (out, in); merging, exporting and the layer itself mean this one."""
     return block_diagonal(scaling * lora_b, parts) @ lora_a
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """|V| (out): the length of each row of a weight V (out, in), of a row of zeros the smallest number above zero."""
+    return torch.linalg.vector_norm(weight, dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def merged_weight(weight: Tensor, delta: Tensor, magnitude: Tensor | None = None) -> Tensor:
+    """The weight that computes the same without an adapter: W + D, each row brought to its magnitude (out) where given."""
+    total = delta + weight
+    return total if magnitude is None else total * (magnitude / row_norms(total))[:, None]
 
 
 class LoRALinear(nn.Linear):
@@ -83,14 +95,32 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_b)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a)  # (..., n·r)
-        update = F.linear(low, block_diagonal(self.lora_b, self.parts))  # (..., out)
+        a, b = self.factors()
+        low = F.linear(F.dropout(x, self.dropout, self.training), a)  # (..., n·r)
+        update = F.linear(low, block_diagonal(b, self.parts))  # (..., out)
         return F.linear(x, self.weight, self.bias) + self.scaling * update
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (n·r, in) and B (n·d, r) of the update, as they are now."""
+        return self.lora_a, self.lora_b
 
     def delta_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The update s B A (out, in) of this layer's weight, computed in `dtype` (default: the adapter's own)."""
-        dtype = dtype or self.lora_a.dtype
-        return delta_weight(self.lora_a.to(dtype), self.lora_b.to(dtype), self.scaling, self.parts)
+        a, b = self.factors()
+        return delta_weight(a.to(dtype or a.dtype), b.to(dtype or b.dtype), self.scaling, self.parts)
+
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (out, in) of a plain `nn.Linear` that computes the same, in `dtype` (default: the adapter's own)."""
+        delta = self.delta_weight(dtype)
+        return merged_weight(self.weight.to(delta.dtype), delta)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What this layer has in a state dict beside the base's keys."""
+        return {key: value for key, value in self.state_dict().items() if key not in ("weight", "bias")}
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What of it is trained."""
+        return {key: value for key, value in self.named_parameters() if key not in ("weight", "bias")}
 
     def extra_repr(self) -> str:
         facts = f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
