@@ -5,8 +5,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -202,11 +200,25 @@ def test_layers_that_share_an_input_keep_it_once():
     layers = [LeanLoRALinear(nn.Linear(64, 64).requires_grad_(False), 4, 8, 0.1) for _ in range(3)]
     with Saved([p for layer in layers for p in layer.parameters()]) as saved:
         outputs = [layer(x) for layer in layers]
-    places = sum(output.grad_fn.saved_tensors[-1].nbytes for output in outputs)
+    functions = [output.grad_fn.next_functions[0][0] for output in outputs]  # below the view that restores the shape
+    places = sum(function.saved_tensors[-1].nbytes for function in functions)
     assert saved.total == x.nbytes + 3 * 100 * 4 * 4 + places
     with Saved(()) as saved, torch.no_grad():
         layers[0](x)
     assert saved.total == 0
+
+
+def test_the_output_may_be_written_to_in_place():
+    layers = pair()
+    x = torch.randn(2, 6, 12, dtype=torch.float64, requires_grad=True)
+
+    def rotated(layer):  # as SAM 2's rotary attention does with its keys
+        keys = layer(x).view(2, 6, 2, 12).transpose(1, 2)
+        keys[:, :, :3] = 2 * keys[:, :, :3]
+        return torch.autograd.grad(keys.square().sum(), (x, layer.lora_a, layer.lora_b))
+
+    for grad, expected in zip(*map(rotated, layers), strict=True):
+        torch.testing.assert_close(grad, expected)
 
 
 def test_nothing_of_the_input_is_kept_where_a_is_frozen():
@@ -217,35 +229,3 @@ def test_nothing_of_the_input_is_kept_where_a_is_frozen():
     assert saved.total == 100 * 4 * 4
     y.sum().backward()
     assert layer.lora_b.grad is not None and layer.lora_a.grad is None
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_compiles_as_one_graph(dropout):
-    _, lean = pair(torch.float32, QKV, dropout=dropout)
-    compiled = torch.compile(copy.deepcopy(lean), fullgraph=True, backend="aot_eager")
-    x = torch.randn(8, 12, requires_grad=True)
-    y = compiled(x)
-    y.sum().backward()
-    if not dropout:
-        expected = lean(x)
-        expected.sum().backward()
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(compiled.lora_a.grad, lean.lora_a.grad)
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    _, lean = pair()
-    inputs = [torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)]
-    parallel = nn.parallel.DistributedDataParallel(lean)  # a name, for its hooks die with it
-    parallel(inputs[rank]).square().mean().backward()
-    _, alone = pair()
-    (alone(torch.stack(inputs)).square().mean()).backward()
-    torch.testing.assert_close(lean.lora_a.grad, alone.lora_a.grad)
-    torch.testing.assert_close(lean.lora_b.grad, alone.lora_b.grad)
-    dist.destroy_process_group()
-
-
-def test_two_ranks_average_their_gradients(tmp_path):
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)

@@ -44,7 +44,11 @@ def drop_in_place(x: Tensor, places: Tensor) -> Tensor:
 
 
 class LoRAFunction(torch.autograd.Function):
-    """`y` of the formula above, from W in any dtype and x, A and B in that of the result."""
+    """`y` (N, out) of the formula above, from W in any dtype and x (..., in), A and B in that of the result.
+
+    It is for the caller to give `y` the shape of x: a view made in here could not be written to in place afterwards, as SAM 2's
+    rotary attention does with its keys.
+    """
 
     @staticmethod
     def forward(
@@ -58,13 +62,12 @@ class LoRAFunction(torch.autograd.Function):
         needs_x, needs_low = weight.requires_grad or a.requires_grad, b.requires_grad
         ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, places)
         ctx.scaling, ctx.shape = scaling, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low, places = ctx.saved_tensors
-        dy = dy.reshape(-1, dy.shape[-1])
         tokens = None if x is None else x.reshape(-1, x.shape[-1])
         dlow = (dy @ b).mul_(ctx.scaling)
         dx = dweight = dbias = da = db = None
@@ -100,7 +103,9 @@ class LeanLoRALinear(LoRALinear):
     def _forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
         places = dropped_places(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None
-        b = block_diagonal(self.lora_b, self.parts)
-        return LoRAFunction.apply(
-            x, self.weight, self.bias, self.lora_a.to(x.dtype), b.to(x.dtype), self.scaling / (1 - p), places
+        a, b = self.factors()
+        b = block_diagonal(b, self.parts)
+        y = LoRAFunction.apply(
+            x, self.weight, self.bias, a.to(x.dtype), b.to(x.dtype), self.scaling / (1 - p), places
         )
+        return y.view(*x.shape[:-1], self.out_features)
