@@ -47,7 +47,7 @@ KINDS = {
     "rank_pattern": (dict, NoneType), "alpha_pattern": (dict, NoneType), "modules_to_save": (list, NoneType),
     "lora_dropout": (int, float, NoneType),
 }
-OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal")  # the other ways to begin change the base's weights
+OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")  # the other ways to begin change the base's weights
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) -> None:
@@ -142,10 +142,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} describes an adapter of the kind {kind}: only LORA can be used")
     for key, value in config.items():
         if key == "init_lora_weights":
-            refused = value not in OWN_INIT
-        else:
-            refused = value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS
-        if refused:
+            if value not in OWN_INIT:
+                raise UserError(f"{path} sets {key} to {value!r}, which changed the base's weights: save it as plain LoRA "
+                                "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+        elif value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS:
             raise UserError(f"{path} sets {key} to {value!r}: only LoRA and DoRA can be used, this is another kind")
         if not isinstance(value, KINDS.get(key, object)):
             raise UserError(f"{path} sets {key} to {value!r}, which PEFT never does: it is damaged")

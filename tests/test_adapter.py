@@ -109,6 +109,7 @@ PEFT_CONFIGS = {
     "rslora": {"r": 3, "target_modules": ["qkv"], "use_rslora": True, "rank_pattern": {r"blocks\.[01]\.attn\.qkv": 5}},
     "modules": {"target_modules": ["qkv"], "modules_to_save": ["iou_prediction_head", "norm1"]},
     "gaussian": {"target_modules": ["qkv"], "init_lora_weights": "gaussian"},
+    "mica": {"target_modules": ["qkv"], "init_lora_weights": "mica"},
 }
 
 

@@ -30,7 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("variant, words", [
-    ({"init_lora_weights": "pissa"}, "sets init_lora_weights to 'pissa'"),
+    ({"init_lora_weights": "pissa"}, "sets init_lora_weights to 'pissa', which changed the base's weights: save it as"),
+    ({"init_lora_weights": "olora"}, "sets init_lora_weights to 'olora'"),
     ({"lora_bias": True}, "sets lora_bias to True"),
     ({"bias": "all"}, "sets bias to 'all'"), ({"bias": "lora_only"}, "sets bias to 'lora_only'"),
 ])
