@@ -19,7 +19,9 @@ REQUIRED = ("loss_mask", "loss_dice", "loss_iou")
 TVERSKY = "loss_tversky"
 CHOICES = (*REQUIRED, "loss_class", TVERSKY)
 IMPLEMENTATIONS = ("plain", "lean")
-STEP_OUTPUTS = ("pred_multimasks_high_res", "pred_ious", "object_score_logits")  # lists over the click steps
+# Lists over the click steps. The lean loss reads the masks before they are enlarged to the model's input.
+STEP_OUTPUTS = ("multistep_pred_multimasks_high_res", "multistep_pred_ious", "multistep_object_score_logits")
+SMALL_MASKS = "multistep_pred_multimasks"
 TVERSKY_FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which a saturated sigmoid would turn into NaN
 
 
@@ -110,7 +112,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         """The stock terms of every mask channel.
 
         Args:
-            masks: logits [O M H W].
+            masks: logits [O M H W]; the lean implementation takes smaller ones too.
             targets: [O 1 H W], 0.0 or 1.0.
             ious: predicted IoU [O M].
         """
@@ -175,7 +177,8 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         losses = dict.fromkeys(names, 0)
         rows = {name: torch.zeros_like(found) for name in names}
 
-        steps = (outputs[f"multistep_{key}"] for key in STEP_OUTPUTS)
+        masks_key = SMALL_MASKS if self.lean and SMALL_MASKS in outputs else STEP_OUTPUTS[0]
+        steps = (outputs[key] for key in (masks_key, *STEP_OUTPUTS[1:]))
         for masks, ious, score_logits in zip(*steps, strict=True):
             terms = self.mask_terms(masks, targets, ious)
             best = self._best_channel(terms, num_objects)

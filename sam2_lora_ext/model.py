@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from training.model.sam2 import SAM2Train
 from training.utils.data_utils import BatchedVideoDatapoint
 
@@ -37,7 +38,7 @@ class LoRASAM2Train(SAM2Train):
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.memory = MemoryConfig.of(memory)
-        make_lean(self.image_encoder.trunk, self.memory)
+        make_lean(self, self.memory)
         self.prompt_seed = prompt_seed
         self.prompt_epoch = 0  # set by LoRATrainer
         self.prompts: PromptSampler | None = None  # of the forward pass that is running
@@ -55,6 +56,16 @@ class LoRASAM2Train(SAM2Train):
             frame["gt_masks"] = input.masks[t].unsqueeze(1)
             frame["class_ids"] = class_ids[t]
         return outputs
+
+    def forward_image(self, img_batch: Tensor) -> dict[str, Any]:
+        """Stock's image features, without the position encodings of all levels but the last: nobody reads them.
+
+        They have no channels here. Stock gathers 256 for each object and position, the largest tensors of its step.
+        """
+        features = super().forward_image(img_batch)
+        *unread, last = features["vision_pos_enc"]
+        features["vision_pos_enc"] = [level.new_empty(len(level), 0, *level.shape[2:]) for level in unread] + [last]
+        return features
 
     def prepare_prompt_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Stock's choice of the first prompts; the clicks after it are corrections."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_losses import NAMES, WEIGHTS, leaves, make_batch
+from torch.nn import functional as F
 from training.trainer import CORE_LOSS_KEY
 
 from benchmarks.measure import Saved
@@ -123,3 +124,22 @@ def test_a_batch_without_objects():
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(UserError, match="plain.*lean.*'fast'"):
         SeverstalLoss(WEIGHTS, implementation="fast")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_small_masks_give_what_enlarged_ones_do_and_are_all_that_is_kept(settings):
+    outputs, targets = make_batch(frames=1, objects=3, channels=3, size=64)
+    torch.manual_seed(0)
+    key, small_key = "multistep_pred_multimasks_high_res", "multistep_pred_multimasks"
+    small = [torch.randn(3, 3, 16, 16, requires_grad=True) for _ in outputs[0][key]]
+    outputs[0][key] = [F.interpolate(x, (64, 64), mode="bilinear", align_corners=False) for x in small]
+    outputs[0]["class_ids"] = torch.arange(3)
+    results = []
+    for implementation, frame in (("plain", outputs[0]), ("lean", outputs[0] | {small_key: small})):
+        loss = SeverstalLoss(**{"weight_dict": WEIGHTS, "implementation": implementation, **settings})
+        with Saved(targets) as saved:
+            values = loss([frame], targets)
+        results.append((*values.values(), *torch.autograd.grad(values[CORE_LOSS_KEY], small)))
+    for value, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-7, rtol=1e-5)
+    assert sum(x.nbytes for x in small) <= saved.total < 2 * targets[0].numel() * 4

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.measure import Saved
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.conv import LeanConv2d
 from sam2_lora_ext.lean.memory import PRESETS, CheckpointedBlock, MemoryConfig, blocks_for_share
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 
@@ -108,7 +110,7 @@ def test_which_blocks_are_computed_again():
 @pytest.mark.parametrize(
     ("value", "message"),
     [("small", "'small'.*stock, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
-     ({"decoder": "yes"}, "decoder.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool")],
+     ({"decoder": "yes"}, "decoder.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv")],
 )  # fmt: skip
 def test_bad_settings_are_refused(value, message):
     with pytest.raises(UserError, match=message):
@@ -116,7 +118,9 @@ def test_bad_settings_are_refused(value, message):
 
 
 def test_presets_and_mappings():
-    assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of({"encoder": 1, "decoder": True, "pool": True})
+    assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of(
+        {"encoder": 1, "decoder": True, "pool": True, "conv": True}
+    )
     assert MemoryConfig.of({}) == PRESETS["stock"] == MemoryConfig()
 
 
@@ -131,3 +135,30 @@ def test_pooling_equals_stock_to_the_bit_with_ties(shape, dtype):
         assert torch.equal(y, expected) and y.stride() == expected.stride()
         grads = [torch.autograd.grad(result, x, dy)[0] for result in (y, expected)]
         assert torch.equal(*grads) and (1 in shape or grads[0].stride() == grads[1].stride())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"stride": 2, "padding": 1, "kernel_size": 3}, {"groups": 2}])
+def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(settings, autocast):
+    torch.manual_seed(0)
+    stock = nn.Conv2d(4, 6, **{"kernel_size": 1, **settings}).requires_grad_(False)
+    lean = copy.deepcopy(stock)
+    lean.__class__ = LeanConv2d
+    x = torch.randn(2, 4, 9, 7, requires_grad=True)
+    results = []
+    for layer in (stock, lean):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Saved(layer.parameters()) as saved:
+            y = layer(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+    assert all(map(torch.equal, *results)) and results[1][1].dtype == x.dtype
+    assert saved.total == 0
+    lean.requires_grad_(True)
+    assert torch.autograd.grad(lean(x).sum(), lean.weight)[0].shape == lean.weight.shape
+
+
+def test_position_encodings_that_nobody_reads_are_not_gathered():
+    model = build("lean", SIZE, RESOLUTION).model
+    *unread, last = model.forward_image(torch.zeros(2, 3, RESOLUTION, RESOLUTION))["vision_pos_enc"]
+    side = RESOLUTION // 16
+    assert [level.shape for level in unread] == [(2, 0, 4 * side, 4 * side), (2, 0, 2 * side, 2 * side)]
+    assert last.shape[2:] == (side, side) and last.shape[1] > 0

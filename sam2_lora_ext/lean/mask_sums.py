@@ -8,8 +8,10 @@ With g the target (0 or 1) and z = (2 g - 1) x the logit towards it, q = sigmoid
 
 Stock keeps about ten maps of the size of the logits. Here forward and backward work on one map (H W) at a time, so
 temporaries stay small, and maps whose sums have no gradient (channels that were not selected) cost nothing in backward.
+SAM 2 enlarges its masks four times (bilinearly) before the loss; from the small ones, a map is enlarged here when it is
+its turn, and only the small ones are kept.
 
-Shapes: O objects, M mask channels, H W pixels.
+Shapes: O objects, M mask channels, H W pixels of the targets, h w of the logits: H W or smaller.
 """
 
 import itertools
@@ -40,7 +42,7 @@ class MaskSums(NamedTuple):
 
 
 def mask_sums(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> MaskSums:
-    """The sums of each map of `logits` [O M H W] for `targets` [O 1 H W], 0.0 or 1.0, differentiable in the logits."""
+    """The sums of each map of `logits` [O M h w] for `targets` [O 1 H W], 0.0 or 1.0, differentiable in the logits."""
     return MaskSums(*_MaskSums.apply(logits, targets, alpha, gamma))
 
 
@@ -50,7 +52,8 @@ class _MaskSums(torch.autograd.Function):
         shape, dtype = logits.shape[:2], torch.promote_types(logits.dtype, targets.dtype)
         focal, overlap, drawn, hits, positives = (torch.zeros(shape, dtype=dtype, device=logits.device) for _ in range(5))
         for o, m in itertools.product(*map(range, shape)):
-            x, g = logits[o, m].to(dtype), targets[o, 0].to(dtype)
+            g = targets[o, 0].to(dtype)
+            x = _enlarged(logits[o, m], g.shape).to(dtype)
             z, q = _towards(x, g)
             loss = F.logsigmoid(z).mul_(_weight(g, alpha)).mul_(_power(q, gamma))
             focal[o, m] = -loss.mean()
@@ -71,19 +74,32 @@ class _MaskSums(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         grad = torch.zeros_like(logits)
         for o, m in with_gradient(dfocal, doverlap, ddrawn):
-            x, g = logits[o, m].to(dfocal.dtype), targets[o, 0].to(dfocal.dtype)
+            g = targets[o, 0].to(dfocal.dtype)
+            x = _enlarged(logits[o, m], g.shape).to(dfocal.dtype)
             z, q = _towards(x, g)
             slope = F.logsigmoid(z).mul_(1 - q).mul_(-ctx.gamma).add_(q)
             slope.mul_(_power(q, ctx.gamma)).mul_(_weight(g, ctx.alpha)).mul_(1 - 2 * g)
             slope.mul_(dfocal[o, m] / g.numel())
             slope.add_((g * doverlap[o, m]).add_(ddrawn[o, m]).mul_(q.mul_(1 - q)))
-            grad[o, m] = slope
+            grad[o, m] = _reduced(slope, grad.shape[2:])
         return grad, None, None, None
 
 
 def with_gradient(*gradients: Tensor) -> list[list[int]]:
     """The maps (o, m) of which some sum has a gradient."""
     return torch.stack(gradients).any(0).nonzero().tolist()
+
+
+def _enlarged(x: Tensor, size: torch.Size) -> Tensor:
+    """A map (h w) at `size`, as SAM 2 enlarges its masks."""
+    return x if x.shape == size else F.interpolate(x[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def _reduced(dy: Tensor, size: torch.Size) -> Tensor:
+    """The gradient at the small map, of `size`, from that at the large one (H W)."""
+    if dy.shape == size:
+        return dy
+    return torch.ops.aten.upsample_bilinear2d_backward(dy[None, None], dy.shape, (1, 1, *size), False)[0, 0]
 
 
 def _towards(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.conv import LeanConv2d
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 
 
@@ -29,17 +30,19 @@ class MemoryConfig:
         encoder: share, 0 to 1, of the trunk's activations that is computed again in backward; the rest is kept.
         decoder: compute the prediction steps (prompt encoder, mask decoder, upscaling) again.
         pool: keep one byte for each result of the trunk's max-pooling, not its input and an index of eight bytes.
+        conv: keep no inputs of frozen convolutions in the neck and at the mask decoder's entrance.
     """
 
     encoder: float = 0.0
     decoder: bool = False
     pool: bool = False
+    conv: bool = False
 
     def __post_init__(self) -> None:
         share = self.encoder
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise UserError(f"memory.encoder must be a number from 0 to 1, got {share!r}")
-        for name in ("decoder", "pool"):
+        for name in ("decoder", "pool", "conv"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"memory.{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -65,8 +68,8 @@ class MemoryConfig:
 
 PRESETS = {
     "stock": MemoryConfig(),
-    "default": MemoryConfig(encoder=0.55, decoder=True, pool=True),
-    "low": MemoryConfig(encoder=1.0, decoder=True, pool=True),
+    "default": MemoryConfig(encoder=0.55, decoder=True, pool=True, conv=True),
+    "low": MemoryConfig(encoder=1.0, decoder=True, pool=True, conv=True),
 }
 
 
@@ -84,12 +87,17 @@ def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
-def make_lean(trunk: nn.Module, memory: MemoryConfig) -> None:
-    """Changes the classes of a Hiera's blocks and pools, in place, to those that `memory` asks for."""
+def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
+    """Changes the classes of a SAM 2's blocks, pools and convolutions, in place, to those that `memory` asks for."""
+    trunk = model.image_encoder.trunk
     if memory.pool:
         for module in trunk.modules():
             if type(module) is nn.MaxPool2d:
                 module.__class__ = LeanMaxPool2d
+    if memory.conv:
+        for module in (*model.image_encoder.neck.modules(), *model.sam_mask_decoder.children()):
+            if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+                module.__class__ = LeanConv2d
     for block in trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]:
         block.__class__ = CheckpointedBlock
 
