@@ -12,6 +12,7 @@ from training.model.sam2 import SAM2Train
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from sam2_lora_ext.data.ids import CLEAN, class_of
+from sam2_lora_ext.lean.cast import cast_frozen
 from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, make_lean
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model
 from sam2_lora_ext.prompts import PromptSampler
@@ -39,6 +40,7 @@ class LoRASAM2Train(SAM2Train):
         super().__init__(*args, **kwargs)
         self.memory = MemoryConfig.of(memory)
         make_lean(self, self.memory)
+        self.weights_cast = False
         self.prompt_seed = prompt_seed
         self.prompt_epoch = 0  # set by LoRATrainer
         self.prompts: PromptSampler | None = None  # of the forward pass that is running
@@ -47,6 +49,10 @@ class LoRASAM2Train(SAM2Train):
 
     def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
         """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
+        kind = input.img_batch.device.type
+        if self.memory.weights and not self.weights_cast and torch.is_autocast_enabled(kind):
+            cast_frozen(self, torch.get_autocast_dtype(kind))  # here, for by now the base is loaded
+            self.weights_cast = True
         self.prompts = self._prompt_sampler(input)
         with self.prompts.installed():
             outputs = super().forward(input)

@@ -110,7 +110,7 @@ def test_which_blocks_are_computed_again():
 @pytest.mark.parametrize(
     ("value", "message"),
     [("small", "'small'.*stock, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
-     ({"decoder": "yes"}, "decoder.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv")],
+     ({"decoder": "yes"}, "decoder.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, weights")],
 )  # fmt: skip
 def test_bad_settings_are_refused(value, message):
     with pytest.raises(UserError, match=message):
@@ -119,7 +119,7 @@ def test_bad_settings_are_refused(value, message):
 
 def test_presets_and_mappings():
     assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of(
-        {"encoder": 1, "decoder": True, "pool": True, "conv": True}
+        {"encoder": 1, "decoder": True, "pool": True, "conv": True, "weights": True}
     )
     assert MemoryConfig.of({}) == PRESETS["stock"] == MemoryConfig()
 

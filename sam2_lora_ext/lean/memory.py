@@ -31,18 +31,20 @@ class MemoryConfig:
         decoder: compute the prediction steps (prompt encoder, mask decoder, upscaling) again.
         pool: keep one byte for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck and at the mask decoder's entrance.
+        weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 
     encoder: float = 0.0
     decoder: bool = False
     pool: bool = False
     conv: bool = False
+    weights: bool = False
 
     def __post_init__(self) -> None:
         share = self.encoder
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise UserError(f"memory.encoder must be a number from 0 to 1, got {share!r}")
-        for name in ("decoder", "pool", "conv"):
+        for name in ("decoder", "pool", "conv", "weights"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"memory.{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -68,8 +70,8 @@ class MemoryConfig:
 
 PRESETS = {
     "stock": MemoryConfig(),
-    "default": MemoryConfig(encoder=0.55, decoder=True, pool=True, conv=True),
-    "low": MemoryConfig(encoder=1.0, decoder=True, pool=True, conv=True),
+    "default": MemoryConfig(encoder=0.55, decoder=True, pool=True, conv=True, weights=True),
+    "low": MemoryConfig(encoder=1.0, decoder=True, pool=True, conv=True, weights=True),
 }
 
 

@@ -1,0 +1,54 @@
+"""Frozen weights in autocast's type change no bit of a training step, and only where autocast would cast them."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.methods import build, make_batch
+from sam2_lora_ext.lean.cast import CAST, cast_frozen
+from sam2_lora_ext.lora import build_lora_model
+from sam2_lora_ext.lora.layer import LoRALinear
+
+MEMORY = {"encoder": 0.5, "decoder": True, "pool": True, "conv": True}
+
+
+def two_steps(memory, autocast):
+    setup = build("lean", "nano", 128, memory=memory)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for _, layer in filter(lambda pair: isinstance(pair[1], LoRALinear), setup.model.named_modules()):
+            layer.lora_b.normal_(std=0.02)
+    values, batch = [], make_batch(128)
+    for _ in range(2):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = setup.step_loss(batch)
+        loss.backward()
+        values += [loss.detach(), *[p.grad.clone() for p in setup.model.parameters() if p.grad is not None]]
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+    return setup.model, values
+
+
+def test_not_a_bit_changes_under_autocast():
+    model, values = two_steps({**MEMORY, "weights": True}, autocast=True)
+    _, expected = two_steps(MEMORY, autocast=True)
+    assert len(values) == len(expected) > 40 and all(map(torch.equal, values, expected))
+    types = {name: p.dtype for name, p in model.named_parameters()}
+    assert all(dtype == torch.float32 for name, dtype in types.items() if "lora_" in name or "norm" in name)
+    assert types["image_encoder.trunk.blocks.0.attn.qkv.weight"] == torch.bfloat16
+    cast = [module for module in model.modules() if isinstance(module, CAST)]
+    assert len(cast) > 50 and all(module.weight.dtype == torch.bfloat16 for module in cast)
+
+
+def test_nothing_is_cast_without_autocast():
+    model, _ = two_steps({**MEMORY, "weights": True}, autocast=False)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("lora", "dtype"), [({"variant": "lora"}, torch.bfloat16), ({"variant": "dora"}, torch.float32)])
+def test_what_is_trained_or_measured_stays(lora, dtype):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+    build_lora_model(model, {"targets": ["0"], "trainable": ["1"], **lora})
+    cast_frozen(model, torch.bfloat16)
+    assert [model[0].weight.dtype, model[1].weight.dtype, model[2].weight.dtype] == [dtype, torch.float32, torch.float32]
