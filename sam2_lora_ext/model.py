@@ -13,6 +13,7 @@ from training.utils.data_utils import BatchedVideoDatapoint
 
 from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.lean.cast import cast_frozen
+from sam2_lora_ext.lean.feature_cache import FeatureCache
 from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, make_lean
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model
 from sam2_lora_ext.prompts import PromptSampler
@@ -30,12 +31,13 @@ class LoRASAM2Train(SAM2Train):
         memory: what a step keeps for backward: a preset ("stock", "default", "low") or a `MemoryConfig` as a mapping.
         prompt_seed: draw the training clicks of each object from (prompt_seed, epoch, video, object) and not from the global
             generator of its rank, so that they do not depend on how a batch is spread over ranks.
+        feature_cache: `folder` and `max_gb` of a `FeatureCache`, for training with a frozen image encoder.
         **kwargs: everything that `SAM2Train` takes.
     """
 
     def __init__(
         self, *args: Any, lora: Mapping | LoRAConfig | None = None, memory: Mapping | MemoryConfig | str = "stock",
-        prompt_seed: int | None = None, **kwargs: Any,
+        prompt_seed: int | None = None, feature_cache: Mapping | None = None, **kwargs: Any,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.memory = MemoryConfig.of(memory)
@@ -46,6 +48,11 @@ class LoRASAM2Train(SAM2Train):
         self.prompts: PromptSampler | None = None  # of the forward pass that is running
         if lora is not None:
             build_lora_model(self, lora)
+        self.feature_cache: FeatureCache | None = None
+        if feature_cache is not None:
+            decoder = self.sam_mask_decoder
+            parts = {"image_encoder": self.image_encoder, "conv_s0": decoder.conv_s0, "conv_s1": decoder.conv_s1}
+            self.feature_cache = FeatureCache(feature_cache, parts)
 
     def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
         """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
@@ -68,10 +75,13 @@ class LoRASAM2Train(SAM2Train):
 
         They have no channels here. Stock gathers 256 for each object and position, the largest tensors of its step.
         """
-        features = super().forward_image(img_batch)
-        *unread, last = features["vision_pos_enc"]
-        features["vision_pos_enc"] = [level.new_empty(len(level), 0, *level.shape[2:]) for level in unread] + [last]
-        return features
+        def encode(images: Tensor) -> list[Tensor]:
+            return super(LoRASAM2Train, self).forward_image(images)["backbone_fpn"]
+
+        maps = encode(img_batch) if self.feature_cache is None else self.feature_cache(img_batch, encode)
+        unread = [level.new_empty(len(level), 0, *level.shape[2:]) for level in maps[:-1]]
+        position = self.image_encoder.neck.position_encoding(maps[-1]).to(maps[-1].dtype)
+        return {"vision_features": maps[-1], "vision_pos_enc": [*unread, position], "backbone_fpn": maps}
 
     def prepare_prompt_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Stock's choice of the first prompts; the clicks after it are corrections."""

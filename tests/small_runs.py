@@ -21,6 +21,7 @@ from sam2_lora_ext.compose import compose
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.host import USER_CONFIG_DIR
 
+OURS = ("lora", "memory", "prompt_seed", "feature_cache")  # what LoRASAM2Train takes beyond SAM2Train
 # Two images a batch, two prompt steps, six optimizer steps in three phases: about a second.
 QUICK = (
     "scratch.batch_size=2", "scratch.steps=6", "scratch.steps_per_phase=2",
@@ -154,6 +155,6 @@ def make_model(**changes: Any) -> Any:
         config = compose("configs/demo.yaml", []).trainer.model
     values = OmegaConf.to_container(config, resolve=True) | changes
     if values["_target_"].endswith("SAM2Train") and "LoRA" not in values["_target_"]:
-        values = {key: value for key, value in values.items() if key not in ("lora", "memory", "prompt_seed")}
+        values = {key: value for key, value in values.items() if key not in OURS}
     torch.manual_seed(0)
     return instantiate(OmegaConf.create(values), _convert_="all")

@@ -51,6 +51,19 @@ def test_random_crop_keeps_an_object_and_cuts_all_frames_alike(seed):
     assert kept == {number for number, mask in masks.items() if mask[y : y + 32, x : x + 48].any()}
 
 
+def test_a_grid_leaves_few_windows():
+    random.seed(0)
+    crop = RandomStripCrop(48, grid=32)
+    shown = [crop(datapoint({1_000_000: SMALL, 2_000_000: LONG})) for _ in range(200)]
+    starts = {corner(sample)[0] for sample in shown}
+    assert starts == {*range(0, WIDTH - 48, 32), WIDTH - 48}
+    assert all(sample.frames[0].objects for sample in shown)
+    clean = {corner(crop(datapoint({0: np.zeros_like(SMALL)})))[0] for _ in range(100)}
+    assert clean <= starts
+    with pytest.raises(UserError, match="lower the grid"):
+        RandomStripCrop(48, grid=49)
+
+
 def test_an_object_that_fits_is_shown_whole_and_everywhere():
     random.seed(0)
     places = set()

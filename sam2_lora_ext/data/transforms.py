@@ -27,11 +27,16 @@ class RandomStripCrop:
     Args:
         width: W of the window; a narrower strip is taken whole. None takes the full width.
         height: H of the window; None takes the full height.
+        grid: the window begins at a multiple of so many columns, or at the last place: few windows that come again,
+            for a cache of features. An object that no such window holds whole is cut. None allows every place.
     """
 
-    def __init__(self, width: int | None, height: int | None = None):
+    def __init__(self, width: int | None, height: int | None = None, grid: int | None = None):
         self.width = None if width is None else _positive("width", width)
         self.height = None if height is None else _positive("height", height)
+        self.grid = 1 if grid is None else _positive("grid", grid)
+        if self.width is not None and self.grid > self.width:
+            raise UserError(f"a crop of {self.width} columns at every {self.grid} would leave columns out: lower the grid")
 
     def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
         height, width = datapoint.size
@@ -44,18 +49,18 @@ class RandomStripCrop:
             raise ValueError(f"object {target.object_id} of video {datapoint.video_id} has no pixel in the first frame")
         pixel = random.randrange(len(rows))
         y = _draw_start(int(rows.min()), int(rows.max()), int(rows[pixel]), window[0], height)
-        x = _draw_start(int(columns.min()), int(columns.max()), int(columns[pixel]), window[1], width)
+        x = _draw_start(int(columns.min()), int(columns.max()), int(columns[pixel]), window[1], width, self.grid)
         return crop(datapoint, y, x, *window)
 
-    @staticmethod
-    def _sound_corner(datapoint: VideoDatapoint, window: tuple[int, int]) -> tuple[int, int]:
+    def _sound_corner(self, datapoint: VideoDatapoint, window: tuple[int, int]) -> tuple[int, int]:
         """(y, x) of a random window at least half of which is exposed; of any window where there is none."""
         height, width = datapoint.size
         y = random.randint(0, height - window[0])
         lit = np.asarray(datapoint.frames[0].data.convert("L"))[y : y + window[0]] > DARK
         sums = np.append(0, np.cumsum(lit.sum(axis=0)))
-        starts = np.flatnonzero(sums[window[1] :] - sums[: -window[1]] >= window[0] * window[1] / 2)
-        return y, int(random.choice(starts)) if len(starts) else random.randint(0, width - window[1])
+        lit_enough = sums[window[1] :] - sums[: -window[1]] >= window[0] * window[1] / 2
+        places = _places(window[1], width, self.grid)
+        return y, random.choice([x for x in places if lit_enough[x]] or places)
 
 
 class FixedStripCrop:
@@ -133,11 +138,16 @@ def _shown(obj: Object) -> bool:
     return class_of(obj.object_id) == CLEAN or bool(obj.segment.any())
 
 
-def _draw_start(first: int, last: int, pixel: int, window: int, length: int) -> int:
-    """A random start of a window within [0, length) that holds [first, last], or if that is too long then `pixel`."""
-    if last - first + 1 > window:
-        first = last = pixel
-    return random.randint(max(0, last - window + 1), min(first, length - window))
+def _places(window: int, length: int, grid: int) -> list[int]:
+    """Where a window may begin within [0, length): at the multiples of `grid`, and at the last place."""
+    return [*range(0, length - window, grid), length - window]
+
+
+def _draw_start(first: int, last: int, pixel: int, window: int, length: int, grid: int = 1) -> int:
+    """A random start of a window within [0, length) that holds [first, last], or if there is none then `pixel`."""
+    places = _places(window, length, grid)
+    whole = [start for start in places if last - window < start <= first]
+    return random.choice(whole or [start for start in places if pixel - window < start <= pixel])
 
 
 def _flip(datapoint: VideoDatapoint, how: Image.Transpose, axis: int) -> VideoDatapoint:
