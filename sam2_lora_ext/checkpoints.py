@@ -2,8 +2,9 @@
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -26,8 +27,13 @@ SIZES = {  # (width of the first stage, blocks, channels of the neck) -> config 
 NEW_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight")
 
 
-def read_file(path: str | Path) -> object:
-    """What a weight file holds: tensors and plain containers only, on the CPU, mapped from the disk where possible.
+def read_file(path: str | Path, *, mapped: bool = True) -> object:
+    """What a weight file holds: tensors and plain containers only, on the CPU.
+
+    Args:
+        path: the file.
+        mapped: leave the values on the disk until they are used, where possible; otherwise each tensor has memory of
+            its own, which is free again as soon as the tensor is.
 
     Raises:
         UserError: there is no such file, or it is empty, damaged, or would run code when it is loaded.
@@ -43,7 +49,7 @@ def read_file(path: str | Path) -> object:
         if path.suffix == ".safetensors":
             return load_file(path)
         # what torch saved before version 1.6 is no zip file and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except SafetensorError as error:
@@ -55,13 +61,17 @@ def read_file(path: str | Path) -> object:
         raise UserError(f"{path} is damaged or no file of weights: copy or download it again") from error
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, mapped: bool = True) -> dict[str, Tensor]:
     """The state dict in a file: `{"model": {...}}` as SAM 2 and its Trainer save it, bare, or safetensors.
+
+    Args:
+        path: the file.
+        mapped: see `read_file`.
 
     Raises:
         UserError: see `read_file`, or the file holds something else than named tensors.
     """
-    content = read_file(path)
+    content = read_file(path, mapped=mapped)
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds no state dict but a {type(state).__name__}")
@@ -76,7 +86,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_weights(path: str | Path, state: Mapping[str, Tensor], file_format: str = "pt", *,
-                  metadata: Mapping[str, str] | None = None, force: bool = True) -> None:
+                  metadata: Mapping[str, str] | None = None, force: bool = True,
+                  on_written: Callable[[BinaryIO], Any] | None = None) -> None:
     """Writes a state dict atomically: as `{"model": state}`, which stock `build_sam2` loads, or as safetensors.
 
     Args:
@@ -85,6 +96,7 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], file_format: st
         file_format: one of `FORMATS`.
         metadata: for the header of a safetensors file.
         force: replace an existing file.
+        on_written: called with the file, open for reading, when it is whole but not yet flushed to the disk.
 
     Raises:
         UserError: the file exists and `force` is off, or the system refuses, a full disk among the reasons.
@@ -98,6 +110,8 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], file_format: st
                 save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
         except (RuntimeError, SafetensorError) as error:  # both libraries hide the system's reason in these
             raise OSError(str(error).splitlines()[0]) from error
+        if on_written:
+            on_written(open(temporary, "rb"))
 
     write_atomic(path, write, force=force)
 

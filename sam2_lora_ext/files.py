@@ -1,11 +1,12 @@
 """Files that are either whole or absent: write beside, flush to the disk, then rename over."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sam2_lora_ext.errors import UserError
 
@@ -47,3 +48,12 @@ def write_json(path: str | Path, value: Any, *, force: bool = True) -> None:
     """Writes `value` as indented JSON, atomically; NaN and infinities are refused, for no JSON reader takes them."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)
+
+
+def sha256_of(file: str | Path | BinaryIO) -> str:
+    """The SHA-256 of a file as `sha256sum` prints it; raises `UserError` when it cannot be read."""
+    try:
+        with open(file, "rb") if isinstance(file, (str, Path)) else file as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error

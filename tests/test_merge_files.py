@@ -12,7 +12,8 @@ from sam2_lora_ext.adapter import Adapter, attach_adapter, save_adapter
 from sam2_lora_ext.checkpoints import read_weights, weights_id, write_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora import LoRAConfig, LoRALinear, build_lora_model
-from sam2_lora_ext.merge import find_adapter, merge_files, merge_state_dict, read_adapter
+from sam2_lora_ext.adapter_sources import find_adapter, read_adapter
+from sam2_lora_ext.merge import merge_files, merge_state_dict
 
 HEAD = "sam_mask_decoder.iou_prediction_head"
 CONFIG = {"rank": 4, "qkv_parts": ["q", "v"], "trainable": [HEAD], "rslora": True}
@@ -69,7 +70,7 @@ def test_every_kind_of_source_merges_to_the_same_weights(run, tmp_path):
     sources = ("", "adapters/latest", "adapters/final/adapter_model.safetensors", "checkpoints/checkpoint.pt")
     for index, source in enumerate(run / name for name in sources):
         facts = merge_files(tmp_path / "base.pt", source, tmp_path / f"{index}.pt")
-        assert facts.note is None and facts.adapter.metadata["model_config"] == NANO and facts.dtypes == ["float32"]
+        assert not facts.notes and facts.adapter.metadata["model_config"] == NANO and facts.dtypes == ["float32"]
         results.append(read_weights(tmp_path / f"{index}.pt"))
     for other in results[1:]:
         assert all(torch.equal(value, other[key]) for key, value in results[0].items())
@@ -86,7 +87,7 @@ def test_a_checkpoint_of_a_run_without_lora_json(run, tmp_path):
     train_a_little(model)
     torch.save({"model": model.state_dict()}, tmp_path / "whole.pt")  # as the plain Trainer saves
     facts = merge_files(tmp_path / "base.pt", tmp_path / "whole.pt", tmp_path / "m.pt", alpha=6)
-    assert "does not say which base" in facts.note and facts.changed == len(facts.adapter.layers)
+    assert "does not say which base" in facts.notes[0] and facts.changed == len(facts.adapter.layers)
     expected = merge_state_dict(read_weights(tmp_path / "base.pt"), Adapter.from_model(model))
     assert all(torch.equal(value, expected[key]) for key, value in read_weights(tmp_path / "m.pt").items())
 
@@ -130,7 +131,7 @@ def test_a_half_precision_copy_is_the_same_base_and_merges_to_float32(run, tmp_p
     write_weights(tmp_path / "half.safetensors", half, "safetensors")
     source, checkpoint = tmp_path / "half.safetensors", run / "checkpoints" / "checkpoint.pt"
     facts = merge_files(source, checkpoint, tmp_path / "m.safetensors")
-    assert facts.note is None and facts.dtypes == ["float32"]
+    assert not facts.notes and facts.dtypes == ["float32"]
     assert merge_files(source, checkpoint, tmp_path / "h.pt", dtype="float16").dtypes == ["float16"]
     exact, rounded = read_weights(tmp_path / "m.safetensors"), read_weights(tmp_path / "h.pt")
     adapted = {f"{name}.weight" for name in facts.adapter.layers}  # these are rounded from float64

@@ -15,7 +15,8 @@ from sam2_lora_ext.checkpoints import read_weights, weights_id, write_weights
 from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.lora import build_lora_model
 from sam2_lora_ext.merge import merge_files
-from sam2_lora_ext.verify import build_stock, compare_merged, noise_image, read_image
+from sam2_lora_ext.stock import build_stock, noise_image, read_image
+from sam2_lora_ext.verify import compare_merged, mask_ious
 
 HEAD = "sam_mask_decoder.iou_prediction_head"
 
@@ -75,7 +76,8 @@ def test_merge_verify_and_load_with_stock_sam2(folder, tmp_path, repository, run
         "--out", "m.pt", "--verify", NANO, "--image", "strip.png",
     ], cwd=tmp_path, check=True)
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["merged", "written", "verify", "weights", "logits", "verified"]
+    assert [line.split()[0] for line in lines] == [
+        "merged", "into", "written", "record", "verify", "weights", "logits", "masks", "verified"]
     build_stock(NANO, tmp_path / "m.pt")
 
 
@@ -85,9 +87,9 @@ def test_the_proof_passes_and_fails(folder, tmp_path, name, dtype):
     out = tmp_path / name
     facts = merge_files(folder / "base.pt", folder / "run", out, dtype=dtype)
     result = compare_merged(out, folder / "base.pt", facts.adapter, NANO)
-    assert result.passed and result.max_abs_logit > 0.1
+    assert result.passed and result.max_abs_logit > 0.1 and 0.9 < result.lowest_iou <= result.mean_iou <= 1
     if facts.dtypes == ["float32"]:
-        assert result.max_abs_weight_diff <= 1e-7 and result.bound == 1e-4 and result.flipped == 0
+        assert result.max_abs_weight_diff <= 1e-7 and result.bound == 1e-4 and result.flipped == 0 and result.lowest_iou == 1
     else:
         assert 0 < result.max_abs_logit_diff and result.bound == pytest.approx(
             result.max_abs_logit * {"float16": 0.01, "bfloat16": 0.08}[dtype])
@@ -106,12 +108,16 @@ def test_a_failed_proof_is_an_error(folder, tmp_path, monkeypatch, repository):
     import merge_lora
 
     args = Namespace(out=tmp_path / "m.pt", base=folder / "base.pt", verify=NANO, image=None)
+    merged = merge_files(args.base, folder / "run", args.out)
     write_weights(args.out, read_weights(args.base))
     with pytest.raises(UserError, match="m.pt is not the adapter's model: its mask logits differ by"):
-        merge_lora.verify(args, load_adapter(folder / "run" / "adapters" / "best"))
+        merge_lora.verify(args, merged, {"kept": 1})
+    record = json.loads((tmp_path / "m.pt.json").read_text())
+    assert record["kept"] == 1 and record["verify"]["lowest_iou"] < 1 and record["verify"]["config"] == NANO
 
 
 @pytest.mark.parametrize("options, words", [
+    (["--weights", "0.5", "0.5"], "--weights has 2 numbers for 1 adapters"),
     (["--verify", "configs/nothing.yaml"], "there is no config 'configs/nothing.yaml'"),
     (["--verify", "configs/sam2/sam2_hiera_t.yaml"], "look like configs/sam2_nano.yaml, the model like configs/sam2/"),
     (["--verify", NANO, "--image", "nothing.png"], "cannot read the image nothing.png: No such file"),
@@ -182,3 +188,9 @@ def test_images(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(UserError, match="cannot read the image .*text.jpg"):
         read_image(tmp_path / "text.jpg", 64)
+
+
+def test_iou_of_masks():
+    one = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 0], [0, 0]]]).bool()
+    other = torch.tensor([[[1, 0], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]]]).bool()
+    torch.testing.assert_close(mask_ious(one, other), torch.tensor([1 / 3, 1.0, 0.0], dtype=torch.float64))

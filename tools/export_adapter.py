@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.adapter import save_adapter
+from sam2_lora_ext.adapter_sources import check_base, read_adapter
 from sam2_lora_ext.checkpoints import identify, read_weights, weights_id
 from sam2_lora_ext.errors import run_cli
-from sam2_lora_ext.merge import check_base, read_adapter
 
 EXAMPLES = """\
 examples:

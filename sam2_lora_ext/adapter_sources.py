@@ -1,0 +1,114 @@
+"""Where adapters are: what a path on a command line means, read from there, and whether it belongs to a base."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter, load_adapter
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS, identify, read_weights, weights_id
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lora import LoRAConfig, adapter_from_state
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter that a path means: its own folder or file, or of a run folder `adapters/best`, else `adapters/final`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no {path}: give a run folder, an adapter folder or a Trainer's checkpoint.pt")
+    if path.is_file() or any((path / name).exists() for name in (CONFIG, WEIGHTS, OLD_WEIGHTS)):
+        return path
+    for name in ("best", "final"):
+        if (path / "adapters" / name / CONFIG).exists():
+            return path / "adapters" / name
+    if (path / "weights").is_dir():
+        raise UserError(f"{path} is a run that trained the whole model: there is nothing to merge, for its "
+                        "weights/best.pt and weights/final.pt are what build_sam2 loads")
+    others = (path / "adapters" / "latest", path / "checkpoints" / "checkpoint.pt")
+    hint = " or ".join(str(other) for other in others if other.exists())
+    raise UserError(f"{path} is no adapter folder (no {CONFIG}), and no run with adapters/best or adapters/final"
+                    + (f": to use what is there, give {hint}" if hint else ": was it trained up to a validation?"))
+
+
+def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The adapter that `find_adapter` finds: a PEFT folder, or what a Trainer's checkpoint holds of one.
+
+    A checkpoint knows neither alpha nor parts: `lora.json`, which `LoRATrainer` writes into the run folder, does.
+
+    Args:
+        path: see `find_adapter`.
+        alpha: for a checkpoint whose run has no `lora.json`, or instead of the one there.
+        base: for a checkpoint of the whole model whose run has no `lora.json`: to tell what of it was trained.
+
+    Raises:
+        UserError: there is no adapter, or it is damaged, of another kind, or not known well enough.
+    """
+    path = find_adapter(path)
+    if path.is_dir() or path.name in (CONFIG, WEIGHTS, OLD_WEIGHTS):
+        if alpha is not None:
+            raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints of the Trainer")
+        return load_adapter(path)
+    state = read_weights(path)
+    config, metadata = None, {}
+    if notes := _notes(path):
+        try:
+            facts = json.loads(notes[0].read_text(encoding="utf-8"))
+            if facts["config"] is not None:
+                config = LoRAConfig.of(facts["config"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"{notes[0]} is damaged ({error}): it should be as LoRATrainer writes it") from error
+        metadata = {key: facts[key] for key in ("base_id", "base_path", "model_config") if facts.get(key)}
+    if not any(key.endswith(ADAPTER_KEYS) for key in state) and not (config and config.trainable):
+        raise UserError(f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (one that trained the whole "
+                        "model leaves what build_sam2 loads in its folder weights)")
+    return adapter_from_state(state, config, alpha, base=base, metadata=metadata)
+
+
+def source_files(path: str | Path) -> list[Path]:
+    """The files that `read_adapter` reads of the adapter that a path means."""
+    path = find_adapter(path)
+    if path.is_file() and path.name not in (CONFIG, WEIGHTS, OLD_WEIGHTS):
+        return [path, *_notes(path)]
+    folder = path if path.is_dir() else path.parent
+    weights = next(name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists())
+    return [folder / CONFIG, folder / weights]
+
+
+def check_base(
+    base_path: str | Path, base: Mapping[str, Tensor], adapter: Adapter, base_id: str | None = None,
+) -> str | None:
+    """Compares a base with the one that an adapter was trained on, by `weights_id`.
+
+    Args:
+        base_path: for the message.
+        base: its weights.
+        adapter: with the base's identity in its metadata, or without.
+        base_id: of `base`, when it is known already.
+
+    Returns:
+        A note, when the adapter does not say which base that was.
+
+    Raises:
+        UserError: it was another one; the sentence names both.
+    """
+    facts = adapter.metadata
+    if not facts.get("base_id"):
+        return "the adapter does not say which base it was trained on: only names and shapes could be checked"
+    base_id = base_id or weights_id(base)
+    if facts["base_id"] != base_id:
+        raise UserError(
+            f"the adapter was trained on {facts.get('base_path') or 'another file'} "
+            f"({facts.get('model_config') or 'config unknown'}, sha256 {str(facts['base_id'])[:12]}), but the base is "
+            f"{base_path} ({identify(base) or 'no stock SAM 2'}, sha256 {base_id[:12]}): give the right --base")
+    return None
+
+
+def _notes(checkpoint: Path) -> list[Path]:
+    """The `lora.json` of a checkpoint's run, if there is one."""
+    found = [folder / "lora.json" for folder in (checkpoint.parent, checkpoint.parent.parent)]
+    return [path for path in found if path.exists()][:1]
