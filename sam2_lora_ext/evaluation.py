@@ -21,6 +21,7 @@ from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.data.transforms import FixedStripCrop
 from sam2_lora_ext.metrics import dice, exact_mean, iou, mask_counts
+from sam2_lora_ext.predictors import fit_predictor
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,10 @@ def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None
 
 
 def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
-    """The stock predictor, also for models that do not take 1024 px: it hard-codes the sizes of their feature maps."""
+    """The stock predictor, also for models that do not take 1024 px."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)  # in stock's transforms
-        predictor = SAM2ImagePredictor(model)
-    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
-    return predictor
+        return fit_predictor(SAM2ImagePredictor(model))
 
 
 class Prompter:

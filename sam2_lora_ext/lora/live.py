@@ -1,0 +1,176 @@
+"""Several adapters on one resident base, switched by hanging other modules into the model. Needs torch only.
+
+Each adapter has its layers ready-made, and they share the base's weights: a switch copies nothing. While no adapter is on,
+the model holds the base's own modules, not one of ours; so nothing of an adapter can be left over.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lora.adapter import Adapter
+from sam2_lora_ext.lora.inject import lora_layers
+from sam2_lora_ext.lora.layer import LoRALinear
+from sam2_lora_ext.lora.layer_adapter import LayerAdapter
+from sam2_lora_ext.lora.variants import DoRALinear
+
+TABLE = "sam2_lora_adapters"  # the attribute of a model that holds its table
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Table:
+    """The adapters of one model.
+
+    Attributes:
+        base: module name -> the base's module, for all that any adapter replaces.
+        parents: module name -> the base's module that holds it.
+        adapters: adapter's name -> module name -> what stands there when it is on.
+        active: the name of the adapter that is on, or None.
+        base_id: `weights_id` of the base, when it is known.
+    """
+
+    base: dict[str, nn.Module] = field(default_factory=dict)
+    parents: dict[str, nn.Module] = field(default_factory=dict)
+    adapters: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    active: str | None = None
+    base_id: str | None = None
+
+    def find(self, name: str) -> dict[str, nn.Module]:
+        """The modules of an adapter; a `UserError` lists the names when there is none of this one."""
+        if name not in self.adapters:
+            there = f"there are {', '.join(map(repr, self.adapters))}" if self.adapters else "none was added to this model"
+            raise UserError(f"there is no adapter {name!r}: {there}")
+        return self.adapters[name]
+
+
+def table_of(model: nn.Module) -> Table:
+    """The model's table, an empty one at first.
+
+    Raises:
+        UserError: the model has adapters that are not in a table, from training or from `attach_adapter`.
+    """
+    if not hasattr(model, TABLE):
+        if fixed := next(lora_layers(model), None):
+            raise UserError(f"{fixed[0]} has an adapter that cannot be switched: build the model with load_sam2, or add "
+                            "adapters to a model that has none")
+        setattr(model, TABLE, Table())
+    return getattr(model, TABLE)
+
+
+def put_adapter(model: nn.Module, name: str, adapter: Adapter) -> None:
+    """Makes an adapter ready for `set_adapter`; which one is on stays.
+
+    Raises:
+        UserError: the name is no text or taken, or the adapter does not fit the model, which is then unchanged.
+    """
+    table = table_of(model)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"an adapter is called by a text that is not empty, got {name!r}")
+    if name in table.adapters:
+        raise UserError(f"there is an adapter {name!r} already: remove it first, or choose another name")
+    with disable_adapters(model):
+        if words := adapter.misfit(model.state_dict()):
+            raise UserError(f"{words} in this model: the adapter is of another one")
+        base = {place: model.get_submodule(place) for place in (*adapter.layers, *adapter.full_modules)}
+        for place in adapter.layers:
+            if type(base[place]) is not nn.Linear:
+                raise UserError(f"the adapter changes {place}, a {type(base[place]).__name__}: only nn.Linear can be adapted")
+        modules = {place: live_layer(base[place], layer, adapter.dropout) for place, layer in adapter.layers.items()}
+        for place in adapter.full_modules:
+            modules[place] = trained_copy(base[place], {
+                key.removeprefix(f"{place}."): value for key, value in adapter.full.items() if key.startswith(f"{place}.")})
+        parents = {place: model.get_submodule(place.rpartition(".")[0]) for place in base}
+    table.adapters[name] = modules
+    # a module before those inside it, so that these are moved to its device after it
+    table.base = dict(sorted((table.base | base).items(), key=lambda entry: entry[0].count(".")))
+    table.parents |= parents
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Turns one adapter on and any other off, or all off with None; in place, a matter of a millisecond.
+
+    What a predictor has computed before stays as it is: call `set_image` or `init_state` again.
+
+    Raises:
+        UserError: there is no such adapter; the names are listed.
+    """
+    table = table_of(model)
+    chosen = {} if name is None else table.find(name)
+    for place, base in table.base.items():
+        parent, key = table.parents[place], place.rpartition(".")[2]
+        present, wanted = getattr(parent, key), chosen.get(place, base)
+        if wanted is not present:
+            follow(wanted, present)
+            setattr(parent, key, wanted)
+    table.active = name
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The name of the adapter that is on; None while there is none."""
+    return table_of(model).active
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, in the order in which they were added."""
+    return list(table_of(model).adapters)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Forgets an adapter; if it is on, the base is left.
+
+    Raises:
+        UserError: there is no such adapter; the names are listed.
+    """
+    table = table_of(model)
+    table.find(name)
+    if table.active == name:
+        set_adapter(model, None)
+    del table.adapters[name]
+
+
+@contextmanager
+def disable_adapters(model: Model) -> Iterator[Model]:
+    """The base alone for the time of the block; then the adapter that was on before it is on again."""
+    before = active_adapter(model)
+    set_adapter(model, None)
+    try:
+        yield model
+    finally:
+        set_adapter(model, before if before in table_of(model).adapters else None)
+
+
+@torch.no_grad()
+def live_layer(base: nn.Linear, layer: LayerAdapter, dropout: float) -> LoRALinear:
+    """The layer that computes what `base` and its adapter do; it shares the base's parameters, and is frozen if they are."""
+    kind = LoRALinear if layer.magnitude is None else DoRALinear
+    live = kind(base, layer.rank, layer.alpha, dropout, layer.parts, layer.rslora)
+    for key, parameter in live.adapter_parameters().items():
+        parameter.copy_(layer.tensors[key])
+        parameter.requires_grad_(base.weight.requires_grad)
+    return live
+
+
+@torch.no_grad()
+def trained_copy(base: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of a module that was trained in full, with its values."""
+    module = copy.deepcopy(base)
+    state = module.state_dict()
+    for key, value in values.items():
+        state[key].copy_(value)
+    return module
+
+
+def follow(module: nn.Module, present: nn.Module) -> None:
+    """Moves a module to the mode, device and dtype of the one whose place it takes; these may have changed meanwhile."""
+    if module.training != present.training:
+        module.train(present.training)
+    reference = next(present.parameters())
+    if any(p.device != reference.device or p.dtype != reference.dtype for p in module.parameters()):
+        module.to(reference.device, reference.dtype)
