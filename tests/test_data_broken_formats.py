@@ -62,6 +62,8 @@ def set_bitmap(**values) -> Callable[[Path], None]:
         (set_bitmap(origin=[-5000, -3]), "bitmap outside", 2),
         (set_bitmap(origin=[5]), "object fields", 2),
         (set_bitmap(origin="ab"), "object fields", 2),
+        (set_bitmap(origin=[float("inf"), 0]), "object fields", 2),
+        (set_bitmap(origin=[10**30, -(10**30)]), "bitmap outside", 2),
         (set_bitmap(data="*** no base64 ***"), "invalid base64", 2),
         (set_bitmap(data="AAAA"), "bitmap damaged", 2),
         (set_bitmap(data=None), "invalid base64", 2),
@@ -100,7 +102,15 @@ def test_broken_supervisely_data(tmp_path, damage, cause, row):
         ),
         (
             lambda c: c["annotations"][0].update(segmentation={"size": [40, 200], "counts": "~~broken"}),
-            "segmentation",
+            "RLE not COCO",
+            1,
+        ),
+        (lambda c: c["annotations"][0].update(segmentation={"size": [40, 200], "counts": 5}), "segmentation", 1),
+        # pycocotools ends with a segmentation fault here
+        (lambda c: c["annotations"][0].update(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), "polygon", 1),
+        (
+            lambda c: c["annotations"][0].update(segmentation={"size": [40, 200], "counts": "PPo0PPo0"}),
+            "RLE out of range",
             1,
         ),
     ],
@@ -124,6 +134,8 @@ def test_broken_coco_data(tmp_path, change, cause, row):
         '{"images": [], "annotations": []}',
         '{"images": 1, "annotations": [], "categories": []}',
         '{"images": [], "annotations": [], "categories": [{"name": "x"}]}',
+        "[" * 100_000,
+        '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]}',
     ],
 )
 def test_no_coco_file(tmp_path, text):

@@ -43,8 +43,21 @@ def test_codes_agree_with_pycocotools(mask):
     np.testing.assert_array_equal(mask_utils.decode(compressed), mask)
     assert mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] == compressed["counts"]
     np.testing.assert_array_equal(rle.from_coco_counts(counts), runs)
+    assert rle.parse_coco_text(compressed["counts"].decode()) == counts
     if len(runs):
         np.testing.assert_array_equal(rle.parse_rle(rle.format_rle(runs), height, width), runs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.text(max_size=12), st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=12)))
+def test_any_text_is_coco_counts_or_an_error(text):
+    """pycocotools decodes 200,000 of these and then dies of a heap that it corrupted."""
+    try:
+        counts = rle.parse_coco_text(text)
+    except rle.RLEError as error:
+        assert error.cause == "RLE not COCO"
+    else:
+        assert all(abs(count) < 2**40 for count in counts) and len(counts) <= len(text)
 
 
 @settings(max_examples=100, deadline=None)

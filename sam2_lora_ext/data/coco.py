@@ -9,9 +9,11 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from sam2_lora_ext.data.images import probe
-from sam2_lora_ext.data.records import ImageRecord, InvalidData, Problem, class_table
-from sam2_lora_ext.data.rle import encode_mask, from_coco_counts
+from sam2_lora_ext.data.records import MOST_CLASSES, ImageRecord, InvalidData, Problem, class_table
+from sam2_lora_ext.data.rle import encode_mask, from_coco_counts, parse_coco_text
 from sam2_lora_ext.errors import UserError
+
+LONGEST = 4_000_000  # pixels around all polygons of a mask: pycocotools takes 60 bytes for each, and dies of too many
 
 
 class COCOReader:
@@ -21,7 +23,7 @@ class COCOReader:
         image_dir: the folder that `file_name` is relative to.
         json: the annotations.
         classes: class names or their count, in the order of the category ids; None takes the file's categories: their
-            ids as class numbers, or their order where an id is below 1.
+            ids as class numbers, or their order where an id is none.
         crowd: whether annotations with `iscrowd` are used; an image that has one which is not used is never clean.
         full_check: decode every image instead of looking at its header and end.
     """
@@ -40,7 +42,11 @@ class COCOReader:
         self.full_check = full_check
         self._content = _load(self.json)
         categories = sorted((entry["id"], str(entry["name"])) for entry in self._content["categories"])
-        if classes is None and categories and categories[0][0] >= 1:
+        ids = [category for category, _ in categories]
+        if len(set(ids)) < len(ids):
+            twice = next(category for category in ids if ids.count(category) > 1)
+            raise UserError(f"{self.json} has two categories with the id {twice}; give each its own")
+        if classes is None and ids and 1 <= ids[0] and ids[-1] <= MOST_CLASSES:
             classes = dict(categories)
         self.class_names = class_table([name for _, name in categories] if classes is None else classes)
         order = sorted(self.class_names)
@@ -126,29 +132,33 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
             counts, size = segmentation["counts"], [int(length) for length in segmentation["size"]]
             if size != [height, width]:
                 raise InvalidData("RLE size", f"its RLE is for {size[1]}x{size[0]}, the image is {width}x{height}")
-            if isinstance(counts, list):
-                if any(not isinstance(count, int) or count < 0 for count in counts) or sum(counts) != height * width:
-                    raise InvalidData(
-                        "RLE out of range", f"its RLE counts must be at least 0 and sum to {height * width}"
-                    )
-                runs = from_coco_counts(counts)
-            else:
-                runs = encode_mask(mask_utils.decode({"size": size, "counts": counts}))
+            counts = counts if isinstance(counts, list) else parse_coco_text(counts)
+            if any(not isinstance(count, int) or count < 0 for count in counts) or sum(counts) != height * width:
+                raise InvalidData("RLE out of range", f"its RLE counts must be at least 0 and sum to {height * width}")
+            runs = from_coco_counts(counts)
         else:
             polygons = [np.asarray(polygon, dtype=float).ravel() for polygon in segmentation]
             if not polygons or any(
                 len(polygon) < 6 or len(polygon) % 2 or not np.isfinite(polygon).all() for polygon in polygons
             ):
                 raise InvalidData("polygon", "each of its polygons must be at least three finite x, y pairs")
+            if not sum(map(_outline, polygons)) < LONGEST:
+                raise InvalidData("polygon", f"its polygons are {LONGEST} pixels around or more; are they in pixels?")
             shapes = mask_utils.frPyObjects([polygon.tolist() for polygon in polygons], height, width)
             runs = encode_mask(mask_utils.decode(mask_utils.merge(shapes)))
     except InvalidData:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise InvalidData("segmentation", f"its segmentation is neither polygons nor RLE ({error!r})") from error
     if not len(runs):
         raise InvalidData("mask empty", f"its segmentation has no pixel inside the {width}x{height} image; remove it")
     return runs
+
+
+def _outline(polygon: np.ndarray) -> float:
+    """The way around a polygon [x, y, x, y, ...] from and back to the corner of the image, in columns or rows."""
+    corners = np.concatenate([[(0, 0)], polygon.reshape(-1, 2), [(0, 0)]])
+    return float(np.abs(np.diff(corners, axis=0)).max(axis=1).sum())
 
 
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:

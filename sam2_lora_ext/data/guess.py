@@ -49,9 +49,11 @@ def guess_reader(
     if not path.is_dir():
         raise UserError(f"there is no {path}; name a data set's folder, its csv or its json")
     if split is not None or any(path.glob("img")) or any(path.glob("*/img")):
+        if images is not None:
+            raise UserError(f"a Supervisely project has its own images, so {images} has no place; leave it out")
         return SuperviselyReader(path, split, classes)
-    tables = [table for table in sorted(path.glob("*.csv")) if _is_kaggle(table)]
-    tables += [table for table in sorted(path.glob("*.json")) if _is_coco(table)]
+    candidates = sorted(path.glob("*.csv")) + sorted(path.glob("*.json"))
+    tables = [table for table in candidates if (_is_kaggle if table.suffix == ".csv" else _is_coco)(table)]
     if len(tables) > 1:
         tables = [table for table in tables if table.stem == "train"] or tables
     if len(tables) > 1:
@@ -66,6 +68,7 @@ def guess_reader(
     raise UserError(
         f"{path} has no annotations that this package knows: no csv of Kaggle, no json of COCO, no folders img and ann "
         f"(Supervisely), no folder of label images ({', '.join(LABEL_FOLDERS)})"
+        + (f"; name the file to hear what is wrong with {candidates[0].name}" if candidates else "")
     )
 
 
@@ -91,7 +94,10 @@ def image_folder(parent: Path, *others: Path) -> Path:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
+    try:
+        return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
+    except OSError:  # what may not be read is not it
+        return False
 
 
 def _is_kaggle(path: Path) -> bool:
@@ -106,6 +112,6 @@ def _is_kaggle(path: Path) -> bool:
 def _is_coco(path: Path) -> bool:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"images", "annotations"} <= set(content)

@@ -5,12 +5,13 @@ Legend: H W height and width in pixels.
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sam2_lora_ext.data.records import InvalidData
+from sam2_lora_ext.data.records import InvalidData, is_text
 from sam2_lora_ext.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
@@ -40,7 +41,7 @@ def list_images(folder: str | Path) -> list[str]:
 
 
 def probe(path: str | Path, full: bool = False) -> tuple[int, int, bool]:
-    """Reads an image's header and looks whether the file is whole.
+    """Reads an image's header and looks whether the file is whole (its name too: it goes into csv and JSON).
 
     Args:
         path: the image file.
@@ -52,7 +53,11 @@ def probe(path: str | Path, full: bool = False) -> tuple[int, int, bool]:
     Raises:
         ImageError: the file cannot be opened, is empty, is no image, or is damaged.
     """
+    if not is_text(os.path.basename(path)):
+        raise ImageError("file name", "the file's name is not UTF-8 text, which no annotation can say; rename it")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise ImageError("not a file", "a folder, pipe or device stands where an image should be; remove it")
         with open(path, "rb") as file, Image.open(file) as image:
             width, height, kind, deep = *image.size, image.format, image.mode in DEEP_MODES
             tail = _TAILS.get(kind)
@@ -61,6 +66,8 @@ def probe(path: str | Path, full: bool = False) -> tuple[int, int, bool]:
                 full = file.read() != tail
         if full or tail is None:
             load(path)
+    except ImageError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise explain(error, path) from error
     return height, width, deep
@@ -96,8 +103,6 @@ def _refused(error: OSError) -> ImageError:
         return ImageError("link loop", "the image is a symbolic link that leads to itself; remove it")
     if error.errno in (errno.EACCES, errno.EPERM):
         return ImageError("no permission", "the image may not be read; change its permissions")
-    if error.errno == errno.EISDIR:
-        return ImageError("not a file", "a folder stands where an image should be; rename or remove it")
     return ImageError("image damaged", f"the image cannot be decoded ({error.strerror or error}); fetch it again")
 
 
@@ -109,8 +114,12 @@ def read_rgb(path: str | Path, bits: int = 16) -> np.ndarray:
         bits: the depth that images with more than 8 bits a channel use: the value is shifted right by `bits - 8`.
     """
     with Image.open(path) as image:
-        if image.mode not in DEEP_MODES:
-            return np.asarray(image.convert("RGB"))
-        grey = np.asarray(image)
-    grey = np.clip(np.nan_to_num(grey).astype(np.int64) >> (bits - 8), 0, 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
+        return np.asarray(shallow(image, bits).convert("RGB"))
+
+
+def shallow(image: Image.Image, bits: int = 16) -> Image.Image:
+    """An image of 8 bits a channel; see `read_rgb` (PIL's own conversion makes all above 255 white)."""
+    if image.mode not in DEEP_MODES:
+        return image
+    grey = np.clip(np.nan_to_num(np.asarray(image)), 0, 2**31).astype(np.int64) >> (bits - 8)
+    return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))

@@ -12,6 +12,7 @@ import numpy as np
 from sam2_lora_ext.errors import UserError
 
 SEVERSTAL_CLASSES = {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
+MOST_CLASSES = 32767  # the largest class number: the index keeps 16 bits
 LISTED = 1000  # problems in one message
 OnInvalid = Literal["error", "skip"]
 
@@ -78,12 +79,28 @@ def class_table(classes: int | Sequence[str] | dict[int, str] | None) -> dict[in
         classes = [f"defect_{number}" for number in range(1, classes + 1)]
     if not hasattr(classes, "items"):
         classes = dict(enumerate(classes, 1))
-    table = {int(number): str(name) for number, name in classes.items()}
-    if not table or min(table) < 1:
-        raise UserError(f"classes are numbered from 1 (0 is a clean image), got {table or 'none'}")
+    try:
+        table = {int(number): str(name) for number, name in classes.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"classes are numbers with their names, got {dict(classes)}") from error
+    if not table or min(table) < 1 or max(table) > MOST_CLASSES:
+        raise UserError(
+            f"classes are numbered from 1 (0 is a clean image) to at most {MOST_CLASSES}, got {table or 'none'}"
+        )
+    if any(not is_text(name) for name in table.values()):
+        raise UserError(f"a class name must be text, got {list(table.values())!r}; correct it where it comes from")
     if len(set(table.values())) < len(table):
         raise UserError(f"class names must differ, got {', '.join(table.values())}")
     return table
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: the system's file names and JSON may hold what cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe_classes(class_names: dict[int, str]) -> str:

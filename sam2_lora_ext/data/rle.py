@@ -150,5 +150,27 @@ def from_coco_counts(counts: list[int]) -> np.ndarray:
     return join_runs(runs[runs[:, 1] > 0])
 
 
+def parse_coco_text(text: str) -> list[int]:
+    """COCO's compressed counts as plain ones (what pycocotools' `rleFrString` reads, but checked).
+
+    Six bits a character, from `0`: five of the number, low ones first and the last with the sign, and one that says that
+    more follow. From the fourth number on, each is the difference to the one two before it.
+
+    Raises:
+        RLEError: another character, a number that does not end, or one beyond 32 bits.
+    """
+    codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((codes & 32) == 0)
+    lengths = np.diff(ends, prepend=-1)
+    if (codes < 0).any() or (codes > 63).any() or len(codes) != lengths.sum() or lengths.max(initial=0) > 7:
+        raise RLEError("RLE not COCO", f"its RLE is no compressed COCO text, got {_shorten(text)!r}")
+    place = np.arange(len(codes)) - np.repeat(ends - lengths + 1, lengths)
+    numbers = np.add.reduceat((codes & 31) << (5 * place), ends - lengths + 1) if len(ends) else ends
+    numbers -= ((codes[ends] & 16) > 0).astype(np.int64) << (5 * lengths)
+    for parity in (1, 2):
+        numbers[parity::2] = np.cumsum(numbers[parity::2])
+    return numbers.tolist()
+
+
 def _shorten(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."

@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sam2_lora_ext.data.images import ImageError, list_images, probe
-from sam2_lora_ext.data.records import ImageRecord, InvalidData, Problem, class_table, describe_classes
+from sam2_lora_ext.data.records import (
+    MOST_CLASSES,
+    ImageRecord,
+    InvalidData,
+    Problem,
+    class_table,
+    describe_classes,
+)
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
 
+LARGEST = 1 << 26  # bytes of a bitmap's PNG: a few base64 letters can say that there are gigabytes
 SPLIT_SUFFIXES = ("", "_images", "_split")  # `train`, `train_images`, `train_split`
 
 
@@ -127,7 +135,7 @@ class SuperviselyReader:
         except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
             yield problem("not JSON", f"the file is no JSON ({error}); is it cut off?")
             return
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             yield problem(
                 "JSON without objects",
                 f"the annotation has no list `objects` or a wrong `size` ({error!r}); export it again",
@@ -152,7 +160,7 @@ class SuperviselyReader:
                 record.masks.append((numbers[title], encode_mask(mask)))
             except BitmapError as error:
                 yield problem(error.cause, f"object {row}: {error}", row)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 yield problem(
                     "object fields", f"object {row} lacks a field or has a wrong one ({error!r}); export it again", row
                 )
@@ -197,7 +205,7 @@ def decode_bitmap(data: str) -> np.ndarray:
         raise BitmapError("invalid base64", f"its bitmap is no base64 ({error}); export it again") from error
     try:
         if not raw.startswith(b"\x89PNG"):
-            raw = zlib.decompress(raw)
+            raw = zlib.decompressobj().decompress(raw, LARGEST)
         with Image.open(io.BytesIO(raw)) as image:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 pixels = np.asarray(image.convert("RGBA"))
@@ -205,8 +213,9 @@ def decode_bitmap(data: str) -> np.ndarray:
                 return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
             pixels = np.asarray(image)
     except (zlib.error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise BitmapError(
-            "bitmap damaged", f"its bitmap is no PNG, nor a zlib-compressed one ({error}); export it again"
+            "bitmap damaged", f"its bitmap is no PNG, nor a zlib-compressed one{reason}; export it again"
         ) from error
     return pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0
 
@@ -229,7 +238,6 @@ def meta_classes(path: Path) -> dict[int, str]:
         titles = [str(entry["title"]) for entry in json.loads(path.read_text(encoding="utf-8-sig"))["classes"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} lists no classes ({error}); mend it, or give the reader its classes") from error
-    numbers = [re.search(r"[1-9][0-9]*$", title) for title in titles]
-    if all(numbers) and len({match.group() for match in numbers}) == len(titles):
-        return class_table({int(match.group()): title for match, title in zip(numbers, titles)})
-    return class_table(titles)
+    numbers = [re.search(r"(?<![0-9])0*([1-9][0-9]{0,4})$", title) for title in titles]
+    table = {int(match[1]): title for match, title in zip(numbers, titles) if match is not None}
+    return class_table(table if len(table) == len(titles) and max(table, default=1) <= MOST_CLASSES else titles)
