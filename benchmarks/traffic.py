@@ -6,8 +6,7 @@ Counted in DDP's own communication hook while one backward pass runs, on SAM 2.1
 """
 
 import argparse
-import os
-import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +15,15 @@ from hydra.utils import instantiate
 from torch.nn.parallel import DistributedDataParallel
 
 from sam2_lora_ext.compose import compose, locate
+from sam2_lora_ext.errors import run_cli
 from sam2_lora_ext.files import write_json
 
 
 def reduced_bytes(config: str) -> tuple[int, int]:
-    """(bytes reduced in a backward pass, trained parameters) of a config's model; every trained parameter takes part."""
+    """(bytes reduced in a backward pass, trained parameters) of a config's model; the process group must be there.
+
+    Every trained parameter takes part in the pass.
+    """
     name, _ = locate(config)
     model = instantiate(compose(name, ["trainer.accelerator=cpu"]).trainer.model, _convert_="all")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -48,27 +51,30 @@ def reduced_bytes(config: str) -> tuple[int, int]:
     return sent[0], sum(parameter.numel() for parameter in trained)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints and writes a row a config."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--configs", nargs="+", default=["severstal_lora", "severstal_full"], help="the last is the whole")
+    parser.add_argument(
+        "--configs", nargs="+", default=["severstal_lora", "severstal_full"], help="the last is the whole"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/traffic.json"))
-    args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo")
+    args = parser.parse_args(argv)
     rows = []
-    for config in args.configs:
-        sent, trained = reduced_bytes(config)
-        rows.append({"config": config, "bytes_per_step": sent, "params_trained": trained})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for config in args.configs:
+            sent, trained = reduced_bytes(config)
+            rows.append({"config": config, "bytes_per_step": sent, "params_trained": trained})
+    finally:
+        dist.destroy_process_group()
     for row in rows:
         row["share"] = row["bytes_per_step"] / rows[-1]["bytes_per_step"]
-        print(f"{row['config']:24} {row['bytes_per_step']:>15,} bytes a step, {row['share']:8.3%} of {rows[-1]['config']}")
+        shown = f"{row['bytes_per_step']:>15,} bytes a step"
+        print(f"{row['config']:24} {shown}, {row['share']:8.3%} of {rows[-1]['config']}")
     write_json(args.out, rows)
     print(f"written: {args.out}")
-    dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -1,10 +1,11 @@
 """The validations of a run so far, and what follows from them: the best one, early stopping."""
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sam2_lora_ext.early_stop import EarlyStop
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.errors import UserError, check_keys
 
 
 class History:
@@ -21,6 +22,16 @@ class History:
         self.entries = [dict(entry) for entry in entries]
         for entry in self.entries:
             self.check(entry["metrics"])
+
+    @classmethod
+    def of(cls, monitor: str, mode: str, early_stop: Mapping[str, Any] | None) -> "History":
+        """An empty one for the settings of a config; without `early_stop` training never ends before its time.
+
+        Raises:
+            UserError: a setting is unknown or impossible.
+        """
+        check_keys("trainer.early_stop", early_stop or (), ("patience", "min_delta"))
+        return cls(monitor, EarlyStop(**{"mode": mode, **(early_stop or {"patience": sys.maxsize})}))
 
     def add(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a validation.

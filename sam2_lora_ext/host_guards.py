@@ -89,7 +89,8 @@ def at_work(accelerator: str) -> Iterator[None]:
             if sentence is None:
                 raise
             logging.error(str(sentence))
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            rank = int(os.environ.get("RANK", "0"))  # most mistakes are met by all ranks, but some by one
+            print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
 
 

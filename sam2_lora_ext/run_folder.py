@@ -132,7 +132,7 @@ class RunFolder:
         folder = self.path / name
         trained = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
         state = {"model": {key: value.detach().clone() for key, value in trained.items()}}
-        iou = self.monitor if self.monitor.startswith("iou_") else next((key for key in metrics if key.startswith("iou_")), "")
+        iou = next((key for key in (self.monitor, *metrics) if key.startswith("iou_")), "")
         values = metrics.get(iou, float("nan")), metrics.get(iou.replace("iou", "dice", 1), float("nan"))
         quality = f"iou{values[0]:.4f}_dice{values[1]:.4f}"
         file = {

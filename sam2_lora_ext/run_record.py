@@ -48,7 +48,8 @@ class RunRecord:
         self.name = ""
         entries: list[dict[str, Any]] = []
         if dist.get_rank() == 0:
-            self.files = RunFolder(run_dir, model, facts, base_path=self.facts["base_path"], monitor=history.monitor, **export)
+            base_path = self.facts["base_path"]
+            self.files = RunFolder(run_dir, model, facts, base_path=base_path, monitor=history.monitor, **export)
             self.name = self.files.name(learning_rate)
             entries = [entry for entry in self.files.validations() if entry["epoch"] < epoch]
             self.csv.truncate_after(step, entries[-1]["epoch"] if entries else -1)

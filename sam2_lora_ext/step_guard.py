@@ -27,7 +27,7 @@ class StepGuard(Interrupt):
 
     Attributes:
         agreed: the signal that some rank got, known to all of them after the next forward pass; 0 for none.
-        skipped: steps that AMP's scaler skipped because float16 overflowed.
+        skipped: steps that AMP's scaler skipped because float16 overflowed; checkpoints keep the number.
     """
 
     def __init__(self, folder: Path):
@@ -62,17 +62,14 @@ class StepGuard(Interrupt):
             datasets: the raw data sets, for the samples' names.
 
         Raises:
-            UserError: the total is not finite on some rank.
+            UserError: the total is not finite on some rank; all of them say the same.
         """
         self.batch, self.losses, self.datasets = batch, losses, datasets
         total = next(iter(losses.values()))
         wrong = not math.isfinite(total.item())
-        message = (
-            self._report(f"the loss ({phase})", step) if wrong else "the loss of another rank is not finite, see there"
-        )
         self.agreed, any_wrong = _largest([self.signum, int(wrong)], total.device)
         if any_wrong:
-            raise UserError(message)
+            raise UserError(_first(self._report(f"the loss ({phase})", step) if wrong else None))
 
     def check_gradients(self, parameters: Sequence[nn.Parameter], step: int, scaled: bool) -> None:
         """To be called when all gradients are there, which are the same on all ranks.
@@ -96,16 +93,20 @@ class StepGuard(Interrupt):
     def _report(self, what: str, step: int) -> str:
         """Saves the batch and says in a sentence what happened to it."""
         ids = self.batch.metadata.unique_objects_identifier
-        parts = {name.rpartition("/")[2]: float(value) for name, value in self.losses.items()}
+        parts = {name.rpartition("/")[2]: float(value.detach()) for name, value in self.losses.items()}
         names = _names(ids[..., 0].flatten().tolist(), self.datasets)
         file = self.folder / f"step{step}_rank{dist.get_rank()}.pt"
         content = {"step": step, "names": names, "losses": parts, "unique_objects_identifier": ids}
         content |= {key: getattr(self.batch, key) for key in ("img_batch", "masks", "obj_to_frame_idx")}
-        write_checkpoint(content, file, keep_previous=False)
+        try:
+            write_checkpoint(content, file, keep_previous=False)
+            kept = f"is in {file}"
+        except UserError as error:  # this is not what the user must hear of first
+            kept = f"could not be kept ({error})"
         shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         numbers = ", ".join(f"{name} {value:g}" for name, value in parts.items())
         return (
-            f"{what} is not finite at step {step} (samples: {shown}; losses: {numbers}); the batch is in {file}, the "
+            f"{what} is not finite at step {step} (samples: {shown}; losses: {numbers}); the batch {kept}, the "
             "last checkpoint is untouched: lower the learning rate, or look at these samples"
         )
 
@@ -138,3 +139,10 @@ def _largest(values: list[int], device: torch.device) -> list[int]:
     shared = torch.tensor(values, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.tolist()
+
+
+def _first(message: str | None) -> str:
+    """The message of the first rank that has one; to be called by all of them."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return next(filter(None, messages))

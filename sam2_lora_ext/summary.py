@@ -52,7 +52,7 @@ def summarize(
     world_size: int, history: History, steps: int, planned_epochs: int, epochs: int, stop_reason: str | None,
     parameters: Mapping[str, int], wall_seconds: float, base_id: str | None, base_path: str | None, skipped_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The summary as plain values; epochs are phases, `skipped_steps` those of float16 overflows in this process."""
+    """The summary as plain values; epochs are phases, `skipped_steps` those of float16 overflows."""
     return {
         "name": name,
         "config": launched_config(sys.argv),

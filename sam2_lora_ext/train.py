@@ -3,7 +3,7 @@
 The launcher (`training.train`) knows no overrides. This command line composes the config with them, then runs the
 launcher's own `main`, which gets that config where it would have composed its own; ranks and cluster jobs get it too.
 
-Exit codes: 0; 2 on a mistake that the user can mend; 143 after SIGTERM and 130 after Ctrl-C, with one rank or several,
+Exit codes, with one rank or several: 0; 2 on a mistake that the user can mend; 143 after SIGTERM and 130 after Ctrl-C,
 once the running step is finished and `latest` is written (on a first signal; a second one ends everything at once).
 """
 
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if forward.signum:  # torch's own words about the ranks that ended as they were told
             return 128 + forward.signum
+        if type(error).__name__ == "ProcessExitedException":  # torch's: a rank ended otherwise than by an exception
+            return _code_of_rank(error)
         if mistake := find_user_error(error):  # Hydra wraps what the dataset, model or Trainer raised
             raise mistake from error
         if isinstance(error, OSError) and run_dir is not None and _of_the_launcher(error, str(run_dir)):
@@ -73,6 +76,18 @@ def _starts_ranks(args: argparse.Namespace, config: Any) -> bool:
     """Whether the launcher will start processes of its own here; a single rank is this process."""
     on_cluster = config.submitit.use_cluster if args.use_cluster is None else args.use_cluster
     return not on_cluster and (args.num_gpus or config.launcher.gpus_per_node) > 1
+
+
+def _code_of_rank(error: Any) -> int:
+    """The exit code of a rank that has said why it ended; for one that was killed this says it: 128 + the signal."""
+    if error.exit_code >= 0:
+        return error.exit_code
+    hint = " (the system does this when memory runs out)" if error.signal_name == "SIGKILL" else ""
+    print(
+        f"error: rank {error.error_index} was ended by {error.signal_name}{hint}, and so were the others; the same "
+        "command goes on from the last checkpoint", file=sys.stderr,
+    )  # fmt: skip
+    return 128 - error.exit_code
 
 
 def _of_the_launcher(error: OSError, run_dir: str) -> bool:

@@ -3,12 +3,11 @@
 Thin on purpose: the training step, the validation pass, DDP, AMP, logging and checkpoints are stock's.
 An "epoch" of the Trainer is a phase here: the steps between two validations.
 
-A run that reaches its last phase or stops early writes `best` (at its validation), `final`, then the summary. SIGTERM or
-Ctrl-C finish the step on all ranks and write `latest`; `final` and the summary would lie about a run that can go on.
+A run that reaches its last phase or stops early writes `best` (at its validation), `final`, then the summary. SIGTERM
+or Ctrl-C finish the step on all ranks and write `latest`; `final` and the summary would lie about a run that can go on.
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +20,7 @@ from training.utils.train_utils import Phase
 
 from sam2_lora_ext.base_weights import base_path, load_base
 from sam2_lora_ext.checkpoint_files import prepare_resume, remove_temporaries, write_checkpoint
-from sam2_lora_ext.checkpoints import ADAPTER_KEYS, weights_id
-from sam2_lora_ext.early_stop import EarlyStop
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS, read_file, weights_id
 from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
@@ -78,11 +76,9 @@ class LoRATrainer(Trainer):
             if accelerator == "cuda" and not torch.cuda.is_available():
                 raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
             check_keys("trainer.export", self.export_conf, ("merged", "flat_files"))
-            check_keys("trainer.early_stop", early_stop or (), ("patience", "min_delta"))
             if metrics_every < 1:
                 raise UserError(f"trainer.metrics_every must be at least 1 step, got {metrics_every}")
-            rule = EarlyStop(**{"mode": monitor_mode, **(early_stop or {"patience": sys.maxsize})})
-            self.history = History(monitor, rule)
+            self.history = History.of(monitor, monitor_mode, early_stop)
             self.lock: IO[str] | None = None
             try:
                 super().__init__(max_epochs=max_epochs or 1, seed_value=seed_value, accelerator=accelerator, **stock)
@@ -127,6 +123,10 @@ class LoRATrainer(Trainer):
             prepare_resume(Path(self.checkpoint_conf.save_dir), saved)
         barrier()
         super().load_checkpoint()
+
+    def _load_resuming_checkpoint(self, ckpt_path: str) -> None:
+        super()._load_resuming_checkpoint(ckpt_path)
+        self.guard.skipped = read_file(ckpt_path).get("skipped_steps", 0)
 
     def _call_model_initializer(self) -> None:
         load_base(self._base_path(), self.model, super()._call_model_initializer)
@@ -239,7 +239,7 @@ class LoRATrainer(Trainer):
         return self.history.stop_reason if self.mode == "train" else None
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], checkpoint_path: str) -> None:
-        write_checkpoint(checkpoint, Path(checkpoint_path), self.keep_previous)
+        write_checkpoint({**checkpoint, "skipped_steps": self.guard.skipped}, Path(checkpoint_path), self.keep_previous)
 
     def _reseed(self, phase: str, epoch: int) -> None:
         """Makes what follows depend on seed, phase and rank only: a resumed run equals one that never stopped."""

@@ -5,12 +5,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models, and some tests start several ranks
 
 import shutil  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's `make test &` has it, and its children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -92,6 +96,17 @@ def run_dir(tmp_path: Path) -> Path:
     """An empty folder for one training run, in a path with a space."""
     folder = tmp_path / "a run"
     folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """A folder with the gradient logger of `ranks.py`."""
+    from ranks import RECORDER
+
+    folder = tmp_path / "recorder"
+    folder.mkdir()
+    (folder / "recorder.py").write_text(RECORDER)
     return folder
 
 

@@ -34,7 +34,8 @@ def test_memory_of_the_process():
     ("MYSQL_PWD", "x4", "<redacted>"), ("PGPASSFILE", "x5", "<redacted>"), ("SSH_AUTH_SOCK", "x6", "<redacted>"),
     ("SENTRY_DSN", "x7", "<redacted>"), ("WANDB_API_KEY", "x8", "<redacted>"),
     ("GOOGLE_CREDENTIALS", "x9", "<redacted>"),
-    ("HTTPS_PROXY", "http://me:x10@host:80/", "http://me:<redacted>@host:80/"), ("URL", "https://x11@host", "https://<redacted>@host"),
+    ("HTTPS_PROXY", "http://me:x10@host:80/", "http://me:<redacted>@host:80/"),
+    ("URL", "https://x11@host", "https://<redacted>@host"),
     ("PATH", "/usr/bin:/bin", "/usr/bin:/bin"), ("HOME", "/root", "/root"), ("RANK", "0", "0"),
 ])  # fmt: skip
 def test_redaction(name, value, logged, monkeypatch, caplog):

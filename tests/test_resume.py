@@ -112,6 +112,19 @@ def test_a_stopped_run_resumes_exactly(point, whole, tmp_path, nano_base, strips
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_early_stopping_counts_on(tmp_path, nano_base, strips, monkeypatch):
+    """Two validations without improvement, one before the stop and one after the resume."""
+    setting = ("trainer.early_stop={patience: 2, min_delta: 2.0}", "scratch.steps=20")
+    train_here(environment(nano_base, strips, tmp_path / "whole"), *setting)
+    with monkeypatch.context() as patch:
+        kill_at(patch, LoRATrainer, "run_val", 2, False)
+        with pytest.raises(Killed):
+            train_here(environment(nano_base, strips, tmp_path / "run"), *setting)
+    trainer = train_here(environment(nano_base, strips, tmp_path / "run"), *setting)
+    assert [entry["step"] for entry in trainer.history.entries] == [2, 4, 6]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_runs_of_one_seed_are_equal_and_of_another_are_not(whole, tmp_path, nano_base, strips):
     train_here(environment(nano_base, strips, tmp_path / "same"), *RANDOM)
     assert_same_run(tmp_path / "same", whole)
@@ -127,7 +140,7 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path, nano_base, strips, monke
     with monkeypatch.context() as patch:
         kill_at(patch, LoRATrainer, "run_val", 2, False)
         with pytest.raises(Killed):
-            train_here(env, *RANDOM, "+trainer.keep_previous=1")
+            train_here(env, *RANDOM, "trainer.keep_previous=1")
     path = tmp_path / "run/checkpoints/checkpoint.pt"
     previous = path.with_name("checkpoint.previous.pt")
     assert torch.load(previous, weights_only=True)["epoch"] == 1 and torch.load(path, weights_only=True)["epoch"] == 2
@@ -141,7 +154,7 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path, nano_base, strips, monke
     assert f"cannot resume: {path} is damaged" in said and "Traceback" not in said
     assert path.read_bytes() == good[: len(good) // 2]
     previous.write_bytes(kept)
-    train_here(env, *RANDOM, "+trainer.keep_previous=1")
+    train_here(env, *RANDOM, "trainer.keep_previous=1")
     assert_same_run(tmp_path / "run", whole)
     assert "the checkpoint before it" in (tmp_path / "run/logs/log.txt").read_text()
 

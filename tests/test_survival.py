@@ -1,4 +1,4 @@
-"""Signals, numbers that are not finite, a second run in the folder, a full disk: the run ends well."""
+"""Signals and numbers that are not finite: the run ends well."""
 
 import contextlib
 import io
@@ -6,22 +6,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import environment, rank_environment, train_here, write_config
-from test_resume import assert_same_run, assert_same_tensors
+from small_runs import environment, train_here
+from test_resume import Killed, assert_same_run, kill_at
 from training.dataset.utils import ConcatDataset, RepeatFactorWrapper
 from training.utils.train_utils import Phase
 
 from sam2_lora_ext.adapter import load_adapter
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.interrupt import Interrupt
-from sam2_lora_ext.run_lock import CONFIGS, check_free, lock_folder, lock_run
+from sam2_lora_ext.interrupt import TWICE, Interrupt
 from sam2_lora_ext.step_guard import _names, raw_datasets
 from sam2_lora_ext.trainer import LoRATrainer
 
@@ -96,10 +93,14 @@ def test_handlers_of_others_stay():
 
 
 def test_the_same_signal_again_ends_at_once_and_another_does_not():
+    """Again is a second later: a rank gets a terminal's signal twice, from it and from its parent."""
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # as torch's spawned ranks get it after their parent's end
         assert interrupt.signum == signal.SIGINT
+        time.sleep(TWICE + 0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -138,7 +139,8 @@ def test_what_is_not_finite_stops_the_run(what, env, tmp_path, whole, monkeypatc
 
 
 def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
-    """The scaler's own skip: weights stay, the scale halves, the run goes on, the summary tells."""
+    """The scaler's own skip: weights stay, the scale halves, the run goes on, the summary tells, a resume counts on."""
+    amp = ("trainer.optim.amp={enabled: true, amp_dtype: float16}", "trainer.optim.gradient_clip=null")
     scales = []
 
     def overflow(trainer) -> None:
@@ -147,9 +149,10 @@ def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         at_step(patch, 3, overflow)
-        trainer = train_here(
-            env, "trainer.optim.amp={enabled: true, amp_dtype: float16}", "trainer.optim.gradient_clip=null"
-        )
+        kill_at(patch, LoRATrainer, "run_val", 2, False)
+        with pytest.raises(Killed):
+            train_here(env, *amp)
+    trainer = train_here(env, *amp)
     assert trainer.guard.skipped == 1 and trainer.scaler.get_scale() == scales[0] / 2
     assert json.loads((tmp_path / "run/training_summary.json").read_text())["skipped_steps"] == 1
     assert "float16 overflow at step 3: 1 steps skipped so far" in (tmp_path / "run/logs/log.txt").read_text()
@@ -158,7 +161,8 @@ def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
 def test_bfloat16_is_not_scaled(env, tmp_path, monkeypatch):
     """Stock's scale doubles until something overflows; without one, what is not finite is real, and ends the run."""
     amp = "trainer.optim.amp={enabled: true, amp_dtype: bfloat16}"
-    scaled = {"scale": 2.0**126, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+    scaled = {"scale": 2.0**126, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+    scaled["_growth_tracker"] = 0
     with monkeypatch.context() as patch:
 
         def poison(trainer) -> None:
@@ -199,123 +203,3 @@ def test_samples_inside_stocks_wrappers_have_names():
     assert [list(raw.index) for raw in raws] == [["a.jpg", "b.jpg"], ["c.jpg"]]
     assert _names([1, 0, 1, 7], raws) == ["b.jpg", "a.jpg or c.jpg", "7"]
     assert _names([2], raw_datasets(None)) == ["2"]
-
-
-def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
-    """And the lock is free again when the first ends, however."""
-    lock = lock_folder(tmp_path / "run")
-    said = ends_with(2, env)
-    assert f"a run is at work in {tmp_path / 'run'} (process {os.getpid()} on" in said
-    assert not (tmp_path / "run/run.json").exists()
-    with pytest.raises(UserError, match="a run is at work"):
-        check_free(tmp_path / "run")
-    lock.close()
-    check_free(tmp_path / "run")
-    check_free(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-    child = subprocess.Popen(["python3", "-c", (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
-        "print('locked', flush=True); time.sleep(60)"
-    ), str(tmp_path / "run/.lock")], stdout=subprocess.PIPE)  # fmt: skip
-    assert child.stdout.readline() == b"locked\n"
-    with pytest.raises(UserError, match="a run is at work"):
-        lock_folder(tmp_path / "run")
-    child.kill()
-    child.wait()
-    child.stdout.close()
-    lock_folder(tmp_path / "run").close()
-
-
-def test_a_refused_run_puts_the_config_files_back(tmp_path):
-    """The stock launcher has replaced them before anybody could refuse it."""
-    for name in ("config.yaml", "config_resolved.yaml"):
-        (tmp_path / name).write_text(f"{name}: 1")
-    with rank_environment({}):
-        torch.distributed.init_process_group("gloo")
-        lock = lock_run(tmp_path)
-        for name in ("config.yaml", "config_resolved.yaml"):
-            (tmp_path / name).write_text("another: 1")
-        with pytest.raises(UserError, match="a run is at work"):
-            lock_run(tmp_path)
-        assert [(tmp_path / name).read_text() for name in CONFIGS] == ["config.yaml: 1", "config_resolved.yaml: 1"]
-        lock.close()
-        (tmp_path / "config.yaml").write_text("third: 1")
-        lock_run(tmp_path).close()  # a resume with other settings: they hold from now on
-        assert (tmp_path / ".config.yaml").read_text() == "third: 1"
-
-
-def test_leftovers_of_a_kill_are_removed(env, tmp_path):
-    for place in ("checkpoints", "adapters/best", "logs"):
-        (tmp_path / "run" / place).mkdir(parents=True)
-        (tmp_path / "run" / place / ".checkpoint.pt.123.tmp").write_bytes(b"half")
-    (tmp_path / "run/mine.tmp").write_text("a user's own")
-    train_here(env, "scratch.steps=2")
-    assert [path.name for path in (tmp_path / "run").rglob("*.tmp")] == ["mine.tmp"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of eight megabytes."""
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode
-    ):
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail("CI must be allowed to mount a tmpfs", pytrace=False)
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_a_full_disk(small_disk, nano_base, strips, tmp_path, run_python):
-    """One sentence, and what was there before is whole; with room again the run goes on."""
-    env = environment(nano_base, strips, small_disk / "run")
-    train_here(env, "scratch.steps=2", "scratch.steps_per_phase=2")
-    good = torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True)
-    adapter = load_adapter(small_disk / "run/adapters/latest")
-    filler = small_disk / "filler"
-    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 12))
-    command = ["-m", "sam2_lora_ext.train", "-c", write_config(tmp_path / "config")]
-    done = run_python(command, env=env | {"TMPDIR": str(tmp_path)})
-    output = done.stderr
-    assert done.returncode == 2 and "Traceback" not in output and output.count("error: ") == 1, output
-    filler.unlink()
-    assert_same_tensors(torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True), good)
-    now = load_adapter(small_disk / "run/adapters/latest")
-    assert all(torch.equal(layer.lora_b, now.layers[name].lora_b) for name, layer in adapter.layers.items())
-    assert "No space left on device" in output
-    train_here(env)
-    assert torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True)["steps"]["train"] == 6
-
-
-def test_a_read_only_disk(small_disk, nano_base, strips):
-    env = environment(nano_base, strips, small_disk / "run")
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    said = ends_with(2, env)
-    assert f"cannot use {small_disk / 'run'} as the run's folder: Read-only file system" in said
-
-
-def test_a_disk_that_fills_up_while_saving(small_disk, nano_base, strips, monkeypatch):
-    """In the middle of a checkpoint: the sentence, and the checkpoint before it."""
-    env = environment(nano_base, strips, small_disk / "run")
-    original, filler = LoRATrainer.save_checkpoint, small_disk / "filler"
-
-    def filling(self, epoch, *args):
-        if epoch == 2:
-            with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(1 << 12))
-        original(self, epoch, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LoRATrainer, "save_checkpoint", filling)
-        said = ends_with(2, env)
-    assert "error: cannot write" in said and "checkpoint.pt" in said
-    filler.unlink()
-    assert torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True)["epoch"] == 1
-    assert not list((small_disk / "run").rglob(".*.tmp"))
-    train_here(env)

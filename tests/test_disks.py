@@ -1,0 +1,141 @@
+"""What the disk and other runs do to a run: full, read-only, damaged by a kill, taken: one sentence, nothing lost."""
+
+import contextlib
+import os
+import subprocess
+
+import pytest
+import torch
+from small_runs import environment, rank_environment, train_here, write_config
+from test_resume import assert_same_tensors
+from test_survival import ends_with
+
+from sam2_lora_ext.adapter import load_adapter
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.run_lock import CONFIGS, check_free, lock_folder, lock_run
+from sam2_lora_ext.trainer import LoRATrainer
+
+
+@pytest.fixture
+def env(tmp_path, nano_base, strips) -> dict[str, str]:
+    return environment(nano_base, strips, tmp_path / "run")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
+    """And the lock is free again when the first ends, however."""
+    lock = lock_folder(tmp_path / "run")
+    said = ends_with(2, env)
+    assert f"a run is at work in {tmp_path / 'run'} (process {os.getpid()} on" in said
+    assert not (tmp_path / "run/run.json").exists()
+    with pytest.raises(UserError, match="a run is at work"):
+        check_free(tmp_path / "run")
+    lock.close()
+    check_free(tmp_path / "run")
+    check_free(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    child = subprocess.Popen(["python3", "-c", (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print('locked', flush=True); time.sleep(60)"
+    ), str(tmp_path / "run/.lock")], stdout=subprocess.PIPE)  # fmt: skip
+    assert child.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="a run is at work"):
+        lock_folder(tmp_path / "run")
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    lock_folder(tmp_path / "run").close()
+
+
+def test_a_refused_run_puts_the_config_files_back(tmp_path):
+    """The stock launcher has replaced them before anybody could refuse it."""
+    for name in ("config.yaml", "config_resolved.yaml"):
+        (tmp_path / name).write_text(f"{name}: 1")
+    with rank_environment({}):
+        torch.distributed.init_process_group("gloo")
+        lock = lock_run(tmp_path)
+        for name in ("config.yaml", "config_resolved.yaml"):
+            (tmp_path / name).write_text("another: 1")
+        with pytest.raises(UserError, match="a run is at work"):
+            lock_run(tmp_path)
+        assert [(tmp_path / name).read_text() for name in CONFIGS] == ["config.yaml: 1", "config_resolved.yaml: 1"]
+        lock.close()
+        (tmp_path / "config.yaml").write_text("third: 1")
+        lock_run(tmp_path).close()  # a resume with other settings: they hold from now on
+        assert (tmp_path / ".config.yaml").read_text() == "third: 1"
+
+
+def test_leftovers_of_a_kill_are_removed(env, tmp_path):
+    for place in ("checkpoints", "adapters/best", "logs"):
+        (tmp_path / "run" / place).mkdir(parents=True)
+        (tmp_path / "run" / place / ".checkpoint.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "run/mine.tmp").write_text("a user's own")
+    train_here(env, "scratch.steps=2")
+    assert [path.name for path in (tmp_path / "run").rglob("*.tmp")] == ["mine.tmp"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of eight megabytes."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode
+    ):
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail("CI must be allowed to mount a tmpfs", pytrace=False)
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk(small_disk, nano_base, strips, tmp_path, run_python):
+    """One sentence, and what was there before is whole; with room again the run goes on."""
+    env = environment(nano_base, strips, small_disk / "run")
+    train_here(env, "scratch.steps=2", "scratch.steps_per_phase=2")
+    good = torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True)
+    adapter = load_adapter(small_disk / "run/adapters/latest")
+    filler = small_disk / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+    command = ["-m", "sam2_lora_ext.train", "-c", write_config(tmp_path / "config")]
+    done = run_python(command, env=env | {"TMPDIR": str(tmp_path)})
+    output = done.stderr
+    assert done.returncode == 2 and "Traceback" not in output and output.count("error: ") == 1, output
+    filler.unlink()
+    assert_same_tensors(torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True), good)
+    now = load_adapter(small_disk / "run/adapters/latest")
+    assert all(torch.equal(layer.lora_b, now.layers[name].lora_b) for name, layer in adapter.layers.items())
+    assert "No space left on device" in output
+    train_here(env)
+    assert torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True)["steps"]["train"] == 6
+
+
+def test_a_read_only_disk(small_disk, nano_base, strips):
+    env = environment(nano_base, strips, small_disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    said = ends_with(2, env)
+    assert f"cannot use {small_disk / 'run'} as the run's folder: Read-only file system" in said
+
+
+def test_a_disk_that_fills_up_while_saving(small_disk, nano_base, strips, monkeypatch):
+    """In the middle of a checkpoint: the sentence, and the checkpoint before it."""
+    env = environment(nano_base, strips, small_disk / "run")
+    original, filler = LoRATrainer.save_checkpoint, small_disk / "filler"
+
+    def filling(self, epoch, *args):
+        if epoch == 2:
+            with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 12))
+        original(self, epoch, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRATrainer, "save_checkpoint", filling)
+        said = ends_with(2, env)
+    assert "error: cannot write" in said and "checkpoint.pt" in said
+    filler.unlink()
+    assert torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert not list((small_disk / "run").rglob(".*.tmp"))
+    train_here(env)
