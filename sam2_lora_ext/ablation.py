@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ def label_of(values: dict[str, str]) -> str:
 
 
 def metrics_of(config: Any) -> tuple[list[str], str | None, str]:
-    """What a composed config's validation gives, its monitored metric, and whether that is best at its "max" or "min"."""
+    """What a composed config's validation gives, its monitored metric, and whether its "max" or "min" is best."""
     from hydra.utils import instantiate
 
     trainer = config.trainer
@@ -160,35 +161,49 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def to_markdown(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") -> str:
-    """A table of the members, the best in bold."""
+    """A table of the members, numbered as in the plot, the best in bold."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("member", "reason")]
     best = best_of(rows, metric, mode)
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        cells = [_cell(row.get(column)) for column in columns]
+    lines = ["| " + " | ".join(["#", *columns]) + " |", "|" + " --- |" * (len(columns) + 1)]
+    for number, row in enumerate(rows, start=1):
+        cells = [str(number), *(_cell(row.get(column)) for column in columns)]
         cells = [f"**{cell}**" if row is best and cell else cell for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
-    """The metric against the trained parameters, one point a finished member; nothing without any."""
+def plot(members: Sequence[Member], rows: Sequence[dict[str, Any]], metric: str, path: Path, mode: str = "max") -> None:
+    """The metric against the trained parameters, a numbered point a finished member, a star for the best.
+
+    Nothing without any.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
-    known = [row for row in rows if row.get(metric) is not None]
+    known = [(number, member, row) for number, (member, row) in enumerate(zip(members, rows, strict=True), start=1)
+             if row.get(metric) is not None]  # fmt: skip
     if not known:
         return
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    best = best_of(rows, metric, mode)
+    figure = Figure(figsize=(8, 4.5 + 0.18 * len(known)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.scatter([row["params_trained"] for row in known], [row[metric] for row in known])
-    for row in known:
-        axes.annotate(
-            row["member"], (row["params_trained"], row[metric]), textcoords="offset points", xytext=(5, 4), fontsize=8
-        )
+    for number, member, row in known:
+        place, name = (row["params_trained"], row[metric]), textwrap.shorten(member.name, 110, placeholder=" ...")
+        chosen = row is best
+        axes.scatter(
+            *place, marker="*" if chosen else "o", s=180 if chosen else 50, color=f"C{(number - 1) % 10}", zorder=3,
+            label=f"{number}: {name}{' (best)' if chosen else ''}",
+        )  # fmt: skip
+        axes.annotate(str(number), place, textcoords="offset points", xytext=(6, 5), fontsize=9)
     axes.set(xlabel="trained parameters", ylabel=f"{metric} (best validation)", xscale="log")
-    axes.grid(alpha=0.3)
+    axes.margins(0.08)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    sizes = [row["params_trained"] for _, _, row in known]
+    axes.xaxis.set_minor_formatter(EngFormatter(sep="") if max(sizes) < 10 * min(sizes) else NullFormatter())
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower left", fontsize=8, frameon=False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 

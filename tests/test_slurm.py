@@ -7,14 +7,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import recorded, with_path, with_recorder
 from small_runs import QUICK, environment, launch, write_config
-from test_distributed import recorded, recorder, with_recorder  # noqa: F401
 from test_resume import assert_same_run
 
 pytestmark = pytest.mark.slurm
@@ -22,17 +23,23 @@ ON_CLUSTER = ["submitit.cpus_per_task=1", "submitit.timeout_hour=1", "submitit.n
 OPTIONS = ("--use-cluster", "1", "--partition", "debug", "--num-gpus", "2")
 
 
+def folder_for_cluster(tmp_path_factory) -> Path:
+    """One that munged, which does not run as root, may enter."""
+    folder = tmp_path_factory.mktemp("cluster")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory, repository) -> Iterator[None]:
-    """A running cluster, in the environment of everything that the tests start."""
+def cluster(tmp_path_factory, repository) -> Iterator[Path]:
+    """The folder of a running cluster, which is in the environment of everything that the tests start."""
     if os.geteuid() or not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))):
         missing = "a test cluster needs root and Debian's slurm-wlm and munge"
         if os.environ.get("CI", "").lower() in ("1", "true"):
             pytest.fail(missing, pytrace=False)
         pytest.skip(missing)
-    folder = tmp_path_factory.mktemp("cluster")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)  # munged does not run as root
+    folder = folder_for_cluster(tmp_path_factory)
     script = repository / "tools/slurm_local.sh"
     with contextlib.ExitStack() as stack:
         stack.callback(subprocess.run, [script, "down", folder], check=True, capture_output=True)
@@ -42,10 +49,26 @@ def cluster(tmp_path_factory, repository) -> Iterator[None]:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         status = subprocess.run([script, "status", folder], capture_output=True, text=True)
         assert status.returncode == 0 and "idle" in status.stdout
-        yield
+        yield folder
     assert subprocess.run([script, "status", folder], capture_output=True).returncode == 1
     for name in ("slurmctld", "slurmd", "munged"):
         assert not (folder / "run" / f"{name}.pid").exists()
+
+
+def test_down_stops_only_what_up_started(cluster, tmp_path_factory, repository):
+    """Another cluster stays up, and a process that has the number in an old pid file lives."""
+    other, script = folder_for_cluster(tmp_path_factory), repository / "tools/slurm_local.sh"
+    subprocess.run([script, "up", other], check=True, capture_output=True)
+    again = subprocess.run([script, "up", other], capture_output=True, text=True)
+    assert again.returncode == 2 and f"error: a cluster of this script is up in {other}" in again.stderr
+    assert subprocess.run([script, "down", other]).returncode == 0
+    assert subprocess.run([script, "status", other], capture_output=True).returncode == 1
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        (other / "run/slurmd.pid").write_text(f"{stranger.pid}\n")
+        assert subprocess.run([script, "down", other]).returncode == 0
+        assert stranger.poll() is None
+        stranger.kill()
+    assert subprocess.run([script, "status", cluster], capture_output=True).returncode == 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -92,22 +115,23 @@ def test_two_tasks_train_validate_and_export(finished):
         assert (finished / "adapters" / kind / "adapter_model.safetensors").exists()
 
 
-def test_a_preempted_job_is_requeued_and_ends_the_same(finished, tmp_path, nano_base, strips, recorder):  # noqa: F811
-    """USR2 as Slurm sends it before a preemption: submitit requeues; the checkpoint is gone on from; the name stays."""
+def test_a_preempted_job_is_requeued_and_ends_the_same(finished, tmp_path, nano_base, strips, recorder):
+    """TERM and USR2 as Slurm sends them before a preemption: submitit ignores the one and requeues on the other."""
     config = write_config(tmp_path / "config", [*ON_CLUSTER, *with_recorder(recorder, action="slow")])
-    env = environment(nano_base, strips, tmp_path / "run") | {"PYTHONPATH": str(recorder)}
-    job = submit(config, env)
+    job = submit(config, with_path(environment(nano_base, strips, tmp_path / "run"), recorder))
     checkpoint = tmp_path / "run/checkpoints/checkpoint.pt"
     wait_for(lambda: checkpoint.exists() and len(recorded(recorder, 0)) >= 3, 180, "the first checkpoint")
     name = (tmp_path / "run/run.json").read_text()
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
     steps = len(recorded(recorder, 0))
-    assert steps < 6
+    wait_for(lambda: len(recorded(recorder, 0)) > steps, 60, "a step after SIGTERM")
+    assert steps < 5
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     wait_for(lambda: "Requeued" in logs_of(tmp_path / "run") or state_of(job) == "PENDING", 60, "the requeue")
     wait_for(lambda: state_of(job) in ("COMPLETED", "FAILED", "GONE"), 300, "the job")
     assert state_of(job) == "COMPLETED", logs_of(tmp_path / "run")[-4000:]
-    log = (tmp_path / "run/logs/log.txt").read_text()
-    assert "Resuming training from" in log
+    assert "Bypassing signal SIGTERM" in logs_of(tmp_path / "run")
+    assert "Resuming training from" in (tmp_path / "run/logs/log.txt").read_text()
     assert (tmp_path / "run/run.json").read_text() == name
     assert_same_run(tmp_path / "run", finished)
 
@@ -148,3 +172,24 @@ def test_an_ablation_as_a_job_array(cluster, tmp_path, nano_base, strips, reposi
     again = run_python(command, env=env, cwd=tmp_path)
     assert "2 are finished already" in again.stdout and re.search(r"array    \d+, 1 jobs", again.stdout)
     assert torch.load(tmp_path / "out/rank-4/checkpoints/checkpoint.pt", weights_only=True)["epoch"] == 1
+
+
+def test_a_preempted_member_of_an_ablation_goes_on(cluster, tmp_path, nano_base, strips, repository, recorder):
+    """Slurm signals the training too, which leaves TERM and USR2 to submitit, and resumes when it is requeued."""
+    command = [sys.executable, repository / "tools/ablate.py", "-c", "demo", *QUICK,
+               *(f"+{setting}" for setting in with_recorder(recorder, action="slow")), "--out", tmp_path / "out",
+               "--slurm", "--partition", "debug", "--no-gpus", "--cpus", "1", "--hours", "1",
+               "--grid", "lora.rank=2"]  # fmt: skip
+    env = with_path(environment(nano_base, strips, tmp_path / "unused"), recorder)
+    tool = subprocess.Popen(command, env=os.environ | env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    run = tmp_path / "out/rank-2"
+    ready = lambda: (run / "checkpoints/checkpoint.pt").exists() and len(recorded(recorder, 0)) >= 3  # noqa: E731
+    wait_for(lambda: ready() or tool.poll() is not None, 180, "the first checkpoint")
+    job = re.search(r"array    (\d+)", tool.stdout.readline() + tool.stdout.readline())[1]
+    for number in ("TERM", "USR2"):
+        subprocess.run(["scancel", f"--signal={number}", job], check=True)
+        time.sleep(1)
+    said = tool.communicate(timeout=300)[0]
+    assert tool.returncode == 0, said
+    assert "best     rank-2" in said and "Resuming training from" in (run / "logs/log.txt").read_text()
+    assert json.loads((run / "training_summary.json").read_text())["steps"] == 6

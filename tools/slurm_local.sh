@@ -3,7 +3,7 @@
 #
 #   tools/slurm_local.sh up [FOLDER]       starts munged, slurmctld and slurmd; prints the line to put into a shell
 #   tools/slurm_local.sh status [FOLDER]   exit code 0 when the node takes jobs
-#   tools/slurm_local.sh down [FOLDER]     stops the daemons that `up` started, by their own pid files
+#   tools/slurm_local.sh down [FOLDER]     cancels its jobs and stops the daemons that `up` started, no others
 #
 # All files, logs and sockets are in FOLDER (default: /tmp/slurm_local), so an installed Slurm or munge is left alone.
 set -euo pipefail
@@ -17,7 +17,15 @@ dir=${2:-/tmp/slurm_local}
 [[ $dir != *' '* ]] || fail "Slurm reads no paths with spaces: choose another folder than $dir"
 export SLURM_CONF=$dir/slurm.conf
 
-alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
+# ours DAEMON: it runs, by its pid file, and is not some other process that got the number of one that is gone.
+ours() {
+    local file=$dir/run/$1.pid
+    [[ -s $file && $(cat "/proc/$(<"$file")/comm" 2>/dev/null) == "$1" ]] &&
+        tr '\0' '\n' <"/proc/$(<"$file")/environ" | grep -qxF "SLURM_CONF=$SLURM_CONF"
+}
+
+gone() { ! kill -0 "$1" 2>/dev/null; }
+no_jobs() { [[ -z $(squeue --noheader) ]]; }
 
 await() { # await SECONDS COMMAND...
     local tries=$(($1 * 5)); shift
@@ -51,8 +59,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits cred_expire, 120 s by default.
-AuthInfo=socket=$dir/run/munge.socket,cred_expire=3
+# A requeued job waits cred_expire: 120 s by default, and also where less than 5 is given.
+AuthInfo=socket=$dir/run/munge.socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
 SlurmctldPidFile=$dir/run/slurmctld.pid
@@ -83,29 +91,33 @@ up() {
         command -v "$tool" >/dev/null || fail "there is no $tool: apt-get install slurm-wlm munge"
     done
     ((EUID == 0)) || fail "starting Slurm needs root"
-    if alive "$dir/run/slurmctld.pid"; then fail "a cluster of this script is up in $dir: take it down first"; fi
+    if ours slurmctld; then fail "a cluster of this script is up in $dir: take it down first"; fi
     configure
-    trap 'down; tail -n 5 "$dir"/log/*.log >&2; fail "Slurm did not start, see $dir/log"' ERR
+    trap 'trap - ERR INT TERM; down; tail -n 5 "$dir"/log/*.log >&2; fail "Slurm did not start, see $dir/log"' ERR INT TERM
     # munged wants to own its folder, and refuses one that others may enter through a writable parent.
     runuser -u munge -- munged --force --key-file="$dir/run/munge.key" --socket="$dir/run/munge.socket" \
-        --pid-file="$dir/run/munged.pid" --log-file="$dir/run/munged.log" --seed-file="$dir/run/munge.seed" 2>>"$dir/log/munged.log"
+        --pid-file="$dir/run/munged.pid" --log-file="$dir/run/munged.log" --seed-file="$dir/run/munge.seed" \
+        2>>"$dir/log/munged.log"
     await 10 test -S "$dir/run/munge.socket"
     slurmctld 2>>"$dir/log/slurmctld.log"
     await 20 scontrol ping
     slurmd 2>>"$dir/log/slurmd.log"
     await 30 ready
-    trap - ERR
+    trap - ERR INT TERM
     echo "export SLURM_CONF=$SLURM_CONF"
 }
 
 down() {
     local daemon pid
-    if alive "$dir/run/slurmctld.pid"; then scancel --state=RUNNING,PENDING --quiet 2>/dev/null || true; fi
+    if ours slurmctld && ours slurmd; then
+        scancel --partition=debug --quiet || true
+        await 20 no_jobs || true # their processes would outlive slurmd
+    fi
     for daemon in slurmd slurmctld munged; do
-        if alive "$dir/run/$daemon.pid"; then
+        if ours "$daemon"; then
             pid=$(<"$dir/run/$daemon.pid")
             kill "$pid"
-            await 10 bash -c "! kill -0 $pid" || kill -9 "$pid"
+            await 10 gone "$pid" || kill -9 "$pid"
         fi
         rm -f "$dir/run/$daemon.pid"
     done
@@ -114,7 +126,7 @@ down() {
 status() {
     local daemon
     for daemon in munged slurmctld slurmd; do
-        alive "$dir/run/$daemon.pid" || { echo "$daemon is not running"; return 1; }
+        ours "$daemon" || { echo "$daemon is not running"; return 1; }
     done
     sinfo
     ready
