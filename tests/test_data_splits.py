@@ -1,5 +1,6 @@
 """Splits and duplicates."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -92,6 +93,33 @@ def test_near_duplicates(tmp_path):
     hashes, thumbs = np.array([difference_hash(one) for one in images]), np.array([thumbnail(one) for one in images])
     assert near_pairs(hashes, thumbs).tolist() == [[3, 12], [5, 13]]
     assert near_pairs(hashes[:0], thumbs[:0]).shape == (0, 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(0, 99))
+def test_near_pairs_join_what_all_pairs_join(steps, seed):
+    """Thumbnails that drift: neighbours are near, and chains of them long."""
+    rng = np.random.default_rng(seed)
+    base, drift = rng.integers(60, 190, (16, 64)), np.cumsum(steps) / 10
+    thumbs = np.clip(base + drift[:, None, None] * rng.choice([-1, 1], (16, 64)), 0, 255).astype(np.uint8)
+    hashes = rng.random(256) < np.where(rng.random(256) < 0.9, 0.5, np.linspace(0, 1, len(steps))[:, None])
+    apart = (hashes[:, None] != hashes).sum(axis=2)
+    grey = np.abs(thumbs[:, None].astype(float) - thumbs).mean(axis=(2, 3))
+    every = np.argwhere(np.triu((apart <= 40) & (grey <= 3.0), 1))
+    found = near_pairs(hashes, thumbs)
+    assert groups(len(steps), found).tolist() == groups(len(steps), every).tolist()
+    assert len(found) == len(steps) - len(set(groups(len(steps), every).tolist()))
+
+
+def test_thousands_of_one_image_are_found_without_comparing_all_pairs():
+    image = noise(1)
+    hashes, thumbs = np.tile(difference_hash(image), (4000, 1)), np.tile(thumbnail(image), (4000, 1, 1))
+    tracemalloc.start()
+    found = near_pairs(hashes, thumbs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 3999 and set(groups(4000, found)) == {0}
+    assert peak < 200e6  # the 8 million pairs took 7.8e9
 
 
 def test_groups_of_pairs():

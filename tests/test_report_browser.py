@@ -1,46 +1,18 @@
 """The report in a headless browser: no console error, all pictures load, nothing too wide, light and dark."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from browsing import browse, chromium  # noqa: F401
 from test_report import page, run  # noqa: F401
 
 PROBE = """<script>addEventListener("load", () => { document.documentElement.dataset.probe = JSON.stringify({
   broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).length, images: document.images.length,
   wide: document.documentElement.scrollWidth - innerWidth, background: getComputedStyle(document.body).backgroundColor,
   ink: getComputedStyle(document.body).color, plots: [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().height) }) })</script>"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        if os.environ.get("CI", "").lower() in ("1", "true"):
-            pytest.fail("no chromium on the PATH: apt-get install chromium", pytrace=False)
-        pytest.skip("no chromium on the PATH")
-    return found
-
-
-def browse(chromium: str, file: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [
-        chromium,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        f"--user-data-dir={file.parent / 'profile'}",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        *options,
-        f"file://{file}",
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.browser

@@ -28,6 +28,9 @@ def difference_hash(image: Image.Image) -> np.ndarray:
 def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     """int64 [K, 2]: pairs whose hashes differ in few bits and whose thumbnails differ little.
 
+    Of images that chains of such pairs join only as many pairs are given as join them: K < N. So a set of one image N
+    times costs N comparisons and not N^2.
+
     Args:
         hashes: bool [N, 256].
         thumbnails: uint8 [N, 16, 64].
@@ -35,15 +38,16 @@ def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     thumbs = thumbnails.reshape(-1, 16 * 64).astype(np.float32)
     signs = np.where(hashes, np.float32(1), np.float32(-1))
     lively = thumbs.std(axis=1) >= FLAT
-    pairs = [np.zeros((0, 2), np.int64)]
+    pairs, joined = [np.zeros((0, 2), np.int64)], np.arange(len(hashes))
     for low in range(0, len(hashes), CHUNK):
         apart = (hashes.shape[1] - signs[low : low + CHUNK] @ signs.T) / 2  # bits that differ
-        left, right = np.nonzero(apart <= BITS_APART)
-        left += low
-        keep = (left < right) & lively[left] & lively[right]
-        left, right = left[keep], right[keep]
-        close = np.abs(thumbs[left] - thumbs[right]).mean(axis=1) <= GREY_APART
-        pairs.append(np.stack([left[close], right[close]], axis=1))
+        for row, bits in enumerate(apart, low):
+            if lively[row]:
+                others = np.flatnonzero((bits <= BITS_APART) & lively & (joined != joined[row]))
+                others = others[np.abs(thumbs[others] - thumbs[row]).mean(axis=1) <= GREY_APART]
+                _, first = np.unique(joined[others], return_index=True)  # one of each chain
+                pairs.append(np.stack([np.minimum(row, others[first]), np.maximum(row, others[first])], axis=1))
+                joined[np.isin(joined, joined[others])] = joined[row]
     return np.concatenate(pairs)
 
 

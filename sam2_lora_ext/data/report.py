@@ -6,6 +6,7 @@ import io
 import itertools
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,20 @@ LISTED = 200  # problems and groups of duplicates on the page
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #222 }
+h1, p, li, td { overflow-wrap: anywhere }
 table { border-collapse: collapse; margin: 0 0 1.5em }
 td, th { padding: 2px 12px 2px 0; text-align: left; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 12px }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 12px }
 figure { margin: 0 } img { width: 100%; display: block }
 figcaption { font-size: 12px; color: #555; overflow-wrap: anywhere }
 .key { display: inline-block; width: 1em; height: 1em; vertical-align: -2px; margin-right: 4px }
 """
 
 
-def overlay(index: AnnotationIndex, image: int) -> Image.Image:
-    """An image with its masks tinted in the colour of their class."""
-    pixels = read_rgb(index.path(image)).copy()
+def overlay(index: AnnotationIndex, image: int, bits: int = 16) -> Image.Image:
+    """An image with its masks tinted in the colour of their class; `bits` as in `read_rgb`."""
+    pixels = read_rgb(index.path(image), bits).copy()
     for class_id, runs in index.masks(image):
         mask = decode_runs(runs, *index.sizes[image].tolist()) > 0
         pixels[mask] = (pixels[mask] * 0.55 + np.array(color(class_id)) * 0.45).astype(np.uint8)
@@ -58,8 +60,8 @@ def choose(index: AnnotationIndex, count: int = SHEET) -> list[int]:
     return sorted(itertools.islice((image for image in turns if image is not None), count))
 
 
-def render(index: AnnotationIndex, summary: Mapping[str, Any]) -> str:
-    """The page."""
+def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -> str:
+    """The page; `bits` as in `read_rgb`."""
     rows = [
         ("images", summary["images"]),
         ("clean", f"{summary['clean']} ({summary['clean_share']:.1%})"),
@@ -70,8 +72,9 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any]) -> str:
         ("unexposed columns", f"mean {summary['black_share']['mean']:.1%}, most {summary['black_share']['max']:.1%}"),
         (
             "duplicates",
-            f"{len(summary['duplicates']['exact'])} groups exactly, {len(summary['duplicates']['near'])} nearly "
-            "the same",
+            f"{len(summary['duplicates']['exact'])} groups exactly the same "
+            f"({len(summary['duplicates']['exact_with_other_masks'])} with different masks), "
+            f"{len(summary['duplicates']['near'])} nearly",
         ),
         ("problems", _counts(summary["problems_per_cause"]) or "none"),
     ]
@@ -81,7 +84,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any]) -> str:
         f"<tr><td>{html.escape(name)}</td><td class=n>{count}</td></tr>"
         for name, count in sorted(summary["combinations"].items(), key=lambda item: -item[1])
     )
-    figures = "".join(_figure(index, image) for image in choose(index))
+    figures = "".join(_figure(index, image, bits) for image in choose(index))
     problems = _list(
         [
             f"{p['file']}{'' if p['row'] is None else ', row ' + str(p['row'])}: {p['sentence']}"
@@ -90,10 +93,11 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any]) -> str:
     )
     near = _list([", ".join(names) for names in summary["duplicates"]["near"]])
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(index.image_dir)}</title><style>{STYLE}</style>
-</head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(index.image_dir)}</title><style>{STYLE}</style></head>
 <body>
-<h1>{html.escape(index.image_dir)}</h1>
+<h1>{html.escape(Path(index.image_dir).name)}</h1>
+<p>{html.escape(index.image_dir)}</p>
 <table>{facts}</table>
 <h2>Classes</h2>
 <table>
@@ -121,11 +125,11 @@ def _class_row(number: str, name: str, summary: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(index: AnnotationIndex, image: int) -> str:
+def _figure(index: AnnotationIndex, image: int, bits: int) -> str:
     classes = tuple(sorted({class_id for class_id, _ in index.masks(image)}))
     caption = f"{index.name(image)}: {combination(classes)}"
     try:
-        picture = overlay(index, image)
+        picture = overlay(index, image, bits)
     except (OSError, SyntaxError, ValueError) as error:
         return f"<figure><figcaption>{html.escape(f'{caption}: {error}')}</figcaption></figure>"
     picture.thumbnail((WIDTH, WIDTH))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
 from sam2_lora_ext.data.ids import class_of
-from sam2_lora_ext.data.images import DARK, explain, load
+from sam2_lora_ext.data.images import DARK, explain, load, shallow
 from sam2_lora_ext.data.index import AnnotationIndex, collect
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.records import Problem, Reader
@@ -41,33 +41,39 @@ class PixelFacts:
         )
 
 
-def look_at_pixels(index: AnnotationIndex, progress: bool = True) -> PixelFacts:
-    """Decodes every image once; one that cannot be decoded is a problem, and like no other."""
+def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16) -> PixelFacts:
+    """Decodes every image once; one that cannot be decoded is a problem, and like no other.
+
+    Args:
+        index: the images.
+        progress: show a bar.
+        bits: depth of images with more than 8 bits a channel.
+    """
     facts = PixelFacts()
     for number in tqdm(range(len(index)), desc="images", unit="image", disable=not progress):
         path = index.path(number)
         try:
             image = load(path)
-            mode, grey = image.mode, np.asarray(image.convert("L"))
-            digest = hashlib.sha256(f"{mode}{image.size}".encode() + image.tobytes()).digest()
-            small, bits = thumbnail(image), difference_hash(image)
+            mode, digest = image.mode, hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).digest()
+            image = shallow(image, bits).convert("L")
+            grey, small, signs = np.asarray(image), thumbnail(image), difference_hash(image)
         except (OSError, SyntaxError, ValueError) as error:
             reason = explain(error, path)
             facts.problems.append(Problem(path, None, reason.cause, str(reason), index.name(number)))
             mode, grey, digest = "unreadable", np.full((1, 1), 255), str(number).encode()
-            small, bits = np.zeros((16, 64), np.uint8), np.zeros(256, bool)
+            small, signs = np.zeros((16, 64), np.uint8), np.zeros(256, bool)
         facts.modes.append(mode)
         facts.black.append(float((grey.max(axis=0) <= DARK).mean()))
         facts.digests.append(digest)
-        facts.hashes.append(bits)
+        facts.hashes.append(signs)
         facts.thumbnails.append(small)
     return facts
 
 
-def scan(reader: Reader, progress: bool = True) -> tuple[dict[str, Any], AnnotationIndex]:
-    """Everything `scan.json` says, and the index it was found with."""
+def scan(reader: Reader, progress: bool = True, bits: int = 16) -> tuple[dict[str, Any], AnnotationIndex]:
+    """Everything `scan.json` says, and the index it was found with; see `look_at_pixels`."""
     index = collect(reader)
-    facts = look_at_pixels(index, progress)
+    facts = look_at_pixels(index, progress, bits)
     return summarise(index, facts), index
 
 
@@ -78,6 +84,7 @@ def summarise(index: AnnotationIndex, facts: PixelFacts) -> dict[str, Any]:
     present = class_sets(index)
     problems = [*index.problems, *facts.problems]
     exact = facts.equal()
+    same, near = _sets(groups(len(index), exact)), _sets(groups(len(index), exact, facts.near()))
     return {
         "images": len(index),
         "clean": int(index.clean().sum()),
@@ -99,8 +106,9 @@ def summarise(index: AnnotationIndex, facts: PixelFacts) -> dict[str, Any]:
             "images_above_10_percent": sum(share > 0.1 for share in facts.black),
         },
         "duplicates": {
-            "exact": _named(index, groups(len(index), exact)),
-            "near": _named(index, groups(len(index), exact, facts.near())),
+            "exact": _named(index, same),
+            "near": _named(index, near),
+            "exact_with_other_masks": _named(index, [images for images in same if _masks_differ(masks, images)]),
         },
         "problems_per_cause": dict(Counter(problem.cause for problem in problems).most_common()),
         "problems": [asdict(problem) for problem in problems],
@@ -130,9 +138,23 @@ def _spread(areas: np.ndarray) -> dict[str, float]:
     return {name: float(np.quantile(areas, level)) for name, level in levels.items()}
 
 
-def _named(index: AnnotationIndex, group: np.ndarray) -> list[list[str]]:
-    """The names in each group of at least two images."""
-    members: dict[int, list[str]] = {}
+def _sets(group: np.ndarray) -> list[list[int]]:
+    """The images of each group of at least two."""
+    members: dict[int, list[int]] = {}
     for image, number in enumerate(group.tolist()):
-        members.setdefault(number, []).append(index.name(image))
-    return [names for names in members.values() if len(names) > 1]
+        members.setdefault(number, []).append(image)
+    return [images for images in members.values() if len(images) > 1]
+
+
+def _named(index: AnnotationIndex, sets: list[list[int]]) -> list[list[str]]:
+    return [[index.name(image) for image in images] for images in sets]
+
+
+def _masks_differ(masks: ObjectTable, images: list[int]) -> bool:
+    """Whether the masks of these images (one for each class) are not all the same."""
+
+    def content(image: int) -> list[tuple[int, bytes]]:
+        places = range(*masks.offsets[image : image + 2])
+        return [(int(masks.ids[place]), masks.runs_of(place).tobytes()) for place in places]
+
+    return any(content(image) != content(images[0]) for image in images[1:])
