@@ -142,7 +142,7 @@ def test_sixteen_bit_images_pass_through_stock(tmp_path):
         ({"objects": "blobs"}, "components, classes or all"),
         ({"min_area": 0}, "min_area"),
         ({"min_area": 99999, "include_clean": False}, "leaves no sample"),
-        ({"split": "train"}, "split_file"),
+        ({"split": "train"}, "split file"),
         ({"split_file": "gone.csv", "split": "x"}, "gone.csv"),
         ({"clean_share": 1.0}, "clean_share"),
         ({"clean_share": 0.2, "training": False}, "clean_share"),

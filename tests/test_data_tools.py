@@ -2,12 +2,14 @@
 
 import csv
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browsing import browse, chromium  # noqa: F401
 from data_formats import make_supervisely
 from data_sets import OBJECTS, STRIPS, noise, reader, write_kaggle
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import prepare_data
 
+from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.items import read_split
@@ -53,6 +56,27 @@ def test_scan(tmp_path, capsys):
     with pytest.raises(UserError, match="--force"):
         run("scan", folder, "--out", tmp_path / "out", *SIZE)
     run("scan", folder, "--out", tmp_path / "out", "--force", *SIZE)
+
+
+def test_scan_of_real_strips(real_data, tmp_path):
+    run("scan", real_data / "severstal", "--out", tmp_path, "--quiet", "--force")
+    summary = json.loads((tmp_path / "scan.json").read_text())
+    assert (summary["images"], summary["clean"], summary["masks"], summary["objects"]) == (9, 3, 9, 19)
+    assert summary["masks_per_class"] == {"1": 2, "2": 2, "3": 3, "4": 2} and summary["problems"] == []
+    assert summary["black_share"]["max"] == 0.85  # 1,360 of 1,600 columns
+
+
+def test_scan_says_which_copies_have_other_masks(tmp_path):
+    folder = write_kaggle(tmp_path / "k", {"a.jpg": STRIPS["a.jpg"], "f.jpg": STRIPS["f.jpg"], "c.jpg": []})
+    for copy, original in (("a2", "a"), ("c2", "c"), ("f2", "f"), ("f3", "f")):
+        (folder / f"images/{copy}.jpg").write_bytes((folder / f"images/{original}.jpg").read_bytes())
+    rows = (folder / "train.csv").read_text()
+    f = next(line for line in rows.splitlines() if line.startswith("f.jpg"))
+    (folder / "train.csv").write_text(rows + f.replace("f.jpg", "f2.jpg") + "\n" + f.replace("f.jpg,3", "f3.jpg,2") + "\n")
+    run("scan", folder, "--out", tmp_path / "out", *SIZE)
+    duplicates = json.loads((tmp_path / "out/scan.json").read_text())["duplicates"]
+    assert duplicates["exact"] == [["a.jpg", "a2.jpg"], ["c.jpg", "c2.jpg"], ["f.jpg", "f2.jpg", "f3.jpg"]]
+    assert duplicates["exact_with_other_masks"] == [["a.jpg", "a2.jpg"], ["f.jpg", "f2.jpg", "f3.jpg"]]
 
 
 def test_scan_finds_damage_inside_a_file(tmp_path):
@@ -107,14 +131,19 @@ def test_split_as_given(tmp_path):
     assert set(read_split(tmp_path / "split.csv", ["train", "val", "test"])) == set(index.names())
     with pytest.raises(UserError, match="several split folders"):
         run("split", tmp_path / "s/val_split", "--as-given", "--out", tmp_path / "other.csv", *SIZE)
+    raw = SeverstalRawDataset(guess_reader(tmp_path / "s"), split="val", training=False)  # and without a csv
+    assert {raw.get_video(item)[0].video_name for item in range(len(raw))} == {f"val_split/img/{name}" for name in STRIPS}
+    with pytest.raises(UserError, match="no split 'valid'; it has test, train, val"):
+        SeverstalRawDataset(guess_reader(tmp_path / "s"), split="valid")
 
 
 def test_synth(tmp_path):
     run("synth", "--out", tmp_path / "s", "--count", 3, "--seed", 5, "--quiet")
     index = build_index(guess_reader(tmp_path / "s"))
     assert len(index) == 3 and index.sizes.tolist() == [[256, 1600]] * 3
-    with pytest.raises(UserError, match="--count"):
-        run("synth", "--out", tmp_path / "t", "--count", 0)
+    for wrong in (["--count", 0], ["--seed", -1], ["--clean-share", "nan"]):
+        with pytest.raises(UserError, match="--count"):
+            run("synth", "--out", tmp_path / "t", *wrong)
     with pytest.raises(UserError, match="--force"):
         run("synth", "--out", tmp_path / "s", "--count", 2, "--quiet")
     run("synth", "--out", tmp_path / "s", "--count", 2, "--seed", 6, "--clean-share", 0, "--force", "--quiet")
@@ -134,3 +163,24 @@ def test_command_line(tmp_path, run_python, repository):
     assert done.returncode == 2 and done.stderr.startswith("error: there is no") and "Traceback" not in done.stderr
     done = run_python([repository / "tools/prepare_data.py", "convert", "--help"], cwd=tmp_path)
     assert done.returncode == 0 and "label_png" in done.stdout
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_scan_page_in_a_browser(chromium, tmp_path, width):
+    """No picture missing, nothing wider than the window; 390 is a frame, for no window is so narrow."""
+    folder = write_kaggle(tmp_path / ("k" * 60 + "/" + "long_name_" * 12))
+    (folder / ("images/" + "bad" * 50 + ".jpg")).write_bytes(b"")
+    run("scan", folder, "--out", tmp_path / "out", *SIZE)
+    page = (tmp_path / "out/scan.html").read_text()
+    probe = """<script>addEventListener("load", () => { parent.document.title = JSON.stringify([
+      document.documentElement.scrollWidth - document.documentElement.clientWidth,
+      [...document.images].filter(image => !image.naturalWidth).length, document.images.length]) })</script>"""
+    (tmp_path / "out/page.html").write_text(page.replace("</body>", probe + "</body>"))
+    (tmp_path / "out/frame.html").write_text(
+        f'<!doctype html><title></title><iframe src="page.html" width="{width}" height="800"></iframe>'
+    )
+    done = browse(
+        chromium, tmp_path / "out/frame.html", "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"
+    )
+    assert json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1]) == [0, 0, 6]

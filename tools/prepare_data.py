@@ -7,8 +7,8 @@ Formats are told by what is found: Kaggle's csv (new and old), Supervisely folde
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.data.duplicates import groups
@@ -18,7 +18,7 @@ from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
-from sam2_lora_ext.data.splits import fold_shares, parse_shares, stratified_split, write_split
+from sam2_lora_ext.data.splits import fold_shares, given_splits, parse_shares, stratified_split, write_split
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.data.writers import FORMATS, convert
 from sam2_lora_ext.errors import UserError, run_cli
@@ -34,66 +34,110 @@ examples:
   python tools/prepare_data.py synth --out data/synthetic --count 200
 """
 
+COMMANDS = {  # the help of each: in one line, in full
+    "scan": (
+        "what is in a data set, and what is wrong with it",
+        "Reads a whole data set and writes scan.json and scan.html: counts by class and combination, object sizes, clean "
+        "share, sizes and modes, unexposed share, images that are the same or nearly so, every problem, and a sheet of "
+        "overlays. Problems do not stop it.",
+    ),
+    "split": (
+        "train, val and test, or folds, as a csv",
+        "Writes a csv with the columns image and split, which training reads as its split_file. Every combination of "
+        "classes is spread by the shares, images that are the same or nearly so stay together, and one seed gives one "
+        "split on any machine.",
+    ),
+    "convert": (
+        "a data set in another format",
+        "Writes a data set in another format, its images copied as they are. Read back, it has the same masks; what the "
+        "format cannot hold is refused. Images that lost a mask with --on-invalid skip are left out.",
+    ),
+    "synth": (
+        "synthetic strips",
+        "Draws 1600x256 strips with four kinds of defects and writes them in Kaggle's format: train_images and train.csv.",
+    ),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("data", type=Path, help="the data set's folder, its csv or its json")
-    source.add_argument(
-        "--images", type=Path, metavar="DIR", help="the image folder, where it is not beside the annotations"
-    )
-    source.add_argument(
-        "--classes", metavar="A,B,..", help="class names in the order of their numbers; Severstal's four by default"
-    )
-    source.add_argument(
-        "--size", default="1600x256", metavar="WxH|any", help="size of the images of a Kaggle csv (%(default)s)"
-    )
-    source.add_argument("--split-folder", metavar="NAME", help="one split of a Supervisely project, e.g. train")
-    invalid = argparse.ArgumentParser(add_help=False)
-    invalid.add_argument(
-        "--on-invalid",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with data that cannot be used (%(default)s)",
-    )
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--out", type=Path, required=True, metavar="PATH")
-    output.add_argument("--force", action="store_true", help="replace what is there")
-    output.add_argument("--quiet", action="store_true", help="no progress bars")
+    def command(name: str, out: str, run: Callable[[argparse.Namespace], None], reads: bool = True):
+        short, full = COMMANDS[name]
+        one = commands.add_parser(name, help=short, description=full)
+        if reads:
+            add_source(one)
+        one.add_argument("--out", type=Path, required=True, metavar="PATH", help=out)
+        one.add_argument("--force", action="store_true", help="replace what is there")
+        one.add_argument("--quiet", action="store_true", help="no progress bars")
+        one.set_defaults(run=run)
+        return one
 
-    commands.add_parser(
-        "scan", parents=[source, output], help="counts, problems, duplicates; PATH is a folder"
-    ).set_defaults(run=run_scan)
-    split = commands.add_parser(
-        "split", parents=[source, invalid, output], help="train, val, test or folds; PATH is a csv"
-    )
-    split.set_defaults(run=run_split)
+    add_bits(command("scan", "the folder for scan.json and scan.html", run_scan))
+    split = command("split", "the csv", run_split)
+    add_on_invalid(split)
+    add_bits(split)
     ways = split.add_mutually_exclusive_group()
-    ways.add_argument("--shares", default="train=0.8,val=0.1,test=0.1", metavar="NAME=X,..", help="(%(default)s)")
-    ways.add_argument("--folds", type=int, metavar="K", help="K equal folds named fold0, fold1, ...")
     ways.add_argument(
-        "--as-given", action="store_true", help="take the split folders of a Supervisely project as they are"
+        "--shares", default="train=0.8,val=0.1,test=0.1", metavar="NAME=X,..", help="splits and shares (%(default)s)"
     )
-    split.add_argument("--seed", type=int, default=42)
+    ways.add_argument("--folds", type=int, metavar="K", help="K equal folds named fold0, fold1, ... instead")
+    ways.add_argument("--as-given", action="store_true", help="the split folders of a Supervisely project, as they are")
+    split.add_argument("--seed", type=int, default=42, metavar="N", help="another one gives another split (%(default)s)")
     split.add_argument(
-        "--keep-duplicates-apart", action="store_true", help="do not look for duplicates (pixels are not read then)"
+        "--ignore-duplicates", action="store_true", help="do not look for duplicates: quick, for pixels are not read"
     )
-    to = commands.add_parser("convert", parents=[source, invalid, output], help="another format; PATH is a folder")
+    to = command("convert", "the folder for the new data set", run_convert)
+    add_on_invalid(to)
     to.add_argument("--to", choices=FORMATS, required=True, metavar="FORMAT", help=", ".join(FORMATS))
-    to.set_defaults(run=run_convert)
-    synth = commands.add_parser("synth", parents=[output], help="synthetic strips in Kaggle's format; PATH is a folder")
-    synth.add_argument("--count", type=int, default=100)
-    synth.add_argument("--seed", type=int, default=42)
-    synth.add_argument("--clean-share", type=float, default=0.3)
-    synth.set_defaults(run=run_synth)
+    synth = command("synth", "the folder for the strips", run_synth, reads=False)
+    synth.add_argument("--count", type=int, default=100, metavar="N", help="how many strips (%(default)s)")
+    synth.add_argument("--seed", type=int, default=42, metavar="N", help="strip i depends on it and i alone (%(default)s)")
+    synth.add_argument("--clean-share", type=float, default=0.3, metavar="X", help="without a defect (%(default)s)")
 
     args = parser.parse_args(argv)
     args.run(args)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """What to read, and how."""
+    parser.add_argument("data", type=Path, metavar="DATA", help="the data set's folder, its csv or its json")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="its images, where they are not beside DATA")
+    parser.add_argument(
+        "--classes", metavar="A,B,..", help="class names by number; by default those of the format, or Severstal's four"
+    )
+    parser.add_argument(
+        "--size", default="1600x256", metavar="WxH|any", help="of every image, for a Kaggle csv (%(default)s)"
+    )
+    parser.add_argument("--split-folder", metavar="NAME", help="one split of a Supervisely project, such as train")
+
+
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """How to read deep pixels."""
+    parser.add_argument(
+        "--bits", type=bits, default=16, metavar="N", help="depth of grey images of more than 8 bits (%(default)s)"
+    )
+
+
+def bits(text: str) -> int:
+    """A depth, for argparse."""
+    if text not in map(str, range(8, 33)):
+        raise argparse.ArgumentTypeError(f"a depth is in 8..32, got {text!r}")
+    return int(text)
+
+
+def add_on_invalid(parser: argparse.ArgumentParser) -> None:
+    """What to do about problems."""
+    parser.add_argument(
+        "--on-invalid",
+        choices=("error", "skip"),
+        default="error",
+        help="list all that cannot be used and stop, or leave just that out (%(default)s)",
+    )
 
 
 def open_reader(args: argparse.Namespace) -> Reader:
@@ -113,11 +157,10 @@ def run_scan(args: argparse.Namespace) -> None:
     """Writes `scan.json` and `scan.html`."""
     for name in ("scan.json", "scan.html"):
         refuse_existing(args.out / name, args.force)
-    summary, index = scan(open_reader(args), progress=not args.quiet)
+    summary, index = scan(open_reader(args), not args.quiet, args.bits)
+    page = render(index, summary, args.bits).encode("utf-8", "backslashreplace")  # a bad file name is shown, not fatal
     write_json(args.out / "scan.json", summary, force=args.force)
-    write_atomic(
-        args.out / "scan.html", lambda path: path.write_text(render(index, summary), encoding="utf-8"), force=args.force
-    )
+    write_atomic(args.out / "scan.html", lambda path: path.write_bytes(page), force=args.force)
     print(
         f"{summary['images']} images, {summary['clean']} clean, {summary['masks']} masks, "
         f"{summary['objects']} objects, "
@@ -137,13 +180,11 @@ def run_split(args: argparse.Namespace) -> None:
     index = build_index(reader, args.on_invalid)
     names, classes = index.names(), class_sets(index)
     if args.as_given:
-        if any(len(PurePosixPath(name).parts) < 3 for name in names):
-            raise UserError(f"--as-given is for a Supervisely project with several split folders; {args.data} has none")
-        splits = [PurePosixPath(name).parts[0].removesuffix("_split").removesuffix("_images") for name in names]
+        splits = given_splits(names)
     else:
         pairs = []
-        if not args.keep_duplicates_apart:
-            facts = look_at_pixels(index, progress=not args.quiet)
+        if not args.ignore_duplicates:
+            facts = look_at_pixels(index, not args.quiet, args.bits)
             pairs = [facts.equal(), facts.near()]
         splits = stratified_split(names, classes, groups(len(names), *pairs).tolist(), shares, args.seed)
     write_split(args.out, names, splits, args.force)
@@ -169,8 +210,11 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_synth(args: argparse.Namespace) -> None:
     """Writes synthetic strips; with --force in the place of an old set, no image of which stays."""
-    if args.count < 1 or not 0 <= args.clean_share <= 1:
-        raise UserError(f"--count is at least 1 and --clean-share in 0..1, got {args.count} and {args.clean_share}")
+    if args.count < 1 or args.seed < 0 or not 0 <= args.clean_share <= 1:
+        raise UserError(
+            f"--count is at least 1, --seed at least 0 and --clean-share in 0..1, got {args.count}, {args.seed} and "
+            f"{args.clean_share}"
+        )
     empty = args.out.is_dir() and not any(args.out.iterdir())
     write_folder(
         args.out,

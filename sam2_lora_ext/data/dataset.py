@@ -17,6 +17,7 @@ from sam2_lora_ext.data.objects import ObjectMode, make_objects
 from sam2_lora_ext.data.records import OnInvalid, Reader
 from sam2_lora_ext.data.rle import NO_RUNS
 from sam2_lora_ext.data.segments import StripPixels, StripSegmentLoader, WindowFrame
+from sam2_lora_ext.data.splits import given_splits, take
 from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.errors import UserError
 
@@ -41,8 +42,8 @@ class SeverstalRawDataset(VOSRawDataset):
         clean_part_width: training only: also defect-free parts of defective strips that are at least so many columns
             wide count as clean; None takes whole clean images alone.
         split_file: a csv with the columns image and split, or without `split` a text file with one name per line;
-            None takes all images.
-        split: which split or splits of `split_file`; `!fold0` takes all but that.
+            None takes all images, or with `split` those in the folders of that split (Supervisely's `train_split/img`).
+        split: which split or splits; `!fold0` takes all but that.
         max_objects: evaluation only: an image with more objects becomes several items; None for no bound.
         group_width: evaluation only: objects of one item span at most so many columns, for `FixedStripCrop`.
         windows: `{width, stride, num_frames}`: the strip as a video, see `Windows`; None makes it one frame.
@@ -77,17 +78,20 @@ class SeverstalRawDataset(VOSRawDataset):
         self.windows = None if windows is None else Windows(**windows)
         _check_clean(training, include_clean, clean_share, clean_part_width, self.windows)
         _check_evaluation(training, max_objects, group_width, self.windows)
-        if min_area < 1 or split is not None and split_file is None:
-            raise UserError(
-                f"min_area is at least 1 and split needs a split_file, got min_area: {min_area}, split: {split}, "
-                f"split_file: {split_file}"
-            )
+        if min_area < 1:
+            raise UserError(f"min_area is at least 1, got {min_area}")
         self.index = cached_index(reader, on_invalid, cache_dir)
         self.objects = make_objects(self.index, objects)
         self.class_names = self.objects.class_names
-        names = None if split_file is None else read_split(split_file, split)
-        images = select_images(self.index, names, split_file)
         source = self.index.image_dir if split_file is None else split_file
+        if split_file is not None:
+            names = read_split(split_file, split)
+        elif split is not None:
+            names = self.index.names()
+            names = take(list(zip(names, given_splits(names))), split, source)
+        else:
+            names = None
+        images = select_images(self.index, names, source)
         if self.windows is not None:
             self._check_widths(images)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.objects import ObjectTable
+from sam2_lora_ext.data.splits import take
 from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.errors import UserError
 
@@ -80,17 +81,7 @@ def read_split(path: str | Path, split: str | Sequence[str] | None) -> list[str]
                         f"the split file {path} must have the columns image and split, it has "
                         f"{', '.join(table.fieldnames or ()) or 'none'}"
                     )
-                rows = [(row["image"], row["split"]) for row in table]
-                known = {str(value) for _, value in rows}
-                wanted = [split] if isinstance(split, str) else list(split)
-                unknown = [value for value in wanted if value.removeprefix("!") not in known]
-                if unknown or not wanted:
-                    raise UserError(
-                        f"the split file {path} has no split {', '.join(unknown) or wanted!r}; it has "
-                        f"{', '.join(sorted(known)) or 'no rows'}"
-                    )
-                taken = set().union(*(known - {value[1:]} if value.startswith("!") else {value} for value in wanted))
-                names = [image for image, value in rows if value in taken]
+                names = take([(row["image"], row["split"]) for row in table], split, f"the split file {path}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the split file {path}: {error}") from error
     if not names:

@@ -5,7 +5,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
@@ -64,7 +64,8 @@ def stratified_split(
         members.setdefault(int(group), []).append(image)
     if len(members) < len(shares):
         raise UserError(
-            f"{len(names)} images in {len(members)} groups of duplicates cannot be split into {len(shares)} parts"
+            f"{len(names)} images in {len(members)} groups of duplicates cannot be split into {len(shares)} parts; make "
+            "fewer parts, or ignore the duplicates"
         )
     frequency = Counter(c for present in classes for c in present)
 
@@ -87,6 +88,43 @@ def stratified_split(
         for image in images:
             result[image] = split
     return result
+
+
+def given_splits(names: Sequence[str]) -> list[str]:
+    """The split of each image whose data came in split folders: `train_split/img/X.jpg` -> `train`.
+
+    Raises:
+        UserError: a name without such a folder.
+    """
+    folders = [PurePosixPath(name).parts[0] if name.count("/") >= 2 else "" for name in names]
+    if not all(folders):
+        raise UserError(
+            "only a Supervisely project with several split folders has splits of its own; for other data make a split "
+            "file with tools/prepare_data.py split"
+        )
+    return [folder.removesuffix("_split").removesuffix("_images") for folder in folders]
+
+
+def take(rows: Sequence[tuple[str, str]], split: str | Sequence[str], where: str | Path) -> list[str]:
+    """The images of one split.
+
+    Args:
+        rows: (image, split).
+        split: the split or splits to take; `!fold0` takes all others.
+        where: what the rows are from, for messages.
+
+    Raises:
+        UserError: no row has such a split.
+    """
+    known = {str(value) for _, value in rows}
+    wanted = [split] if isinstance(split, str) else list(split)
+    unknown = [value for value in wanted if value.removeprefix("!") not in known]
+    if unknown or not wanted:
+        raise UserError(
+            f"{where} has no split {', '.join(unknown) or wanted!r}; it has {', '.join(sorted(known)) or 'no rows'}"
+        )
+    taken = set().union(*(known - {value[1:]} if value.startswith("!") else {value} for value in wanted))
+    return [image for image, value in rows if value in taken]
 
 
 def _order(seed: int, name: str) -> bytes:
