@@ -64,6 +64,7 @@ def load_sam2(
     model = (build_sam2_video_predictor if video else build_sam2)(
         config, device="cpu", apply_postprocessing=apply_postprocessing, hydra_overrides_extra=overrides)
     load_strictly(model, base)
+    table_of(model).base_id = weights_id(model.state_dict())  # while the values are those of the file
     adapters = adapter if isinstance(adapter, Mapping) else {} if adapter is None else {"default": adapter}
     for name, source in adapters.items():
         add_adapter(model, name, source, base_path=base)
@@ -89,7 +90,7 @@ def add_adapter(model: nn.Module, name: str, adapter: Source, *, base_path: str 
         state = model.state_dict()
         found = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, base=state)
         table = table_of(model)
-        if found.metadata.get("base_id") and table.base_id is None:
-            table.base_id = weights_id(state)  # once, while the values are still those of the file
+        if table.base_id is None:
+            table.base_id = weights_id(state)
         check_base(base_path, state, found, table.base_id)
     put_adapter(model, name, found)

@@ -151,6 +151,7 @@ def test_what_an_adapter_may_be_given_as(folders, tmp_path):
     assert sam2_lora_ext.active_adapter(model) is None
     set_adapter(model, "late")
     assert same(by_image(model), expected)
+    add_adapter(load_sam2(NANO, BASE, device="cpu").bfloat16(), "to a model that was cast", folders["line 1"])
     model = build_sam2(NANO, str(BASE), device="cpu")
     add_adapter(model, "on a model of one's own", folders["line 1"])
     set_adapter(model, "on a model of one's own")

@@ -171,6 +171,13 @@ def follow(module: nn.Module, present: nn.Module) -> None:
     """Moves a module to the mode, device and dtype of the one whose place it takes; these may have changed meanwhile."""
     if module.training != present.training:
         module.train(present.training)
-    reference = next(present.parameters())
-    if any(p.device != reference.device or p.dtype != reference.dtype for p in module.parameters()):
-        module.to(reference.device, reference.dtype)
+    own, wanted = _probe(module), _probe(present)
+    if own.device != wanted.device or own.dtype != wanted.dtype:
+        module.to(wanted.device, wanted.dtype)
+
+
+def _probe(module: nn.Module) -> nn.Parameter:
+    """A parameter that only this module has, if it has one; for a linear layer without a search, which takes its time."""
+    if isinstance(module, nn.Linear):
+        return module.lora_a if isinstance(module, LoRALinear) else module.weight
+    return next(module.parameters())
