@@ -36,6 +36,8 @@ def load_base(path: str | None, model: nn.Module, load: Callable[[], None]) -> N
             f"there is no base checkpoint {path}: download it from the SAM 2 repository, or say where yours is by the "
             f"environment variable in the config's header ({WHERE})"
         )
+    if path is not None:
+        read_weights(path)  # maps the file only; stock's own loading would run code in it, with torch before 2.6
     try:
         load()
     except Exception as error:

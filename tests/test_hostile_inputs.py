@@ -3,7 +3,6 @@
 import contextlib
 import json
 import pickle
-import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -231,15 +230,3 @@ def test_the_good_ones_are_taken(tmp_path):
     save_adapter(adapter, tmp_path / "again")
     (tmp_path / "x.safetensors").write_bytes(safetensors_of(entry(), b"1234"))
     assert read_weights(tmp_path / "x.safetensors")["a"].shape == (1,)
-
-
-def test_no_load_of_ours_may_run_code(repository):
-    """Every `torch.load`, `pickle` and `numpy.load` in the sources is the safe kind."""
-    for path in [*(repository / "sam2_lora_ext").rglob("*.py"), *(repository / "tools").glob("*.py")]:
-        text = path.read_text()
-        assert not re.search(r"^\s*(import|from) (pickle|dill|joblib|shelve|marshal)\b", text, re.MULTILINE), path
-        for call in re.findall(r"torch\.load\((.*?)\)\n", text, re.DOTALL):
-            assert "weights_only=True" in call, path
-        assert (
-            "allow_pickle=True" not in text and "yaml.load(" not in text and "eval(" not in text.replace(".eval(", "")
-        ), path
