@@ -34,6 +34,7 @@ class StepGuard(Interrupt):
         super().__init__()
         self.folder = folder
         self.agreed = self.skipped = 0
+        self.batch: BatchedVideoDatapoint | None = None
 
     @property
     def stop_signal(self) -> int:
@@ -64,7 +65,9 @@ class StepGuard(Interrupt):
         Raises:
             UserError: the total is not finite on some rank; all of them say the same.
         """
-        self.batch, self.losses, self.datasets = batch, losses, datasets
+        # detached: a graph may hold more than its backward frees, and would do so through the next forward pass
+        self.batch, self.losses = batch, {name: loss.detach() for name, loss in losses.items()}
+        self.datasets = datasets
         total = next(iter(losses.values()))
         wrong = not math.isfinite(total.item())
         self.agreed, any_wrong = _largest([self.signum, int(wrong)], total.device)
@@ -84,6 +87,7 @@ class StepGuard(Interrupt):
         """
         norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
         if not norms or torch.stack(norms).isfinite().all():
+            self.batch = None
             return
         if not scaled:
             raise UserError(self._report("a gradient", step))
@@ -93,7 +97,7 @@ class StepGuard(Interrupt):
     def _report(self, what: str, step: int) -> str:
         """Saves the batch and says in a sentence what happened to it."""
         ids = self.batch.metadata.unique_objects_identifier
-        parts = {name.rpartition("/")[2]: float(value.detach()) for name, value in self.losses.items()}
+        parts = {name.rpartition("/")[2]: float(value) for name, value in self.losses.items()}
         names = _names(ids[..., 0].flatten().tolist(), self.datasets)
         file = self.folder / f"step{step}_rank{dist.get_rank()}.pt"
         content = {"step": step, "names": names, "losses": parts, "unique_objects_identifier": ids}
