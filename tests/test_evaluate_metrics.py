@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from sam2_lora_ext.data.ids import object_id
 from sam2_lora_ext.evaluate.boundary import boundary_f, outline
-from sam2_lora_ext.evaluate.presence import auroc, false_alarms, presence_table
-from sam2_lora_ext.evaluate.run import ModelResult, ObjectResult, Protocol
-from sam2_lora_ext.evaluate.tables import cell, columns, differences, means, summarize
+from sam2_lora_ext.evaluate.presence import Scores, auroc, false_alarms, presence_difference, presence_table
+from sam2_lora_ext.evaluate.protocol import Protocol
+from sam2_lora_ext.evaluate.run import CleanResult, ModelResult, ObjectResult
+from sam2_lora_ext.evaluate.tables import columns, differences, means, summarize
+from sam2_lora_ext.evaluate.text import cell
 from sam2_lora_ext.errors import UserError
 
 
@@ -108,11 +110,31 @@ def test_false_alarms_by_hand():
 
 
 def test_presence_interval_holds_the_value_and_needs_both_kinds():
-    table = presence_table([2.0, 3.0, 4.0], ["a", "b", "c"], [0.0, 2.5], ["d", "e"])
+    table = presence_table(Scores([2.0, 3.0, 4.0], ["a", "b", "c"], [0.0, 2.5], ["d", "e"]))
     assert table["auroc"] == pytest.approx(5 / 6)
     assert table["auroc_ci95"][0] <= table["auroc"] <= table["auroc_ci95"][1]
     assert (table["defect_clicks"], table["sound_clicks"], table["clean_images"]) == (3, 2, 2)
-    assert presence_table([1.0], ["a"], [], []) is None
+    assert presence_table(Scores([1.0], ["a"], [], [])) is None
+    assert presence_difference(Scores([1.0], ["a"], [], []), Scores([1.0], ["a"], [], [])) == {}
+
+
+def test_presence_intervals_agree_with_a_plain_bootstrap_and_differences_are_paired():
+    rng = np.random.default_rng(3)
+    defects, sound = rng.normal(1, 1, 60), rng.normal(0, 1, 40)
+    where = [f"d{o // 2}" for o in range(60)], [f"s{o // 4}" for o in range(40)]  # 30 and 10 images
+    first = Scores(defects, where[0], sound, where[1])
+    areas = []
+    for _ in range(2000):
+        drawn = [values.reshape(-1, each)[rng.integers(count, size=count)].ravel() for values, each, count in
+                 ((defects, 2, 30), (sound, 4, 10))]  # fmt: skip
+        areas.append(np.mean(drawn[0][:, None] > drawn[1][None]))  # no ties among real numbers
+    table = presence_table(first)
+    assert table["auroc_ci95"] == pytest.approx(np.quantile(areas, (0.025, 0.975)).tolist(), abs=0.03)  # Monte Carlo
+    better = Scores(defects + 0.3, where[0], sound, where[1])
+    gain = presence_difference(first, better)["auroc"]
+    assert gain["mean"] == pytest.approx(presence_table(better)["auroc"] - table["auroc"])
+    assert 0 < gain["low"] and gain["high"] - gain["low"] < 0.5 * (table["auroc_ci95"][1] - table["auroc_ci95"][0])
+    assert presence_difference(first, first)["auroc"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "objects": 100}
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -124,19 +146,10 @@ def result(steps: list[list[list[int]]], images: list[str], classes: list[int]) 
     rows = []
     for o, (image, number, by_clicks) in enumerate(zip(images, classes, steps, strict=True)):
         areas = {"1click": by_clicks[0], "2clicks": by_clicks[1], "box": by_clicks[2], "box_10": by_clicks[0]}
-        rows.append(
-            ObjectResult(
-                image,
-                o,
-                object_id(number, o),
-                by_clicks,
-                areas,
-                dict.fromkeys(areas, 0.5),
-                float(o),
-                np.zeros((0, 2), np.int32),
-                0.4 + 0.1 * o,
-            )
-        )
+        rows.append(ObjectResult(
+            image, o, object_id(number, o), by_clicks, areas, dict.fromkeys(areas, 0.5), float(o),
+            np.zeros((0, 2), np.int32), 0.4 + 0.1 * o, [[3, 4, 1]],
+        ))  # fmt: skip
     return ModelResult(objects=rows, image_seconds=[0.1], click_seconds=[0.01], automatic_counts=[3, 5])
 
 
@@ -169,7 +182,8 @@ def test_tables_by_class_and_size():
         "medium": 1,
     }
     assert tables["automatic_masks_per_image"] == 4.0 and tables["presence"] is None
-    assert tables["speed"] == {"encode_ms": 100.0, "click_ms": 10.0, "images": 1}
+    speed = {"encode_ms": 100.0, "click_ms": 10.0, "box_ms": None, "automatic_ms": None, "images": 1}
+    assert tables["speed"] == speed
 
 
 def test_iou_and_dice_agree_with_torchmetrics_and_pycocotools():
@@ -193,25 +207,22 @@ def test_iou_and_dice_agree_with_torchmetrics_and_pycocotools():
 
 
 def test_paired_differences():
-    worse, better = (
-        three(),
-        result(
-            [
-                [[12, 12, 20], [16, 16, 20], [20, 20, 20]],
-                [[110, 110, 1100], [0, 9, 1100], [1, 1, 1100]],
-                [[1000, 1000, 1000], [950, 950, 1000], [0, 0, 1000]],
-            ],
-            ["a", "a", "b"],
-            [1, 2, 2],
-        ),
-    )
-    assert all(
-        value["mean"] == value["low"] == value["high"] == 0.0 for value in differences(worse, worse, PROTOCOL).values()
-    )
+    gained = [
+        [[12, 12, 20], [16, 16, 20], [20, 20, 20]],
+        [[110, 110, 1100], [0, 9, 1100], [1, 1, 1100]],
+        [[1000, 1000, 1000], [950, 950, 1000], [0, 0, 1000]],
+    ]
+    worse, better = three(), result(gained, ["a", "a", "b"], [1, 2, 2])
+    same = differences(worse, worse, PROTOCOL).values()
+    assert all(value["mean"] == value["low"] == value["high"] == 0.0 for value in same)
     gain = differences(worse, better, PROTOCOL)["iou_1click"]
     assert gain["mean"] == pytest.approx((0.1 + 0.1 + (1 - 900 / 1100)) / 3)
     # every image gained, so the interval leaves out 0 although the two models' own intervals overlap
     assert gain["low"] > 0 and cell(gain, signed=True).startswith("+0.127*")
+    assert "auroc" not in differences(worse, better, PROTOCOL)  # no clean image
+    for one in (worse, better):
+        one.clean.append(CleanResult("c", 3, (1.0, 2.0), 0.5, np.zeros((0, 2), np.int32)))
+    assert differences(worse, better, PROTOCOL)["auroc"]["mean"] == 0.0
     other = three()
     other.objects.pop()
     with pytest.raises(UserError, match="same objects"):

@@ -1,4 +1,4 @@
-"""Simulated users and views: against the plain evaluation, exact identities of tiles, and small cases."""
+"""Views of a strip: against the plain evaluation, exact identities of tiles, automatic masks, galleries."""
 
 import copy
 
@@ -10,11 +10,12 @@ from omegaconf import OmegaConf
 
 from sam2_lora_ext.data.ids import CLEAN, object_id
 from sam2_lora_ext.data.rle import decode_runs
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.automatic import AutomaticMasks
-from sam2_lora_ext.evaluate.clicks import click_rounds, exact_boxes, shifted_boxes, sound_clicks
 from sam2_lora_ext.evaluate.gallery import choose
-from sam2_lora_ext.evaluate.run import Protocol, run_model
-from sam2_lora_ext.evaluate.views import Answer, Viewer
+from sam2_lora_ext.evaluate.protocol import Protocol
+from sam2_lora_ext.evaluate.run import run_model
+from sam2_lora_ext.evaluate.views import Viewer
 from sam2_lora_ext.evaluation import Sample, evaluate
 from sam2_lora_ext.host import config_root
 
@@ -51,6 +52,7 @@ def test_agrees_with_the_plain_evaluation(nano):
         (row.image, row.object_id, row.by_clicks, row.areas["box"]) for row in found.objects
     ]
     for row in found.objects:
+        assert [click[2] for click in row.clicks][0] == 1 and len(row.clicks) == 3
         assert row.areas["1click"] == row.by_clicks[0] and row.areas["2clicks"] == row.by_clicks[1]
         assert decode_runs(row.runs, 64, 160).sum() == row.by_clicks[0][1]
 
@@ -86,72 +88,20 @@ def test_more_objects_than_a_batch_are_all_answered(nano, monkeypatch):
         assert a.score == pytest.approx(b.score, abs=1e-4)
 
 
-# ---- simulated users -----------------------------------------------------------------------------------------------
+def test_a_model_replays_its_own_clicks_bit_for_bit(nano):
+    protocol = Protocol(clicks=(1, 2), max_clicks=3)
+    own = run_model(nano, [sample(), clean(), sample(1)], protocol)
+    again = run_model(nano, [sample(), clean(), sample(1)], protocol, replay=own.clicks())
+    assert [(row.by_clicks, row.clicks, row.score) for row in own.objects] == [
+        (row.by_clicks, row.clicks, row.score) for row in again.objects
+    ]
 
 
-class Oracle:
-    """Answers object o with the left part of its truth, wider from click to click, and notes what it was asked."""
-
-    def __init__(self, truth: torch.Tensor, columns: list[list[int]]):
-        self.truth, self.columns, self.asked = truth, columns, []
-
-    def clicks(self, clicks, memories):
-        answers = []
-        for (coords, labels), memory in zip(clicks, memories, strict=True):
-            o = (
-                memory
-                if memory is not None
-                else next(o for o in range(len(self.truth)) if self.truth[o, 0, int(coords[0, 1]), int(coords[0, 0])])
-            )
-            self.asked.append((o, coords.tolist(), labels.tolist()))
-            mask = self.truth[o, 0].clone()
-            mask[:, self.columns[o][len(labels) - 1] :] = False
-            answers.append(Answer(mask, float(len(labels)), o))
-        return answers
-
-
-def test_a_perfect_mask_gets_no_more_clicks_and_others_go_to_the_largest_error():
-    truth = torch.zeros(2, 1, 20, 60, dtype=torch.bool)
-    truth[0, 0, 5:10, 5:10] = True
-    truth[1, 0, 2:18, 20:52] = True
-    view = Oracle(truth, [[60, 60, 60], [30, 52, 52]])
-    rounds = list(click_rounds(view, truth, 4))
-    assert [[bool((masks[o] == truth[o]).all()) for o in range(2)] for masks, _ in rounds] == [[True, False]] + [
-        [True, True]
-    ] * 3
-    assert [(o, len(labels)) for o, _, labels in view.asked] == [(0, 1), (1, 1), (1, 2)]
-    coords, labels = view.asked[2][1:]
-    assert labels == [1, 1] and coords[0] == view.asked[1][1][0]  # the history goes along
-    assert 30 <= coords[1][0] < 52 and 2 <= coords[1][1] < 18  # inside what was missing
-    assert rounds[0][1].tolist() == [1.0, 1.0] and rounds[3][1].tolist() == [1.0, 2.0]
-
-
-def test_boxes_are_exact_and_shifted_ones_move_as_a_whole():
-    boxes = exact_boxes(sample().masks[:2])
-    assert boxes.tolist() == [[8, 10, 49, 39], [110, 20, 149, 59]]
-    moved = shifted_boxes(boxes, 0.1, (64, 160), "a.png", [7, 8])
-    step = moved - boxes
-    assert step[0].abs().tolist() == pytest.approx([4.2, 3.0, 4.2, 3.0]) and step[0, :2].tolist() == pytest.approx(
-        step[0, 2:].tolist()
-    )
-    assert torch.equal(
-        shifted_boxes(boxes.flip(0), 0.1, (64, 160), "a.png", [8, 7]).flip(0), moved
-    )  # the order does not matter
-    assert not torch.equal(shifted_boxes(boxes, 0.1, (64, 160), "a.png", [7, 8], seed=2), moved) or not torch.equal(
-        shifted_boxes(boxes, 0.1, (64, 160), "a.png", [7, 8], seed=3), moved
-    )
-    for o in range(8):
-        cut = shifted_boxes(torch.tensor([[0.0, 0.0, 159.0, 63.0]]), 0.9, (64, 160), "a.png", [o])[0]
-        assert 0 <= cut[0] <= cut[2] <= 159 and 0 <= cut[1] <= cut[3] <= 63
-
-
-def test_sound_clicks_lie_on_exposed_steel():
-    image = np.zeros((30, 50, 3), np.uint8)
-    image[5:8, 40:44] = 120
-    places = sound_clicks(image, 6, "a.png").long()
-    assert ((places[:, 0] >= 40) & (places[:, 0] < 44) & (places[:, 1] >= 5) & (places[:, 1] < 8)).all()
-    assert torch.equal(sound_clicks(image, 6, "a.png"), places.float())
-    assert sound_clicks(np.zeros((30, 50, 3), np.uint8), 2, "b.png").tolist() == [[25, 15]] * 2
+def test_a_model_that_answers_with_nan_is_stopped(nano):
+    broken = copy.deepcopy(nano)
+    torch.nn.init.constant_(broken.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, float("nan"))
+    with pytest.raises(UserError, match="object score of 0.png is nan"):
+        run_model(broken, [sample()], Protocol(clicks=(1,), max_clicks=1))
 
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -200,10 +150,7 @@ def test_a_box_is_answered_by_the_tiles_that_it_reaches(nano):
 def test_automatic_masks_agree_with_pycocotools(nano):
     import pycocotools.mask as coco
 
-    automatic = AutomaticMasks(copy.deepcopy(nano), 3, tile=100, overlap=20)
-    automatic.generator.pred_iou_thresh = automatic.generator.stability_score_thresh = (
-        0.0  # a random model is sure of nothing
-    )
+    automatic = AutomaticMasks(copy.deepcopy(nano), 3, (0.0, 0.0), tile=100, overlap=20)  # it is sure of nothing
     case = sample()
     masks = automatic.masks(case.image)
     assert len(masks) > 1
@@ -212,7 +159,7 @@ def test_automatic_masks_agree_with_pycocotools(nano):
     assert count == len(masks) and best == pytest.approx(
         coco.iou(encode[-2:], encode[:-2], [0] * count).max(1).tolist()
     )
-    automatic.generator.pred_iou_thresh = 2.0
+    automatic = AutomaticMasks(copy.deepcopy(nano), 3, (2.0, 0.0))
     assert automatic.best_ious(case.image, case.masks[:2]) == ([0.0, 0.0], 0)
 
 

@@ -1,5 +1,6 @@
 """The report: from a real run and evaluation, self-contained, with commands that repeat the run."""
 
+import html
 import json
 import re
 import shlex
@@ -9,17 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 
+from sam2_lora_ext.checkpoints import read_weights, write_weights
 from sam2_lora_ext.compose import compose, locate
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.evaluate.run import Protocol
-from sam2_lora_ext.evaluate.tables import headline
+from sam2_lora_ext.evaluate.protocol import Protocol
+from sam2_lora_ext.evaluate.titles import details, headline
 from sam2_lora_ext.host import USER_CONFIG_DIR
-from sam2_lora_ext.lora.adapter import Adapter, LayerAdapter
-from sam2_lora_ext.report.adapter_stats import block_changes, block_of, layer_changes
-from sam2_lora_ext.report.collect import read_evaluation, read_run
-from sam2_lora_ext.report.commands import environment, training_command
+from sam2_lora_ext.report.collect import Run, read_evaluation, read_run, read_runs
+from sam2_lora_ext.report.commands import environment, evaluation_options, training_command
 from sam2_lora_ext.report.page import render
 from small_runs import environment as demo_environment, launch, write_config
 
@@ -36,27 +35,9 @@ def run(nano_base: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory)
     process = launch(config, demo_environment(nano_base, strips, folder))
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]
-    evaluate.main(
-        [
-            "--compare",
-            f"base={nano_base}",
-            f"lora={folder}",
-            "--data",
-            str(strips),
-            "--split-file",
-            str(strips / "split.csv"),
-            "--split",
-            "val",
-            "--crop",
-            "256",
-            "--max-clicks",
-            "1",
-            "--pictures",
-            "1",
-            "--out",
-            str(folder / "evaluation"),
-        ]
-    )
+    data = ["--data", str(strips), "--split-file", str(strips / "split.csv"), "--split", "val", "--crop", "256"]
+    how = ["--max-clicks", "1", "--pictures", "1", "--out", str(folder / "evaluation")]
+    evaluate.main(["--compare", f"base={nano_base}", f"lora={folder}", *data, *how])
     return folder
 
 
@@ -107,26 +88,19 @@ def test_the_page_needs_nothing_else(page):
 
 def test_it_has_every_section_and_number(page, run):
     text = read(page).text
-    for heading in (
-        "Run",
-        "Curves",
-        "Evaluation",
-        "Differences from base",
-        "By class",
-        "Pictures",
-        "Where the adaptation happened",
-        "To repeat it",
-    ):
+    headings = ["Run", "Curves", "Evaluation", "Differences from base", "By class", "By size", "Sound steel"]
+    for heading in [*headings, "Pictures", "Where the adaptation happened", "To repeat it"]:
         assert heading in text
     summary = json.loads((run / "training_summary.json").read_text())
     assert summary["name"] in text and f"{summary['parameters']['trained']:,}" in text
     record = json.loads((run / "evaluation/evaluation.json").read_text())
     for model in record["models"]:
-        assert all(f"{model['metrics'][key]['mean']:.3f}" in text for key in headline(Protocol(**record["protocol"])))
+        protocol = Protocol.of(record["protocol"])
+        wanted = headline(protocol) | details(protocol)
+        assert all(f"{model['metrics'][key]['mean']:.3f}" in text for key in wanted)
     assert page.count("<img ") == sum(len(model["gallery"]) for model in record["models"]) > 0
-    assert page.count("<svg") == 4 and page.count("image/jpeg") == page.count(
-        "<img "
-    )  # three curves, one chart of blocks
+    assert page.count("<svg") == 4  # three curves, one chart of blocks
+    assert page.count("image/jpeg") == page.count("<img ")
 
 
 def test_plots_follow_the_page_s_colours(page):
@@ -151,42 +125,37 @@ def test_the_training_command_composes_the_same_config(run, monkeypatch):
     assert OmegaConf.create(again.replace(f"{run}_again", str(run))) == OmegaConf.create(before)
 
 
-def test_commands_of_evaluation_and_merge_are_there(page, run):
-    text = read(page).text
-    assert "python tools/merge_lora.py --base" in text and "python tools/evaluate.py --compare" in text
-    assert environment(read_run(run))["SEVERSTAL_ROOT"] in text
+def test_commands_of_evaluation_and_merge_are_there_and_run(page, run, tmp_path, strips):
+    lines = [html.unescape(line) for line in re.findall("<pre>(.*?)</pre>", page, re.DOTALL)]
+    assert environment(read_run(run))["SEVERSTAL_ROOT"] in lines[0]
+    merge, measure = (shlex.split(next(line for line in lines if tool in line)) for tool in ("merge_lora", "evaluate"))
+    assert merge[:3] == ["python", "tools/merge_lora.py", "--base"]
+    measure[measure.index("--out") + 1] = str(tmp_path / "again")
+    evaluate.main([*measure[2:], "--max-clicks", "1", "--pictures", "0"])
+    again = json.loads((tmp_path / "again/evaluation.json").read_text())
+    before = json.loads((run / "evaluation/evaluation.json").read_text())
+    for one, other in zip(again["models"], before["models"], strict=True):  # that one was given with the folder alone
+        assert [row["areas"]["box"] for row in one["objects"]] == [row["areas"]["box"] for row in other["objects"]]
 
 
-# ---- where the adaptation happened ----------------------------------------------------------------------------------
-
-
-def test_norms_by_hand():
-    layers = {
-        "image_encoder.trunk.blocks.3.attn.qkv": LayerAdapter(
-            torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), alpha=2.0
-        ),
-        "image_encoder.trunk.blocks.3.attn.proj": LayerAdapter(
-            torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [0.0]]), alpha=1.0
-        ),
-        "sam_mask_decoder.transformer.layers.1.mlp.layers.0": LayerAdapter(
-            torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [1.0]]), alpha=1.0
-        ),
-    }
-    base = {f"{name}.weight": torch.full((2, 2), 5.0) for name in layers}  # norm 10
-    changes = layer_changes(Adapter(layers), base)
-    assert [change.norm for change in changes] == pytest.approx([10.0, 0.0, 2**0.5])
-    assert [change.relative for change in changes] == pytest.approx([1.0, 0.0, 2**0.5 / 10])
-    blocks = block_changes(Adapter(layers), base)
-    assert [block.name for block in blocks] == ["encoder block 3", "decoder layer 1"]
-    assert blocks[0].relative == pytest.approx(10 / 200**0.5)  # sqrt(100 + 0) / sqrt(100 + 100)
-    assert [block.relative for block in block_changes(Adapter(layers), None)] == [None, None]
-
-
-def test_block_names():
-    assert (
-        block_of("sam_mask_decoder.transformer.final_attn_token_to_image.q_proj") == "decoder final_attn_token_to_image"
-    )
-    assert block_of("memory_attention.layers.0.self_attn.q_proj") == "memory layer 0"
+@pytest.mark.parametrize(
+    ("reader", "options"),
+    [
+        ({"_target_": "a.COCOReader", "image_dir": "i", "json": "a.json"}, "--data a.json --images i"),
+        ({"_target_": "a.SuperviselyReader", "root": "r"}, "--data r"),
+        ({"_target_": "a.LabelPNGReader", "image_dir": "d/images", "label_dir": "d/annotations", "classes": ["a", "b"]},
+         "--data d --images d/images --classes a,b"),
+        ({"_target_": "a.KaggleReader", "image_dir": "i", "csv": "t.csv", "size": None},
+         "--data t.csv --images i --size any"),
+        ({"_target_": "someone.elses.Reader"}, "--data DATA"),
+    ],
+)  # fmt: skip
+def test_the_evaluation_is_told_where_each_format_is(tmp_path, reader, options):
+    data = {"dataset": {"video_dataset": {"reader": reader, "split": "val", "group_width": 512}}}
+    config = {"trainer": {"data": {"val": {"datasets": [data]}}, "model": {"image_size": 512}}}
+    (tmp_path / "config_resolved.yaml").write_text(json.dumps(config))
+    found = evaluation_options(Run(tmp_path, "run", "run"))
+    assert " ".join(found) == f"{options} --split val --crop 512 --image-size 512"
 
 
 # ---- what is missing or damaged -------------------------------------------------------------------------------------
@@ -198,12 +167,8 @@ def test_a_run_that_just_began_has_a_report_too(run, tmp_path):
     for name in ("run.json", "lora.json"):
         shutil.copy(run / name, young)
     text = read(render([read_run(young)], [])).text
-    assert (
-        "not finished" in text
-        and "Nothing has been logged yet" in text
-        and "There is none yet" in text
-        and "has no adapter" in text
-    )
+    for words in ("not finished", "Nothing has been logged yet", "There is none yet", "has no adapter"):
+        assert words in text
 
 
 def test_two_runs_share_a_page_and_names_are_escaped(run, tmp_path):
@@ -212,8 +177,39 @@ def test_two_runs_share_a_page_and_names_are_escaped(run, tmp_path):
     (other / "run.json").write_text('{"name": "<script>alert(1)</script>"}')
     lora = json.loads((other / "lora.json").read_text()) | {"base_path": "/nowhere/base.pt"}
     (other / "lora.json").write_text(json.dumps(lora))
-    text = render([read_run(run), read_run(other)], [read_evaluation(run / "evaluation")])
+    text = render(read_runs([run, other]), [read_evaluation(run / "evaluation")])
     assert "<script>" not in text and "norms are absolute" in read(text).text
+
+
+def test_two_runs_with_the_same_name_are_told_apart(run, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(run, tmp_path / place / 'r"$8_1$', ignore=shutil.ignore_patterns("checkpoints", "evaluation"))
+    folders = [tmp_path / place / 'r"$8_1$' for place in ("a", "b")]
+    page = render(read_runs(folders), [])
+    text = read(page).text
+    for place in "ab":
+        assert f'{place}/r"$8_1$ training' in text and f'Update by block: {place}/r"$8_1$' in text
+    with pytest.raises(UserError, match="given twice"):
+        read_runs([folders[0], folders[0]])
+
+
+def test_what_trained_without_adapters_is_compared_with_its_base(run, tmp_path, nano_base):
+    """A run of the norms alone leaves whole weights; so does full fine-tuning."""
+    state = read_weights(nano_base)
+    key = "image_encoder.trunk.blocks.3.norm1.weight"
+    norms = tmp_path / "norms"
+    shutil.copytree(run, norms, ignore=shutil.ignore_patterns("checkpoints", "evaluation", "adapters"))
+    write_weights(norms / "weights/best.pt", {**state, key: state[key] * 1.5})
+    lora = json.loads((norms / "lora.json").read_text())
+    lora["config"] |= {"targets": [], "trainable": ["*.norm1"]}
+    lora["groups"] = {"full modules": {"layers": ["a", "b"]}}
+    (norms / "lora.json").write_text(json.dumps(lora))
+    text = read(render([read_run(norms)], [])).text
+    assert "2 modules in full" in text and "weights best, relative to the base" in text
+    assert key in text and "50.00%" in text and "All 1 layers" in text
+    (norms / "lora.json").write_text(json.dumps(lora | {"config": None, "base_path": "/nowhere.pt"}))
+    text = read(render([read_run(norms)], [])).text
+    assert "full fine-tuning" in text and "nothing can be compared" in text
 
 
 def test_mistakes_are_sentences(run, tmp_path, page):
@@ -228,6 +224,23 @@ def test_mistakes_are_sentences(run, tmp_path, page):
     next((broken / "evaluation/lora/gallery").glob("*.jpg")).unlink()
     with pytest.raises(UserError, match="cannot read the picture"):
         tool.main([str(broken), "--force"])
-    (broken / "lora.json").write_text("{")
-    with pytest.raises(UserError, match="lora.json is damaged"):
+    record = '{"protocol": {}, "models": [{}], "differences": {}, "data": {}}'
+    (broken / "evaluation/evaluation.json").write_text(record)
+    with pytest.raises(UserError, match="evaluation.json does not hold what this version writes"):
         tool.main([str(broken), "--force"])
+    shutil.rmtree(broken / "evaluation")
+    damages = {
+        "lora.json": [("{", "is damaged"), ("[]", "it holds a list"), ('{"config": {"a": 1}}', "does not hold what")],
+        "training_summary.json": [('{"best": 3}', "training_summary.json or lora.json in .*broken does not hold")],
+        "logs/metrics.csv": [("a,b\n", "its header lacks"), ("step,phase,loss\n1,train,x\n", "in the column loss")],
+    }
+    for file, contents in damages.items():
+        for content, words in contents:
+            whole = (broken / file).read_bytes()
+            (broken / file).write_text(content)
+            with pytest.raises(UserError, match=words):
+                tool.main([str(broken), "--force"])
+            (broken / file).write_bytes(whole)
+    (broken / "logs/metrics.csv").write_text("step,phase,loss\n1,train,nan\n2,train,0.5\n3,train,inf\n")
+    tool.main([str(broken), "--force"])  # a run that diverged has a report
+    assert read_run(broken).curve("train", "loss") == ([2.0], [0.5])

@@ -26,27 +26,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what launcher.experiment_log_dir was")
-    parser.add_argument(
-        "--evaluation",
-        type=Path,
-        action="append",
-        metavar="DIR",
-        help="an evaluation to show (default: RUN_DIR/evaluation)",
-    )
+    parser.add_argument("--evaluation", type=Path, action="append", metavar="DIR",
+                        help="an evaluation to show, several times for several (default: RUN_DIR/evaluation)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     parser.add_argument("--force", action="store_true", help="replace --out when it exists")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "report.html"
     refuse_existing(out, args.force)
     try:
-        from sam2_lora_ext.report.collect import read_evaluation, read_run
+        from sam2_lora_ext.report.collect import read_evaluation, read_runs
         from sam2_lora_ext.report.page import render
     except ModuleNotFoundError as error:
         raise UserError(f"the report needs what training needs ({error}): pip install -e '.[sam2]'") from error
-    runs = [read_run(path) for path in args.runs]
-    folders = args.evaluation or [
-        path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()
-    ]
+    runs = read_runs(args.runs)
+    found = [path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()]
+    folders = args.evaluation or found
     text = render(runs, [read_evaluation(folder) for folder in folders])
     write_atomic(out, lambda path: path.write_text(text, encoding="utf-8"), force=args.force)
     print(f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations")

@@ -15,23 +15,27 @@ from sam2_lora_ext.evaluation import make_predictor
 from sam2_lora_ext.metrics import iou, mask_counts
 from sam2_lora_ext.tiles import tile_starts
 
-
 class AutomaticMasks:
-    """The stock generator with its own thresholds, on whole strips or on tiles.
+    """The stock generator, on whole strips or on tiles; a defect of two tiles is found in neither as a whole.
 
     Args:
         model: any SAM 2 in eval mode.
         points_per_side: the generator asks about so many points squared, per image or tile.
+        thresholds: it keeps masks of at least this predicted IoU and this stability.
         tile: width of tiles, None for whole strips.
         overlap: of neighbouring tiles.
     """
 
-    def __init__(self, model: SAM2Base, points_per_side: int, tile: int | None = None, overlap: int = 0):
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning
-            )  # in stock's transforms
-            self.generator = SAM2AutomaticMaskGenerator(model, points_per_side=points_per_side)
+    def __init__(
+        self, model: SAM2Base, points_per_side: int, thresholds: tuple[float, float],
+        tile: int | None = None, overlap: int = 0,
+    ):  # fmt: skip
+        with warnings.catch_warnings():  # in stock's transforms
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
+            self.generator = SAM2AutomaticMaskGenerator(
+                model, points_per_side=points_per_side, pred_iou_thresh=thresholds[0],
+                stability_score_thresh=thresholds[1],
+            )  # fmt: skip
         self.generator.predictor = make_predictor(model)  # with the sizes of this model's feature maps
         self.tile, self.overlap = tile, overlap
 

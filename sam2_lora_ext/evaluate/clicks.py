@@ -1,7 +1,8 @@
 """Simulated users: clicks in the middle of the largest error, boxes that are a little off, clicks on sound steel.
 
 All of it depends on the image, the object and the seed only, so that every model is asked alike; later clicks answer a
-model's own errors. Legend: O objects, H W pixels, P clicks. Coordinates are (x, y) in pixels of the strip.
+model's own errors, or replay another model's. Legend: O objects, H W pixels, P clicks. Coordinates are (x, y) in
+pixels of the strip.
 """
 
 import zlib
@@ -13,10 +14,12 @@ from sam2.modeling.sam2_utils import get_next_point, mask_to_box
 from torch import Tensor
 
 from sam2_lora_ext.data.transforms import DARK
-from sam2_lora_ext.evaluate.views import View
+from sam2_lora_ext.evaluate.views import Clicks, View
 
 
-def click_rounds(view: View, truth: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def click_rounds(
+    view: View, truth: Tensor, count: int, replay: Sequence[Clicks] | None = None
+) -> Iterator[tuple[Tensor, Tensor, list[Clicks]]]:
     """Asks with 1, 2, ... `count` clicks, as SAM's training does: each in the middle of the largest error.
 
     An object that is answered without error gets no more clicks (there is nothing to click on) and keeps its mask.
@@ -25,25 +28,31 @@ def click_rounds(view: View, truth: Tensor, count: int) -> Iterator[tuple[Tensor
         view: the image.
         truth: bool [O, 1, H, W], O >= 1, none of them empty.
         count: clicks.
+        replay: for each object the clicks to make, whatever the answers; when they are used up it keeps its mask.
 
     Yields:
-        Masks bool [O, 1, H, W] and object scores (logits) float [O] of the newest answers.
+        Masks bool [O, 1, H, W] and object scores (logits) float [O] of the newest answers; each object's clicks so far.
     """
     prediction, scores = torch.zeros_like(truth), torch.zeros(len(truth))
-    histories = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int32)) for _ in truth]
+    histories: list[Clicks] = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int32)) for _ in truth]
     memories: list = [None] * len(truth)
     for step in range(count):
-        open_ones = (prediction != truth).flatten(1).any(1).nonzero()[:, 0]
-        if len(open_ones):
-            coords, labels = get_next_point(truth[open_ones], prediction[open_ones] if step else None, "center")
-            for place, o in enumerate(open_ones.tolist()):
-                histories[o] = tuple(
-                    torch.cat([old, new]) for old, new in zip(histories[o], (coords[place], labels[place]))
-                )
-            answers = view.clicks([histories[o] for o in open_ones], [memories[o] for o in open_ones])
-            for o, answer in zip(open_ones.tolist(), answers, strict=True):
+        if replay is None:
+            asked = (prediction != truth).flatten(1).any(1).nonzero()[:, 0].tolist()
+            if asked:
+                previous = prediction[asked] if step else None
+                coords, labels = get_next_point(truth[asked], previous, "center")
+                for o, *click in zip(asked, coords, labels, strict=True):
+                    histories[o] = tuple(torch.cat([old, new]) for old, new in zip(histories[o], click))
+        else:
+            asked = [o for o, (_, labels) in enumerate(replay) if len(labels) > step]
+            for o in asked:
+                histories[o] = tuple(column[: step + 1] for column in replay[o])
+        if asked:
+            answers = view.clicks([histories[o] for o in asked], [memories[o] for o in asked])
+            for o, answer in zip(asked, answers, strict=True):
                 prediction[o, 0], scores[o], memories[o] = answer.mask, answer.score, answer.memory
-        yield prediction.clone(), scores.clone()
+        yield prediction.clone(), scores.clone(), list(histories)
 
 
 def exact_boxes(truth: Tensor) -> Tensor:

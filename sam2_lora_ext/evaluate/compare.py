@@ -1,5 +1,6 @@
-"""Several models on the same objects: one record for `evaluation.json`, and its tables as text."""
+"""Several models on the same objects: one record for `evaluation.json`, galleries and submissions."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +15,14 @@ from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.gallery import write_gallery
 from sam2_lora_ext.evaluate.kaggle import KaggleTally
 from sam2_lora_ext.evaluate.models import Candidate, build
-from sam2_lora_ext.evaluate.run import ModelResult, Protocol, run_model
-from sam2_lora_ext.evaluate.tables import differences, headline, summarize, text_table
+from sam2_lora_ext.evaluate.protocol import Protocol
+from sam2_lora_ext.evaluate.run import ModelResult, run_model
+from sam2_lora_ext.evaluate.tables import differences, summarize
 from sam2_lora_ext.evaluation import Sample, read_sample
+from sam2_lora_ext.files import refuse_existing
 from sam2_lora_ext.summary import versions
+
+SUBMISSION = "submission.csv"
 
 
 class Samples(Sequence[Sample]):
@@ -45,17 +50,10 @@ class Samples(Sequence[Sample]):
 
 
 def compare(
-    candidates: Sequence[Candidate],
-    samples: Samples,
-    protocol: Protocol,
-    out: Path,
-    *,
-    device: str = "cpu",
-    submitted: str = "1click",
-    pictures: int = 4,
-    split: tuple[Path | None, str | None] = (None, None),
+    candidates: Sequence[Candidate], samples: Samples, protocol: Protocol, out: Path, *, device: str = "cpu",
+    submitted: str = "1click", pictures: int = 4, split: tuple[Path | None, str | None] = (None, None),
     force: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Evaluates every model; writes galleries and submissions below `out`.
 
     Args:
@@ -73,37 +71,46 @@ def compare(
         What evaluation.json holds.
 
     Raises:
-        UserError: two models have one name, or a model cannot be built.
+        UserError: a mistake in any of the models, found before the first one is asked; or there is nothing to ask.
     """
-    names = [wanted.name for wanted in candidates]
-    if len(set(names)) < len(names) or any("/" in name or name in ("", ".", "..") for name in names):
-        raise UserError(f"each model needs a name of its own without slashes (write name=path), got {', '.join(names)}")
+    check_candidates(candidates, protocol, out, force)
     dataset = samples.dataset
     whole = protocol.crop is None and len(samples) == len(dataset)
-    records, results = [], []
+    records: list[dict[str, Any]] = []
+    results: list[ModelResult] = []
+    tallies: list[KaggleTally] = []
     for wanted in candidates:
-        model, facts = build(wanted, device)
+        model, facts = build(wanted, device, protocol.image_size)
         tally = _tally(dataset, split, submitted) if whole else None
-        result = run_model(model, tqdm(samples, desc=wanted.name, unit="image"), protocol, tally)
+        replay = results[0].clicks() if protocol.same_clicks and results else None
+        try:
+            bar = tqdm(samples, desc=wanted.name, unit="image", disable=None)
+            result = run_model(model, bar, protocol, tally, replay)
+        except UserError as error:
+            raise UserError(f"{wanted.name}: {error}") from error
         if not result.objects:
-            raise UserError(f"{dataset.index.image_dir} has no defect to ask about; look at --min-area and the split")
-        gallery = (
-            write_gallery(out / wanted.name / "gallery", result, samples, dataset.class_names, pictures)
-            if pictures
-            else []
-        )
+            raise UserError(
+                f"the {len(samples)} items of {dataset.index.image_dir} that are evaluated show no defect of at least "
+                "--min-area pixels: look at --limit, --min-area and the split"
+            )
+        gallery = []
+        if pictures:
+            gallery = write_gallery(out / wanted.name / "gallery", result, samples, dataset.class_names, pictures)
         if tally is not None:
-            tally.write(out / wanted.name / "submission.csv", force)
-        records.append(
-            {
-                **facts,
-                **summarize(result, protocol, dataset.class_names),
-                "kaggle": tally and tally.summary(),
-                "gallery": [{**entry, "file": f"{wanted.name}/{entry['file']}"} for entry in gallery],
-                "objects": _rows(result),
-            }
-        )
+            tally.write(out / wanted.name / SUBMISSION, force)
+            tallies.append(tally)
+        records.append({
+            **facts,
+            **summarize(result, protocol, dataset.class_names),
+            "kaggle": tally and tally.summary(),
+            "gallery": [{**entry, "file": f"{wanted.name}/{entry['file']}"} for entry in gallery],
+            "objects": _rows(result),
+        })  # fmt: skip
         results.append(result)
+    changes = {}
+    for number, wanted in enumerate(candidates[1:], start=1):
+        changes[wanted.name] = differences(results[0], results[number], protocol)
+        changes[wanted.name] |= tallies[0].difference(tallies[number]) if tallies else {}
     return {
         "protocol": asdict(protocol),
         "data": {
@@ -115,61 +122,30 @@ def compare(
             "split_file": str(split[0]) if split[0] else None,
         },
         "models": records,
-        "reference": names[0],
-        "differences": {
-            name: differences(results[0], result, protocol) for name, result in zip(names[1:], results[1:], strict=True)
-        },
+        "reference": candidates[0].name,
+        "differences": changes,
         "versions": versions(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
 
 
-def describe(record: dict[str, Any]) -> str:
-    """The tables of an evaluation as Markdown."""
-    protocol, models = Protocol(**record["protocol"]), record["models"]
-    titles, data = headline(protocol), record["data"]
-    parts = [
-        f"{data['objects']} objects in {data['images'] - data['clean_images']} images, {data['clean_images']} clean images; "
-        "means over objects with 95 % intervals by image.\n",
-        text_table([(model["name"], model["metrics"]) for model in models], titles),
-    ]
-    if record["differences"]:
-        parts += [
-            f"Differences from {record['reference']}, object by object (* where the interval leaves out 0):\n",
-            text_table(list(record["differences"].items()), titles, signed=True),
-        ]
-    few = {key: title for key, title in titles.items() if key.startswith("iou_") and not title.endswith("%")}
-    for kind, heading in (
-        ("classes", "By class"),
-        ("sizes", "By size of the object (small < 32² <= medium < 96² <= large, in pixels)"),
-    ):
-        for model in models:
-            groups = [(f"{name} ({len_of(values)})", values) for name, values in model[kind].items()]
-            parts += [f"{heading}, {model['name']}:\n", text_table(groups, few)]
-    lines = []
-    for model in models:
-        if presence := model["presence"]:
-            bounds = "{:.3f} [{:.3f}, {:.3f}]".format
-            lines.append(
-                f"{model['name']}: defect or sound steel by object score: AUROC {bounds(presence['auroc'], *presence['auroc_ci95'])}, "
-                f"false alarms at {presence['recall']:.0%} recall {bounds(presence['false_alarms'], *presence['false_alarms_ci95'])}"
-            )
-        for prompt, scores in (model["kaggle"] or {}).items():
-            if prompt in ("1click", "box"):
-                lines.append(
-                    f"{model['name']}: Kaggle mean Dice, classes given by prompt, {prompt}: {scores['dice']:.4f} "
-                    f"(an empty submission {scores['empty_submission']:.4f}; where there is a defect {scores['dice_present']:.4f})"
-                )
-        speed = model["speed"]
-        lines.append(
-            f"{model['name']}: {speed['encode_ms']} ms an image, {speed['click_ms']} ms a click ({model['device']})"
-        )
-    return "\n".join([*parts, *[f"- {line}" for line in lines]]) + "\n"
+def check_candidates(candidates: Sequence[Candidate], protocol: Protocol, out: Path, force: bool) -> None:
+    """Finds what would stop an evaluation in the middle: names, files in the way, models that cannot be built.
 
-
-def len_of(values: dict[str, Any]) -> int:
-    """Objects behind a row of a table."""
-    return next(iter(values.values()))["objects"]
+    Raises:
+        UserError: the first such thing.
+    """
+    names = [wanted.name for wanted in candidates]
+    if len(set(names)) < len(names) or any("/" in name or name in ("", ".", "..") for name in names):
+        raise UserError(f"each model needs a name of its own without slashes (write name=path), got {', '.join(names)}")
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is no folder that can be written to: give another --out")
+    for name in names:
+        refuse_existing(out / name / SUBMISSION, force)
+    if len(candidates) > 1:  # a lone one is built at once anyway
+        for wanted in candidates:
+            build(wanted, "cpu", protocol.image_size)
 
 
 def _tally(dataset: SeverstalRawDataset, split: tuple[Path | None, str | None], submitted: str) -> KaggleTally:
@@ -178,15 +154,5 @@ def _tally(dataset: SeverstalRawDataset, split: tuple[Path | None, str | None], 
 
 
 def _rows(result: ModelResult) -> list[dict[str, Any]]:
-    return [
-        {
-            "image": row.image,
-            "object_id": row.object_id,
-            "by_clicks": row.by_clicks,
-            "areas": row.areas,
-            "boundary": row.boundary,
-            "score": row.score,
-            "automatic": row.automatic,
-        }
-        for row in result.objects
-    ]
+    kept = ("image", "object_id", "by_clicks", "clicks", "areas", "boundary", "score", "automatic")
+    return [{name: getattr(row, name) for name in kept} for row in result.objects]

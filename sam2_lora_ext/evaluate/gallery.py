@@ -21,10 +21,10 @@ WIDEST, GAP = 900, 4  # pixels of a picture, and between its halves
 
 
 def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult | CleanResult]]:
-    """Objects by their IoU at one click, at most `count` a kind and none twice (fewer than three give the best only), and
-    false alarms.
+    """Objects by their IoU at one click, at most `count` a kind and none twice, and false alarms.
 
-    A false alarm is a click on clean steel with a positive object score: the highest come first, one for each image.
+    Fewer than three objects give the best only. A false alarm is a click on clean steel with a positive object score:
+    the highest come first, one for each image.
     """
     values = iou(torch.tensor([row.by_clicks[0] for row in result.objects]).reshape(-1, 3)).tolist()
     order = [result.objects[o] for o in sorted(range(len(values)), key=lambda o: -values[o])]

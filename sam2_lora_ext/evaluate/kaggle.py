@@ -1,23 +1,26 @@
 """Kaggle's mean Dice of the Severstal competition and a submission.csv, where a prompt gives each defect's class.
 
-The score is the mean over all (image, class) pairs, 1 where both masks are empty. Here a user says which classes are in an
-image (by prompting them), so the many empty pairs are right by construction: `empty_submission` is what these alone give, and
-`dice_present` leaves them out. Legend: I images, C classes, H W pixels.
+The score is the mean over all (image, class) pairs, 1 where both masks are empty. Here a user says which classes are in
+an image (by prompting them), so the many empty pairs are right by construction: `empty_submission` is what these alone
+give, and `dice_present` leaves them out. Legend: H W pixels.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sam2_lora_ext.bootstrap import bootstrap_interval
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.rle import NO_RUNS, decode_runs, encode_mask, format_rle, union_runs
+from sam2_lora_ext.evaluate.tables import interval
 from sam2_lora_ext.evaluation import Sample
 from sam2_lora_ext.files import write_atomic
-from sam2_lora_ext.metrics import dice, exact_mean, mask_counts
+from sam2_lora_ext.metrics import dice, mask_counts
 
 HEADER = "ImageId,ClassId,EncodedPixels"
 
@@ -55,24 +58,42 @@ class KaggleTally:
         runs = union_runs([runs for number, runs in self.index.masks(image) if number == class_id])
         return torch.from_numpy(np.ascontiguousarray(decode_runs(runs, *self.index.sizes[image].tolist()))).bool()
 
-    def summary(self) -> dict[str, dict[str, float | int | None]]:
-        """For each prompt: `dice` over all pairs, `dice_present` over those with a defect, `empty_submission`."""
-        present = {
-            (name, number)
-            for name, image in self.places.items()
-            for number, runs in self.index.masks(image)
-            if len(runs)
-        }
-        pairs = len(self.places) * len(self.index.class_names)
+    def pairs(self, prompt: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Image, Dice float64 and whether there is a defect (bool) of each (image, class) pair, in a fixed order."""
+        images, values, present = [], [], []
+        for name in sorted(self.places):
+            defects = {number for number, runs in self.index.masks(self.places[name]) if len(runs)}
+            for number in sorted(self.index.class_names):
+                images.append(name)
+                present.append(number in defects)
+                values.append(self.scores[prompt].get((name, number), 0.0) if present[-1] else 1.0)
+        return images, np.array(values), np.array(present)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """For each prompt the mean `dice` over all pairs and `dice_present` over those with a defect.
+
+        Each comes with its 95 % interval by image (`_ci95`); `empty_submission` is what no mask at all would score.
+        """
         result = {}
-        for prompt, scores in self.scores.items():
-            values = [scores.get(pair, 0.0) for pair in sorted(present)]
+        for prompt in self.scores:
+            images, values, present = self.pairs(prompt)
+            ill = [image for image, there in zip(images, present, strict=True) if there]
             result[prompt] = {
-                "dice": (sum(values) + pairs - len(present)) / pairs,
-                "dice_present": exact_mean(torch.tensor(values, dtype=torch.float64)),
-                "empty_submission": 1 - len(present) / pairs,
-                "pairs": pairs,
+                "dice": float(values.mean()),
+                "dice_ci95": list(bootstrap_interval(values, images)),
+                "dice_present": float(values[present].mean()),
+                "dice_present_ci95": list(bootstrap_interval(values[present], ill)),
+                "empty_submission": float((~present).mean()),
+                "pairs": len(values),
             }
+        return result
+
+    def difference(self, other: "KaggleTally") -> dict[str, dict[str, float | int]]:
+        """`other - self` of the mean Dice over all pairs, by prompt (`kaggle_<prompt>`), with its interval by image."""
+        result = {}
+        for prompt in self.scores:
+            images, before, _ = self.pairs(prompt)
+            result[f"kaggle_{prompt}"] = interval(other.pairs(prompt)[1] - before, images)
         return result
 
     def write(self, path: str | Path, force: bool) -> None:

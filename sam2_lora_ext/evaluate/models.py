@@ -1,5 +1,7 @@
 """Which model a user means by a path: weights, an adapter on its base, or a run; built as in production."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,13 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
 from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter
+from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.adapter import attach_adapter
-from sam2_lora_ext.merge import check_base, read_adapter
+from sam2_lora_ext.stock import check_inputs
+
+SUFFIXES = (".pt", ".safetensors", ".torch")
 
 
 @dataclass(frozen=True)
@@ -24,51 +29,63 @@ class Candidate:
         weights: whole weights, or the base of the adapter.
         adapter: a folder, or a Trainer's checkpoint with adapters; None for whole weights.
         config: a stock config's name; None tells it from the weights.
+        trained: number of trained parameters, where the run of whole weights says it; an adapter is counted.
     """
 
     name: str
     weights: Path
     adapter: Path | None = None
     config: str | None = None
+    trained: int | None = None
 
 
-def candidate(text: str, base: Path | None = None, config: str | None = None) -> Candidate:
+def candidates(texts: Sequence[str], base: Path | None = None, config: str | None = None) -> list[Candidate]:
+    """The models behind several paths, see `candidate`; the first whole weights stand in for a base that was moved."""
+    paths = [_split(text)[1] for text in texts]
+    spare = next((path for path in paths if path.is_file() and _is_whole(path)), None)
+    return [candidate(text, base, config, spare) for text in texts]
+
+
+def candidate(
+    text: str, base: Path | None = None, config: str | None = None, spare: Path | None = None
+) -> Candidate:
     """The model behind `path` or `name=path`: a weight file, an adapter folder, a run folder or a Trainer's checkpoint.
 
     Args:
         text: as given on the command line.
         base: for adapters; by default the file that the adapter was trained on, if it is still there.
         config: a stock config's name; by default told from the weights.
+        spare: the base to try where that file is gone.
 
     Raises:
         UserError: there is nothing, or an adapter's base is not known.
     """
-    name, given, rest = text.partition("=")
-    path = Path(rest if given else text)
-    name = name if given else (path.name if path.suffix not in (".pt", ".safetensors", ".torch") else path.stem)
+    given, path = _split(text)
+    name = _short(path) if given is None else given
     if not path.exists():
         raise UserError(f"there is no {path}: give a weight file, an adapter folder or a run folder")
     if path.is_dir() and (path / "weights").is_dir():
         files = [path / "weights" / f"{kind}.pt" for kind in ("best", "final")]
         if whole := [file for file in files if file.exists()]:
-            return Candidate(name, whole[0], None, config)
-    if (
-        path.is_file()
-        and path.name not in (CONFIG, WEIGHTS, OLD_WEIGHTS)
-        and not any(key.endswith(ADAPTER_KEYS) for key in read_weights(path))
-    ):
+            return Candidate(name, whole[0], None, config, _trained(path))
+    if path.is_file() and _is_whole(path):
         return Candidate(name, path, None, config)
     facts = read_adapter(path).metadata
-    base = base or (Path(facts["base_path"]) if facts.get("base_path") else None)
-    if base is None or not base.exists():
-        raise UserError(
-            f"{path} is an adapter, and its base ({base or 'which it does not name'}) is not there: give it with --checkpoint"
-        )
-    return Candidate(name, base, path, config)
+    known = Path(facts["base_path"]) if facts.get("base_path") else None
+    found = next((file for file in (base, known, spare) if file is not None and (file == base or file.exists())), None)
+    if found is None or not found.exists():
+        wanted = base or known or "which it does not name"
+        raise UserError(f"{path} is an adapter, and its base ({wanted}) is not there: give it with --checkpoint")
+    return Candidate(name, found, find_adapter(path), config)
 
 
-def build(wanted: Candidate, device: str = "cpu") -> tuple[SAM2Base, dict[str, Any]]:
+def build(wanted: Candidate, device: str = "cpu", image_size: int | None = None) -> tuple[SAM2Base, dict[str, Any]]:
     """The model as `build_sam2` makes it by default, with a live adapter, and the facts about it.
+
+    Args:
+        wanted: what to build.
+        device: such as cuda.
+        image_size: pixels of a side of the model's input, instead of the config's.
 
     Raises:
         UserError: the weights are of another model than the config, or the adapter is of another base.
@@ -77,22 +94,73 @@ def build(wanted: Candidate, device: str = "cpu") -> tuple[SAM2Base, dict[str, A
     config = wanted.config or identify(state)
     if config is None:
         raise UserError(f"{wanted.weights} looks like no stock SAM 2: name its config with --config")
-    model = build_sam2(config, None, device="cpu")
+    check_inputs(config)
+    overrides = [] if image_size is None else [f"++model.image_size={image_size}"]
+    model = build_sam2(config, None, device="cpu", hydra_overrides_extra=overrides)
     if sentence := explain_mismatch(state, model.state_dict()):
         raise UserError(f"{wanted.weights}: {sentence}")
     model.load_state_dict(state)
-    trained = 0
+    trained, stored = wanted.trained, wanted.weights.stat().st_size
     if wanted.adapter is not None:
         adapter: Adapter = read_adapter(wanted.adapter, base=state)
         check_base(wanted.weights, state, adapter)
         attach_adapter(model, adapter)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        stored = _size(wanted.adapter)
     facts = {
         "name": wanted.name,
         "config": config,
+        "image_size": model.image_size,
         "weights": str(wanted.weights),
         "adapter": None if wanted.adapter is None else str(wanted.adapter),
-        "adapter_parameters": trained,
+        "trained_parameters": trained,
+        "file_bytes": stored,
         "device": device,
     }
     return model.to(torch.device(device)).eval(), facts
+
+
+def check_device(device: str) -> None:
+    """Raises a `UserError` for a device that torch does not know or that is not there."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device is cpu, cuda, cuda:1 and so on, or mps, got {device!r}") from None
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (kind.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(kind.type, False):
+        raise UserError(f"--device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+
+
+def _split(text: str) -> tuple[str | None, Path]:
+    """Name and path of `path` or `name=path`; a path that exists may have an equals sign itself."""
+    name, given, rest = text.partition("=")
+    return (name, Path(rest)) if given and not Path(text).exists() else (None, Path(text))
+
+
+def _short(path: Path) -> str:
+    """A name for a table: of `runs/r8/adapters/best` the run's, r8."""
+    resolved = path.absolute()
+    if resolved.parent.name in ("adapters", "weights", "checkpoints"):
+        resolved = resolved.parent.parent
+    return resolved.stem if resolved.suffix in SUFFIXES else resolved.name
+
+
+def _is_whole(path: Path) -> bool:
+    adapter = path.name in (CONFIG, WEIGHTS, OLD_WEIGHTS)
+    return not adapter and not any(key.endswith(ADAPTER_KEYS) for key in read_weights(path))
+
+
+def _trained(run: Path) -> int | None:
+    try:
+        return int(json.loads((run / "lora.json").read_text(encoding="utf-8"))["trained"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # weights alone can be evaluated too
+
+
+def _size(adapter: Path) -> int:
+    files = [adapter / name for name in (WEIGHTS, OLD_WEIGHTS)] if adapter.is_dir() else [adapter]
+    return next(file.stat().st_size for file in files if file.exists())

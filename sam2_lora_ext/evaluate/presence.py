@@ -1,12 +1,18 @@
 """Is there a defect? What the object score is worth: AUROC, and false alarms where 95 % of the defects are found.
 
-Legend: P clicks on defects, N clicks on sound steel, I images.
+Legend: P clicks on defects, N clicks on sound steel.
 """
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+RECALL = 0.95
+TAILS = (0.025, 0.975)
+DRAWS = 500
 
 
 def auroc(defects: Sequence[float], sound: Sequence[float]) -> float | None:
@@ -34,40 +40,64 @@ def false_alarms(defects: Sequence[float], sound: Sequence[float], recall: float
     return float((np.asarray(sound) >= threshold).mean()), threshold
 
 
-def presence_table(
-    defects: Sequence[float],
-    defect_images: Sequence[Hashable],
-    sound: Sequence[float],
-    sound_images: Sequence[Hashable],
-    recall: float = 0.95,
-    draws: int = 500,
-    seed: int = 0,
-) -> dict[str, float | list[float] | int] | None:
-    """Both numbers with 95 % intervals from resampled images; None where defects or sound clicks are missing.
+@dataclass(frozen=True)
+class Scores:
+    """The object scores of one model, each with the image that it is from."""
+
+    defects: Sequence[float]
+    defect_images: Sequence[Hashable]
+    sound: Sequence[float]
+    sound_images: Sequence[Hashable]
+
+
+def presence_table(scores: Scores, recall: float = RECALL) -> dict[str, Any] | None:
+    """Both numbers with 95 % intervals from resampled images; None where defects or sound clicks are missing."""
+    area, alarms = auroc(scores.defects, scores.sound), false_alarms(scores.defects, scores.sound, recall)
+    if area is None or alarms is None:
+        return None
+    areas, rates = resampled(scores, recall).T
+    return {
+        "auroc": area,
+        "auroc_ci95": np.quantile(areas, TAILS).tolist(),
+        "false_alarms": alarms[0],
+        "false_alarms_ci95": np.quantile(rates, TAILS).tolist(),
+        "recall": recall,
+        "threshold": alarms[1],
+        "defect_clicks": len(scores.defects),
+        "sound_clicks": len(scores.sound),
+        "clean_images": len(set(scores.sound_images)),
+    }
+
+
+def presence_difference(first: Scores, other: Scores, recall: float = RECALL) -> dict[str, dict[str, float | int]]:
+    """`other - first` of both numbers for two models that were asked the same; both see the same resampled images.
+
+    Empty where defects or sound clicks are missing.
+    """
+    before, after = presence_table(first, recall), presence_table(other, recall)
+    if before is None or after is None:
+        return {}
+    draws = resampled(other, recall) - resampled(first, recall)  # draws 2
+    result = {}
+    for name, column in zip(("auroc", "false_alarms"), draws.T, strict=True):
+        low, high = np.quantile(column, TAILS).tolist()
+        clicks = before["defect_clicks"] + before["sound_clicks"]
+        result[name] = {"mean": after[name] - before[name], "low": low, "high": high, "objects": clicks}
+    return result
+
+
+def resampled(scores: Scores, recall: float = RECALL, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """AUROC and false alarms float64 [draws, 2] of resampled images.
 
     Defective and clean images are drawn apart, so that no draw lacks one of them.
     """
-    area, alarms = auroc(defects, sound), false_alarms(defects, sound, recall)
-    if area is None or alarms is None:
-        return None
     rng = np.random.default_rng(seed)
-    areas, rates = [], []
-    groups = [_by_image(defects, defect_images), _by_image(sound, sound_images)]
+    groups = [_by_image(scores.defects, scores.defect_images), _by_image(scores.sound, scores.sound_images)]
+    values = []
     for _ in range(draws):
         drawn = [np.concatenate([group[i] for i in rng.integers(len(group), size=len(group))]) for group in groups]
-        areas.append(auroc(*drawn))
-        rates.append(false_alarms(*drawn, recall)[0])
-    return {
-        "auroc": area,
-        "auroc_ci95": np.quantile(areas, (0.025, 0.975)).tolist(),
-        "false_alarms": alarms[0],
-        "false_alarms_ci95": np.quantile(rates, (0.025, 0.975)).tolist(),
-        "recall": recall,
-        "threshold": alarms[1],
-        "defect_clicks": len(defects),
-        "sound_clicks": len(sound),
-        "clean_images": len(set(sound_images)),
-    }
+        values.append((auroc(*drawn), false_alarms(*drawn, recall)[0]))
+    return np.array(values)
 
 
 def _by_image(values: Sequence[float], images: Sequence[Hashable]) -> list[np.ndarray]:

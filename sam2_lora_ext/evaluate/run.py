@@ -3,8 +3,9 @@
 Legend: O objects, H W pixels. Areas are (intersection, prediction, target) in pixels.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,47 +14,14 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
 from sam2_lora_ext.data.rle import encode_mask
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.automatic import AutomaticMasks
 from sam2_lora_ext.evaluate.boundary import boundary_f
 from sam2_lora_ext.evaluate.clicks import click_rounds, exact_boxes, shifted_boxes, sound_clicks
-from sam2_lora_ext.evaluate.views import Viewer
+from sam2_lora_ext.evaluate.protocol import Protocol, box_name, clicks_name
+from sam2_lora_ext.evaluate.views import Clicks, View, Viewer
 from sam2_lora_ext.evaluation import Sample
 from sam2_lora_ext.metrics import mask_counts
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What is asked; the same for every model of a comparison.
-
-    Args:
-        clicks: the numbers of clicks that are reported.
-        max_clicks: clicks that a user makes at most (for clicks to reach an IoU); at least the largest of `clicks`.
-        shifts: shares by which boxes are moved.
-        tolerance: of the boundary F, in pixels.
-        clean_clicks: clicks on each clean image.
-        tile: w of tiles, None for whole strips.
-        overlap: of tiles, in columns.
-        crop: columns around the objects that are cut out first, as in the run's own validation; None for all.
-        automatic: points per side for automatic masks; None leaves them out.
-        seed: of box shifts and clean clicks.
-    """
-
-    clicks: tuple[int, ...] = (1, 2, 4, 8)
-    max_clicks: int = 8
-    shifts: tuple[float, ...] = (0.05, 0.10, 0.20)
-    tolerance: int = 2
-    clean_clicks: int = 4
-    tile: int | None = None
-    overlap: int = 0
-    crop: int | None = None
-    automatic: int | None = None
-    seed: int = 0
-
-    @property
-    def prompts(self) -> list[str]:
-        """The names of what is asked: 1click, 2clicks, ..., box, box_5, ... ."""
-        names = [f"{count}click{'s' if count > 1 else ''}" for count in self.clicks]
-        return [*names, "box", *[f"box_{round(100 * share)}" for share in self.shifts]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +37,7 @@ class ObjectResult:
     score: float  # object score at the first click
     runs: np.ndarray  # of the mask at the first click
     automatic: float | None  # IoU of the best automatic mask
+    clicks: list[list[int]]  # (x, y, label) of each click that was made
 
 
 @dataclass(frozen=True)
@@ -90,7 +59,14 @@ class ModelResult:
     clean: list[CleanResult] = field(default_factory=list)
     image_seconds: list[float] = field(default_factory=list)  # encoding, one an image
     click_seconds: list[float] = field(default_factory=list)  # one click on one object, upscaling included
+    box_seconds: list[float] = field(default_factory=list)  # one box
+    automatic_seconds: list[float] = field(default_factory=list)  # all automatic masks of one image, encoding included
     automatic_counts: list[int] = field(default_factory=list)  # automatic masks, one an image
+
+    def clicks(self) -> dict[tuple[int, int], Clicks]:
+        """The clicks on each object, by item and identifier, for another model to be asked with."""
+        columns = {(row.item, row.object_id): torch.tensor(row.clicks).reshape(-1, 3) for row in self.objects}
+        return {key: (clicks[:, :2].float(), clicks[:, 2].int()) for key, clicks in columns.items()}
 
 
 Watcher = Callable[[Sample, str, Tensor], None]
@@ -99,45 +75,57 @@ Watcher = Callable[[Sample, str, Tensor], None]
 
 @torch.inference_mode()
 def run_model(
-    model: SAM2Base, samples: Iterable[Sample], protocol: Protocol, watch: Watcher | None = None
-) -> ModelResult:
-    """Asks a model everything; `watch` sees every mask."""
+    model: SAM2Base, samples: Iterable[Sample], protocol: Protocol, watch: Watcher | None = None,
+    replay: Mapping[tuple[int, int], Clicks] | None = None,
+) -> ModelResult:  # fmt: skip
+    """Asks a model everything.
+
+    Args:
+        model: any SAM 2.
+        samples: what is asked about.
+        protocol: how.
+        watch: sees every mask.
+        replay: the clicks to make, as `ModelResult.clicks` of another model; None lets each answer call for the next.
+
+    Raises:
+        UserError: the model answers with NaN.
+    """
     result = ModelResult()
-    automatic = (
-        AutomaticMasks(model.eval(), protocol.automatic, protocol.tile, protocol.overlap)
-        if protocol.automatic
-        else None
-    )
+    automatic = None
+    if protocol.automatic:
+        automatic = AutomaticMasks(
+            model.eval(), protocol.automatic, protocol.thresholds, protocol.tile, protocol.overlap
+        )
     with Viewer(model.eval(), protocol.tile, protocol.overlap) as viewer:
         for item, sample in enumerate(samples):
             began = time.perf_counter()
             view = viewer.look(sample.image)
             _synchronize(model)
             result.image_seconds.append(time.perf_counter() - began)
-            if not sample.defects:
-                places = sound_clicks(sample.image, protocol.clean_clicks, sample.name, protocol.seed)
-                positive = torch.ones(1, dtype=torch.int32)
-                answers = view.clicks([(place[None], positive) for place in places], [None] * len(places))
-                result.clean += [
-                    CleanResult(
-                        sample.name, item, tuple(place.tolist()), answer.score, encode_mask(answer.mask.numpy())
-                    )
-                    for place, answer in zip(places, answers, strict=True)
-                ]
-                continue
-            _ask(view, sample, item, protocol, automatic, result, watch or (lambda *_: None))
+            if sample.defects:
+                _ask(view, sample, item, protocol, automatic, result, watch or (lambda *_: None), replay)
+            else:
+                _ask_clean(view, sample, item, protocol, result)
+            score = (result.objects if sample.defects else result.clean)[-1].score
+            if not math.isfinite(score):
+                raise UserError(f"the object score of {sample.name} is {score}: the weights are damaged or diverged")
     return result
 
 
+def _ask_clean(view: View, sample: Sample, item: int, protocol: Protocol, result: ModelResult) -> None:
+    """Single clicks on sound steel."""
+    places = sound_clicks(sample.image, protocol.clean_clicks, sample.name, protocol.seed)
+    positive = torch.ones(1, dtype=torch.int32)
+    answers = view.clicks([(place[None], positive) for place in places], [None] * len(places))
+    for place, answer in zip(places, answers, strict=True):
+        runs = encode_mask(answer.mask.numpy())
+        result.clean.append(CleanResult(sample.name, item, tuple(place.tolist()), answer.score, runs))
+
+
 def _ask(
-    view,
-    sample: Sample,
-    item: int,
-    protocol: Protocol,
-    automatic: AutomaticMasks | None,
-    result: ModelResult,
-    watch: Watcher,
-) -> None:
+    view: View, sample: Sample, item: int, protocol: Protocol, automatic: AutomaticMasks | None, result: ModelResult,
+    watch: Watcher, replay: Mapping[tuple[int, int], Clicks] | None,
+) -> None:  # fmt: skip
     """Clicks, boxes and automatic masks for the defects of one sample."""
     truth = sample.masks[sample.defects]
     identifiers = [sample.object_ids[o] for o in sample.defects]
@@ -145,43 +133,43 @@ def _ask(
 
     def note(prompt: str, masks: Tensor) -> None:
         areas[prompt] = mask_counts(masks, truth)[:, 0].tolist()
-        boundary[prompt] = [
-            boundary_f(mask[0].numpy(), wanted[0].numpy(), protocol.tolerance)
-            for mask, wanted in zip(masks, truth, strict=True)
-        ]
+        pairs = zip(masks[:, 0].numpy(), truth[:, 0].numpy(), strict=True)
+        boundary[prompt] = [boundary_f(mask, wanted, protocol.tolerance) for mask, wanted in pairs]
         watch(sample, prompt, masks)
 
+    given = None if replay is None else [replay[item, identifier] for identifier in identifiers]
     began = time.perf_counter()
-    for count, (masks, scores) in enumerate(click_rounds(view, truth, protocol.max_clicks), start=1):
+    rounds = click_rounds(view, truth, protocol.max_clicks, given)
+    for count, (masks, scores, clicks) in enumerate(rounds, start=1):
         steps.append(mask_counts(masks, truth)[:, 0].tolist())
         if count == 1:
             result.click_seconds.append((time.perf_counter() - began) / len(truth))
             first, first_scores = masks, scores
         if count in protocol.clicks:
-            note(f"{count}click{'s' if count > 1 else ''}", masks)
+            note(clicks_name(count), masks)
     boxes = exact_boxes(truth)
-    note("box", view.boxes(boxes))
+    began = time.perf_counter()
+    masks = view.boxes(boxes)
+    result.box_seconds.append((time.perf_counter() - began) / len(truth))
+    note("box", masks)
     for share in protocol.shifts:
         shifted = shifted_boxes(boxes, share, sample.image.shape[:2], sample.name, identifiers, protocol.seed)
-        note(f"box_{round(100 * share)}", view.boxes(shifted))
+        note(box_name(share), view.boxes(shifted))
     best: list[float | None] = [None] * len(truth)
     if automatic is not None:
+        began = time.perf_counter()
         best, count = automatic.best_ious(sample.image, truth)
+        result.automatic_seconds.append(time.perf_counter() - began)
         result.automatic_counts.append(count)
     for o, identifier in enumerate(identifiers):
-        result.objects.append(
-            ObjectResult(
-                sample.name,
-                item,
-                identifier,
-                [step[o] for step in steps],
-                {prompt: rows[o] for prompt, rows in areas.items()},
-                {prompt: values[o] for prompt, values in boundary.items()},
-                float(first_scores[o]),
-                encode_mask(first[o, 0].numpy()),
-                best[o],
-            )
-        )
+        coords, labels = clicks[o]
+        result.objects.append(ObjectResult(
+            image=sample.name, item=item, object_id=identifier, by_clicks=[step[o] for step in steps],
+            areas={prompt: rows[o] for prompt, rows in areas.items()},
+            boundary={prompt: values[o] for prompt, values in boundary.items()},
+            score=float(first_scores[o]), runs=encode_mask(first[o, 0].numpy()), automatic=best[o],
+            clicks=torch.cat([coords.int(), labels[:, None]], 1).tolist(),
+        ))  # fmt: skip
 
 
 def _synchronize(model: SAM2Base) -> None:

@@ -12,8 +12,9 @@ import torch
 from sam2_lora_ext.bootstrap import bootstrap_interval
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.evaluate.presence import presence_table
-from sam2_lora_ext.evaluate.run import ModelResult, ObjectResult, Protocol
+from sam2_lora_ext.evaluate.presence import Scores, presence_difference, presence_table
+from sam2_lora_ext.evaluate.protocol import Protocol
+from sam2_lora_ext.evaluate.run import ModelResult, ObjectResult
 from sam2_lora_ext.metrics import dice, iou
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, None)}  # COCO's, in pixels of the strip
@@ -27,8 +28,8 @@ def columns(objects: Sequence[ObjectResult], protocol: Protocol) -> dict[str, np
     """Every metric as float64 [O].
 
     `iou_*`, `dice_*` and `boundary_*` by prompt; `clicks_to_80` is the number of clicks to an IoU of 0.80, and
-    `max_clicks` where it is not reached (`missed_80` is 1 there); `automatic_recall` is 1 where an automatic mask has an
-    IoU of at least 0.5, `automatic_iou` that of the best.
+    `max_clicks` where it is not reached (`missed_80` is 1 there); `automatic_recall` is 1 where an automatic mask has
+    an IoU of at least 0.5, `automatic_iou` that of the best.
     """
     table: dict[str, np.ndarray] = {}
     for prompt in protocol.prompts:
@@ -53,7 +54,7 @@ def means(
     """`{metric: {mean, low, high, objects}}` of all objects, or of those in `keep` (bool [O]); empty for none."""
     keep = np.ones(len(images), dtype=bool) if keep is None else keep
     groups = [image for image, kept in zip(images, keep, strict=True) if kept]
-    return {name: _interval(values[keep], groups) for name, values in table.items()} if groups else {}
+    return {name: interval(values[keep], groups) for name, values in table.items()} if groups else {}
 
 
 def summarize(result: ModelResult, protocol: Protocol, class_names: Mapping[int, str]) -> dict[str, Any]:
@@ -62,32 +63,34 @@ def summarize(result: ModelResult, protocol: Protocol, class_names: Mapping[int,
     images = [row.image for row in result.objects]
     classes = np.array([class_of(row.object_id) for row in result.objects])
     areas = np.array([row.by_clicks[0][2] for row in result.objects])
+    by_class = {name: classes == number for number, name in sorted(class_names.items())}
     by_size = {name: (areas >= low) & (areas < (high or np.inf)) for name, (low, high) in SIZES.items()}
     return {
         "metrics": means(table, images),
-        "classes": {
-            name: means(table, images, classes == number)
-            for number, name in sorted(class_names.items())
-            if (classes == number).any()
-        },
+        "classes": {name: means(table, images, keep) for name, keep in by_class.items() if keep.any()},
         "sizes": {name: means(table, images, keep) for name, keep in by_size.items() if keep.any()},
-        "presence": presence_table(
-            [row.score for row in result.objects],
-            images,
-            [row.score for row in result.clean],
-            [row.image for row in result.clean],
-        ),
+        "presence": presence_table(scores_of(result)),
         "automatic_masks_per_image": float(np.mean(result.automatic_counts)) if result.automatic_counts else None,
         "speed": {
             "encode_ms": _median_ms(result.image_seconds),
             "click_ms": _median_ms(result.click_seconds),
+            "box_ms": _median_ms(result.box_seconds),
+            "automatic_ms": _median_ms(result.automatic_seconds),
             "images": len(result.image_seconds),
         },
     }
 
 
+def scores_of(result: ModelResult) -> Scores:
+    """The object scores of a model's first clicks."""
+    return Scores(
+        [row.score for row in result.objects], [row.image for row in result.objects],
+        [row.score for row in result.clean], [row.image for row in result.clean],
+    )  # fmt: skip
+
+
 def differences(first: ModelResult, other: ModelResult, protocol: Protocol) -> dict[str, Interval]:
-    """Mean of `other - first` object by object, with the interval of that difference.
+    """Mean of `other - first` object by object, with the interval of that difference; also of AUROC and false alarms.
 
     Raises:
         UserError: they were not asked about the same objects.
@@ -95,52 +98,15 @@ def differences(first: ModelResult, other: ModelResult, protocol: Protocol) -> d
     if [(row.item, row.object_id) for row in first.objects] != [(row.item, row.object_id) for row in other.objects]:
         raise UserError("the models were not asked about the same objects: evaluate them together with --compare")
     before, after = columns(first.objects, protocol), columns(other.objects, protocol)
-    return means({name: after[name] - before[name] for name in before}, [row.image for row in first.objects])
+    paired = means({name: after[name] - before[name] for name in before}, [row.image for row in first.objects])
+    return paired | presence_difference(scores_of(first), scores_of(other))
 
 
-def text_table(
-    columns: Sequence[tuple[str, Mapping[str, Interval]]], metrics: Mapping[str, str], signed: bool = False
-) -> str:
-    """A Markdown table: a column for each name, a row for each metric (key -> title); `*` marks a difference from 0."""
-    lines = [["", *[name for name, _ in columns]], ["---"] * (len(columns) + 1)]
-    lines += [
-        [title, *[cell(values.get(metric), signed) for _, values in columns]] for metric, title in metrics.items()
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def cell(value: Interval | None, signed: bool = False) -> str:
-    """`0.512 [0.490, 0.530]`; a signed one has a `*` where its interval leaves out 0."""
-    if value is None:
-        return "-"
-    sign = "+" if signed else ""
-    if value["objects"] == 1:  # one object has no interval
-        return f"{value['mean']:{sign}.3f}"
-    mark = "*" if signed and (value["low"] > 0 or value["high"] < 0) else ""
-    return f"{value['mean']:{sign}.3f}{mark} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
-
-
-def headline(protocol: Protocol) -> dict[str, str]:
-    """The metrics of the main table and their titles."""
-    titles = {
-        f"iou_{prompt}": f"IoU {prompt.replace('clicks', ' clicks').replace('1click', '1 click').replace('box_', 'box ±')}"
-        for prompt in protocol.prompts
-    }
-    titles = {key: f"{title} %" if "±" in title else title for key, title in titles.items()}
-    first = protocol.prompts[0]
-    titles |= {
-        f"dice_{first}": f"Dice {first.replace('1click', '1 click')}",
-        f"boundary_{first}": "boundary F 1 click" if first == "1click" else f"boundary F {first}",
-        "boundary_box": "boundary F box",
-    }
-    titles |= {f"clicks_to_{round(100 * goal)}": f"clicks to {goal:.2f}" for goal in GOALS}
-    titles |= {f"missed_{round(100 * goal)}": f"{goal:.2f} missed" for goal in GOALS}
-    return titles | ({"automatic_recall": "automatic recall"} if protocol.automatic else {})
-
-
-def _interval(values: np.ndarray, groups: Sequence[str]) -> Interval:
+def interval(values: np.ndarray, groups: Sequence[str]) -> Interval:
+    """The mean of values [O] and its 95 % interval by group."""
     low, high = bootstrap_interval(values, groups)
-    return {"mean": float(np.mean(values)), "low": low, "high": high, "objects": len(values)}
+    counts = {"objects": len(values), "images": len(set(groups))}
+    return {"mean": float(np.mean(values)), "low": low, "high": high, **counts}
 
 
 def _median_ms(seconds: Sequence[float]) -> float | None:

@@ -1,7 +1,7 @@
 """How a model sees a strip: whole, squashed to its square input, or in overlapping tiles that keep the detail.
 
-Both answer the same questions about the same strip, through the stock `SAM2ImagePredictor`. Legend: O objects, H W pixels
-of the strip, P clicks, N tiles, w tile width. Coordinates are (x, y) in pixels of the strip.
+Both answer the same questions about the same strip, through the stock `SAM2ImagePredictor`. Legend: O objects, H W
+pixels of the strip, P clicks, N tiles, w tile width. Coordinates are (x, y) in pixels of the strip.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,11 @@
 """Where the adaptation happened: the norm of each layer's update relative to its weight, and summed by block.
 
-For a layer with weight W and update D = s B A: ||D|| / ||W||, Frobenius norms.
-For a block: sqrt(sum ||D||^2 / sum ||W||^2).
+For a layer whose weight W became W + D: ||D|| / ||W||, Frobenius norms. For a block: sqrt(sum ||D||^2 / sum ||W||^2).
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,63 +13,76 @@ from torch import Tensor
 from sam2_lora_ext.lora.adapter import Adapter
 
 BLOCK = re.compile(
-    r"(image_encoder\.trunk\.blocks\.\d+|sam_mask_decoder\.transformer\.layers\.\d+|memory_attention\.layers\.\d+)\."
+    r"image_encoder\.trunk\.blocks\.\d+|sam_mask_decoder\.transformer\.[a-z_]+(\.\d+)?|memory_attention\.layers\.\d+"
 )
 SHORT = (
     ("image_encoder.trunk.blocks.", "encoder block "),
+    ("image_encoder.", "encoder "),
     ("sam_mask_decoder.transformer.layers.", "decoder layer "),
     ("sam_mask_decoder.transformer.", "decoder "),
+    ("sam_mask_decoder.", "decoder "),
+    ("sam_prompt_encoder.", "prompt encoder "),
     ("memory_attention.layers.", "memory layer "),
 )
 
 
 @dataclass(frozen=True)
 class Change:
-    """An update's norm; `relative` is None without the base."""
+    """The norm of an update and of what it changed; the latter is None without the base."""
 
     name: str
     norm: float
-    relative: float | None
+    weight: float | None
+
+    @property
+    def relative(self) -> float | None:
+        """Their ratio; None without the base, and for a weight that was zero."""
+        return self.norm / self.weight if self.weight else None
 
 
-def layer_changes(adapter: Adapter, base: Mapping[str, Tensor] | None) -> list[Change]:
-    """One row for each adapted layer and each module trained in full, in the order of the adapter."""
+def adapter_changes(adapter: Adapter, base: Mapping[str, Tensor] | None) -> list[Change]:
+    """A row for each adapted layer and each tensor trained in full, in the order of the adapter.
+
+    Without the base only plain LoRA can be told: what DoRA and full training changed depends on it.
+    """
     rows = []
     for name, layer in adapter.layers.items():
-        norm = float(layer.delta_weight().norm())
-        rows.append(Change(name, norm, _relative(norm, base[f"{name}.weight"]) if base is not None else None))
-    for key, value in adapter.full.items():
         if base is not None:
-            norm = float((value.double() - base[key].double()).norm())
-            rows.append(Change(key, norm, _relative(norm, base[key])))
+            weight = base[f"{name}.weight"].double()
+            rows.append(Change(name, float((layer.merged_weight(weight) - weight).norm()), float(weight.norm())))
+        elif layer.magnitude is None:
+            rows.append(Change(name, float(layer.delta_weight().norm()), None))
+    return rows + (weight_changes(adapter.full, base) if base is not None else [])
+
+
+def weight_changes(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[Change]:
+    """A row for each tensor that differs from the base's, in the order of the state dict."""
+    rows = []
+    for key, value in state.items():
+        before = base[key].double()
+        norm = float((value.double() - before).norm())
+        if norm:
+            rows.append(Change(key, norm, float(before.norm())))
     return rows
 
 
-def block_changes(adapter: Adapter, base: Mapping[str, Tensor] | None) -> list[Change]:
-    """The layers of each block together; layers outside of blocks by the module that they are in."""
+def by_block(rows: Iterable[Change]) -> list[Change]:
+    """The rows of each block together; those outside of blocks by the part of the model that they are in."""
     sums: dict[str, list[float]] = {}
-    for row in layer_changes(adapter, base):
+    known = True
+    for row in rows:
+        known = known and row.weight is not None
         total = sums.setdefault(block_of(row.name), [0.0, 0.0])
         total[0] += row.norm**2
-        if base is not None:
-            weight = base[row.name if row.name in base else f"{row.name}.weight"]
-            total[1] += float(weight.double().norm()) ** 2
-    return [
-        Change(name, math.sqrt(norm), math.sqrt(norm / weight) if weight else None)
-        for name, (norm, weight) in sums.items()
-    ]
+        total[1] += (row.weight or 0.0) ** 2
+    return [Change(name, math.sqrt(a), math.sqrt(b) if known else None) for name, (a, b) in sums.items()]
 
 
 def block_of(name: str) -> str:
     """A short name of a layer's block: `encoder block 3`, `decoder layer 0`, `decoder final_attn_token_to_image`."""
     found = BLOCK.match(name)
-    inside = found.group(1) if found else name.rpartition(".")[0]
+    inside = found.group() if found else ".".join(name.split(".")[:2])
     for long, short in SHORT:
         if inside.startswith(long):
             return short + inside.removeprefix(long)
     return inside
-
-
-def _relative(norm: float, weight: Tensor) -> float | None:
-    size = float(weight.double().norm())
-    return norm / size if size else None

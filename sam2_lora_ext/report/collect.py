@@ -1,7 +1,10 @@
-"""Reads what runs and evaluations left on the disk, and says plainly what is missing."""
+"""Reads what runs and evaluations left on the disk, and says plainly what is missing or damaged."""
 
 import csv
 import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from sam2_lora_ext.checkpoints import read_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.adapter import Adapter
 
+TABLE = "logs/metrics.csv"
+
 
 @dataclass
 class Run:
@@ -18,16 +23,23 @@ class Run:
 
     path: Path
     name: str
+    label: str  # short, and another one for each run of a report
     summary: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, str]] = field(default_factory=list)  # of logs/metrics.csv
-    validations: list[dict[str, Any]] = field(default_factory=list)
 
     def curve(self, phase: str, column: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a column of metrics.csv, without empty cells."""
-        points = [
-            (float(row["step"]), float(row[column])) for row in self.rows if row["phase"] == phase and row.get(column)
-        ]
+        """Steps and values of a column of metrics.csv, without empty cells and values that are not finite.
+
+        Raises:
+            UserError: a cell is no number.
+        """
+        cells = [(row["step"], row[column]) for row in self.rows if row["phase"] == phase and row.get(column)]
+        try:
+            points = [(float(step), float(value)) for step, value in cells]
+        except ValueError as error:
+            raise UserError(f"{self.path / TABLE} is damaged in the column {column}: {error}") from error
+        points = [point for point in points if math.isfinite(point[1])]
         return [step for step, _ in points], [value for _, value in points]
 
     def adapter(self) -> tuple[str, Adapter] | None:
@@ -35,6 +47,13 @@ class Run:
         for kind in ("best", "final", "latest"):
             if (self.path / "adapters" / kind / CONFIG).exists():
                 return kind, load_adapter(self.path / "adapters" / kind)
+        return None
+
+    def weights(self) -> tuple[str, dict[str, Any]] | None:
+        """The whole weights of a run that trained no adapter, and their kind: best, else final."""
+        for kind in ("best", "final"):
+            if (self.path / "weights" / f"{kind}.pt").exists():
+                return kind, read_weights(self.path / "weights" / f"{kind}.pt")
         return None
 
     def base(self) -> dict[str, Any] | None:
@@ -51,7 +70,22 @@ class Evaluation:
     record: dict[str, Any]
 
 
-def read_run(path: Path) -> Run:
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Several run folders; where their folders have one name, a label has what tells them apart.
+
+    Raises:
+        UserError: as `read_run`, or a run is given twice.
+    """
+    places = [path.resolve() for path in paths]
+    if len(set(places)) < len(places):
+        raise UserError(f"a run is given twice: {', '.join(map(str, paths))}")
+    parts = 1
+    while len({place.parts[-parts:] for place in places}) < len(places):
+        parts += 1
+    return [read_run(path, "/".join(place.parts[-parts:])) for path, place in zip(paths, places, strict=True)]
+
+
+def read_run(path: Path, label: str | None = None) -> Run:
     """A run folder of `LoRATrainer`.
 
     Raises:
@@ -61,23 +95,12 @@ def read_run(path: Path) -> Run:
         raise UserError(
             f"{path} is no run folder (there is no run.json in it): give the folder of launcher.experiment_log_dir"
         )
-    run = Run(path, str(_json(path / "run.json").get("name", path.name)))
-    for attribute, file in (
-        ("summary", "training_summary.json"),
-        ("lora", "lora.json"),
-        ("validations", "validations.json"),
-    ):
+    run = Run(path, str(_json(path / "run.json", dict).get("name", path.name)), label or path.resolve().name)
+    for attribute, file in (("summary", "training_summary.json"), ("lora", "lora.json")):
         if (path / file).exists():
-            setattr(run, attribute, _json(path / file))
-    table = path / "logs/metrics.csv"
-    if table.exists():
-        with open(table, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not {"step", "phase", "loss"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{table} is damaged: its header lacks step, phase or loss")
-            run.rows = [
-                row for row in reader if None not in row.values()
-            ]  # a running job may be in the middle of a line
+            setattr(run, attribute, _json(path / file, dict))
+    if (path / TABLE).exists():
+        run.rows = _rows(path / TABLE)
     return run
 
 
@@ -90,14 +113,40 @@ def read_evaluation(path: Path) -> Evaluation:
     file = path / "evaluation.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"there is no {file}: make it with tools/evaluate.py")
-    record = _json(file)
-    if not {"protocol", "models", "differences", "data"} <= set(record):
+    record = _json(file, dict)
+    if not {"protocol", "models", "differences", "data"} <= set(record) or not record["models"]:
         raise UserError(f"{file} is not what tools/evaluate.py writes: give its folder")
     return Evaluation(file.parent, record)
 
 
-def _json(path: Path) -> Any:
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Turns what goes wrong with the content of JSON files (`what`) into a `UserError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        sentence = f"{what} does not hold what this version writes ({error!r}): restore it, or run again"
+        raise UserError(sentence) from error
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not {"step", "phase", "loss"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{table} is damaged: its header lacks step, phase or loss")
+            return [row for row in reader if None not in row.values()]  # a running job may be in the middle of a line
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} is damaged or cannot be read ({error}): restore it, or move it away") from error
+
+
+def _json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or cannot be read ({error}): restore it, or run again") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}; restore it, or run again")
+    return content

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -11,28 +12,37 @@ from sam2_lora_ext.report.adapter_stats import Change
 
 INK, GRID = "#010203", "#040506"  # stand for the page's own colours, which are put in afterwards
 COLOURS = ("#2f7ed8", "#e07b39", "#2ca25f", "#c23b6b", "#7b61c9", "#9a8a24")  # to be told apart on white and on black
+STYLES = ("-", "--", ":")
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
-def plot(curves: Mapping[str, Curve], title: str, ylabel: str, *, log: bool = False) -> str:
-    """Lines over optimizer steps as `<svg>`; empty without a point."""
+def plot(curves: Mapping[tuple[str, str], Curve], title: str, ylabel: str, *, log: bool = False) -> str:
+    """Lines over optimizer steps as `<svg>`; empty without a point.
+
+    Args:
+        curves: by run and by what is drawn; of several runs each has a colour, of one run each curve.
+        title: above the plot.
+        ylabel: of the values.
+        log: a logarithmic axis where the values span more than a power of ten.
+    """
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     if not curves:
         return ""
-    figure, axes = _axes((5.2, 3.0))
-    for number, (name, (steps, values)) in enumerate(curves.items()):
+    runs, kinds = (list(dict.fromkeys(names)) for names in zip(*curves))
+    figure, axes = _axes((5.2, 3.0 if len(curves) < 4 else 3.3 + 0.1 * len(curves)))
+    for (run, kind), (steps, values) in curves.items():
+        colour, style = (runs.index(run), kinds.index(kind)) if len(runs) > 1 else (kinds.index(kind), 0)
+        label = " ".join([*[run] * (len(runs) > 1), *[kind] * (len(kinds) > 1)]) or kind
         axes.plot(
-            steps,
-            values,
-            label=name,
-            color=COLOURS[number % len(COLOURS)],
-            marker="o" if len(steps) < 30 else None,
-            markersize=3,
-        )
-    axes.set(
-        xlabel="optimizer step", ylabel=ylabel, title=title, yscale="log" if log and _positive(curves) else "linear"
-    )
-    axes.legend(labelcolor=INK, frameon=False, fontsize=8)
+            steps, values, label=_plain(label), color=COLOURS[colour % len(COLOURS)],
+            linestyle=STYLES[style % len(STYLES)], marker="o" if len(steps) < 30 else None, markersize=3,
+        )  # fmt: skip
+    scale = "log" if log and _spans(curves) else "linear"
+    axes.set(xlabel="optimizer step", ylabel=ylabel, title=_plain(title), yscale=scale)
+    if len(curves) < 4:
+        axes.legend(labelcolor=INK, frameon=False, fontsize=8)
+    else:  # too many to lie over the curves
+        figure.legend(loc="outside lower center", ncols=2, labelcolor=INK, frameon=False, fontsize=8)
     return _svg(figure, title)
 
 
@@ -44,12 +54,8 @@ def bars(rows: Sequence[Change], title: str) -> str:
     figure, axes = _axes((6.2, 0.8 + 0.22 * len(rows)))
     values = [100 * row.relative if relative else row.norm for row in rows]
     axes.barh(range(len(rows)), values, color=COLOURS[0])
-    axes.set(
-        yticks=range(len(rows)),
-        yticklabels=[row.name for row in rows],
-        title=title,
-        xlabel="norm of the update, % of the weight's" if relative else "norm of the update",
-    )
+    xlabel = "norm of the update, % of the weight's" if relative else "norm of the update"
+    axes.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows], title=_plain(title), xlabel=xlabel)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     return _svg(figure, title)
@@ -71,9 +77,7 @@ def _axes(size: tuple[float, float]):
 
 def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": title}
-    ):  # text stays text; ids differ from plot to plot
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text stays text; ids of its own
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -81,8 +85,14 @@ def _svg(figure: Figure, title: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = svg.replace(INK, "currentColor").replace(GRID, "var(--line)")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
 
 
-def _positive(curves: Mapping[str, Curve]) -> bool:
-    return all(value > 0 for _, values in curves.values() for value in values)
+def _plain(text: str) -> str:
+    """As matplotlib shows it: a dollar would begin a formula, an underscore in front would hide it from a legend."""
+    return text.lstrip("_").replace("$", r"\$")
+
+
+def _spans(curves: Mapping[tuple[str, str], Curve]) -> bool:
+    values = [value for _, column in curves.values() for value in column]
+    return min(values) > 0 and max(values) > 10 * min(values)

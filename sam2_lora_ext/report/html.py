@@ -5,28 +5,37 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from sam2_lora_ext.errors import UserError
+
+WIDE = 2.5  # width by height
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5b6570; --line: #d9dee3; --panel: #f5f7f9;
   --good: #15803d; --bad: #b42318 }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e6e9ec; --soft: #9aa5b0; --line: #343c44; --panel: #1d2329;
-  --good: #5fd38a; --bad: #ff8f80 } }
+@media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e6e9ec; --soft: #9aa5b0; --line: #343c44;
+  --panel: #1d2329; --good: #5fd38a; --bad: #ff8f80 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1180px; padding: 1rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem; margin: .3rem 0; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line) }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem } p { margin: .4rem 0 } .soft { color: var(--soft) }
+body { margin: 0 auto; max-width: 1180px; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: .3rem 0 } h1, p { overflow-wrap: anywhere }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem } p { margin: .4rem 0 } .soft, small { color: var(--soft) }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: 3px 12px 3px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-td.n { white-space: nowrap } tbody th { position: sticky; left: 0; background: var(--paper) } th { font-weight: 600 } small { color: var(--soft) }
+td { overflow-wrap: anywhere; min-width: 7rem } td.n { white-space: nowrap; min-width: 0 } th { font-weight: 600 }
+thead th { overflow-wrap: anywhere } tbody th { position: sticky; left: 0; background: var(--paper) }
 .plots, .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 265px), 1fr)) } .wide { grid-column: span 2 }
+@media (max-width: 640px) { .wide { grid-column: auto } }
 figure { margin: 0; min-width: 0 } figcaption { font-size: 12px; color: var(--soft); overflow-wrap: anywhere }
 img, svg { display: block; width: 100%; height: auto } .tall { max-width: 700px }
-pre { background: var(--panel); padding: .7rem; overflow-x: auto; font-size: 12.5px; border-radius: 6px; white-space: pre-wrap;
+pre { background: var(--panel); padding: .7rem; font-size: 12.5px; border-radius: 6px; white-space: pre-wrap;
   overflow-wrap: anywhere }
 .better { color: var(--good) } .worse { color: var(--bad) }
-summary { cursor: pointer }
+summary { cursor: pointer; margin: .3rem 0 }
 """
 
 
@@ -39,28 +48,36 @@ def text(value: object) -> str:
     return value if isinstance(value, Raw) else escape(str(value))
 
 
-def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose first column names the row."""
+def table(header: Sequence[object], rows: Sequence[Sequence[object]], wrap: bool = False) -> str:
+    """A table whose first column names the row; with `wrap` long cells break, else a narrow screen scrolls."""
     head = "".join(f"<th>{text(cell)}</th>" for cell in header)
+    opening = "<td>" if wrap else "<td class=n>"
     body = "".join(
-        f"<tr><th>{text(row[0])}</th>" + "".join(f"<td class=n>{text(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
+        f"<tr><th>{text(row[0])}</th>{''.join(f'{opening}{text(cell)}</td>' for cell in row[1:])}</tr>" for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def folded(title: str, body: str, unfolded: bool = False) -> str:
+    """A part of the page that opens on a click."""
+    return f"<details{' open' if unfolded else ''}><summary>{escape(title)}</summary>{body}</details>"
+
+
 def picture(file: Path, caption: str) -> str:
-    """A JPEG or PNG inside the page.
+    """A JPEG or PNG inside the page; a strip takes two columns where there are several.
 
     Raises:
-        UserError: the file is missing.
+        UserError: the file is missing or no picture.
     """
     try:
+        with Image.open(file) as image:
+            kind, wide = image.format.lower(), image.width > WIDE * image.height
         data = base64.b64encode(file.read_bytes()).decode("ascii")
     except OSError as error:
-        raise UserError(f"cannot read the picture {file} ({error.strerror}): evaluate again") from error
-    kind = "png" if file.suffix == ".png" else "jpeg"
-    return f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/{kind};base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+        raise UserError(f"cannot read the picture {file} ({error.strerror or error}): evaluate again") from error
+    source, words = f"data:image/{kind};base64,{data}", escape(caption)
+    opening = '<figure class="wide">' if wide else "<figure>"
+    return f'{opening}<img alt="{words}" src="{source}"><figcaption>{words}</figcaption></figure>'
 
 
 def figure(svg: str) -> str:

@@ -1,0 +1,72 @@
+"""What an evaluation asks: the same for every model of a comparison, and written into evaluation.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sam2_lora_ext.errors import UserError, check_keys
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is asked; the same for every model of a comparison.
+
+    Args:
+        clicks: the numbers of clicks that are reported.
+        max_clicks: clicks that a user makes at most (for clicks to reach an IoU); at least the largest of `clicks`.
+        shifts: shares by which boxes are moved.
+        tolerance: of the boundary F, in pixels.
+        clean_clicks: clicks on each clean image.
+        tile: w of tiles, None for whole strips.
+        overlap: of tiles, in columns.
+        crop: columns around the objects that are cut out first, as in the run's own validation; None for all.
+        automatic: points per side for automatic masks; None leaves them out.
+        thresholds: predicted IoU and stability that an automatic mask has at least.
+        same_clicks: later clicks too are the same for all models: those that the first model's errors called for.
+        image_size: pixels of a side of the model's input; None takes the config's.
+        seed: of box shifts and clean clicks.
+    """
+
+    clicks: tuple[int, ...] = (1, 2, 4, 8)
+    max_clicks: int = 8
+    shifts: tuple[float, ...] = (0.05, 0.10, 0.20)
+    tolerance: int = 2
+    clean_clicks: int = 4
+    tile: int | None = None
+    overlap: int = 0
+    crop: int | None = None
+    automatic: int | None = None
+    thresholds: tuple[float, float] = (0.8, 0.95)  # stock's
+    same_clicks: bool = False
+    image_size: int | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, values: Any) -> "Protocol":
+        """The protocol in an evaluation.json; raises `UserError` for what this version does not write."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"the protocol of an evaluation is a mapping, got {values!r}")
+        check_keys("the protocol of an evaluation", values, [field.name for field in fields(cls)])
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    @property
+    def prompts(self) -> list[str]:
+        """The names of what is asked: 1click, 2clicks, ..., box, box_5, ... ."""
+        return [*map(clicks_name, self.clicks), "box", *map(box_name, self.shifts)]
+
+    @property
+    def view(self) -> str:
+        """How the model sees a strip, in words."""
+        if self.tile:
+            return f"tiles of {self.tile} columns that share {self.overlap}"
+        return f"windows of {self.crop} columns around the objects" if self.crop else "whole strips"
+
+
+def clicks_name(count: int) -> str:
+    """`1click`, `2clicks`, ... ."""
+    return f"{count}click{'s' if count > 1 else ''}"
+
+
+def box_name(share: float) -> str:
+    """`box_5` for a box that is moved by 0.05 of its size."""
+    return f"box_{round(100 * share)}"
