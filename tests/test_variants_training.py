@@ -1,4 +1,4 @@
-"""DoRA, PiSSA and LoRA+ through the stock Trainer: they train, resume to the bit, and merge into stock keys."""
+"""DoRA, PiSSA, LoRA-FA and LoRA+ through the stock Trainer: they train, resume to the bit, and merge into stock keys."""
 
 import json
 
@@ -17,7 +17,7 @@ from sam2_lora_ext.merge import merge_files, read_adapter
 from sam2_lora_ext.trainer import LoRATrainer
 from sam2_lora_ext.verify import compare_merged
 
-VARIANTS = {"dora": ("lora.variant=dora",), "pissa": ("lora.variant=pissa", "lora.qkv_parts=[q,v]")}
+VARIANTS = {"dora": ("lora.variant=dora",), "pissa": ("lora.variant=pissa", "lora.qkv_parts=[q,v]"), "fa": ("lora.freeze_a=true",)}
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
@@ -27,7 +27,10 @@ def test_trains_resumes_exactly_and_merges(settings, tmp_path, nano_base, strips
     model = unwrap_ddp_if_wrapped(trainer.model)
     layers = dict(lora_layers(model))
     for key in next(iter(layers.values())).adapter_parameters():
-        assert all(layer.get_parameter(key).grad.any() for layer in layers.values()), key
+        if key == "lora_a" and "lora.freeze_a=true" in settings:
+            assert not any(layer.lora_a.requires_grad for layer in layers.values())
+        else:
+            assert all(layer.get_parameter(key).grad.any() for layer in layers.values()), key
     env = environment(nano_base, strips, run)
     with monkeypatch.context() as patch:
         kill_at(patch, LoRATrainer, "run_val", 1, False)
@@ -50,7 +53,6 @@ def test_trains_resumes_exactly_and_merges(settings, tmp_path, nano_base, strips
 def test_the_run_says_which_variant(tmp_path, nano_base, strips):
     train_here(environment(nano_base, strips, tmp_path), "lora.variant=dora", "scratch.steps=2")
     assert json.loads((tmp_path / "lora.json").read_text())["config"]["variant"] == "dora"
-
 
 
 

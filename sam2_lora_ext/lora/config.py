@@ -42,6 +42,7 @@ class LoRAConfig:
         alpha_pattern: glob -> alpha of the adapted layers that it matches.
         qkv_parts: of layers named `qkv`, adapt only these, e.g. ["q", "v"]; None adapts the fused layer as one.
         trainable: globs of modules that are trained in full beside the adapters, e.g. "*.norm1".
+        freeze_a: train B alone and leave A as it was drawn (LoRA-FA, arXiv 2308.03303): lean layers then keep no input.
         variant: "lora", "dora" (arXiv 2402.09353) or "pissa" (arXiv 2404.02948), see `variants.py`.
         implementation: how the update is computed: "plain", or "lean" for the same numbers with less kept for backward.
     """
@@ -55,6 +56,7 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     qkv_parts: list[str] | None = None
     trainable: list[str] = field(default_factory=list)
+    freeze_a: bool = False
     variant: str = "lora"
     implementation: str = "plain"
 
@@ -72,8 +74,9 @@ class LoRAConfig:
                 raise UserError(f"lora.{where} must be a number above 0, got {alpha!r}")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout must be a number from 0 to below 1, got {self.dropout!r}")
-        if type(self.rslora) is not bool:
-            raise UserError(f"lora.rslora must be true or false, got {self.rslora!r}")
+        for where in ("rslora", "freeze_a"):
+            if type(getattr(self, where)) is not bool:
+                raise UserError(f"lora.{where} must be true or false, got {getattr(self, where)!r}")
         if self.qkv_parts is not None:
             self.qkv_parts = _names("qkv_parts", self.qkv_parts)
             if not self.qkv_parts or len(set(self.qkv_parts)) < len(self.qkv_parts) or set(self.qkv_parts) - set(QKV):

@@ -151,7 +151,8 @@ def build_lora_model(model: Model, lora: Config) -> Model:
 
 
 def _trained(model: nn.Module, config: LoRAConfig) -> set[str]:
-    adapters = {f"{name}.{key}" for name, layer in lora_layers(model) for key in layer.adapter_parameters()}
+    adapters = {f"{name}.{key}" for name, layer in lora_layers(model) for key in layer.adapter_parameters()
+                if not (config.freeze_a and key == "lora_a")}
     return adapters | {f"{outer}.{name}" for outer in find_trainable(model, config)
                        for name, _ in model.get_submodule(outer).named_parameters()}
 
