@@ -1,7 +1,7 @@
 """What a training step costs, by model, resolution and method: a table, and `runs/bench/train_step.json`.
 
-    python -m benchmarks                                              all cases; times for those of --timed
-    python -m benchmarks --cases tiny:1024 --methods full lean        two rows
+    python -m benchmarks.train_step                                              all cases; times for those of --timed
+    python -m benchmarks.train_step --cases tiny:1024 --methods full lean        two rows
 
 FLOPs and bytes come from fake tensors, so they repeat exactly on any machine and need no memory (tests compare them with real
 ones). Times come from real steps, the methods in turns in one process; resident memory from one child process each.
@@ -13,18 +13,19 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.fake import convert, fake_tensors
 from benchmarks.measure import Cost, run_step, step_cost
-from benchmarks.methods import CONFIGS, METHODS, build, make_batch, make_optimizer, tensors_of
-from sam2_lora_ext.errors import UserError
+from benchmarks.methods import CONFIGS, METHODS, Setup, build, make_batch, make_optimizer, tensors_of
+from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_json
 
 CASES = ("tiny:1024", "tiny:512", "base_plus:512", "large:1024")
@@ -36,9 +37,9 @@ COLUMNS = {  # key -> heading, unit, format
 }  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints; see the module."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:RESOLUTION", help=f"of {', '.join(CONFIGS)}")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--timed", nargs="*", default=("tiny:512",), metavar="MODEL:RESOLUTION", help="cases to run for real")
@@ -49,8 +50,10 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     for case in args.cases:
         size, resolution = parse_case(case)
-        found = [{"model": size, "resolution": resolution, "method": method, **_apart(count, method, size, resolution)}
-                 for method in args.methods]  # fmt: skip
+        facts = {"model": size, "resolution": resolution, "step_seconds": None, "peak_rss_bytes": None, "threads": args.threads,
+                 "torch": torch.__version__}  # fmt: skip
+        found = [{**facts, "method": method, **_apart(count, method, size, resolution)}
+                 for method in tqdm(args.methods, desc=case, unit="method", leave=False)]  # fmt: skip
         if case in args.timed:
             seconds = _apart(step_times, list(args.methods), size, resolution, args.rounds, args.threads)
             for row in found:
@@ -60,10 +63,8 @@ def main(argv: Sequence[str]) -> None:
                     row |= _apart(on_gpu, row["method"], size, resolution, args.rounds)
         rows += add_ratios(found)
         print(table(found), flush=True)
-    facts = {"torch": torch.__version__, "threads": args.threads, "rounds": args.rounds, "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, facts)
-    print(f"wrote {args.out}")
+        write_json(args.out, rows)
+    print(f"written {args.out}")
 
 
 def parse_case(case: str) -> tuple[str, int]:
@@ -95,11 +96,16 @@ def real_cost(method: str, size: str, resolution: int) -> Cost:
 
 
 def step_times(methods: list[str], size: str, resolution: int, rounds: int, threads: int) -> dict[str, float]:
-    """Median seconds of a step by method, taken in turns (A B C A B C ...) after one step of each that is not counted."""
+    """Median seconds of a step by method; see `seconds_in_turns`."""
     torch.set_num_threads(threads)
-    setups, batch = {method: build(method, size, resolution) for method in methods}, make_batch(resolution)
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    for turn in range(rounds + 1):
+    return seconds_in_turns({method: build(method, size, resolution) for method in methods}, resolution, rounds)
+
+
+def seconds_in_turns(setups: Mapping[str, Setup], resolution: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a step by name, taken in turns (A B C A B C ...) after one step of each that is not counted."""
+    seconds: dict[str, list[float]] = {method: [] for method in setups}
+    batch = make_batch(resolution)
+    for turn in tqdm(range(rounds + 1), desc="steps in turns", unit="round", leave=False):
         for method, setup in setups.items():
             start = time.perf_counter()
             run_step(setup.optimizer, lambda setup=setup: _seeded(setup, batch))
@@ -138,20 +144,20 @@ def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds `ratio_to_full` to the rows of one case: key -> the row's value by that of full fine-tuning."""
     full = next((row for row in rows if row["method"] == "full"), {})
     for row in rows:
-        row["ratio_to_full"] = {key: row[key] / full[key] for key in COLUMNS if key in row and full.get(key)}
+        row["ratio_to_full"] = {key: row[key] / full[key] for key in COLUMNS if row.get(key) and full.get(key)}
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of one case as Markdown; ratios to full fine-tuning in brackets."""
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    keys = [key for key in COLUMNS if any(row.get(key) for row in rows)]
     lines = ["| model | method | " + " | ".join(COLUMNS[key][0] for key in keys) + " |", "|---" * (len(keys) + 2) + "|"]
     for row in rows:
         cells = [f"{row['model']} {row['resolution']}", row["method"]]
         for key in keys:
             _, unit, style = COLUMNS[key]
             ratio = row["ratio_to_full"].get(key)
-            cells.append(f"{row[key] / unit:{style}}" + (f" ({ratio:.2f})" if ratio is not None else "") if key in row else "")
+            cells.append(f"{row[key] / unit:{style}}" + (f" ({ratio:.2f})" if ratio is not None else "") if row.get(key) else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -165,3 +171,7 @@ def _apart(function: Callable, *args: Any) -> Any:
     """`function(*args)` in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+if __name__ == "__main__":
+    run_cli(main)

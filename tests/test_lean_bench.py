@@ -101,7 +101,7 @@ def test_the_command_writes_every_key(tmp_path, capsys):
     out = tmp_path / "new" / "train_step.json"
     main(["--cases", "nano:128", "--timed", "nano:128", "--rounds", "1", "--threads", "1", "--out", str(out),
           "--methods", "full", "lean"])  # fmt: skip
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads(out.read_text())
     keys = {"model", "resolution", "method", "flops", "saved_bytes", "peak_live_bytes", "step_seconds", "peak_rss_bytes",
             "ratio_to_full"}  # fmt: skip
     assert [row["method"] for row in rows] == ["full", "lean"] and all(keys <= set(row) for row in rows)

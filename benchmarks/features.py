@@ -1,0 +1,54 @@
+"""Steps per second of decoder-only training: stock, ours, and ours with the encoder's features from disk, in turns.
+
+    python -m benchmarks.features [--model large] [--resolution 1024] [--rounds 3]
+
+Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed image, whose features the cache has after the step that is
+not counted. Prints a table and writes `runs/bench/features.json`.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.methods import CONFIGS, build
+from benchmarks.train_step import seconds_in_turns
+from sam2_lora_ext.errors import run_cli
+from sam2_lora_ext.files import write_json
+from sam2_lora_ext.lean.feature_cache import FeatureCache
+
+METHODS = {"decoder": "stock", "decoder_lean": "ours", "decoder_cached": "ours, features from disk"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.features", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=CONFIGS, default="large")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/features.json"))
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        setups = {}
+        for method in tqdm(METHODS, desc="building", unit="model"):
+            setups[method] = build(method.replace("cached", "lean"), args.model, args.resolution)
+        model = setups["decoder_cached"].model
+        parts = {"image_encoder": model.image_encoder, "conv_s0": model.sam_mask_decoder.conv_s0,
+                 "conv_s1": model.sam_mask_decoder.conv_s1}  # fmt: skip
+        model.feature_cache = FeatureCache({"folder": folder, "max_gb": 1}, parts)
+        seconds = seconds_in_turns(setups, args.resolution, args.rounds)
+        stored = sum(path.stat().st_size for path in Path(folder).iterdir())
+    print(f"{args.model} {args.resolution} px, decoder-only, {torch.get_num_threads()} threads; features of an image: {stored / 1e6:.1f} MB")
+    rows = [{"method": method, "what": what, "step_seconds": seconds[method], "speed_to_stock": seconds["decoder"] / seconds[method]}
+            for method, what in METHODS.items()]  # fmt: skip
+    for row in rows:
+        print(f"  {row['what']:<26} {row['step_seconds']:8.2f} s a step   {row['speed_to_stock']:6.2f} times stock's steps per second")
+    write_json(args.out, {"model": args.model, "resolution": args.resolution, "bytes_per_image": stored, "rows": rows})
+    print(f"written {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
