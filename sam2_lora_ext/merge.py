@@ -41,7 +41,7 @@ def merge_state_dict(
         UserError: the adapter has modules or shapes that the base has not, or the result is not finite.
     """
     require_fit(base, adapter)
-    with _one_thread():
+    with one_thread():
         return dict(_merged(base, adapter, dtype))
 
 
@@ -126,7 +126,7 @@ def merge_files(
             require_fit(state, read[-1])
         adapter, weights = combine(read, weights, state, list(map(str, given))), list(weights or [1.0])
         items = _merged(state, adapter, DTYPES[dtype] if dtype else None)
-        with _one_thread():
+        with one_thread():
             for key, value in _shown(items, len(state), progress):
                 state[key] = value  # in place of the base's, which is freed at once
         write_weights(out, state, file_format, force=force,
@@ -165,7 +165,7 @@ def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Measured on two busy processors: starting and joining threads for each of many small sums takes ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
