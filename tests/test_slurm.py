@@ -176,7 +176,7 @@ def test_an_ablation_as_a_job_array(cluster, tmp_path, nano_base, strips, reposi
 
 def test_a_preempted_member_of_an_ablation_goes_on(cluster, tmp_path, nano_base, strips, repository, recorder):
     """Slurm signals the training too, which leaves TERM and USR2 to submitit, and resumes when it is requeued."""
-    command = [sys.executable, repository / "tools/ablate.py", "-c", "demo", *QUICK,
+    command = [sys.executable, repository / "tools/ablate.py", "-c", "demo", *QUICK, "scratch.steps=12",
                *(f"+{setting}" for setting in with_recorder(recorder, action="slow")), "--out", tmp_path / "out",
                "--slurm", "--partition", "debug", "--no-gpus", "--cpus", "1", "--hours", "1",
                "--grid", "lora.rank=2"]  # fmt: skip
@@ -186,10 +186,11 @@ def test_a_preempted_member_of_an_ablation_goes_on(cluster, tmp_path, nano_base,
     ready = lambda: (run / "checkpoints/checkpoint.pt").exists() and len(recorded(recorder, 0)) >= 3  # noqa: E731
     wait_for(lambda: ready() or tool.poll() is not None, 180, "the first checkpoint")
     job = re.search(r"array    (\d+)", tool.stdout.readline() + tool.stdout.readline())[1]
-    for number in ("TERM", "USR2"):
-        subprocess.run(["scancel", f"--signal={number}", job], check=True)
-        time.sleep(1)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    steps = len(recorded(recorder, 0))
+    wait_for(lambda: len(recorded(recorder, 0)) > steps + 1, 60, "two steps after SIGTERM")
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
     said = tool.communicate(timeout=300)[0]
     assert tool.returncode == 0, said
     assert "best     rank-2" in said and "Resuming training from" in (run / "logs/log.txt").read_text()
-    assert json.loads((run / "training_summary.json").read_text())["steps"] == 6
+    assert json.loads((run / "training_summary.json").read_text())["steps"] == 12
