@@ -27,7 +27,7 @@ HALVES = {"image_encoder": ImageHalf, "mask_decoder": PromptHalf}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "export.json"
 BOUND = 1e-4  # share of the largest logit: other kernels add in another order, some 1e-6 for each of dozens of layers
-TIMED = 5  # runs, after one that is not counted
+TIMED, ENOUGH = 5, 10.0  # runs, after one that is not counted; no further one after so many seconds
 
 
 @dataclass
@@ -171,8 +171,8 @@ def _write(half: nn.Module, name: str, inputs: tuple[Tensor, ...], path: Path) -
 
 def _median_seconds(run: Callable[[], Any]) -> float:
     run()
-    seconds = []
-    for _ in range(TIMED):
+    seconds: list[float] = []
+    while len(seconds) < TIMED and sum(seconds) < ENOUGH:
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)

@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_inputs(args.verify, args.image)
 
     start, record = time.perf_counter(), record_path(args.out)
-    refuse_existing(record, args.force)
+    for path in (args.out, record):
+        refuse_existing(path, args.force)
     merged = merge_files(args.base, args.adapter, args.out, weights=args.weights, file_format=args.format,
                          dtype=args.dtype, alpha=args.alpha, force=args.force, progress=True)
     facts = describe(merged, args.base, args.out, [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
