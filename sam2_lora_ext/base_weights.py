@@ -11,6 +11,8 @@ from sam2_lora_ext.errors import UserError
 
 WHERE = "trainer.checkpoint.model_weight_initializer.state_dict.checkpoint_path"
 
+NO_MATCH = "don't match any param"  # stock's words about a glob
+
 
 def base_path(initializer: Any) -> str | None:
     """The file that the Trainer's `model_weight_initializer` config reads; None where it reads none."""
@@ -29,7 +31,7 @@ def load_base(path: str | None, model: nn.Module, load: Callable[[], None]) -> N
         load: does it, strictly.
 
     Raises:
-        UserError: the file is missing or damaged, or is another model than the config's.
+        UserError: the file is missing or damaged, or is another model than the config's; or a glob hits nothing.
     """
     if path is not None and not os.path.exists(path):
         raise UserError(
@@ -43,6 +45,11 @@ def load_base(path: str | None, model: nn.Module, load: Callable[[], None]) -> N
     except Exception as error:
         if path is None:
             raise
+        if isinstance(error, AssertionError) and NO_MATCH in str(error):
+            raise UserError(
+                f"trainer.checkpoint.model_weight_initializer.ignore_missing_keys: {error} A model without adapters "
+                "lacks no key: set it to null"
+            ) from error
         sentence = explain_mismatch(read_weights(path), model.state_dict())
         if sentence is None:
             raise

@@ -84,7 +84,8 @@ class RunFolder:
         if file.exists():
             return _read(file, {"name"})["name"]
         layer = next((layer for _, layer in lora_layers(self.model)), None)
-        method = f"lora_r{layer.rank}_a{layer.alpha:g}" if layer is not None else "full"
+        method = "full" if self.report["trained"] == self.report["total"] else "modules"
+        method = f"lora_r{layer.rank}_a{layer.alpha:g}" if layer is not None else method
         started = time.strftime("%Y%m%d-%H%M%S")
         name = f"sam2_{model_size(self.facts.get('model_config'))}_{method}_lr{short_number(learning_rate)}_{started}"
         write_json(file, {"name": name, "started": started})
