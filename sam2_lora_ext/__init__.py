@@ -1,10 +1,10 @@
-"""LoRA for Meta's SAM 2 training framework: adapters, steel-defect data, Trainer hooks, and a merge that stock SAM 2 loads."""
+"""LoRA for Meta's SAM 2 training framework: adapters, steel-defect data, Trainer hooks, a merge that stock loads."""
 
 __version__ = "0.1.0"
 
 _SERVING = (
-    "active_adapter", "adapter_names", "add_adapter", "disable_adapters", "fit_predictor", "load_sam2", "remove_adapter",
-    "set_adapter",
+    "active_adapter", "adapter_names", "add_adapter", "disable_adapters", "fit_predictor", "load_sam2",
+    "remove_adapter", "set_adapter",
 )
 
 

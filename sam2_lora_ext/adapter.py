@@ -47,7 +47,8 @@ KINDS = {
     "rank_pattern": (dict, NoneType), "alpha_pattern": (dict, NoneType), "modules_to_save": (list, NoneType),
     "lora_dropout": (int, float, NoneType),
 }
-OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")  # the other ways to begin change the base's weights
+# The other ways to begin change the base's weights.
+OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) -> None:
@@ -75,8 +76,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
     write_json(folder / CONFIG, {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout, "use_rslora": rslora, "bias": "none",
-        "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": adapter.is_dora, "target_modules": list(adapter.layers),
-        "modules_to_save": adapter.full_modules or None,
+        "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": adapter.is_dora,
+        "target_modules": list(adapter.layers), "modules_to_save": adapter.full_modules or None,
         "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
     })
@@ -143,8 +144,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, value in config.items():
         if key == "init_lora_weights":
             if value not in OWN_INIT:
-                raise UserError(f"{path} sets {key} to {value!r}, which changed the base's weights: save it as plain LoRA "
-                                "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+                raise UserError(f"{path} sets {key} to {value!r}, which changed the base's weights: save it as plain "
+                                "LoRA with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)")
         elif value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS:
             raise UserError(f"{path} sets {key} to {value!r}: only LoRA and DoRA can be used, this is another kind")
         if not isinstance(value, KINDS.get(key, object)):

@@ -9,11 +9,11 @@ Predictor = TypeVar("Predictor")
 
 
 def fit_predictor(predictor: Predictor) -> Predictor:
-    """Sets the sizes of the feature maps to those of the model's input, in place; stock writes down those of 1024 pixels.
+    """Sets the sizes of the feature maps to those of the model's input, in place; stock has those of 1024 pixels.
 
     Args:
-        predictor: a `SAM2ImagePredictor`, or a `SAM2AutomaticMaskGenerator`, which has one inside. A `SAM2VideoPredictor`
-            needs none of this.
+        predictor: a `SAM2ImagePredictor`, or a `SAM2AutomaticMaskGenerator`, which has one inside. A
+            `SAM2VideoPredictor` needs none of this.
 
     Raises:
         UserError: it is neither.

@@ -22,7 +22,7 @@ from torch import nn
 
 from sam2_lora_ext.adapter import save_adapter
 from sam2_lora_ext.checkpoint_files import write_checkpoint
-from sam2_lora_ext.checkpoints import read_weights, write_weights
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS, read_weights, write_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_json
 from sam2_lora_ext.lora import lora_layers, report
@@ -131,8 +131,9 @@ class RunFolder:
 
     def _write_flat(self, kind: str, step: int, metrics: Mapping[str, float], name: str, merged: dict | None) -> None:
         folder = self.path / name
-        trained = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
-        state = {"model": {key: value.detach().clone() for key, value in trained.items()}}
+        trained = {key for key, value in self.model.named_parameters() if value.requires_grad}
+        state = {"model": {key: value.detach().clone() for key, value in self.model.state_dict().items()
+                           if key in trained or key.endswith(ADAPTER_KEYS)}}  # fmt: skip
         iou = next((key for key in (self.monitor, *metrics) if key.startswith("iou_")), "")
         values = metrics.get(iou, float("nan")), metrics.get(iou.replace("iou", "dice", 1), float("nan"))
         quality = f"iou{values[0]:.4f}_dice{values[1]:.4f}"

@@ -1,6 +1,7 @@
 """Stock SAM 2 with live adapters, for SAM 2's own predictors. SAM 2 is imported only when a model is built.
 
-    model = load_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt", {"line 1": "runs/a", "line 2": "runs/b"})
+    adapters = {"line 1": "runs/line1", "line 2": "runs/line2"}
+    model = load_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt", adapters)
     predictor = fit_predictor(SAM2ImagePredictor(model))
     set_adapter(model, "line 2")
 """
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
 
 __all__ = [
-    "active_adapter", "adapter_names", "add_adapter", "disable_adapters", "fit_predictor", "load_sam2", "remove_adapter",
-    "set_adapter",
+    "active_adapter", "adapter_names", "add_adapter", "disable_adapters", "fit_predictor", "load_sam2",
+    "remove_adapter", "set_adapter",
 ]
 
 Source = str | Path | Adapter
@@ -44,8 +45,8 @@ def load_sam2(
     Args:
         config: name of a stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
         base: the base's weight file (.pt, .safetensors), or any merged one.
-        adapter: a run folder, an adapter folder, a Trainer's checkpoint or an `Adapter`, which is then called "default"; or
-            several by name, of which the first is on. None: the base alone, adapters may be added.
+        adapter: a run folder, an adapter folder, a Trainer's checkpoint or an `Adapter`, which is then called
+            "default"; or several by name, of which the first is on. None: the base alone, adapters may be added.
         video: build a `SAM2VideoPredictor`, which is its own predictor.
         image_size: pixels of a side of the model's input instead of the config's.
         device: by default the GPU when there is one, else the CPU.

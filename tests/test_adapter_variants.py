@@ -13,14 +13,17 @@ from torch import nn
 from sam2_lora_ext.adapter import Adapter, attach_adapter, load_adapter, save_adapter
 from sam2_lora_ext.checkpoints import weights_id
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.lora import LayerAdapter, LoRAConfig, adapter_from_state, apply_adapter, build_lora_model, lora_layers
+from sam2_lora_ext.lora import (
+    LayerAdapter, LoRAConfig, adapter_from_state, apply_adapter, build_lora_model, lora_layers,
+)
 from sam2_lora_ext.merge import merge_state_dict
 from sam2_lora_ext.verify import mask_logits, noise_image
 
 HEAD = "sam_mask_decoder.iou_prediction_head"
 DORA = {"variant": "dora", "rank": 3, "trainable": [HEAD], "alpha_pattern": {"*.out_proj": 7}}
 PISSA = {"variant": "pissa", "rank": 3, "rank_pattern": {"*.blocks.1.*": 5}}
-CONFIGS = {"dora": DORA, "dora rslora": {**DORA, "rslora": True}, "pissa": PISSA, "pissa rslora": {**PISSA, "rslora": True},
+CONFIGS = {"dora": DORA, "dora rslora": {**DORA, "rslora": True},
+           "pissa": PISSA, "pissa rslora": {**PISSA, "rslora": True},
            "pissa qv": {**PISSA, "qkv_parts": ["q", "v"]}}  # fmt: skip
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -86,7 +89,8 @@ def test_pissa_is_exported_as_pefts_own_conversion_writes_it(tmp_path):
     settings = LoraConfig(r=3, lora_alpha=6, target_modules=["qkv"], init_lora_weights="pissa")
     model = build_lora_model(build(), {"variant": "pissa", "rank": 3, "alpha": 6, "targets": ["*.attn.qkv"]})
     other = get_peft_model(build(), settings)
-    other.save_pretrained(tmp_path / "pissa_begin")
+    begin = str(tmp_path / "pissa_begin")
+    other.save_pretrained(begin)
     train_a_little(model)
     with torch.no_grad():
         for name, layer in lora_layers(model):
@@ -94,7 +98,7 @@ def test_pissa_is_exported_as_pefts_own_conversion_writes_it(tmp_path):
             assert torch.equal(layer.lora_a0, theirs.lora_A["default"].weight)
             theirs.lora_A["default"].weight.copy_(layer.lora_a)
             theirs.lora_B["default"].weight.copy_(layer.lora_b)
-    other.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "pissa_begin"))
+    other.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=begin)
     save_adapter(Adapter.from_model(model), tmp_path / "ours")
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "converted"))
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -118,7 +122,8 @@ def test_taken_from_a_checkpoint(config):
             assert all(torch.equal(value, adapter.layers[name].tensors[key]) for key, value in layer.tensors.items())
     mark = {"dora": "lora_m", "pissa": "lora_a0"}[config["variant"]]
     with pytest.raises(UserError, match=f"without its {mark}: it is not whole"):
-        adapter_from_state({key: value for key, value in state.items() if not key.endswith(mark)}, LoRAConfig.of(config))
+        without = {key: value for key, value in state.items() if not key.endswith(mark)}
+        adapter_from_state(without, LoRAConfig.of(config))
 
 
 @pytest.mark.parametrize("config", [DORA, PISSA], ids=["dora", "pissa"])

@@ -145,7 +145,7 @@ def test_wrong_names_list_the_choices(model, expected):
         with pytest.raises(UserError, match="there is no adapter 'line 9': there are 'first', 'inner', 'head'"):
             action(model, "line 9")
         assert torch.equal(model(X), expected["first"])
-    with pytest.raises(UserError, match="there is no adapter 'x': none was added to this model"):
+    with pytest.raises(UserError, match="there is no adapter 'x': none was added"):
         set_adapter(Model(), "x")
     for name, words in (("first", "there is an adapter 'first' already"), ("", "not empty, got ''"), (3, "got 3")):
         with pytest.raises(UserError, match=words):
@@ -154,7 +154,8 @@ def test_wrong_names_list_the_choices(model, expected):
 
 def test_adapters_that_do_not_fit_change_nothing(model, expected):
     set_adapter(model, "first")
-    wide, embedding = LayerAdapter(torch.ones(1, 5), torch.ones(4, 1), 1.0), LayerAdapter(torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    wide = LayerAdapter(torch.ones(1, 5), torch.ones(4, 1), 1.0)
+    embedding = LayerAdapter(torch.ones(1, 4), torch.ones(4, 1), 1.0)
     with pytest.raises(UserError, match=r"changes first.weight of shape \[4, 5\], which is \[4, 4\] in this model"):
         put_adapter(model, "wide", Adapter({"first": wide}))
     assert torch.equal(model(X), expected["first"]) and "wide" not in adapter_names(model)
@@ -166,7 +167,7 @@ def test_adapters_that_do_not_fit_change_nothing(model, expected):
 def test_a_model_with_adapters_of_its_own_is_refused():
     model = build_lora_model(Model(), {"targets": ["first"], "rank": 1})
     for action in (disable_adapters(model).__enter__, lambda: put_adapter(model, "x", adapters()["first"])):
-        with pytest.raises(UserError, match="first has an adapter that cannot be switched: build the model with load_sam2"):
+        with pytest.raises(UserError, match="first has an adapter that cannot be switched: build the model with"):
             action()
 
 
@@ -174,10 +175,11 @@ def test_a_switch_of_sam2_large_takes_less_than_ten_milliseconds():
     model = build("configs/sam2.1/sam2.1_hiera_l.yaml")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
              and name.startswith(("image_encoder", "sam_mask_decoder"))]  # fmt: skip
+    shapes = {name: model.get_submodule(name).weight.shape for name in names}
     for adapter in ("one", "two"):
-        put_adapter(model, adapter, Adapter({name: LayerAdapter(
-            torch.zeros(8, model.get_submodule(name).in_features), torch.zeros(model.get_submodule(name).out_features, 8), 16,
-        ) for name in names}))  # fmt: skip
+        put_adapter(model, adapter, Adapter({
+            name: LayerAdapter(torch.zeros(8, inputs), torch.zeros(outputs, 8), 16)
+            for name, (outputs, inputs) in shapes.items()}))  # fmt: skip
     assert len(names) > 200
     seconds = []
     for name in ("one", "two", None) * 5:

@@ -58,7 +58,8 @@ def by_image(model: nn.Module) -> Answers:
     predictor = fit_predictor(SAM2ImagePredictor(model))
     predictor.set_image(PIXELS)
     clicks = {"point_coords": np.array([[30.0, 20.0]]), "point_labels": np.array([1])}
-    found = [*predictor.predict(**clicks, return_logits=True), *predictor.predict(box=np.array([10.0, 8.0, 60.0, 50.0]))]
+    box = np.array([10.0, 8.0, 60.0, 50.0])
+    found = [*predictor.predict(**clicks, return_logits=True), *predictor.predict(box=box)]
     return [torch.from_numpy(value) for value in found]
 
 
@@ -109,7 +110,8 @@ def test_each_adapter_answers_as_if_alone_and_leaves_nothing(which, image_size, 
 
 def test_at_1024_pixels_the_stock_predictor_needs_no_fitting(folders):
     sizes = ["++model.image_size=1024"]
-    alone = attach_adapter(build_sam2(NANO, str(BASE), device="cpu", hydra_overrides_extra=sizes), load_adapter(folders["line 1"]))
+    alone = build_sam2(NANO, str(BASE), device="cpu", hydra_overrides_extra=sizes)
+    attach_adapter(alone, load_adapter(folders["line 1"]))
     model = load_sam2(NANO, BASE, folders["line 1"], image_size=1024, device="cpu")
     found = []
     for predictor in SAM2ImagePredictor(alone.requires_grad_().eval()), SAM2ImagePredictor(model):
@@ -167,8 +169,9 @@ def test_the_package_offers_what_the_module_does_and_no_more():
 
 def test_importing_is_cheap(run_python):
     """The package alone brings no torch, its functions no SAM 2."""
-    run_python(["-c", "import sys, sam2_lora_ext; assert 'torch' not in sys.modules\n"
-                      "from sam2_lora_ext import load_sam2; assert not {'sam2', 'hydra'} & set(sys.modules)"], check=True)
+    check = ("import sys, sam2_lora_ext; assert 'torch' not in sys.modules\n"
+             "from sam2_lora_ext import load_sam2; assert not {'sam2', 'hydra'} & set(sys.modules)")  # fmt: skip
+    run_python(["-c", check], check=True)
 
 
 def test_refusals(folders, tmp_path):

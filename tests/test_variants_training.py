@@ -1,4 +1,4 @@
-"""DoRA, PiSSA, LoRA-FA and LoRA+ through the stock Trainer: they train, resume to the bit, and merge into stock keys."""
+"""DoRA, PiSSA, LoRA-FA and LoRA+ through the stock Trainer: they train, resume to the bit, merge into stock keys."""
 
 import json
 
@@ -17,13 +17,15 @@ from sam2_lora_ext.merge import merge_files, read_adapter
 from sam2_lora_ext.trainer import LoRATrainer
 from sam2_lora_ext.verify import compare_merged
 
-VARIANTS = {"dora": ("lora.variant=dora",), "pissa": ("lora.variant=pissa", "lora.qkv_parts=[q,v]"), "fa": ("lora.freeze_a=true",)}
+VARIANTS = {"dora": ("lora.variant=dora",), "pissa": ("lora.variant=pissa", "lora.qkv_parts=[q,v]"),
+            "fa": ("lora.freeze_a=true",)}  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_trains_resumes_exactly_and_merges(settings, tmp_path, nano_base, strips, monkeypatch):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    trainer = train_here(environment(nano_base, strips, whole), "lora.dropout=0.1", *settings)
+    settings = ("lora.dropout=0.1", "trainer.export.flat_files=true", *settings)
+    trainer = train_here(environment(nano_base, strips, whole), *settings)
     model = unwrap_ddp_if_wrapped(trainer.model)
     layers = dict(lora_layers(model))
     for key in next(iter(layers.values())).adapter_parameters():
@@ -35,12 +37,13 @@ def test_trains_resumes_exactly_and_merges(settings, tmp_path, nano_base, strips
     with monkeypatch.context() as patch:
         kill_at(patch, LoRATrainer, "run_val", 1, False)
         with pytest.raises(Killed):
-            train_here(env, "lora.dropout=0.1", *settings)
-    train_here(env, "lora.dropout=0.1", *settings)
+            train_here(env, *settings)
+    train_here(env, *settings)
     assert_same_run(run, whole)
 
     adapter, expected = load_adapter(whole / "adapters/final"), Adapter.from_model(model)
-    for found in (adapter, read_adapter(whole / "checkpoints/checkpoint.pt")):
+    (flat,) = whole.glob("*/final_lora_step*.torch")
+    for found in (adapter, read_adapter(whole / "checkpoints/checkpoint.pt"), read_adapter(flat)):
         assert found.layers.keys() == layers.keys()
         for name, layer in expected.layers.items():
             assert all(torch.equal(value, found.layers[name].tensors[key]) for key, value in layer.tensors.items())
@@ -72,4 +75,5 @@ def test_lora_plus_gives_b_its_own_rate(tmp_path, nano_base, strips):
         optim.step_schedulers(where, 0)
         slow, fast = (group["lr"] for group in optim.optimizer.param_groups)
         assert slow > 0 and fast == 16 * slow
-    assert json.loads((tmp_path / "training_summary.json").read_text())["learning_rate"] == pytest.approx(2e-4, rel=0.01)
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["learning_rate"] == pytest.approx(2e-4, rel=0.01)  # the peak is between two of 200 places

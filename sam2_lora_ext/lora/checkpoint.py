@@ -22,8 +22,8 @@ def adapter_from_state(
     """The adapter inside the state dict of a training checkpoint; frozen weights in it are left out.
 
     Args:
-        state: keys `<module>.lora_a`, `<module>.lora_b` (of a variant, see `TENSORS`), those of modules trained in full,
-            perhaps all others.
+        state: keys `<module>.lora_a`, `<module>.lora_b` (of a variant, see `TENSORS`), those of modules trained in
+            full, perhaps all others.
         config: what it was trained with. Without it no layer counts as fused, and what was trained in full is what
             differs from `base`, or every other key when the checkpoint does not hold the whole model.
         alpha: instead of the config's.

@@ -43,7 +43,7 @@ def row_norms(weight: Tensor) -> Tensor:
 
 
 def merged_weight(weight: Tensor, delta: Tensor, magnitude: Tensor | None = None) -> Tensor:
-    """The weight that computes the same without an adapter: W + D, each row brought to its magnitude (out) where given."""
+    """The weight that computes the same without an adapter: W + D, with a magnitude (out) each row brought to it."""
     total = delta + weight
     return total if magnitude is None else total * (magnitude / row_norms(total))[:, None]
 
@@ -110,7 +110,7 @@ class LoRALinear(nn.Linear):
         return delta_weight(a.to(dtype or a.dtype), b.to(dtype or b.dtype), self.scaling, self.parts)
 
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (out, in) of a plain `nn.Linear` that computes the same, in `dtype` (default: the adapter's own)."""
+        """The weight (out, in) of an `nn.Linear` that computes the same, in `dtype` (default: the adapter's own)."""
         delta = self.delta_weight(dtype)
         return merged_weight(self.weight.to(delta.dtype), delta)
 

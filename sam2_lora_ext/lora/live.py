@@ -1,7 +1,7 @@
 """Several adapters on one resident base, switched by hanging other modules into the model. Needs torch only.
 
-Each adapter has its layers ready-made, and they share the base's weights: a switch copies nothing. While no adapter is on,
-the model holds the base's own modules, not one of ours; so nothing of an adapter can be left over.
+Each adapter has its layers ready-made, and they share the base's weights: a switch copies nothing. While no adapter is
+on, the model holds the base's own modules, not one of ours; so nothing of an adapter can be left over.
 """
 
 import copy
@@ -45,8 +45,8 @@ class Table:
     def find(self, name: str) -> dict[str, nn.Module]:
         """The modules of an adapter; a `UserError` lists the names when there is none of this one."""
         if name not in self.adapters:
-            there = f"there are {', '.join(map(repr, self.adapters))}" if self.adapters else "none was added to this model"
-            raise UserError(f"there is no adapter {name!r}: {there}")
+            names = ", ".join(map(repr, self.adapters))
+            raise UserError(f"there is no adapter {name!r}: {f'there are {names}' if names else 'none was added'}")
         return self.adapters[name]
 
 
@@ -58,8 +58,8 @@ def table_of(model: nn.Module) -> Table:
     """
     if not hasattr(model, TABLE):
         if fixed := next(lora_layers(model), None):
-            raise UserError(f"{fixed[0]} has an adapter that cannot be switched: build the model with load_sam2, or add "
-                            "adapters to a model that has none")
+            raise UserError(f"{fixed[0]} has an adapter that cannot be switched: build the model with load_sam2, or "
+                            "add adapters to a model that has none")
         setattr(model, TABLE, Table())
     return getattr(model, TABLE)
 
@@ -81,11 +81,13 @@ def put_adapter(model: nn.Module, name: str, adapter: Adapter) -> None:
         base = {place: model.get_submodule(place) for place in (*adapter.layers, *adapter.full_modules)}
         for place in adapter.layers:
             if type(base[place]) is not nn.Linear:
-                raise UserError(f"the adapter changes {place}, a {type(base[place]).__name__}: only nn.Linear can be adapted")
+                raise UserError(f"the adapter changes {place}, a {type(base[place]).__name__}: "
+                                "only nn.Linear can be adapted")
         modules = {place: live_layer(base[place], layer, adapter.dropout) for place, layer in adapter.layers.items()}
         for place in adapter.full_modules:
+            start = f"{place}."
             modules[place] = trained_copy(base[place], {
-                key.removeprefix(f"{place}."): value for key, value in adapter.full.items() if key.startswith(f"{place}.")})
+                key.removeprefix(start): value for key, value in adapter.full.items() if key.startswith(start)})
         parents = {place: model.get_submodule(place.rpartition(".")[0]) for place in base}
     table.adapters[name] = modules
     # a module before those inside it, so that these are moved to its device after it
@@ -96,7 +98,8 @@ def put_adapter(model: nn.Module, name: str, adapter: Adapter) -> None:
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Turns one adapter on and any other off, or all off with None; in place, a matter of a millisecond.
 
-    What a predictor has computed before stays as it is: call `set_image` or `init_state` again.
+    What a predictor has computed before stays as it is: call `set_image` or `init_state` again. Not to be called while
+    another thread is using the model.
 
     Raises:
         UserError: there is no such adapter; the names are listed.
@@ -148,7 +151,7 @@ def disable_adapters(model: Model) -> Iterator[Model]:
 
 @torch.no_grad()
 def live_layer(base: nn.Linear, layer: LayerAdapter, dropout: float) -> LoRALinear:
-    """The layer that computes what `base` and its adapter do; it shares the base's parameters, and is frozen if they are."""
+    """The layer that computes what `base` and its adapter do, with the base's parameters; frozen where these are."""
     kind = LoRALinear if layer.magnitude is None else DoRALinear
     live = kind(base, layer.rank, layer.alpha, dropout, layer.parts, layer.rslora)
     for key, parameter in live.adapter_parameters().items():
@@ -168,7 +171,7 @@ def trained_copy(base: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Modu
 
 
 def follow(module: nn.Module, present: nn.Module) -> None:
-    """Moves a module to the mode, device and dtype of the one whose place it takes; these may have changed meanwhile."""
+    """Moves a module to the mode, device and dtype of the one whose place it takes: these may have changed."""
     if module.training != present.training:
         module.train(present.training)
     own, wanted = _probe(module), _probe(present)
@@ -177,7 +180,7 @@ def follow(module: nn.Module, present: nn.Module) -> None:
 
 
 def _probe(module: nn.Module) -> nn.Parameter:
-    """A parameter that only this module has, if it has one; for a linear layer without a search, which takes its time."""
+    """A parameter that only this module has, if it has one; of linear layers without a search, which takes its time."""
     if isinstance(module, nn.Linear):
         return module.lora_a if isinstance(module, LoRALinear) else module.weight
     return next(module.parameters())

@@ -1,14 +1,15 @@
-"""DoRA (arXiv 2402.09353) and PiSSA (arXiv 2404.02948): the layer of `layer.py`, beginning with what the base's weight says.
+"""DoRA (arXiv 2402.09353) and PiSSA (arXiv 2404.02948): layers that begin with what the base's weight says.
 
-    DoRA    y = g (W x + s B A dropout(x)) + b,   g = m / |W + s B A|    m begins as |W|; the gradient takes |...| as constant
-    PiSSA   y = W x + b + s (B A - B0 A0) dropout(x)                     B A begins as B0 A0, s B0 A0 the r largest
-                                                                         singular values and vectors of W
+    DoRA    y = g (W x + s B A dropout(x)) + b,   g = m / |W + s B A|
+            m begins as |W|; the gradient takes |W + s B A| as a constant
+    PiSSA   y = W x + b + s (B A - B0 A0) dropout(x)
+            B A begins as B0 A0, where s B0 A0 are the r largest singular values of W with their vectors
 
 PiSSA's paper trains s B A beside the rest W - s B0 A0. That is this sum, with the base's weight left as it is: its file
 still loads strictly, and an export is plain LoRA with A and A0, B and -B0 side by side, of rank 2r.
 
-SAM 2's Trainer builds the model first and loads the base then. So m, or A, B, A0 and B0, are set anew whenever a weight is
-loaded without them. A checkpoint of the Trainer holds them, and a resumed run goes on with those of its beginning.
+SAM 2's Trainer builds the model first and loads the base then. So m, or A, B, A0 and B0, are set anew whenever a weight
+is loaded without them. A checkpoint of the Trainer holds them, and a resumed run goes on with those of its beginning.
 
 Shapes: as in `layer.py`, and m (out) · A0 (n·r, in) · B0 (n·d, r).
 """
@@ -44,12 +45,12 @@ class BeginsWithBase(LoRALinear):
 
 
 class DoRALinear(BeginsWithBase):
-    """Direction and magnitude apart: `lora_m` holds the length of each row of the weight. At the start bitwise the base."""
+    """Direction and magnitude apart: `lora_m` holds the length of each row of the weight. Begins bitwise as the base."""
 
     mark = "lora_m"
 
     def __init__(self, base: nn.Linear, *args: Any, **kwargs: Any) -> None:
-        """As in `LoRALinear`; a fused layer can only be adapted as one, for a row that is not adapted has no magnitude."""
+        """As in `LoRALinear`; a fused layer can only be adapted as one, for every row gets a magnitude."""
         super().__init__(base, *args, **kwargs)
         if self.parts != PLAIN:
             raise ValueError(f"DoRA cannot adapt the parts {self.parts} of a layer")
@@ -76,7 +77,7 @@ class DoRALinear(BeginsWithBase):
 
 
 class PiSSALinear(BeginsWithBase):
-    """Begins with the largest singular values and vectors of the weight, or of each adapted part of it, and not at zero."""
+    """Begins with the largest singular values and vectors of the weight, or of each adapted part, and not at zero."""
 
     mark = "lora_a0"
 
