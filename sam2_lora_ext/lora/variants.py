@@ -45,7 +45,7 @@ class BeginsWithBase(LoRALinear):
 
 
 class DoRALinear(BeginsWithBase):
-    """Direction and magnitude apart: `lora_m` holds the length of each row of the weight. Begins bitwise as the base."""
+    """Direction and magnitude apart: `lora_m` is the length of each row of the weight. Begins bitwise as the base."""
 
     mark = "lora_m"
 
