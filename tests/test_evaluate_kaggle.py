@@ -95,3 +95,15 @@ def test_submission_is_read_back_as_it_was_predicted(tmp_path):
     assert np.array_equal(records["a.png"].masks[0][1], encode_mask(predicted.any(0)))
     with pytest.raises(UserError, match="exists already"):
         tally.write(tmp_path / "submission.csv", force=False)
+
+
+def test_images_without_an_object_to_ask_about_count_too(strips):
+    from sam2_lora_ext.data.dataset import SeverstalRawDataset
+
+    reader = KaggleReader(strips / "train_images", strips / "train.csv")
+    choice = {"split_file": strips / "split.csv", "split": "val"}
+    dataset = SeverstalRawDataset(reader, training=False, include_clean=False, min_area=4000, **choice)
+    rows = (strips / "split.csv").read_text().splitlines()
+    validating = {row.removesuffix(",val") for row in rows if row.endswith(",val")}
+    tally = KaggleTally(dataset.index, dataset.images, "1click")
+    assert set(tally.places) == validating and len(dataset) < len(validating)

@@ -91,7 +91,7 @@ class SeverstalRawDataset(VOSRawDataset):
             names = take(list(zip(names, given_splits(names))), split, source)
         else:
             names = None
-        images = select_images(self.index, names, source)
+        self.images = images = select_images(self.index, names, source)  # places in the index, without objects too
         if self.windows is not None:
             self._check_widths(images)
 

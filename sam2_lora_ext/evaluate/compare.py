@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
-from sam2_lora_ext.data.items import read_split, select_images
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.gallery import write_gallery
 from sam2_lora_ext.evaluate.kaggle import KaggleTally
@@ -64,7 +63,7 @@ def compare(
         device: such as cuda.
         submitted: the prompt whose masks go into submission.csv.
         pictures: of each kind in a gallery.
-        split: split file and split of the data set, for Kaggle's score, which counts images without objects too.
+        split: split file and split of the data set, for the record.
         force: replace files.
 
     Returns:
@@ -81,7 +80,7 @@ def compare(
     tallies: list[KaggleTally] = []
     for wanted in candidates:
         model, facts = build(wanted, device, protocol.image_size)
-        tally = _tally(dataset, split, submitted) if whole else None
+        tally = KaggleTally(dataset.index, dataset.images, submitted) if whole else None
         replay = results[0].clicks() if protocol.same_clicks and results else None
         try:
             bar = tqdm(samples, desc=wanted.name, unit="image", disable=None)
@@ -146,11 +145,6 @@ def check_candidates(candidates: Sequence[Candidate], protocol: Protocol, out: P
     if len(candidates) > 1:  # a lone one is built at once anyway
         for wanted in candidates:
             build(wanted, "cpu", protocol.image_size)
-
-
-def _tally(dataset: SeverstalRawDataset, split: tuple[Path | None, str | None], submitted: str) -> KaggleTally:
-    names = None if split[0] is None else read_split(*split)
-    return KaggleTally(dataset.index, select_images(dataset.index, names, split[0]), submitted)
 
 
 def _rows(result: ModelResult) -> list[dict[str, Any]]:
