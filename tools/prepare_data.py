@@ -177,7 +177,7 @@ def run_split(args: argparse.Namespace) -> None:
     refuse_existing(args.out, args.force)
     shares = fold_shares(args.folds) if args.folds is not None else parse_shares(args.shares)
     reader = open_reader(args)
-    index = build_index(reader, args.on_invalid)
+    index = build_index(reader, args.on_invalid, not args.quiet)
     names, classes = index.names(), class_sets(index)
     if args.as_given:
         splits = given_splits(names)
@@ -200,7 +200,7 @@ def run_convert(args: argparse.Namespace) -> None:
     """Writes the data set in another format."""
     reader = open_reader(args)
     refuse_inputs(args.out, reader.inputs())
-    index = build_index(reader, args.on_invalid)
+    index = build_index(reader, args.on_invalid, not args.quiet)
     left_out = convert(index, args.to, args.out, args.force, progress=not args.quiet, inputs=reader.inputs())
     print(
         f"{len(index) - left_out} images written to {args.out} as {args.to}"

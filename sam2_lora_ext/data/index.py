@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from sam2_lora_ext.data.records import ImageRecord, OnInvalid, Problem, Reader, settle
 from sam2_lora_ext.errors import UserError
@@ -105,25 +106,25 @@ def pack(
     )
 
 
-def collect(reader: Reader) -> AnnotationIndex:
+def collect(reader: Reader, progress: bool = False) -> AnnotationIndex:
     """Reads and checks everything in one pass; what cannot be used is in `problems`.
 
     An image that lost a mask keeps its others (but is never clean); one that lost all its masks is left out.
     """
     records, problems = [], []
-    for item in reader.records():
+    for item in tqdm(reader.records(), desc="annotations", unit="image", disable=not progress):
         (problems if isinstance(item, Problem) else records).append(item)
     records = [record for record in records if record.masks or record.complete]
     return pack(records, reader.image_dir, reader.class_names, problems)
 
 
-def build_index(reader: Reader, on_invalid: OnInvalid = "error") -> AnnotationIndex:
+def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool = False) -> AnnotationIndex:
     """`collect`, for use: no problems, or with `on_invalid` "skip" at least one usable image.
 
     Raises:
         UserError: problems with "error" (all of them in one message), or nothing usable.
     """
-    index = collect(reader)
+    index = collect(reader, progress)
     settle(index.problems, on_invalid if len(index) else "error", reader.image_dir)
     if not len(index):
         raise UserError(f"{reader.image_dir} has no image; check the path")

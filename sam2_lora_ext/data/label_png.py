@@ -122,24 +122,26 @@ class LabelPNGReader:
                 f"{record.width}x{record.height}; they must be equal",
             )
         values = {number: number for number in self.class_names} if self.colors is None else self.colors
-        numbers = {value: number for number, value in values.items()}
-        for value in np.unique(label).tolist():
-            if value in numbers:
-                record.masks.append((numbers[value], encode_mask(label == value)))
-            elif value:
-                shown = value if self.colors is None else f"colour {[value >> 16, value >> 8 & 255, value & 255]}"
-                yield Problem(
-                    str(path),
-                    None,
-                    "unknown class",
-                    f"the label has the value {shown}, but the classes are "
-                    f"{describe_classes(self.class_names)}, and 0 is none",
-                    record.name,
-                )
+        rest = label != 0
+        for number, value in values.items():
+            mask = label == value
+            if mask.any():
+                record.masks.append((number, encode_mask(mask)))
+                rest &= ~mask
+        for value in np.unique(label[rest]).tolist():
+            shown = value if self.colors is None else f"colour {[value >> 16, value >> 8 & 255, value & 255]}"
+            yield Problem(
+                str(path),
+                None,
+                "unknown class",
+                f"the label has the value {shown}, but the classes are "
+                f"{describe_classes(self.class_names)}, and 0 is none",
+                record.name,
+            )
 
 
 def read_label(path: Path, color: bool = False) -> np.ndarray:
-    """int64 [H, W] of a label image: grey values (1, 8 or 16 bit) or palette indices; with `color` 0xRRGGBB.
+    """Integers [H, W] of a label image: grey values (1, 8 or 16 bit) or palette indices; with `color` 0xRRGGBB.
 
     Raises:
         ImageError: the file cannot be read, or has colours where numbers are expected.
@@ -148,9 +150,10 @@ def read_label(path: Path, color: bool = False) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if color:
-                return np.asarray(image.convert("RGB")).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+                red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
+                return red << 16 | green << 8 | blue
             if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-                return np.asarray(image).astype(np.int64)
+                return np.asarray(image) * 1  # a bool becomes a number
             mode = image.mode
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("label damaged", f"the label cannot be decoded ({error}); write it again") from error

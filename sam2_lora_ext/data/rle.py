@@ -108,10 +108,15 @@ def format_rle(runs: np.ndarray) -> str:
 
 def encode_mask(mask: np.ndarray) -> np.ndarray:
     """Runs of the pixels of `mask` [H, W] that are not zero: int32 [R, 2]."""
-    flat = np.zeros(mask.size + 2, dtype=np.int8)
-    flat[1:-1] = (np.asarray(mask) != 0).ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)).reshape(-1, 2)
+    columns = np.flatnonzero(mask.any(axis=0))
+    if not len(columns):
+        return NO_RUNS
+    part = mask[:, columns[0] : columns[-1] + 1] != 0  # most masks cover few columns
+    flat = np.zeros(part.size + 2, dtype=bool)
+    flat[1:-1] = part.ravel(order="F")
+    edges = np.flatnonzero(flat[1:] != flat[:-1]).reshape(-1, 2)
     edges[:, 1] -= edges[:, 0]
+    edges[:, 0] += columns[0] * len(mask)
     return edges.astype(np.int32)
 
 

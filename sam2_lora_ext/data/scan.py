@@ -72,7 +72,7 @@ def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16
 
 def scan(reader: Reader, progress: bool = True, bits: int = 16) -> tuple[dict[str, Any], AnnotationIndex]:
     """Everything `scan.json` says, and the index it was found with; see `look_at_pixels`."""
-    index = collect(reader)
+    index = collect(reader, progress)
     facts = look_at_pixels(index, progress, bits)
     return summarise(index, facts), index
 
