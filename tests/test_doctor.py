@@ -1,16 +1,12 @@
 """The doctor finds every planted fault, names it, and says what to do; a sound training is green."""
 
 import json
-import shutil
-import socket
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
-from sam2_lora_ext.doctor import environment
 from sam2_lora_ext.doctor.config import check_keys, check_targets, load, resolve
 from sam2_lora_ext.doctor.examine import examine
 from sam2_lora_ext.doctor.findings import green, guarded, red, root_cause, to_json, yellow
@@ -21,27 +17,15 @@ from small_runs import QUICK
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import doctor as tool  # noqa: E402
 
-Usage = namedtuple("Usage", "total used free")
-
-
 # ---- a sound training -----------------------------------------------------------------------------------------------
 
 
 def test_a_sound_training_is_green_and_leaves_nothing_behind(place, capsys):
     assert tool.main(["-c", "demo", *QUICK]) == 0
     out = capsys.readouterr().out
-    for word in (
-        "environment",
-        "config",
-        "checkpoint",
-        "adapters",
-        "data",
-        "step",
-        "disk",
-        "all 48 adapters get a gradient",
-        "configs/sam2_nano.yaml",
-    ):
-        assert word in out
+    for word in ("environment", "config", "checkpoint", "adapters", "data", "step", "disk"):
+        assert f"  {word}" in out
+    assert "all 48 adapters get a gradient" in out and "configs/sam2_nano.yaml" in out and "images decode" in out
     assert "FAIL" not in out and not place.exists()
 
 
@@ -54,106 +38,9 @@ def test_json_and_exit_code(place, capsys):
 
 def test_without_a_config_the_environment_is_looked_at():
     findings = list(examine(None))
-    assert {finding.area for finding in findings} == {"environment", "disk"} and {
-        finding.level for finding in findings
-    } == {"green"}
-
-
-# ---- planted in the environment -------------------------------------------------------------------------------------
-
-
-def test_a_missing_and_an_old_package_and_python():
-    def version(name: str) -> str | None:
-        return {"hydra-core": None, "numpy": "1.20.0"}.get(name, environment.installed_version(name))
-
-    findings = list(environment.check_packages(version, python=(3, 10, 4)))
-    assert [(finding.level, finding.text.split()[0]) for finding in findings if finding.level != "green"] == [
-        ("red", "Python"),
-        *sorted([("yellow", "numpy"), ("red", "the")], key=lambda row: row[0] != "yellow"),
-    ]
-    assert any("hydra-core is not installed" in finding.text for finding in findings)
-
-
-def test_a_broken_sam2_is_shown_with_its_real_cause(tmp_path, repository, run_python):
-    (tmp_path / "sam2").mkdir()
-    (tmp_path / "sam2/__init__.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
-    done = run_python([repository / "tools/doctor.py", "-c", "demo"], env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout.count("FAIL") == 1
-    assert "import sam2.build_sam fails" in done.stdout and "libGL.so.1" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("import a_package_that_is_not_there", ["a_package_that_is_not_there", "pip install"]),
-        ("import sam2.nothing_of_the_kind", ["install SAM 2 with its training code"]),
-        (
-            "raise RuntimeError('likely running Python from the parent directory of the sam2 repository')",
-            ["another folder"],
-        ),
-        (
-            "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    raise ImportError('outside') from error",
-            ["ZeroDivisionError: division by zero"],
-        ),
-    ],
-)
-def test_other_causes_and_what_to_do(tmp_path, monkeypatch, content, words):
-    (tmp_path / "planted_import.py").write_text(content)
-    monkeypatch.syspath_prepend(tmp_path)
-    only(list(environment.check_imports(("planted_import",))), *words)
-
-
-def test_torchvision_of_another_release_is_recognised(monkeypatch):
-    def broken(name):
-        raise RuntimeError("operator torchvision::nms does not exist")
-
-    monkeypatch.setattr(environment.importlib, "import_module", broken)
-    only(list(environment.check_imports()), "requirements.txt")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_wanted_and_not_there(place):
-    only(find("trainer.accelerator=cuda"), "wants CUDA", "trainer.accelerator=cpu")
-
-
-def test_too_many_gpus_asked_for_and_no_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "a GPU")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    config = {
-        "trainer": {"accelerator": "cuda", "optim": {"amp": {"enabled": True, "amp_dtype": "bfloat16"}}},
-        "launcher": {"gpus_per_node": 4},
-    }
-    levels = [(finding.level, finding.text) for finding in environment.check_gpu(config)]
-    assert [level for level, _ in levels] == ["green", "red", "yellow"] and "there are 2 GPUs" in levels[1][1]
-
-
-def test_too_little_shared_memory(place, monkeypatch):
-    disk_usage = shutil.disk_usage
-    monkeypatch.setattr(
-        environment.shutil,
-        "disk_usage",
-        lambda path: Usage(1, 1, 1000) if str(path) == "/dev/shm" else disk_usage(path),
-    )
-    only(find("scratch.num_workers=4"), "shared memory", "--shm-size")
-    assert not find()  # without workers none is needed
-
-
-def test_no_port_is_free(place):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        only(find(f"submitit.port_range=[{port},{port}]"), "no port", "submitit.port_range")
-    only(find("submitit.port_range=[65000,100]"), "no range of ports")
-
-
-def test_too_little_disk(place, monkeypatch):
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: Usage(1, 1, 10**6))
-    only(find(), "disk", "launcher.experiment_log_dir")
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: Usage(1, 1, 10**8))
-    assert [finding.area for finding in find(level="yellow")].count("disk") == 1
+    assert {finding.area for finding in findings} == {"environment", "disk"}
+    assert {finding.level for finding in findings} == {"green"}
+    assert all(any(word in finding.text for finding in findings) for word in ("CUDA", "shared memory", "ports of"))
 
 
 # ---- planted in the config ------------------------------------------------------------------------------------------
@@ -229,6 +116,17 @@ def test_a_run_that_is_there_already_and_a_folder_that_cannot_be_written(place):
     (place.parent / "file").touch()
     found = find(f"launcher.experiment_log_dir={place.parent}/file/run")
     assert any("cannot be written" in finding.text for finding in found)
+
+
+def test_a_config_of_stock_sam2_is_looked_at_too(tmp_path, monkeypatch):
+    """Its run folder is null, its data set another; nothing of it is here, but every line is a sentence."""
+    monkeypatch.chdir(tmp_path)
+    name = "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"
+    findings = list(examine(name, ["trainer.accelerator=cpu"], step=False))
+    assert {finding.area for finding in findings} == {"environment", "config", "adapters", "data", "disk"}
+    assert any(f"the run goes to {tmp_path / 'sam2_logs'}" in finding.text for finding in findings)
+    reds = [finding.text for finding in findings if finding.level == "red"]
+    assert sum("which does not exist" in text for text in reds) == 2 and not any("Traceback" in text for text in reds)
 
 
 # ---- how it is said -------------------------------------------------------------------------------------------------

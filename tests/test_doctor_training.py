@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from doctor_cases import find, only, place  # noqa: F401
 
 from sam2_lora_ext.checkpoints import read_weights, write_weights
@@ -43,6 +44,17 @@ def test_weights_that_are_not_finite(place, nano_base, tmp_path, monkeypatch):
     only(checkpoint_faults(monkeypatch, tmp_path / "nan.pt"), "NaN", "sam_mask_decoder.iou_token.weight")
 
 
+def test_a_base_that_is_not_there_is_said_once(place, monkeypatch):
+    only(checkpoint_faults(monkeypatch, Path("/nowhere/base.pt"), step=True), "/nowhere/base.pt", "does not exist")
+
+
+def test_a_glob_of_the_initializer_that_hits_nothing(place):
+    """A model without adapters lacks no key of theirs; stock's loading stops at such a glob."""
+    only(find("lora.targets=[]", "lora.trainable=[image_encoder.trunk.blocks.*.norm1]"), "lora_", "set it to null")
+    nothing = "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null"
+    assert not find("lora.targets=[]", "lora.trainable=[image_encoder.trunk.blocks.*.norm1]", nothing, step=True)
+
+
 # ---- planted in the data --------------------------------------------------------------------------------------------
 
 
@@ -67,6 +79,25 @@ def test_a_missing_image(own_strips):
     name = (own_strips / "train.csv").read_text().splitlines()[1].split(",")[0]
     (own_strips / "train_images" / name).unlink()
     only(find(), name, "is not in")
+
+
+def test_a_damaged_image(own_strips):
+    """Its header and end are whole, so the data set takes it; a bit of its pixels is wrong."""
+    rows = (own_strips / "split.csv").read_text().splitlines()
+    name = next(row.split(",")[0] for row in rows if row.endswith("train"))
+    file = own_strips / "train_images" / name
+    with Image.open(file) as image:
+        image.save(file, format="PNG")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    only(find(), name, "1 of 8 decoded images are damaged", "prepare_data.py scan")
+
+
+def test_validation_on_what_is_trained_on(own_strips):
+    found = [finding for finding in find("trainer.data.val.datasets.0.video_dataset.split=train", level="yellow")]
+    assert any("8 of 8 images of validation are trained on too" in finding.text for finding in found)
+    assert not any("trained on too" in finding.text for finding in find(level="yellow"))
 
 
 def test_a_split_that_does_not_fit(own_strips):

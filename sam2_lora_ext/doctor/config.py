@@ -10,6 +10,7 @@ from typing import Any
 from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yellow
 
 AREA = "config"
+ANOTHER = "choose another launcher.experiment_log_dir for a new run"
 
 
 def load(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def resolve(target: str) -> Any:
 
 def check_paths(config: Mapping[str, Any]) -> Iterator[Finding]:
     """Files and folders that the data sets and the checkpoint read."""
-    keys = re.compile(r"(^|\.)(image_dir|label_dir|csv|split_file|json|checkpoint_path|ann_file|root)$")
+    ours, stocks = "image_dir|label_dir|csv|split_file|json|checkpoint_path|root", "img_folder|gt_folder|file_list_txt"
+    keys = re.compile(rf"(^|\.)({ours}|{stocks})$")
     inputs = {
         where: value
         for section in ("data", "checkpoint")
@@ -96,12 +98,8 @@ def check_paths(config: Mapping[str, Any]) -> Iterator[Finding]:
         if not Path(value).exists():
             missing.setdefault(value, where)
     for value, where in missing.items():
-        variables = (
-            "; the environment variables that set it stand in the config's header"
-            if "checkpoint" in where or "data" in where
-            else ""
-        )
-        yield red(AREA, f"{where} is {value}, which does not exist (from {Path.cwd()})", f"correct the path{variables}")
+        said = f"{where} is {value}, which does not exist (from {Path.cwd()})"
+        yield red(AREA, said, "correct the path; the environment variables that set it stand in the config's header")
     if not missing:
         yield green(AREA, f"all {len(set(inputs.values()))} input paths exist")
 
@@ -117,47 +115,36 @@ def check_keys(config: Mapping[str, Any]) -> Iterator[Finding]:
             continue
         if key not in losses:
             bad = True
-            yield red(
-                AREA,
-                f"trainer.data.{phase}.collate_fn.dict_key is {key}, but trainer.loss has {', '.join(sorted(losses)) or 'nothing'}",
-                f"give trainer.loss an entry {key}",
-            )
+            has = ", ".join(sorted(losses)) or "nothing"
+            said = f"trainer.data.{phase}.collate_fn.dict_key is {key}, but trainer.loss has {has}"
+            yield red(AREA, said, f"give trainer.loss an entry {key}")
         if phase == "val" and key == "all":
             bad = True
-            yield red(
-                AREA,
-                "the dict_key of validation is all, which the Trainer refuses",
-                "name it after the data, in data, loss and meters",
-            )
+            said = "the dict_key of validation is all, which the Trainer refuses"
+            yield red(AREA, said, "name it after the data, in data, loss and meters")
         meters = set((trainer.get("meters") or {}).get(phase) or {})
         if meters and meters != {key}:
             bad = True
-            yield red(
-                AREA,
-                f"trainer.meters.{phase} has {', '.join(sorted(meters))}, but its batches have the key {key}",
-                f"name it {key}",
-            )
+            said = f"trainer.meters.{phase} has {', '.join(sorted(meters))}, but its batches have the key {key}"
+            yield red(AREA, said, f"name it {key}")
     if not bad:
         yield green(AREA, "keys of data, loss and meters fit")
 
 
+def run_folder(config: Mapping[str, Any]) -> Path:
+    """Where the run goes; what names no folder goes where SAM 2's launcher puts it."""
+    return Path(config["launcher"].get("experiment_log_dir") or "sam2_logs").absolute()
+
+
 def check_folder(config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the run's folder can be written, and whether a run is in it already."""
-    folder = Path(config["launcher"]["experiment_log_dir"]).absolute()
+    folder = run_folder(config)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield red(AREA, f"{existing} cannot be written", "choose another launcher.experiment_log_dir")
     elif (folder / "training_summary.json").exists():
-        yield yellow(
-            AREA,
-            f"{folder} holds a finished run, which will not be trained again",
-            "choose another launcher.experiment_log_dir for a new run",
-        )
+        yield yellow(AREA, f"{folder} holds a finished run, which will not be trained again", ANOTHER)
     elif (folder / "checkpoints/checkpoint.pt").exists():
-        yield yellow(
-            AREA,
-            f"{folder} holds an unfinished run, which will be continued",
-            "choose another launcher.experiment_log_dir for a new run",
-        )
+        yield yellow(AREA, f"{folder} holds an unfinished run, which will be continued", ANOTHER)
     else:
         yield green(AREA, f"the run goes to {folder}")

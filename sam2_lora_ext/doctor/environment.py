@@ -15,9 +15,10 @@ from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yello
 from sam2_lora_ext.host import INSTALL_SAM2
 
 AREA = "environment"
+HIDDEN = "run from another folder, take that one off PYTHONPATH, or rename it"
 IMPORTS = ("torch", "torchvision.ops", "sam2.build_sam", "training.train", "training.trainer", "sam2_lora_ext.trainer")
 EXTRA = "train"
-PORTS_TRIED = 5
+PORTS, PORTS_TRIED = (10000, 65000), 5
 GIGA = 1e9
 
 
@@ -54,10 +55,8 @@ def check_packages(
                 f'pip install "{line}"',
             )
     sam2 = version("sam2") or version("SAM-2")
-    yield green(
-        AREA,
-        f"Python {platform.python_version()}, torch {found.get('torch')}, sam2 {sam2 or 'from a checkout'}, {platform.system()}",
-    )
+    named = f"torch {found.get('torch')}, sam2 {sam2 or 'from a checkout'}, {platform.system()}"
+    yield green(AREA, f"Python {platform.python_version()}, {named}")
 
 
 def check_imports(modules: tuple[str, ...] = IMPORTS) -> Iterator[Finding]:
@@ -67,6 +66,9 @@ def check_imports(modules: tuple[str, ...] = IMPORTS) -> Iterator[Finding]:
             importlib.import_module(name)
         except Exception as error:
             missing = getattr(error, "name", None) or ""
+            if hidden := hiding(missing):
+                yield red(AREA, f"import {name} fails: {hidden} hides SAM 2's own {missing.split('.')[0]}", HIDDEN)
+                return
             if isinstance(error, ModuleNotFoundError) and missing.split(".")[0] in ("sam2", "training"):
                 advice = f"install SAM 2 with its training code: {INSTALL_SAM2}"
             elif isinstance(error, ModuleNotFoundError):
@@ -80,6 +82,16 @@ def check_imports(modules: tuple[str, ...] = IMPORTS) -> Iterator[Finding]:
             yield red(AREA, f"import {name} fails: {root_cause(error)}", advice)
             return
     yield green(AREA, f"SAM 2 and its training code import ({Path(importlib.import_module('sam2').__file__).parent})")
+
+
+def hiding(missing: str) -> str | None:
+    """What is found as `sam2` or `training` before SAM 2's own, and lacks the module `missing`; None without such."""
+    top, _, inside = missing.partition(".")
+    found = sys.modules.get(top)
+    if top not in ("sam2", "training") or not inside or found is None:
+        return None
+    own = [Path(place) / top / f"{inside.replace('.', '/')}.py" for place in sys.path]
+    return [*getattr(found, "__path__", []), found.__file__][0] if any(file.exists() for file in own) else None
 
 
 def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -102,10 +114,8 @@ def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
                 "set trainer.accelerator=cpu trainer.optim.amp.enabled=false, or mend the driver",
             )
         else:
-            yield green(
-                AREA,
-                f"no CUDA ({why}); {'the config trains on the CPU' if config is not None else 'training on a CPU is slow but works'}",
-            )
+            use = "the config trains on the CPU" if config is not None else "training on a CPU is slow but works"
+            yield green(AREA, f"no CUDA ({why}); {use}")
         return
     names = {torch.cuda.get_device_name(number) for number in range(count)}
     yield green(AREA, f"{count} GPU(s): {', '.join(sorted(names))}")
@@ -123,24 +133,25 @@ def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
         yield yellow(AREA, "this GPU has no bfloat16", "set trainer.optim.amp.amp_dtype=float16")
 
 
-def check_shared_memory(config: Mapping[str, Any], folder: str = "/dev/shm") -> Iterator[Finding]:
-    """Whether batches on their way from workers fit: workers x 2 batches of float32 images, and their masks."""
-    data = config["trainer"]["data"]
+def check_shared_memory(config: Mapping[str, Any] | None, folder: str = "/dev/shm") -> Iterator[Finding]:
+    """Whether batches on their way from workers fit: workers x 2 batches of float32 images, and their masks.
+
+    Without a config the need is that of configs/base/severstal.yaml.
+    """
+    trainer = config["trainer"] if config is not None else {"data": {"train": {"num_workers": 4}}, "model": {}}
+    data = trainer["data"]
     workers = max(int((data.get(phase) or {}).get("num_workers", 0)) for phase in ("train", "val"))
     if not workers:
         yield green(AREA, "no data workers, so no shared memory is needed")
         return
-    side = int(config["trainer"]["model"].get("image_size", 1024))
+    side = int(trainer["model"].get("image_size", 1024))
     images = max(int(size) for phase in ("train", "val") for size in (data.get(phase) or {}).get("batch_sizes", [1]))
     need = workers * 2 * images * side * side * (3 * 4 + 16)  # bytes; 16 masks of a byte a pixel
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
-        yield yellow(
-            AREA,
-            f"there is no {folder}, so shared memory cannot be checked",
-            "if workers die with a bus error, set scratch.num_workers=0",
-        )
+        said = f"there is no {folder}, so shared memory cannot be checked"
+        yield yellow(AREA, said, "if workers die with a bus error, set scratch.num_workers=0")
         return
     text = f"shared memory: {free / GIGA:.2f} GB free, about {need / GIGA:.2f} GB needed for {workers} workers"
     if free < need:
@@ -149,15 +160,13 @@ def check_shared_memory(config: Mapping[str, Any], folder: str = "/dev/shm") -> 
         yield green(AREA, text)
 
 
-def check_ports(config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_ports(config: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Whether ranks can meet: a few ports of `submitit.port_range`, drawn as the launcher draws one."""
-    low, high = (int(port) for port in config["submitit"].get("port_range") or (10000, 65000))
+    wanted = (config.get("submitit") or {}).get("port_range") if config is not None else None
+    low, high = (int(port) for port in wanted or PORTS)
     if not 0 < low <= high <= 65535:
-        yield red(
-            AREA,
-            f"submitit.port_range is [{low}, {high}], which is no range of ports",
-            "set submitit.port_range=[10000,65000]",
-        )
+        said = f"submitit.port_range is [{low}, {high}], which is no range of ports"
+        yield red(AREA, said, "set submitit.port_range=[10000,65000]")
         return
     reason = ""
     for port in random.sample(range(low, high + 1), min(PORTS_TRIED, high - low + 1)):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from sam2_lora_ext.doctor import config as configs
 from sam2_lora_ext.doctor import environment
-from sam2_lora_ext.doctor.findings import Finding, guarded, red
+from sam2_lora_ext.doctor.findings import Finding, green, guarded, red, yellow
 from sam2_lora_ext.errors import UserError
 
+BASE = "compare with configs/base/severstal.yaml"
 STEP_ADVICE = (
-    "out of memory: lower scratch.resolution or scratch.max_num_objects, or set +trainer.model.memory=low; anything else: start the "
-    "training with scratch.num_workers=0 and read the traceback"
+    "out of memory: lower scratch.resolution or scratch.max_num_objects, or set trainer.model.memory=low; anything "
+    "else: start the training with scratch.num_workers=0 and read the traceback"
 )
 
 
@@ -28,14 +29,13 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
     yield from imports
     if any(finding.level == "red" for finding in imports):
         return
+    machine = (environment.check_gpu, environment.check_shared_memory, environment.check_ports)
     if name is None:
-        yield from guarded("environment", lambda: environment.check_gpu(None), "check the driver with nvidia-smi")
-        free = shutil.disk_usage(Path.cwd()).free
-        yield Finding(
-            "green",
-            "disk",
-            f"{free / environment.GIGA:,.1f} GB free in {Path.cwd()}; with -c CONFIG this is set against the need",
-        )
+        for check in machine:
+            yield from guarded("environment", lambda check=check: check(None), "mend what the error names")
+        free = shutil.disk_usage(Path.cwd()).free / environment.GIGA
+        said = f"{free:,.1f} GB free in {Path.cwd()}; with -c CONFIG this is set against the need"
+        yield green("disk", said)
         return
     try:
         config = configs.load(name, overrides)
@@ -43,32 +43,37 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
         yield red("config", str(error), "python -m sam2_lora_ext.train --help lists the configs")
         return
     for check in (configs.check_targets, configs.check_paths, configs.check_keys, configs.check_folder):
-        yield from guarded("config", lambda check=check: check(config), "compare with configs/base/severstal.yaml")
-    for check in (environment.check_gpu, environment.check_shared_memory, environment.check_ports):
-        yield from guarded("environment", lambda check=check: check(config), "compare with configs/base/severstal.yaml")
-    yield from examine_training(config, step)
+        yield from guarded("config", lambda check=check: check(config), BASE)
+    broken = False
+    for check in machine:
+        for finding in guarded("environment", lambda check=check: check(config), BASE):
+            broken = broken or check is environment.check_gpu and finding.level == "red"
+            yield finding
+    yield from examine_training(config, step, gpu=not broken)
 
 
-def examine_training(config: dict, step: bool) -> Iterator[Finding]:
-    """Base, adapters, data, the step and the disk."""
+def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
+    """Base, adapters, data, the step (with a `gpu` that the config wants and has) and the disk."""
     from sam2_lora_ext.doctor.training import Training
 
     training = Training(config)
     checks = [("adapters", training.check_adapters), ("checkpoint", training.check_checkpoint)]
-    checks += [("data", lambda phase=phase: training.check_data(phase)) for phase in ("train", "val")]
+    checks += [("data", lambda phase=phase: training.data.check(phase)) for phase in ("train", "val")]
+    checks += [("data", training.data.check_apart)]
     causes: list[str] = []
     for area, check in checks:
-        for finding in guarded(area, check, "compare with configs/base/severstal.yaml"):
+        for finding in guarded(area, check, BASE):
             if finding.level == "red" and finding.text in causes:
                 continue  # such as the annotations that both phases read
             causes += [finding.text] if finding.level == "red" else []
             yield finding
-    if step and not causes:
+    missing = training.base_path is not None and not Path(training.base_path).exists()
+    if step and gpu and not causes and not missing:
         yield from guarded("step", training.check_step, STEP_ADVICE)
+    elif step:
+        yield yellow("step", "no step was made, for what is red above", "mend that, and ask again")
     if training.buildable:
-        folder = Path(config["launcher"]["experiment_log_dir"]).absolute()
-        yield from guarded(
-            "disk",
-            lambda: environment.check_disk(folder, training.disk_need(), "checkpoints, exports, logs"),
-            "check the folder",
-        )
+        folder = configs.run_folder(config)
+        what = "checkpoints, exports, logs"
+        check_disk = lambda: environment.check_disk(folder, training.disk_need(), what)  # noqa: E731
+        yield from guarded("disk", check_disk, "check the folder")

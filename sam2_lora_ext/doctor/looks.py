@@ -1,37 +1,12 @@
-"""What the doctor says about a data set, about gradients after a step, and about memory."""
+"""What the doctor says about gradients after a step, and about memory."""
 
 import resource
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
-
-
-def describe_dataset(phase: str, dataset: Any) -> Iterator[Finding]:
-    """What a `SeverstalRawDataset` holds."""
-    counts = Counter(number for item in range(len(dataset)) for number in dataset.classes_of(item))
-    names = ", ".join(f"{name} {counts[number]}" for number, name in sorted(dataset.class_names.items()))
-    clean = sum(not dataset.classes_of(item) for item in range(len(dataset)))
-    yield green(
-        "data",
-        f"{phase}: {len(dataset)} samples, with {names}; {clean} clean; {len(dataset.index)} images in {dataset.index.image_dir}",
-    )
-    if skipped := dataset.index.problems:
-        yield yellow(
-            "data",
-            f"{phase}: {len(skipped)} entries are skipped, the first: {skipped[0]}",
-            "python tools/prepare_data.py scan DATA lists all",
-        )
-    if not counts:
-        yield red("data", f"{phase}: no sample has a defect", "look at split_file and min_area")
-    elif absent := [name for number, name in sorted(dataset.class_names.items()) if not counts[number]]:
-        yield yellow(
-            "data", f"{phase}: no sample of {', '.join(absent)}", "look at the split, if that class should be there"
-        )
+from sam2_lora_ext.doctor.findings import Finding, green, red
 
 
 def check_gradients(model: nn.Module) -> Iterator[Finding]:
@@ -41,27 +16,21 @@ def check_gradients(model: nn.Module) -> Iterator[Finding]:
     layers = dict(lora_layers(model))
     if not layers:
         none = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
-        yield green(
-            "step", f"gradients in the model; {len(none)} trained parameters got none (the memory's, for one frame)"
-        )
+        said = f"gradients in the model; {len(none)} trained parameters got none (the memory's, for one frame)"
+        yield green("step", said)
         return
-    dead = [
-        name
-        for name, layer in layers.items()
-        if layer.lora_b.grad is None or not bool(layer.lora_b.grad.abs().sum() > 0)
-    ]
-    if any(layer.lora_b.grad is not None and not bool(layer.lora_b.grad.isfinite().all()) for layer in layers.values()):
-        yield red(
-            "step",
-            "the gradient of an adapter is not finite",
-            "lower the learning rate's peak, or try trainer.optim.amp.enabled=false",
-        )
+    gradients = {name: layer.lora_b.grad for name, layer in layers.items()}
+    dead = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.abs().sum() > 0)]
+    if any(gradient is not None and not bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        advice = "lower the learning rate's peak, or try trainer.optim.amp.enabled=false"
+        yield red("step", "the gradient of an adapter is not finite", advice)
     elif dead:
-        yield red(
-            "step",
-            f"{len(dead)} of {len(layers)} adapters get no gradient, the first is {dead[0]}",
-            "take them out of lora.targets (the memory attention learns from clips only: set windows), or set find_unused_parameters: true",
+        said = f"{len(dead)} of {len(layers)} adapters get no gradient, the first is {dead[0]}"
+        advice = (
+            "take them out of lora.targets (the memory attention learns from clips only: set windows), or set "
+            "find_unused_parameters: true"
         )
+        yield red("step", said, advice)
     else:
         yield green("step", f"all {len(layers)} adapters get a gradient")
 

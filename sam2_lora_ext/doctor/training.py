@@ -3,13 +3,16 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sam2_lora_ext.doctor.data import DataSets
 from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
-from sam2_lora_ext.doctor.looks import check_gradients, describe_dataset, peak_memory
+from sam2_lora_ext.doctor.looks import check_gradients, peak_memory
 from sam2_lora_ext.errors import UserError
 
 GIGA = 1e9
@@ -25,15 +28,19 @@ class Training:
 
     def __init__(self, config: Mapping[str, Any]):
         self.trainer = config["trainer"]
-        self.wanted = str(self.trainer.get("accelerator", "cuda"))
-        self.device = torch.device("cuda" if self.wanted == "cuda" and torch.cuda.is_available() else "cpu")
+        self.data = DataSets(self.trainer["data"])
+        self.device = torch.device(str(self.trainer.get("accelerator", "cuda")))
         self._model: nn.Module | None = None
+
+    @property
+    def initializer(self) -> Mapping[str, Any]:
+        """The config of what loads the base; empty without one."""
+        return (self.trainer.get("checkpoint") or {}).get("model_weight_initializer") or {}
 
     @property
     def base_path(self) -> str | None:
         """The file of the base, or None."""
-        initializer = (self.trainer.get("checkpoint") or {}).get("model_weight_initializer") or {}
-        return (initializer.get("state_dict") or {}).get("checkpoint_path")
+        return (self.initializer.get("state_dict") or {}).get("checkpoint_path")
 
     @property
     def model(self) -> nn.Module:
@@ -65,12 +72,13 @@ class Training:
                 "set trainer.checkpoint.model_weight_initializer as in configs/base/severstal.yaml",
             )
             return
+        if not Path(self.base_path).exists():
+            return  # check_paths says so
         state = read_weights(self.base_path)
         count = sum(value.numel() for value in state.values())
-        yield green(
-            area,
-            f"{self.base_path} is {identify(state) or 'no stock SAM 2'}, {count / 1e6:,.1f} M parameters, id {weights_id(state)[:12]}",
-        )
+        kind = identify(state) or "no stock SAM 2"
+        said = f"{self.base_path} is {kind}, {count / 1e6:,.1f} M parameters, id {weights_id(state)[:12]}"
+        yield green(area, said)
         if any(key.endswith(ADAPTER_KEYS) for key in state):
             yield red(
                 area,
@@ -81,6 +89,11 @@ class Training:
         if self.buildable and (sentence := explain_mismatch(state, self.model.state_dict())):
             yield red(area, sentence, "take the config of this checkpoint, or the checkpoint of this config")
             return
+        missing = [key for key in self.model.state_dict() if key not in state] if self.buildable else []
+        for glob in (self.initializer.get("ignore_missing_keys") or []) if self.buildable else []:
+            if not any(fnmatchcase(key, glob) for key in missing):
+                said = f"trainer.checkpoint.model_weight_initializer.ignore_missing_keys: {glob!r} hits nothing"
+                yield red(area, said, "set it to null where no adapter is trained")
         if bad := [
             key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
         ]:
@@ -106,25 +119,8 @@ class Training:
             )
             return
         groups = ", ".join(f"{len(row['layers'])} in {name}" for name, row in facts["groups"].items())
-        yield green(
-            "adapters",
-            f"{facts['trained']:,} of {facts['total']:,} parameters are trained ({facts['share']:.2%}); layers: {groups or 'all'}",
-        )
-
-    def check_data(self, phase: str) -> Iterator[Finding]:
-        """The data sets of a phase, built as in training, with a short scan of the annotations."""
-        from hydra.utils import instantiate
-
-        for data in (self.trainer["data"].get(phase) or {}).get("datasets", []):
-            conf = _inner(data)
-            if conf is None:
-                yield yellow(
-                    "data",
-                    f"{phase}: {data.get('_target_')} has no video_dataset, so it was not looked at",
-                    "check it yourself",
-                )
-                continue
-            yield from describe_dataset(phase, instantiate(conf, _convert_="all"))
+        said = f"{facts['trained']:,} of {facts['total']:,} parameters are trained ({facts['share']:.2%})"
+        yield green("adapters", f"{said}; layers: {groups or 'all'}")
 
     def check_step(self) -> Iterator[Finding]:
         """Forward, loss, backward and an optimizer step on one sample with a defect, with its time and memory."""
@@ -155,7 +151,7 @@ class Training:
         yield green(
             area,
             f"one sample, {len(batch.masks[0])} object(s): loss {float(loss):.3f}, {seconds:.1f} s, "
-            f"{peak_memory(self.device) / GIGA:.2f} GB {where} ({before / GIGA:.2f} GB before){self.caveat}",
+            f"{peak_memory(self.device) / GIGA:.2f} GB {where} ({before / GIGA:.2f} GB before)",
         )
         yield from check_gradients(model)
 
@@ -171,13 +167,6 @@ class Training:
         collate = instantiate(conf["collate_fn"])
         return collate([_attribute(dataset, "video_dataset", holder=True)[place]])
 
-    @property
-    def caveat(self) -> str:
-        """What the step could not show here."""
-        return (
-            "; the config wants CUDA, this was the CPU" if self.wanted == "cuda" and self.device.type == "cpu" else ""
-        )
-
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision as the config has it; the Trainer's is for CUDA only."""
         amp = (self.trainer.get("optim") or {}).get("amp") or {}
@@ -187,19 +176,15 @@ class Training:
 
     def disk_need(self) -> float:
         """Bytes that a run writes: checkpoints with optimizer state (twice while one is replaced), exports, logs."""
+        from sam2_lora_ext.lora import lora_layers
+
         trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
         total = sum(value.numel() for value in self.model.parameters())
+        exported = 3 * trained if next(lora_layers(self.model), None) else 2 * total  # best, final (and latest)
         export = self.trainer.get("export") or {}
-        merged = 4 * total * (bool(export.get("merged")) + bool(export.get("flat_files")))
+        merged = total * (bool(export.get("merged")) + bool(export.get("flat_files")))
         copies = 2 + int(self.trainer.get("keep_previous") or 0)
-        return copies * 3 * 4 * trained + 3 * 4 * trained + 2 * merged + 50e6
-
-
-def _inner(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The config of the raw data set inside wrappers."""
-    while data is not None and "video_dataset" not in data:
-        data = data.get("dataset")
-    return None if data is None else data["video_dataset"]
+        return 4 * (copies * 3 * trained + exported + 2 * merged) + 50e6
 
 
 def _attribute(dataset: Any, name: str, holder: bool = False) -> Any:

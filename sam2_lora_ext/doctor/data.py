@@ -1,0 +1,105 @@
+"""Checks of the data: a short scan of what training and validation would read, and whether they share images."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.data.images import ImageError, probe
+from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
+
+AREA = "data"
+LOOKED_AT = 16  # images of each phase that are decoded
+
+
+class DataSets:
+    """The data sets of a config, built as in training when they are first checked.
+
+    Args:
+        data: the config's `trainer.data`.
+    """
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.data = data
+        self.built: dict[str, list[Any]] = {"train": [], "val": []}
+
+    def check(self, phase: str) -> Iterator[Finding]:
+        """Builds the data sets of a phase; counts what they hold, and decodes some of the images."""
+        from hydra.utils import instantiate
+
+        for data in (self.data.get(phase) or {}).get("datasets", []):
+            configs = list(raw_configs(data))
+            if not configs:
+                said = f"{phase}: {data.get('_target_')} has no video_dataset, so it was not looked at"
+                yield yellow(AREA, said, "check it yourself")
+            for config in configs:
+                dataset = instantiate(config, _convert_="all")
+                self.built[phase].append(dataset)
+                if hasattr(dataset, "index"):
+                    yield from describe(phase, dataset)
+                    yield from decode_some(phase, dataset)
+                else:
+                    yield green(AREA, f"{phase}: {len(dataset)} videos in a {type(dataset).__name__}")
+
+    def check_apart(self) -> Iterator[Finding]:
+        """Images that are in training and in validation make every number too good."""
+        paths = {phase: set().union(*map(image_paths, built)) for phase, built in self.built.items()}
+        if shared := sorted(paths["train"] & paths["val"]):
+            said = f"{len(shared)} of {len(paths['val'])} images of validation are trained on too, such as {shared[0]}"
+            yield yellow(AREA, said, "give dataset.split_file, made by tools/prepare_data.py split")
+
+
+def raw_configs(data: Any) -> Iterator[Mapping[str, Any]]:
+    """The configs of raw data sets inside wrappers: each `video_dataset` below."""
+    if isinstance(data, Mapping):
+        if isinstance(data.get("video_dataset"), Mapping):
+            yield data["video_dataset"]
+            return
+        data = list(data.values())
+    if isinstance(data, list):
+        for inner in data:
+            yield from raw_configs(inner)
+
+
+def describe(phase: str, dataset: Any) -> Iterator[Finding]:
+    """What a `SeverstalRawDataset` holds."""
+    counts = Counter(number for item in range(len(dataset)) for number in dataset.classes_of(item))
+    names = ", ".join(f"{name} {counts[number]}" for number, name in sorted(dataset.class_names.items()))
+    clean = sum(not dataset.classes_of(item) for item in range(len(dataset)))
+    said = f"{phase}: {len(dataset)} samples of {len(dataset.images)} images, with {names}; {clean} clean"
+    yield green(AREA, f"{said}; {dataset.index.image_dir}")
+    if skipped := dataset.index.problems:
+        said = f"{phase}: {len(skipped)} entries are skipped, the first: {skipped[0]}"
+        yield yellow(AREA, said, "python tools/prepare_data.py scan DATA lists all")
+    absent = [name for number, name in sorted(dataset.class_names.items()) if not counts[number]]
+    if not counts:
+        yield red(AREA, f"{phase}: no sample has a defect", "look at split_file and min_area")
+    elif absent:
+        said = f"{phase}: no sample of {', '.join(absent)}"
+        yield yellow(AREA, said, "look at the split, if that class should be there")
+
+
+def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
+    """Decodes a few images, spread evenly; headers are read when the data set is built, pixels are not."""
+    paths = sorted(image_paths(dataset))
+    chosen = [paths[place * len(paths) // LOOKED_AT] for place in range(LOOKED_AT)] if len(paths) > LOOKED_AT else paths
+    damaged, began = [], time.perf_counter()
+    for path in chosen:
+        try:
+            probe(path, full=True)
+        except ImageError as error:
+            damaged.append(f"{path}: {error}")
+    if damaged:
+        said = f"{phase}: {len(damaged)} of {len(chosen)} decoded images are damaged, the first: {damaged[0]}"
+        yield red(AREA, said, "python tools/prepare_data.py scan DATA lists all")
+    else:
+        speed = 1000 * (time.perf_counter() - began) / len(chosen)
+        yield green(AREA, f"{phase}: {len(chosen)} images decode, {speed:.0f} ms each")
+
+
+def image_paths(dataset: Any) -> set[str]:
+    """The image files of a data set of ours, with links followed; of another kind none."""
+    if not hasattr(dataset, "index"):
+        return set()
+    return {str(Path(dataset.index.path(int(image))).resolve()) for image in dataset.images}
