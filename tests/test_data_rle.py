@@ -13,7 +13,6 @@ from scipy import ndimage
 
 from sam2_lora_ext.data import rle
 from sam2_lora_ext.data.components import find_components
-from sam2_lora_ext.data.segments import decode
 
 MASKS = hnp.arrays(
     bool, st.tuples(st.integers(1, 14), st.integers(1, 14)), elements=st.booleans()
@@ -37,7 +36,6 @@ def test_codes_agree_with_pycocotools(mask):
     runs = rle.encode_mask(mask)
     assert runs.dtype == np.int32
     np.testing.assert_array_equal(rle.decode_runs(runs, height, width), mask)
-    np.testing.assert_array_equal(decode(runs, height, width), mask)
     counts = rle.to_coco_counts(runs, height, width)
     compressed = mask_utils.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     np.testing.assert_array_equal(mask_utils.decode(compressed), mask)

@@ -122,10 +122,11 @@ def encode_mask(mask: np.ndarray) -> np.ndarray:
 
 def decode_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask of some runs: uint8 [H, W] of 0 and 1 (in Fortran order, a view of the column-major pixels)."""
-    steps = np.zeros(height * width + 1, dtype=np.int8)
-    steps[runs[:, 0]] = 1
-    steps[runs[:, 0] + runs[:, 1]] -= 1
-    return np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8).reshape(width, height).T
+    pixels = np.zeros(height * width, dtype=np.uint8)
+    view = pixels.data  # a write through it costs a third of one through numpy
+    for start, length in runs.tolist():
+        view[start : start + length] = b"\1" * length
+    return pixels.reshape(width, height).T
 
 
 def crop_columns(runs: np.ndarray, height: int, start: int, stop: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from training.dataset.vos_segment_loader import LazySegments
 
 from sam2_lora_ext.data.images import read_rgb
-from sam2_lora_ext.data.rle import crop_columns
+from sam2_lora_ext.data.rle import crop_columns, decode_runs
 
 
 class RunSegments(LazySegments):
@@ -24,21 +24,12 @@ class RunSegments(LazySegments):
 
     def __getitem__(self, key: int) -> torch.Tensor:
         if key not in self.cache:
-            self.cache[key] = torch.from_numpy(decode(self.segments[key], *self.size))
+            self.cache[key] = torch.from_numpy(decode_runs(self.segments[key], *self.size))
         return self.cache[key]
 
     def items(self):
         """(id, mask) pairs, for samplers that look at every mask."""
         return ((key, self[key]) for key in self.keys())
-
-
-def decode(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mask uint8 [H, W] of runs, in Fortran order (a view of the column-major pixels)."""
-    pixels = np.zeros(height * width, dtype=np.uint8)
-    view = pixels.data  # a write through it costs a third of one through numpy
-    for start, length in runs.tolist():
-        view[start : start + length] = b"\1" * length
-    return pixels.reshape(width, height).T
 
 
 class StripSegmentLoader:

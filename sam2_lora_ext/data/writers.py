@@ -6,7 +6,7 @@ A whole data set is written beside its place and then renamed, so a folder is th
 import csv
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -22,17 +22,17 @@ from sam2_lora_ext.data.supervisely import encode_bitmap
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import refuse_existing
 
-Write = Callable[[AnnotationIndex, list[str], Path], None]
+Write = Callable[[AnnotationIndex, list[str], Path, bool], None]
 
 
-def write_kaggle(index: AnnotationIndex, names: list[str], folder: Path) -> None:
+def write_kaggle(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
     """`train_images/` and `train.csv`, a row for each mask."""
     masks = make_objects(index, "classes")
     rows = [(names[image], class_id, format_rle(masks.runs_of(place))) for image, class_id, place in _places(masks)]
     _table(folder / "train.csv", ["ImageId", "ClassId", "EncodedPixels"], rows)
 
 
-def write_kaggle_old(index: AnnotationIndex, names: list[str], folder: Path) -> None:
+def write_kaggle_old(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
     """`train_images/` and `train.csv` with a row for each image and class, empty where there is no mask."""
     masks = make_objects(index, "classes")
     texts = {(image, class_id): format_rle(masks.runs_of(place)) for image, class_id, place in _places(masks)}
@@ -47,7 +47,7 @@ def write_kaggle_old(index: AnnotationIndex, names: list[str], folder: Path) -> 
     )
 
 
-def write_label_png(index: AnnotationIndex, names: list[str], folder: Path) -> None:
+def write_label_png(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
     """`images/` and `annotations/`: the class number as grey value.
 
     Raises:
@@ -57,7 +57,7 @@ def write_label_png(index: AnnotationIndex, names: list[str], folder: Path) -> N
         raise UserError(f"a label image holds classes up to 255, the data has class {max(index.class_names)}")
     if len({Path(name).stem for name in names}) < len(names):
         raise UserError("two images differ in their suffix alone, so they would share a label image; rename one")
-    for image, name in enumerate(names):
+    for image, name in enumerate(_bar(names, progress)):
         height, width = index.sizes[image].tolist()
         label = np.zeros((height, width), dtype=np.uint8)
         for class_id, runs in index.masks(image):
@@ -72,22 +72,9 @@ def write_label_png(index: AnnotationIndex, names: list[str], folder: Path) -> N
         Image.fromarray(label).save(folder / "annotations" / f"{Path(name).stem}.png")
 
 
-def write_supervisely(index: AnnotationIndex, names: list[str], folder: Path) -> None:
+def write_supervisely(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
     """`meta.json`, `train/img/` and `train/ann/`, an object for each 8-connected component."""
     objects = make_objects(index, "components")
-    entries: dict[int, list[dict]] = {}
-    for image, class_id, place in _places(objects):
-        mask = decode_runs(objects.runs_of(place), *index.sizes[image].tolist()) > 0
-        entries.setdefault(image, []).append(
-            {
-                "classTitle": index.class_names[class_id],
-                "description": "",
-                "tags": [],
-                "bitmap": encode_bitmap(mask),
-                "geometryType": "bitmap",
-                "shape": "bitmap",
-            }
-        )
     colors = ["#E6194B", "#3CB44B", "#FFE119", "#0082C8", "#F58231", "#911EB4"]
     classes = [
         {
@@ -101,20 +88,26 @@ def write_supervisely(index: AnnotationIndex, names: list[str], folder: Path) ->
         for place, number in enumerate(sorted(index.class_names))
     ]
     _json(folder / "meta.json", {"classes": classes, "tags": [], "projectType": "images"})
-    for image, name in enumerate(names):
+    for image, name in enumerate(_bar(names, progress)):
         height, width = index.sizes[image].tolist()
-        _json(
-            folder / "train/ann" / f"{name}.json",
+        entries = [
             {
+                "classTitle": index.class_names[objects.class_of(place)],
                 "description": "",
                 "tags": [],
-                "size": {"height": height, "width": width},
-                "objects": entries.get(image, []),
-            },
+                "bitmap": encode_bitmap(decode_runs(objects.runs_of(place), height, width) > 0),
+                "geometryType": "bitmap",
+                "shape": "bitmap",
+            }
+            for place in range(*objects.offsets[image : image + 2])
+        ]
+        _json(
+            folder / "train/ann" / f"{name}.json",
+            {"description": "", "tags": [], "size": {"height": height, "width": width}, "objects": entries},
         )
 
 
-def write_coco(index: AnnotationIndex, names: list[str], folder: Path) -> None:
+def write_coco(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
     """`images/` and `annotations.json`, a compressed RLE for each 8-connected component."""
     objects = make_objects(index, "components")
     annotations = []
@@ -187,12 +180,16 @@ def convert(
     def fill(folder: Path) -> None:
         for name in (image_folder, *others):
             (folder / name).mkdir(parents=True)
-        write(index, names, folder)
+        write(index, names, folder, progress)
         for image, name in enumerate(tqdm(names, desc="images", unit="image", disable=not progress)):
             shutil.copy2(index.path(image), folder / image_folder / name)
 
     write_folder(out, fill, force)
     return left_out
+
+
+def _bar(names: list[str], progress: bool) -> Iterable[str]:
+    return tqdm(names, desc="annotations", unit="image", disable=not progress)
 
 
 def _places(objects: ObjectTable) -> list[tuple[int, int, int]]:
