@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stock_models import build, train_a_little
 
-from sam2_lora_ext.adapter import Adapter, load_adapter, save_adapter
+from sam2_lora_ext.adapter import HARMLESS, Adapter, load_adapter, save_adapter
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora import build_lora_model
 
@@ -71,6 +71,17 @@ def test_configs_that_do_not_fit(folder, change, words):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=words):
         load_adapter(folder)
+
+
+def test_every_other_setting_of_pefts_is_refused_by_name(folder):
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text())
+    others = set(LoraConfig().to_dict()) - HARMLESS - {"bias", "init_lora_weights"}
+    assert {"layer_replication", "alora_invocation_tokens", "target_parameters", "arrow_config"} <= others
+    for key in others:
+        path.write_text(json.dumps({**content, key: True}))
+        with pytest.raises(UserError, match=f"sets {key} to True: only LoRA and DoRA can be used"):
+            load_adapter(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\xff"])
