@@ -3,7 +3,7 @@
     trainer.logging.tensorboard_writer._target_=sam2_lora_ext.trackers.make_wandb_logger
     +trainer.logging.tensorboard_writer.project=steel
 
-Only rank 0 tracks. What the Trainer logs by optimizer step or by epoch comes with the number that it gives.
+or, in a config of one's own, `defaults: [/configs/severstal_lora, /configs/base/wandb, _self_]`. Only rank 0 tracks. What the Trainer logs by optimizer step or by epoch comes with the number that it gives.
 """
 
 import atexit
@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from training.utils.logger import Scalar, TensorBoardLogger, make_tensorboard_lo
 from sam2_lora_ext.errors import UserError
 
 STEP = "trainer_step"
+MODES = ("online", "offline", "disabled")
 ILLEGAL = re.compile(r"[^\w. :/-]", re.ASCII)  # in the names of MLflow's metrics
 
 
@@ -54,19 +55,15 @@ class WandbTracker:
     def __init__(
         self, folder: Path, project: str, name: str | None = None, mode: str = "offline", entity: str | None = None
     ):
+        if mode not in MODES:
+            raise UserError(f"the mode of Weights & Biases is one of {', '.join(MODES)}, got {mode!r}")
         wandb = _optional("wandb", "wandb")
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
-            project=project,
-            entity=entity,
-            name=name or folder.resolve().parent.name,
-            id=identity,
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            settings=wandb.Settings(console="off", disable_git=True),
-        )
+            project=project, entity=entity, name=name or folder.resolve().parent.name, id=identity, resume="allow",
+            mode=mode, dir=str(folder), settings=wandb.Settings(console="off", disable_git=True),
+        )  # fmt: skip
         # Steps and epochs are mixed, so W&B's own step, which must grow, is of no use.
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)
@@ -166,7 +163,7 @@ def make_wandb_logger(
     Args:
         log_dir: TensorBoard's folder; W&B's files go into it too.
         project: see `WandbTracker`, as `name`, `mode` and `entity`.
-        params: settings to note, such as `{rank: ${lora.rank}}`.
+        params: settings to note, such as `{lora: ${lora}}`.
         writer: further arguments of TensorBoard's `SummaryWriter`.
 
     Raises:
@@ -189,7 +186,7 @@ def make_mlflow_logger(
     Args:
         log_dir: TensorBoard's folder; MLflow's store goes into it too, unless `uri` says otherwise.
         experiment: see `MlflowTracker`, as `uri` and `name`.
-        params: settings to note, such as `{rank: ${lora.rank}}`.
+        params: settings to note, such as `{lora: ${lora}}`.
         writer: further arguments of TensorBoard's `SummaryWriter`.
 
     Raises:
@@ -203,8 +200,22 @@ def _logger(
     log_dir: str, tracker: Tracker | None, params: Mapping[str, Any] | None, writer: dict[str, Any]
 ) -> TrackedLogger:
     if tracker is not None and params:
-        tracker.params(params)
+        tracker.params(flat(params))
     return TrackedLogger(make_tensorboard_logger(log_dir, **writer), tracker)
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings by dotted name (`lora.rank`): plain values as they are, lists in words; objects are no settings."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{name}.")
+        elif value is None or isinstance(value, (str, int, float)):
+            found[name] = value
+        elif isinstance(value, Sequence):
+            found[name] = ", ".join(map(str, value))
+    return found
 
 
 def _first_rank() -> bool:

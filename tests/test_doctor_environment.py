@@ -79,7 +79,7 @@ def test_torchvision_of_another_release_is_recognised(monkeypatch):
 def test_cuda_wanted_and_not_there(place):
     only(find("trainer.accelerator=cuda"), "wants CUDA", "trainer.accelerator=cpu")
     findings = find("trainer.accelerator=cuda", level="yellow", step=True)
-    assert [finding.text for finding in findings if finding.area == "step"] == ["no step was made, for what is red above"]
+    assert ["no step was made" in finding.text for finding in findings if finding.area == "step"] == [True]
 
 
 def test_too_many_gpus_asked_for_and_no_bfloat16(monkeypatch):
