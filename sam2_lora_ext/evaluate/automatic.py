@@ -11,8 +11,8 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
-from sam2_lora_ext.evaluation import make_predictor
 from sam2_lora_ext.metrics import iou, mask_counts
+from sam2_lora_ext.predictors import fit_predictor
 from sam2_lora_ext.tiles import tile_starts
 
 class AutomaticMasks:
@@ -32,11 +32,10 @@ class AutomaticMasks:
     ):  # fmt: skip
         with warnings.catch_warnings():  # in stock's transforms
             warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
-            self.generator = SAM2AutomaticMaskGenerator(
+            self.generator = fit_predictor(SAM2AutomaticMaskGenerator(
                 model, points_per_side=points_per_side, pred_iou_thresh=thresholds[0],
                 stability_score_thresh=thresholds[1],
-            )  # fmt: skip
-        self.generator.predictor = make_predictor(model)  # with the sizes of this model's feature maps
+            ))  # fmt: skip
         self.tile, self.overlap = tile, overlap
 
     def masks(self, image: np.ndarray) -> Tensor:
