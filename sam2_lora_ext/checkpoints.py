@@ -27,13 +27,8 @@ SIZES = {  # (width of the first stage, blocks, channels of the neck) -> config 
 NEW_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight")
 
 
-def read_file(path: str | Path, *, mapped: bool = True) -> object:
-    """What a weight file holds: tensors and plain containers only, on the CPU.
-
-    Args:
-        path: the file.
-        mapped: leave the values on the disk until they are used, where possible; otherwise each tensor has memory of
-            its own, which is free again as soon as the tensor is.
+def read_file(path: str | Path) -> object:
+    """What a weight file holds: tensors and plain containers only, on the CPU, mapped from the disk where possible.
 
     Raises:
         UserError: there is no such file, or it is empty, damaged, or would run code when it is loaded.
@@ -49,7 +44,7 @@ def read_file(path: str | Path, *, mapped: bool = True) -> object:
         if path.suffix == ".safetensors":
             return load_file(path)
         # what torch saved before version 1.6 is no zip file and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except SafetensorError as error:
@@ -61,17 +56,13 @@ def read_file(path: str | Path, *, mapped: bool = True) -> object:
         raise UserError(f"{path} is damaged or no file of weights: copy or download it again") from error
 
 
-def read_weights(path: str | Path, *, mapped: bool = True) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file: `{"model": {...}}` as SAM 2 and its Trainer save it, bare, or safetensors.
-
-    Args:
-        path: the file.
-        mapped: see `read_file`.
 
     Raises:
         UserError: see `read_file`, or the file holds something else than named tensors.
     """
-    content = read_file(path, mapped=mapped)
+    content = read_file(path)
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds no state dict but a {type(state).__name__}")

@@ -2,8 +2,8 @@
 
     W + sum_i w_i s_i B_i A_i  =  W + [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
 
-so the combination is an adapter whose rank is the sum of the ranks, with a scaling of 1. A module that one of them trained
-in full becomes W + w (W_full - W).
+so the combination is an adapter whose rank is the sum of the ranks, with a scaling of 1. A module that one of them
+trained in full becomes W + w (W_full - W).
 """
 
 import math
@@ -37,18 +37,19 @@ def combine(
                         + " ".join(f"{1 / len(adapters):.2g}" for _ in adapters))
     weights = [1.0] if weights is None else list(weights)
     if len(weights) != len(adapters):
-        raise UserError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters: give one each, in their order")
+        raise UserError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters: give one each")
     for name, weight in zip(names, weights):
         if not math.isfinite(weight) or weight == 0:
-            raise UserError(f"the weight of {name} is {weight:g}: give a finite number, or leave out an adapter of weight 0")
+            raise UserError(f"the weight of {name} is {weight:g}: give a finite number, or leave it out for 0")
     if weights == [1.0]:
         return adapters[0]
     _refuse_meaningless(adapters, names)
-    layers = {name: [(weight, adapter.layers[name]) for weight, adapter in zip(weights, adapters) if name in adapter.layers]
-              for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers)}
+    layers: dict[str, list[tuple[float, LayerAdapter]]] = {}
     parts: dict[str, set[tuple[bool, ...]]] = {}
-    for name, members in layers.items():
-        parts.setdefault(name.rpartition(".")[2], set()).update(layer.parts for _, layer in members)
+    for weight, adapter in zip(weights, adapters):
+        for name, layer in adapter.layers.items():
+            layers.setdefault(name, []).append((weight, layer))
+            parts.setdefault(name.rpartition(".")[2], set()).add(layer.parts)
     full = {key: _blend(base[key], value, weight) for weight, adapter in zip(weights, adapters)
             for key, value in adapter.full.items()}
     facts = {key: adapter.metadata[key] for adapter in adapters for key in ("base_id", "base_path", "model_config")
@@ -70,8 +71,9 @@ def _refuse_meaningless(adapters: Sequence[Adapter], names: Sequence[str]) -> No
                 raise UserError(f"{name} trained {both[0]} in full, and {names[other]} changes it too: there is no sum "
                                 "of the two, merge one of them")
             if index < other and _same(adapter, adapters[other]):
-                raise UserError(f"{name} and {names[other]} are the same adapter: give it once, with the sum of the weights")
-    known = {adapter.metadata["base_id"]: name for adapter, name in zip(adapters, names) if adapter.metadata.get("base_id")}
+                raise UserError(f"{name} and {names[other]} are the same adapter: give it once, with the sum of both")
+    bases = [adapter.metadata.get("base_id") for adapter in adapters]
+    known = {base: name for base, name in zip(bases, names) if base}
     if len(known) > 1:
         raise UserError(f"{' and '.join(known.values())} were trained on different bases ("
                         f"{', '.join(f'sha256 {str(key)[:12]}' for key in known)}): their updates do not add up")

@@ -1,7 +1,7 @@
 """Works adapters into base weights, so that stock SAM 2 loads the result: as state dicts, and from file to file."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from sam2_lora_ext.lora.layer import block_diagonal, delta_weight, merged_weight
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HALVES = (torch.float16, torch.bfloat16)
-AT_ONCE = 1 << 17  # float64 values of a weight, a megabyte: what a processor's cache holds
+AT_ONCE = 1 << 15  # float64 values of a weight; pieces of more than half a megabyte would be new pages each time
 
 
 def merge_state_dict(
@@ -41,8 +41,7 @@ def merge_state_dict(
         UserError: the adapter has modules or shapes that the base has not, or the result is not finite.
     """
     require_fit(base, adapter)
-    with one_thread():
-        return dict(_merged(base, adapter, dtype))
+    return _merge(base, adapter, dtype)
 
 
 def require_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
@@ -65,8 +64,7 @@ class Merged:
         changed: number of tensors that now differ from the base's, or may.
         tensors: number of all.
         dtypes: of the written tensors.
-        base_sha256: of the base's file.
-        base_id: `weights_id` of what it holds.
+        base_id: `weights_id` of the base.
         model: name of the stock config that it looks like.
         sha256: of the written file.
         notes: what could not be checked, if anything.
@@ -77,7 +75,6 @@ class Merged:
     changed: int
     tensors: int
     dtypes: list[str]
-    base_sha256: str
     base_id: str
     model: str | None
     sha256: str
@@ -114,46 +111,48 @@ def merge_files(
         raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'the base itself'}: give another file name")
     given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     found = [find_adapter(path) for path in given]
-    read, notes, hashes = [], [], []
-    with ThreadPoolExecutor(1) as other:  # one processor hashes files while this one goes on
-        hashes.append(other.submit(sha256_of, base))
-        state = read_weights(base, mapped=False)
-        base_id, model = weights_id(state), identify(state)
-        for path, source in zip(given, found):
-            read.append(read_adapter(source, alpha, state))
-            if note := check_base(base, state, read[-1], base_id):
-                notes.append(note if len(given) == 1 else f"{path}: {note}")
-            require_fit(state, read[-1])
-        adapter, weights = combine(read, weights, state, list(map(str, given))), list(weights or [1.0])
-        items = _merged(state, adapter, DTYPES[dtype] if dtype else None)
-        with one_thread():
-            for key, value in _shown(items, len(state), progress):
-                state[key] = value  # in place of the base's, which is freed at once
-        write_weights(out, state, file_format, force=force,
+    state, hashes = read_weights(base), []
+    with ThreadPoolExecutor(1) as other:  # one processor hashes while this one merges, writes and waits for the disk
+        base_id = other.submit(weights_id, state)
+        read = [read_adapter(source, alpha, state) for source in found]
+        try:
+            for part in read:
+                require_fit(state, part)
+            adapter = combine(read, weights, state, list(map(str, given)))
+            merged = _merge(state, adapter, DTYPES[dtype] if dtype else None, progress)
+        finally:  # a wrong base, which explains whatever else did not fit
+            notes = [check_base(base, state, part, base_id.result()) for part in read]
+        write_weights(out, merged, file_format, force=force,
                       on_written=lambda file: hashes.append(other.submit(sha256_of, file)))
-    base_hash, out_hash = (future.result() for future in hashes)
-    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
-    sources = [(path, weight, part.metadata) for path, weight, part in zip(found, weights, read)]
-    return Merged(adapter, sources, len(adapter.layers) + len(adapter.full), len(state), dtypes, base_hash, base_id, model,
-                  out_hash, notes)
+    return Merged(
+        adapter, sources=[(path, weight, part.metadata) for path, weight, part in zip(found, weights or [1.0], read)],
+        changed=len(adapter.layers) + len(adapter.full), tensors=len(merged),
+        dtypes=sorted({str(value.dtype).removeprefix("torch.") for value in merged.values()}),
+        base_id=base_id.result(), model=identify(state), sha256=hashes[0].result(),
+        notes=[note if len(given) == 1 else f"{path}: {note}" for path, note in zip(given, notes) if note],
+    )
 
 
-def _merged(base: Mapping[str, Tensor], adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """The keys of the base with their new tensors; the base may be changed while this goes on."""
-    for key in list(base):
-        value, layer = base[key], adapter.layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        target = value.dtype
-        if value.is_floating_point():
-            target = dtype or (torch.float32 if value.dtype in HALVES else value.dtype)
-        total = _sum(layer, value, target) if layer else adapter.full.get(key, value).to(target)
-        if not _is_finite(total):
-            cause = f"its values are too large for {target}" if _is_finite(value) else "its base holds NaN or infinity"
-            raise UserError(f"{key} would not be finite after the merge: {cause}")
-        yield key, total
+def _merge(
+    base: Mapping[str, Tensor], adapter: Adapter, dtype: torch.dtype | None, progress: bool = False,
+) -> dict[str, Tensor]:
+    merged = {}
+    with one_thread():
+        for key, value in _shown(base.items(), progress):
+            layer = adapter.layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+            target = value.dtype
+            if value.is_floating_point():
+                target = dtype or (torch.float32 if value.dtype in HALVES else value.dtype)
+            merged[key] = _sum(layer, value, target) if layer else adapter.full.get(key, value).to(target)
+            if not _is_finite(merged[key]):
+                large = _is_finite(value)
+                cause = f"its values are too large for {target}" if large else "its base holds NaN or infinity"
+                raise UserError(f"{key} would not be finite after the merge: {cause}")
+    return merged
 
 
 def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
-    """`layer.merged_weight(weight)` cast to `target`, some rows at a time, so that no whole matrix in float64 is made."""
+    """`layer.merged_weight(weight)` cast to `target`, some rows at a time: no whole matrix is in memory in float64."""
     a, b = layer.lora_a.double(), block_diagonal(layer.lora_b.double(), layer.parts)
     result = torch.empty_like(weight, dtype=target)
     rows = max(1, AT_ONCE // weight.shape[1])
@@ -166,7 +165,7 @@ def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Measured on two busy processors: starting and joining threads for each of many small sums takes ten times as long."""
+    """On two busy processors, starting and joining threads for each of many small sums takes ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -180,9 +179,9 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
-def _shown(items: Iterable[tuple[str, Tensor]], total: int, wanted: bool) -> Iterable[tuple[str, Tensor]]:
+def _shown(items: Collection[tuple[str, Tensor]], wanted: bool) -> Iterable[tuple[str, Tensor]]:
     try:
         from tqdm import tqdm  # here, for merging must work without it
     except ImportError:
         return items
-    return tqdm(items, desc="merging", total=total, unit="tensor", leave=False, disable=None if wanted else True)
+    return tqdm(items, desc="merging", unit="tensor", leave=False, disable=None if wanted else True)

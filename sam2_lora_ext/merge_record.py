@@ -2,9 +2,9 @@
 
     <merged file>.json
         command, created    the command line; the time, with its zone
-        base                path, bytes, sha256 (of the file), weights_id (of its values, see `weights_id`), model (stock config)
-        adapters            of each: path, weight in the sum, files (name -> sha256), and what its metadata say of its base
-        result              path, bytes, sha256, dtypes, tensors, changed (tensors that may differ from the base's)
+        base                path, bytes, model (stock config), weights_id: SHA-256 of its values, which adapters know
+        adapters            of each: path, weight in the sum, files (name -> sha256), what its metadata say of its base
+        result              path, bytes, sha256 of the file, dtypes, tensors, changed: those not the base's own
         versions, git_commit
         verify              with --verify: config and the fields of `Comparison`
 """
@@ -34,8 +34,8 @@ def describe(merged: Merged, base: Path, out: Path, command: Sequence[str]) -> d
     return {
         "command": shlex.join(command),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "base": {"path": str(base), "bytes": base.stat().st_size, "sha256": merged.base_sha256,
-                 "weights_id": merged.base_id, "model": merged.model},
+        "base": {"path": str(base), "bytes": base.stat().st_size, "weights_id": merged.base_id,
+                 "model": merged.model},
         "adapters": [
             {"path": str(path), "weight": weight, "files": {file.name: sha256_of(file) for file in source_files(path)},
              **{key: str(facts[key]) for key in FACTS if facts.get(key)}}

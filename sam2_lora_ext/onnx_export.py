@@ -39,7 +39,7 @@ class Proof:
         max_abs_logit: largest logit, for scale.
         flipped: share of mask pixels that changed side.
         bound: what `max_abs_logit_diff` may be.
-        seconds: median by half ("image_encoder", and "mask_decoder" for one click) and runtime ("pytorch", "onnxruntime").
+        seconds: median by half ("image_encoder"; "mask_decoder" for one click) and runtime ("pytorch", "onnxruntime").
     """
 
     max_abs_logit_diff: float
@@ -102,13 +102,13 @@ def export(
             report("comparing with PyTorch ...")
             proof = prove(model, Path(made), pixels)
             if not proof.passed:
-                raise UserError(f"the ONNX files are not the model: their mask logits differ by "
-                                f"{proof.max_abs_logit_diff:.3g}, and {proof.bound:.3g} is allowed; nothing was written")
+                raise UserError("the ONNX files are not the model: their mask logits differ by "
+                                f"{proof.max_abs_logit_diff:.3g}, and {proof.bound:.3g} is allowed; none was written")
             folder.mkdir(exist_ok=True)
             for name in HALVES:
                 os.replace(Path(made, f"{name}.onnx"), folder / f"{name}.onnx")
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; check its rights and the free disk") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; check rights and free disk") from error
     write_json(folder / FACTS, {
         **facts, "image_size": pixels.shape[-1], "inputs": INPUTS, "outputs": OUTPUTS, "proof": asdict(proof),
         "versions": {name: importlib.import_module(name).__version__ for name in ("torch", *PACKAGES)},
@@ -117,7 +117,7 @@ def export(
 
 
 def prove(model: nn.Module, folder: Path, pixels: Tensor) -> Proof:
-    """Runs all `PROMPTS` through the files, one by one and those of one point together, and compares with stock SAM 2."""
+    """Runs all `PROMPTS` through the files, each alone and those of one point together, against stock SAM 2."""
     size = pixels.shape[-1]
     encoder, decoder = (session(folder / f"{name}.onnx") for name in HALVES)
     features = dict(zip(FEATURES, encoder.run(None, {"pixels": pixels.numpy()})))

@@ -2,10 +2,10 @@
 
     D = merged - base = U S V^T,   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r^T
 
-B A is the closest matrix of rank r to D (Eckart and Young). Without a given rank it is that of D as far as the merged file's
-rounding lets it be seen: a singular value counts when it is above e/2 rms(merged) (sqrt(out) + sqrt(in)), twice what the
-rounding errors of a matrix of machine precision e come to. A fused `qkv` becomes an adapter by parts where that takes fewer
-numbers. Shapes: see `lora/layer.py`.
+B A is the closest matrix of rank r to D (Eckart and Young). Without a given rank it is that of D as far as the merged
+file's rounding lets it be seen: a singular value counts when it is above e/2 rms(merged) (sqrt(out) + sqrt(in)), twice
+what the rounding errors of a matrix of machine precision e come to. A fused `qkv` becomes an adapter by parts where
+that takes fewer numbers. Shapes: see `lora/layer.py`.
 """
 
 import math
@@ -131,7 +131,8 @@ def unmerge(
             if rank is None and seen > LOW * (largest_rank := change.largest_rank(own)):
                 full[linear[change.name]] = f"changed by a matrix of rank {seen} of {largest_rank}, which is not low"
             elif error > bound * size + change.rounding:
-                full[linear[change.name]] = f"differs by {error / size:.3g} of its change at rank {layer.rank} ({bound:g} is allowed)"
+                full[linear[change.name]] = (f"differs by {error / size:.3g} of its change at rank {layer.rank} "
+                                             f"({bound:g} is allowed)")
             else:
                 layers[change.name], errors[change.name] = layer, error / size
                 largest = max(largest, float(rest.abs().max()))
@@ -169,6 +170,6 @@ def _modules(full: Iterable[str], layers: Mapping[str, LayerAdapter]) -> list[st
     for key, module in zip(full, (key.rpartition(".")[0] for key in full)):
         inside = next((name for name in layers if module in (name, *above(name))), None)
         if not module or inside:
-            raise UserError(f"{key} changed, which an adapter can hold only with all of "
-                            f"{f'{module}, {inside} included' if module else 'the model'}: keep the merged file instead")
+            whole = f"{module}, {inside} included" if module else "the model"
+            raise UserError(f"{key} changed, which an adapter can hold only with all of {whole}: keep the merged file")
     return outermost(modules)

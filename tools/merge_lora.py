@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"into     {args.base}: {merged.changed} of {merged.tensors} tensors changed")
     print(f"written  {args.out}: {args.out.stat().st_size / 1e6:,.1f} MB, {' and '.join(merged.dtypes)}, "
           f"in {time.perf_counter() - start:.1f} s")
-    print(f"record   {record}: sha256 {facts['result']['sha256'][:12]} from base {facts['base']['sha256'][:12]}")
+    print(f"record   {record}: sha256 {merged.sha256[:12]} from base {merged.base_id[:12]}")
     for note in merged.notes:
         print(f"note     {note}")
     if args.verify:

@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
           + f", {len(adapter.full_modules)} modules kept whole")
     if found.errors:
         worst = max(found.errors, key=found.errors.__getitem__)
-        print(f"error    {median(found.errors.values()):.3g} of a layer's change, at most {found.errors[worst]:.3g} in {worst} "
-              f"({args.bound:g} is allowed)")
+        print(f"error    {median(found.errors.values()):.3g} of a layer's change, at most {found.errors[worst]:.3g} in "
+              f"{worst} ({args.bound:g} is allowed)")
         print(f"weights  base and adapter differ from {args.merged} by at most {found.max_abs_weight_diff:.3g}")
 
 
