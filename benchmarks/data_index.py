@@ -24,12 +24,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGES, MASKS = 12568, 7095  # of the full Severstal training set
 
 
-def index_figures(data: Path, folder: Path, images: int) -> dict[str, float]:
-    """A full-size set of real annotations over one small strip (hard links), indexed in fresh processes."""
+def full_set(data: Path, folder: Path, images: int) -> None:
+    """A full-size set in `folder`: real annotations over one small strip (hard links)."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for row in table(data / "annotations_only_500.csv"):
         groups.setdefault(row["ImageId"], []).append((row["ClassId"], row["EncodedPixels"]))
-    (folder / "train_images").mkdir()
+    (folder / "train_images").mkdir(parents=True)
     small = folder / "strip.jpg"
     Image.new("RGB", (1600, 256), (90, 90, 90)).save(small)
     rows = ["ImageId,ClassId,EncodedPixels"]
@@ -40,24 +40,16 @@ def index_figures(data: Path, folder: Path, images: int) -> dict[str, float]:
         if len(rows) <= MASKS * images / IMAGES:
             rows += [f"{name},{class_id},{rle}" for class_id, rle in annotations[number % len(annotations)]]
     (folder / "train.csv").write_text("\n".join(rows) + "\n")
+
+
+def index_figures(folder: Path) -> dict[str, float]:
+    """The set's index in two fresh processes: the first builds it and fills the cache, the second reads that."""
     command = [sys.executable, "-m", "benchmarks.data_index", str(folder), str(folder / "cache")]
     first, second = (
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout)
         for _ in range(2)
     )
-    return {
-        "images": images,
-        "masks": len(rows) - 1,
-        "built the first time, s": first["index_s"],
-        "of that, CPU s": first["index_cpu"],
-        "read from its cache, s": second["index_s"],
-        "data set from the cache, with objects, s": second["objects_s"],
-        "index, MB": first["index_mb"],
-        "index and objects, MB": first["dataset_mb"],
-        "peak memory of building beyond the imports, MB": first["peak_mb"],
-        "pickled, MB": first["pickle_mb"],
-        "pickle and unpickle, s": first["pickle_s"],
-    }
+    return first | {"build_s": first["index_s"], "build_cpu_s": first["index_cpu"], "cached_s": second["index_s"]}
 
 
 def build_figures(folder: Path, cache: Path) -> dict[str, float]:
@@ -77,6 +69,9 @@ def build_figures(folder: Path, cache: Path) -> dict[str, float]:
     pickle_s = time.perf_counter() - start
     objects_mb = sum(value.nbytes for value in vars(dataset.objects).values() if isinstance(value, np.ndarray)) / 2**20
     return {
+        "images": len(index),
+        "masks": len(index.mask_class),
+        "objects": len(dataset.objects),
         "index_s": index_s,
         "index_cpu": index_cpu,
         "objects_s": objects_s,
