@@ -94,6 +94,22 @@ class StepGuard(Interrupt):
         self.skipped += 1
         logging.warning(f"float16 overflow at step {step}: {self.skipped} steps skipped so far")
 
+    def check_weights(self, parameters: Sequence[nn.Parameter], step: int) -> None:
+        """To be called before they are saved: a step with good gradients can still be too large.
+
+        Args:
+            parameters: what is trained.
+            step: training steps so far.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        if not torch.stack([parameter.detach().norm() for parameter in parameters]).isfinite().all():
+            raise UserError(
+                f"trained weights are not finite after step {step}; the last checkpoint is untouched: lower the learning "
+                "rate"
+            )
+
     def _report(self, what: str, step: int) -> str:
         """Saves the batch and says in a sentence what happened to it."""
         ids = self.batch.metadata.unique_objects_identifier

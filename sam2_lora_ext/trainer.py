@@ -111,9 +111,7 @@ class LoRATrainer(Trainer):
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
-        phases = getattr(self.train_dataset, "num_phases", None)
-        if phases is not None:
-            self.max_epochs = phases
+        self.max_epochs = getattr(self.train_dataset, "num_phases", self.max_epochs)
 
     def load_checkpoint(self) -> None:
         if self.distributed_rank == 0:
@@ -185,6 +183,7 @@ class LoRATrainer(Trainer):
             barrier()
             outs = self.train_epoch(loader)
             self.logger.log_dict(outs, self.epoch)
+            self.guard.check_weights(self.trained, self.steps[Phase.TRAIN])
             self.record.export("latest", self.steps[Phase.TRAIN])
             self.save_checkpoint(self.epoch + 1)
             if self.mode == "train" and self._validates(self.epoch):

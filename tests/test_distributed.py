@@ -1,6 +1,7 @@
 """Several gloo ranks through SAM 2's launcher: one training, whatever their number."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,11 +107,14 @@ def test_validation_does_not_depend_on_the_ranks(prompt, tmp_path, nano_base, se
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_on_one_rank(tmp_path, nano_base, strips, recorder):
-    """Poisoned after the exchange, so that only rank 1 sees it: the whole job ends, with the sentence."""
-    process = start(tmp_path, nano_base, strips, 2, with_recorder(recorder, action="nan", rank=1, step=2))
+def test_weights_that_are_not_finite_on_one_rank(tmp_path, nano_base, strips, recorder):
+    """By a gradient that went bad after its check, so that only rank 1's next loss does: the whole job ends."""
+    one_phase = ["scratch.steps_per_phase=6", *with_recorder(recorder, action="nan", rank=1, step=2)]
+    process = start(tmp_path, nano_base, strips, 2, one_phase)
     output = process.communicate(timeout=300)[0]
-    assert process.returncode != 0 and "error: rank 1: a gradient is not finite at step 2 (samples: syn" in output
+    assert process.returncode != 0
+    assert re.search(r"error: (rank 1: )?the loss \(train\) is not finite at step 3 \(samples: syn", output), output[-3000:]
+    assert [path.name for path in (tmp_path / "run/debug").iterdir()] == ["step3_rank1.pt"]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_told_by_all(tmp_path):

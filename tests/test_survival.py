@@ -138,6 +138,21 @@ def test_what_is_not_finite_stops_the_run(what, env, tmp_path, whole, monkeypatc
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_weights_that_are_not_finite_are_not_saved(env, tmp_path, whole, monkeypatch):
+    """After the last step of a phase, by a step that was too large: checkpoint and adapters are of the phase before."""
+
+    def too_large(trainer) -> None:
+        trainer.optim.optimizer.param_groups[0]["lr"] = 1e38
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, too_large)
+        assert "trained weights are not finite after step 4" in ends_with(2, env)
+    assert torch.load(tmp_path / "run/checkpoints/checkpoint.pt", weights_only=True)["steps"]["train"] == 2
+    assert load_adapter(tmp_path / "run/adapters/latest").metadata["step"] == 2
+    train_here(env)
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
     """The scaler's own skip: weights stay, the scale halves, the run goes on, the summary tells, a resume counts on."""
     amp = ("trainer.optim.amp={enabled: true, amp_dtype: float16}", "trainer.optim.gradient_clip=null")
