@@ -18,6 +18,7 @@ from sam2_lora_ext.compose import compose
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.windows import Windows
+from sam2_lora_ext.errors import UserError
 
 FOUR_FRAMES = (
     "scratch.crop_width=256",
@@ -33,7 +34,7 @@ FOUR_FRAMES = (
 def test_the_leaf_composes_with_windows_and_memory_attention(tmp_path):
     with rank_environment({"SAM2_LORA_RUNS": str(tmp_path)}):
         config = compose("configs/severstal_lora_video.yaml", [])
-        train = config.trainer.data.train.datasets[0]
+        train = config.trainer.data.train.datasets[0].dataset  # inside the RepeatFactorWrapper
         assert (
             train.video_dataset.windows == {"width": 512, "stride": 256, "num_frames": 4}
             and train.sampler.num_frames == 4
@@ -104,12 +105,21 @@ def test_stock_video_predictor_follows_a_defect_and_draws_it(merged, strips, tmp
     done = run_python([*command, "--click", f"{x},{y}"], check=True)
     assert "12 windows" in done.stdout  # (1600 - 256) / 128, rounded up, and the first
     picture = np.asarray(Image.open(tmp_path / "tracked.png"))
-    assert picture.shape == (512, 1600, 3)
+    assert picture.shape == (512 + 5 + 128, 1600, 3)  # the strip twice, and twelve windows of 128 x 128
     np.testing.assert_array_equal(picture[:256], np.asarray(Image.open(index.path(image)).convert("RGB")))
     assert picture[256 + y, x].tolist() == [255, 40, 40]
-    for click in ("1600,5", "5", "a,b"):
-        done = run_python([*command, "--force", "--click", click])
-        assert done.returncode == 2 and done.stderr.startswith("error: --click")
+    arguments = [*map(str, command[1:]), "--force", "--click", f"{x},{y}"]
+    for wrong, words in (
+        (["--click", "1600,5"], "--click"),
+        (["--click", "5"], "--click"),
+        (["--click", "a,b"], "--click"),
+        (["--config", "gone.yaml"], "there is no config 'gone.yaml'"),
+        (["--checkpoint", index.path(image)], "no file of weights"),
+        (["--device", "xyz"], "--device is cpu"),
+    ):
+        with pytest.raises(UserError, match=words):
+            track_strip.main([*arguments, *wrong])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "tracked.png")), picture)  # still the old one
 
 
 class CopyingPredictor:
@@ -130,5 +140,12 @@ def test_tracking_puts_the_windows_back_in_their_place():
     strip = np.zeros((16, 200, 3), np.uint8)
     strip[:, 90:170] = 255
     windows = Windows(64, 32, 2).fixed(200)
-    mask = track_strip.track(CopyingPredictor(), strip, windows, (100, 8)) > 0
+    tiles = track_strip.track(CopyingPredictor(), strip, windows, (100, 8))
+    mask = track_strip.stitch(tiles, [start for start, _ in windows], 200).numpy() > 0
     assert (mask == (strip[..., 0] > 0)).mean() > 0.99  # JPEG blurs the edge
+    picture = np.asarray(track_strip.draw(strip, mask, (100, 8), windows, tiles.numpy() > 0))
+    blue = (picture[38:, :, 2] > 100) & (picture[38:, :, 0] < 150)  # the row of windows
+    step = 200 / len(windows)
+    for place, (start, stop) in enumerate(windows):
+        part = blue[:, round(place * step) : round((place + 1) * step) - 5]
+        assert part.any() == bool(mask[:, start:stop].any())

@@ -24,6 +24,7 @@ from sam2_lora_ext.files import refuse_existing, write_atomic
 from sam2_lora_ext.tiles import stitch
 
 TINT = (0, 180, 255)
+GAP = 5  # white columns between the windows of the picture
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--click", required=True, metavar="X,Y", help="a pixel of the defect, from the strip's top left"
     )
-    parser.add_argument("--width", type=int, default=512, help="columns of a window (%(default)s)")
-    parser.add_argument("--stride", type=int, default=256, help="columns between windows (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, .png")
+    parser.add_argument("--width", type=int, default=512, metavar="N", help="columns of a window (%(default)s)")
+    parser.add_argument("--stride", type=int, default=256, metavar="N", help="columns between windows (%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, metavar="NAME", help="where to compute (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
     parser.add_argument("--force", action="store_true", help="replace an existing picture")
     args = parser.parse_args(argv)
     refuse_existing(args.out, args.force)
@@ -58,9 +60,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from sam2.build_sam import build_sam2_video_predictor
 
-    predictor = build_sam2_video_predictor(args.config, str(args.checkpoint), device=args.device)
-    mask = track(predictor, strip, windows, click) > 0
-    write_atomic(args.out, lambda path: draw(strip, mask, click).save(path, format="PNG"))
+    from sam2_lora_ext.evaluate.models import check_device
+    from sam2_lora_ext.stock import check_inputs, load_strictly
+
+    check_device(args.device)
+    check_inputs(args.config)
+    predictor = build_sam2_video_predictor(args.config, device=args.device)
+    load_strictly(predictor, args.checkpoint)
+    tiles = track(predictor, strip, windows, click)
+    mask = stitch(tiles, [start for start, _ in windows], strip.shape[1]).numpy() > 0
+    picture = draw(strip, mask, click, windows, tiles.numpy() > 0)
+    write_atomic(args.out, lambda path: picture.save(path, format="PNG"))
     columns = np.flatnonzero(mask.any(axis=0))
     print(
         f"{len(windows)} windows, {int(mask.sum())} pixels found"
@@ -69,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def track(predictor: Any, strip: np.ndarray, windows: Sequence[tuple[int, int]], click: tuple[int, int]) -> np.ndarray:
-    """Logits float32 [H, W] of the clicked object.
+def track(
+    predictor: Any, strip: np.ndarray, windows: Sequence[tuple[int, int]], click: tuple[int, int]
+) -> torch.Tensor:
+    """Logits float32 [N, H, w] of the clicked object in each of N windows.
 
     Args:
         predictor: a `SAM2VideoPredictor`.
@@ -91,17 +103,44 @@ def track(predictor: Any, strip: np.ndarray, windows: Sequence[tuple[int, int]],
             predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=points, labels=np.array([1]))
             for number, _, found in predictor.propagate_in_video(state):
                 logits[path[number]] = found[0, 0].float().cpu()
-    tiles = torch.stack([logits[place] for place in range(len(windows))])
-    return stitch(tiles, [start for start, _ in windows], strip.shape[1]).numpy()
+    return torch.stack([logits[place] for place in range(len(windows))])
 
 
-def draw(strip: np.ndarray, mask: np.ndarray, click: tuple[int, int]) -> Image.Image:
-    """The strip, and below it the strip with the mask tinted and the click as a cross."""
-    shown = strip.copy()
-    shown[mask] = (shown[mask] * 0.5 + np.array(TINT) * 0.5).astype(np.uint8)
+def draw(
+    strip: np.ndarray,
+    mask: np.ndarray,
+    click: tuple[int, int],
+    windows: Sequence[tuple[int, int]],
+    tiles: np.ndarray,
+) -> Image.Image:
+    """The strip; below it the strip with the mask tinted and the click as a cross; below that what each window says.
+
+    Args:
+        strip: uint8 [H, W, 3].
+        mask: bool [H, W].
+        click: (x, y).
+        windows: [start, stop) columns of N windows of one width w.
+        tiles: bool [N, H, w].
+    """
+    height, width = mask.shape
+    shown = tint(strip, mask)
     x, y = click
     shown[y, max(x - 6, 0) : x + 7] = shown[max(y - 6, 0) : y + 7, x] = (255, 40, 40)
-    return Image.fromarray(np.concatenate([strip, shown]))
+    step = width / len(windows)  # columns of the picture for each window, GAP of them white
+    small = max(1, round(step) - GAP), max(1, round(height * (step - GAP) / (windows[0][1] - windows[0][0])))
+    picture = Image.new("RGB", (width, 2 * height + GAP + small[1]), (255, 255, 255))
+    picture.paste(Image.fromarray(np.concatenate([strip, shown])))
+    for place, ((start, stop), tile) in enumerate(zip(windows, tiles, strict=True)):
+        frame = Image.fromarray(tint(strip[:, start:stop], tile)).resize(small)
+        picture.paste(frame, (round(place * step), 2 * height + GAP))
+    return picture
+
+
+def tint(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of uint8 [H, W, 3] with the mask bool [H, W] in colour."""
+    shown = pixels.copy()
+    shown[mask] = (shown[mask] * 0.5 + np.array(TINT) * 0.5).astype(np.uint8)
+    return shown
 
 
 if __name__ == "__main__":
