@@ -40,16 +40,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG, BASE = "configs/sam2_nano.yaml", ROOT / "assets/sam2_nano.pt"
 DECODER = "[sam_mask_decoder.transformer.*.q_proj,sam_mask_decoder.transformer.*.k_proj,sam_mask_decoder.transformer.*.v_proj," \
           "sam_mask_decoder.transformer.*.out_proj,sam_mask_decoder.transformer.*.mlp.layers.*]"  # fmt: skip
+NO_ADAPTERS = "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null"
 METHODS = {
     "base": None,
     "lora_r4": ["lora.rank=4", "lora.alpha=8"],
     "lora_r8": [],
     "lora_r16": ["lora.rank=16", "lora.alpha=32"],
     "decoder_r8": [f"lora.targets={DECODER}"],
-    "full": [
-        "lora=null", "scratch.lr=5e-4", "trainer.distributed.find_unused_parameters=true",
-        "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null",
+    "norms": [  # as in configs/severstal_norms.yaml
+        "lora.targets=[]", "lora.trainable=[image_encoder.trunk.blocks.*.norm*,sam_mask_decoder.transformer.*norm*]",
+        NO_ADAPTERS,
     ],
+    "full": ["lora=null", "scratch.lr=5e-4", "trainer.distributed.find_unused_parameters=true", NO_ADAPTERS],
 }  # fmt: skip
 METRICS = {"iou_1click": "1 click", "iou_8clicks": "8 clicks", "iou_box": "box"}
 SEED, TRAIN, TEST, VAL = 20, 1500, 300, 60
@@ -101,13 +103,15 @@ def train(run: Path, overrides: Sequence[str], data: Path, split: Path, steps: i
 def measure(method: str, run: Path, samples: list) -> dict:
     """The row of one method, from the weights after its last step."""
     facts = {"trained": 0, "total": 0}
-    model = build_sam2(CONFIG, str(run / "weights/final.pt" if method == "full" else BASE), device="cpu", apply_postprocessing=False)
+    whole = run / "weights/final.pt"  # of a method without adapters
+    weights = whole if whole.exists() else BASE
+    model = build_sam2(CONFIG, str(weights), device="cpu", apply_postprocessing=False)
     size = 0
     if method != "base":
         facts = json.loads((run / "training_summary.json").read_text())["parameters"]
-        file = run / ("weights/final.pt" if method == "full" else "adapters/final/adapter_model.safetensors")
+        file = whole if whole.exists() else run / "adapters/final/adapter_model.safetensors"
         size = file.stat().st_size
-        if method != "full":
+        if not whole.exists():
             attach_adapter(model, load_adapter(run / "adapters/final"))
     rows = evaluate(model, tqdm(samples, desc=f"evaluating {method}", unit="image"))
     return {"method": method, **averages(rows), **intervals(rows), "params_trained": facts["trained"], "checkpoint_bytes": size,

@@ -19,7 +19,9 @@ from training.utils.data_utils import Frame, Object, VideoDatapoint
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import CLEAN, class_of
+from sam2_lora_ext.data.images import explain
 from sam2_lora_ext.data.transforms import FixedStripCrop
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.metrics import dice, exact_mean, iou, mask_counts
 from sam2_lora_ext.predictors import fit_predictor
 
@@ -56,10 +58,18 @@ def read_samples(dataset: SeverstalRawDataset, crop_width: int | None) -> Iterat
 
 
 def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None) -> Sample:
-    """One item of a data set, see `read_samples`."""
+    """One item of a data set, see `read_samples`.
+
+    Raises:
+        UserError: its image cannot be decoded.
+    """
     video, segments = dataset.get_video(index)
     frame = video.frames[0]
-    image = Image.open(frame.image_path).convert("RGB") if frame.data is None else Image.fromarray(np.asarray(frame.data))
+    try:
+        image = Image.open(frame.image_path) if frame.data is None else Image.fromarray(np.asarray(frame.data))
+        image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{frame.image_path}: {explain(error, frame.image_path)}") from error
     masks = segments.load(frame.frame_idx)
     objects = [Object(identifier, frame.frame_idx, masks[identifier]) for identifier in masks.keys()]
     point = FixedStripCrop(crop_width)(VideoDatapoint([Frame(image, objects)], video.video_id, (image.height, image.width)))

@@ -8,7 +8,10 @@ from omegaconf import OmegaConf
 
 from sam2_lora_ext.bootstrap import bootstrap_interval
 from sam2_lora_ext.data.ids import CLEAN, object_id
-from sam2_lora_ext.evaluation import Row, Sample, averages, evaluate, make_predictor, max_logit_difference
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.evaluation import (
+    Row, Sample, averages, evaluate, make_predictor, max_logit_difference, read_sample,
+)  # fmt: skip
 from sam2_lora_ext.host import config_root
 
 
@@ -70,6 +73,23 @@ def test_agrees_with_the_training_models_forward(nano):
         assert (frame["multistep_object_score_logits"][0] > 0).all()
         areas = (frame["multistep_pred_masks_high_res"][:2, 0] > 0).sum((1, 2)).tolist()
         assert areas == [(row.by_box if box else row.by_clicks[0])[1] for row in rows]
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    from PIL import Image
+    from sam2_lora_ext.data.dataset import SeverstalRawDataset
+    from sam2_lora_ext.data.kaggle import KaggleReader
+
+    file = tmp_path / "images/a.png"
+    file.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)  # header and end are whole, so the data set takes it
+    (tmp_path / "train.csv").write_text("ImageId,ClassId,EncodedPixels\na.png,1,41 30\n")
+    dataset = SeverstalRawDataset(KaggleReader(file.parent, tmp_path / "train.csv", size=None), training=False)
+    with pytest.raises(UserError, match="a.png: the image cannot be decoded"):
+        read_sample(dataset, 0, None)
 
 
 def test_averages_are_means_over_defects():

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace --out when it exists")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file in it")
     refuse_existing(out, args.force)
     try:
         from sam2_lora_ext.report.collect import read_evaluation, read_runs
