@@ -3,14 +3,16 @@
 from collections import Counter
 
 import pytest
-from data_formats import make_supervisely
-from data_sets import STRIPS, write_kaggle
+from data_formats import assert_same_objects, make_supervisely
+from data_sets import STRIPS, reader, write_kaggle
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from small_runs import rank_environment
 from training.dataset.vos_dataset import VOSDataset
 
 from sam2_lora_ext.compose import compose
+from sam2_lora_ext.data.index import build_index
+from sam2_lora_ext.data.writers import convert
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def data(tmp_path):
 
     def build(phase, *overrides, root="k"):
         with rank_environment({"SEVERSTAL_ROOT": str(tmp_path / root)}):
-            config = compose("configs/demo.yaml", ["++dataset.readers.kaggle.size=[40,200]", *overrides])
+            config = compose("configs/demo.yaml", ["dataset.readers.kaggle.size=[40,200]", *overrides])
             return instantiate(OmegaConf.to_container(config.trainer.data[phase], resolve=True), _convert_="all")
 
     return build
@@ -67,3 +69,15 @@ def test_depth_reaches_both_phases(data):
     for phase in ("train", "val"):
         dataset = data(phase, "dataset.bits=12").datasets[0]
         assert (dataset if isinstance(dataset, VOSDataset) else dataset.dataset).video_dataset.bits == 12
+
+
+@pytest.mark.parametrize("kind", ["kaggle", "label_png", "supervisely", "coco"])
+def test_readers_take_what_the_config_names(kind, tmp_path):
+    write_kaggle(tmp_path / "k")
+    convert(build_index(reader(tmp_path / "k")), kind, tmp_path / "data", progress=False)
+    with rank_environment({"SEVERSTAL_ROOT": str(tmp_path / "data")}):
+        overrides = [f"dataset.reader=${{dataset.readers.{kind}}}", "dataset.readers.kaggle.size=null"]
+        settings = compose("configs/severstal_lora.yaml", [*overrides, "dataset.full_check=true"]).dataset.reader
+        found = instantiate(settings, _convert_="all")
+    assert found.full_check
+    assert_same_objects(build_index(found), build_index(reader(tmp_path / "k")), STRIPS)

@@ -24,8 +24,8 @@ LISTED = 200  # problems and groups of duplicates on the page
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #222 }
-h1, p, li, td { overflow-wrap: anywhere }
-table { border-collapse: collapse; margin: 0 0 1.5em }
+h1, p, li { overflow-wrap: anywhere }
+table { border-collapse: collapse; margin: 0 0 1.5em; display: block; overflow-x: auto }
 td, th { padding: 2px 12px 2px 0; text-align: left; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 12px }
