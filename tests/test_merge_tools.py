@@ -64,8 +64,12 @@ def test_merging_needs_torch_and_safetensors_only(folder, tmp_path, repository, 
 
     done = without_sam2(run_python, tool, *args, "--force", "--verify", NANO)
     assert done.returncode == 2 and done.stderr.startswith("error: --verify needs SAM 2 (No module named 'hydra')")
-    done = without_sam2(run_python, repository / "tools" / "export_adapter.py", folder / "run", tmp_path / "adapter")
-    assert done.returncode == 0 and load_adapter(tmp_path / "adapter").layers, done.stderr
+    for tool, *args in (("export_adapter.py", folder / "run", tmp_path / "adapter"),
+                        ("unmerge_lora.py", "--base", folder / "base.pt", "--merged", tmp_path / "m.pt",
+                         "--out", tmp_path / "back", "--full")):
+        done = without_sam2(run_python, repository / "tools" / tool, *args)
+        assert done.returncode == 0, done.stderr
+    assert load_adapter(tmp_path / "adapter").layers.keys() == load_adapter(tmp_path / "back").layers.keys()
 
 
 def test_merge_verify_and_load_with_stock_sam2(folder, tmp_path, repository, run_python):
@@ -137,7 +141,7 @@ def test_mistakes_are_one_sentence(folder, tmp_path, monkeypatch, capsys, reposi
     assert caught.value.code == 2 and words in message and "Traceback" not in message
 
 
-@pytest.mark.parametrize("tool", ["merge_lora.py", "export_adapter.py"])
+@pytest.mark.parametrize("tool", ["merge_lora.py", "export_adapter.py", "unmerge_lora.py", "export_onnx.py"])
 def test_help_has_examples(repository, run_python, tool):
     text = run_python([repository / "tools" / tool, "--help"], check=True).stdout
     assert "examples:" in text and f"python tools/{tool}" in text

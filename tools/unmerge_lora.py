@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if found.errors:
         worst = max(found.errors, key=found.errors.__getitem__)
         print(f"error    {median(found.errors.values()):.3g} of a layer's change, at most {found.errors[worst]:.3g} in "
-              f"{worst} ({args.bound:g} is allowed)")
+              f"{worst} ({args.bound:g} is allowed beside the file's own rounding)")
         print(f"weights  base and adapter differ from {args.merged} by at most {found.max_abs_weight_diff:.3g}")
 
 
