@@ -14,17 +14,27 @@ TRUTH, BEFORE, AFTER, CLICK = (60, 200, 90), (240, 150, 40), (70, 150, 255), (25
 GAP, CAPTION = 6, 22  # pixels
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: Colour, click: tuple[float, float] | None = None) -> np.ndarray:
-    """The image with the mask tinted and outlined, and a dot at a click (x, y)."""
+def overlay(
+    image: np.ndarray, mask: np.ndarray, colour: Colour, click: tuple[float, float] | None = None, scale: float = 1.0
+) -> np.ndarray:
+    """The image with the mask tinted and outlined, and a dot at a click (x, y).
+
+    Args:
+        image: uint8 [H, W, 3].
+        mask: bool [H, W].
+        colour: of the mask.
+        click: where the dot is.
+        scale: how many times smaller it will be shown, so that line and dot stay visible.
+    """
     picture = image.astype(np.float32)
     picture[mask] = 0.65 * picture[mask] + 0.35 * np.float32(colour)
     picture = np.ascontiguousarray(picture.round().astype(np.uint8))
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, contours, -1, colour, 1)
+    cv2.drawContours(picture, contours, -1, colour, max(1, round(scale)))
     if click is not None:
         centre = int(round(click[0])), int(round(click[1]))
-        cv2.circle(picture, centre, 4, (255, 255, 255), -1)
-        cv2.circle(picture, centre, 3, CLICK, -1)
+        cv2.circle(picture, centre, round(4 * scale) + (scale > 1), (255, 255, 255), -1)
+        cv2.circle(picture, centre, round(3 * scale), CLICK, -1)
     return picture
 
 

@@ -60,18 +60,19 @@ def write_gallery(
 
 def draw(row: ObjectResult | CleanResult, sample: Sample, class_names: dict[int, str]) -> tuple[Image.Image, str]:
     """Truth first, then the prediction with its click, and the caption."""
-    predicted = decode_runs(row.runs, *sample.image.shape[:2]) > 0
+    height, width = sample.image.shape[:2]
+    predicted, scale = decode_runs(row.runs, height, width) > 0, max(1.0, 2 * width / WIDEST)
     if isinstance(row, CleanResult):
         caption = f"{row.image}: clean, object score {row.score:.1f}, {predicted.mean():.1%} of the image masked"
-        cells = [overlay(sample.image, predicted, BEFORE, row.click)]
+        cells = [overlay(sample.image, predicted, BEFORE, row.click, scale)]
     else:
         truth = sample.masks[sample.object_ids.index(row.object_id), 0].numpy()
         value = float(iou(torch.tensor(row.by_clicks[0])))
         class_id = class_of(row.object_id)
         caption = f"{row.image}: {class_names.get(class_id, class_id)}, IoU {value:.2f}, score {row.score:.1f}"
         click = get_next_point(torch.from_numpy(truth)[None, None], None, "center")[0][0, 0].tolist()
-        cells = [overlay(sample.image, truth, TRUTH), overlay(sample.image, predicted, AFTER, tuple(click))]
-    height, width = sample.image.shape[:2]
+        cells = [overlay(sample.image, truth, TRUTH, scale=scale)]
+        cells.append(overlay(sample.image, predicted, AFTER, tuple(click), scale))
     axis = 0 if width > 2 * height else 1  # long strips one above the other
     gap = np.full((GAP, width, 3) if axis == 0 else (height, GAP, 3), 255, dtype=np.uint8)
     picture = Image.fromarray(np.concatenate(cells if len(cells) == 1 else [cells[0], gap, cells[1]], axis))

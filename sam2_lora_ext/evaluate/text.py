@@ -5,12 +5,14 @@ from typing import Any
 
 from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.tables import Interval
-from sam2_lora_ext.evaluate.titles import OTHER, SIZES_TITLE, details, grouped, headline, overview, prompt_title
+from sam2_lora_ext.evaluate.titles import (
+    OTHER, OTHER_TITLE, SIZES_TITLE, details, grouped, headline, overview, prompt_title,
+)  # fmt: skip
 
 
 def describe(record: Mapping[str, Any]) -> str:
     """All tables of an `evaluation.json`."""
-    protocol, models, data = Protocol.of(record["protocol"]), record["models"], record["data"]
+    protocol, models = Protocol.of(record["protocol"]), record["models"]
     names, parts = [model["name"] for model in models], [f"{summary_line(record)}\n"]
     if len(models) > 1:
         parts.append(overview_table(models, overview(protocol)))
@@ -26,7 +28,7 @@ def describe(record: Mapping[str, Any]) -> str:
     for kind, heading in (("classes", "By class"), ("sizes", SIZES_TITLE)):
         parts += [f"{heading}:\n", group_table(models, kind, grouped(protocol))]
     rows = [[title, *cells] for title, cells in other_rows(models) if any(cell != "-" for cell in cells)]
-    parts += [f"Sound steel ({data['clean_images']} clean images), Kaggle, speed:\n", _lines(["", *names], rows)]
+    parts += [f"{OTHER_TITLE}:\n", _lines(["", *names], rows)]
     return "\n".join(parts)
 
 
@@ -86,13 +88,13 @@ def other_rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
     prompts = next((list(model["kaggle"]) for model in models if model["kaggle"]), [])
     rows: list[tuple[str, Any]] = [(title, lambda model, key=key: presence(model, key)) for key, title in OTHER.items()]
     for prompt in prompts:
-        title = f"Kaggle mean Dice, classes by prompt, {prompt_title(prompt)}"
+        title = f"Kaggle Dice {prompt_title(prompt)}"
         rows.append((title, lambda model, prompt=prompt: kaggle(model, prompt, "dice")))
         present = lambda model, prompt=prompt: kaggle(model, prompt, "dice_present")  # noqa: E731
-        rows.append(("the same where there is a defect", present))
+        rows.append((f"{title}, defects only", present))
     if prompts:
         empty = next(model["kaggle"][prompts[0]]["empty_submission"] for model in models if model["kaggle"])
-        rows.append(("the same of an empty submission", lambda model: f"{empty:.4f}"))
+        rows.append(("Kaggle Dice of an empty submission", lambda model: f"{empty:.4f}"))
     rows.append(("automatic masks an image", lambda model: _number(model["automatic_masks_per_image"])))
     speeds = {"encode_ms": "an image", "click_ms": "a click", "box_ms": "a box", "automatic_ms": "automatic masks"}
     for key, what in speeds.items():
@@ -128,7 +130,7 @@ def other_differences(record: Mapping[str, Any]) -> dict[str, str]:
     """The metrics that have differences but are not of single objects, and their titles."""
     keys = dict.fromkeys(key for values in record["differences"].values() for key in values)
     prompts = {key: prompt_title(key.removeprefix("kaggle_")) for key in keys if key.startswith("kaggle_")}
-    kaggle = {key: f"Kaggle mean Dice {title}" for key, title in prompts.items()}
+    kaggle = {key: f"Kaggle Dice {title}" for key, title in prompts.items()}
     return {key: title for key, title in OTHER.items() if key in keys} | kaggle
 
 

@@ -5,6 +5,7 @@ from sam2_lora_ext.evaluate.tables import GOALS
 
 FEWER_IS_BETTER = ("clicks_to", "missed", "false_alarms")
 SIZES_TITLE = "By size of the object (small below 32², large from 96² pixels of the strip)"
+OTHER_TITLE = "Sound steel, Kaggle's mean Dice with classes given by the prompt, speed"
 OTHER = {"auroc": "AUROC of the object score", "false_alarms": "false alarms at 95 % recall"}
 
 

@@ -26,7 +26,8 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .4rem } p { margin: .4rem 0 } .soft, smal
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: 3px 12px 3px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 td { overflow-wrap: anywhere; min-width: 7rem } td.n { white-space: nowrap; min-width: 0 } th { font-weight: 600 }
-thead th { overflow-wrap: anywhere } tbody th { position: sticky; left: 0; background: var(--paper) }
+thead th { overflow-wrap: anywhere } tbody th { position: sticky; left: 0; background: var(--paper);
+  min-width: 7.5rem }
 .plots, .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 265px), 1fr)) } .wide { grid-column: span 2 }
 @media (max-width: 640px) { .wide { grid-column: auto } }

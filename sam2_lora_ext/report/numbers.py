@@ -6,7 +6,9 @@ from typing import Any
 
 from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.text import cell, costs, groups, other_differences, other_rows, summary_line
-from sam2_lora_ext.evaluate.titles import FEWER_IS_BETTER, SIZES_TITLE, details, grouped, headline, overview
+from sam2_lora_ext.evaluate.titles import (
+    FEWER_IS_BETTER, OTHER_TITLE, SIZES_TITLE, details, grouped, headline, overview,
+)  # fmt: skip
 from sam2_lora_ext.report.collect import Evaluation
 from sam2_lora_ext.report.html import Raw, folded, table
 
@@ -44,7 +46,7 @@ def tables(evaluation: Evaluation) -> str:
         lines = [[name, *[_shown(values.get(key)) for key in titles]] for name, values in groups(models, kind)]
         parts += [f"<h3>{heading}</h3>", table(["", *titles.values()], lines)]
     lines = [[title, *map(_small, cells)] for title, cells in other_rows(models) if any(text != "-" for text in cells)]
-    parts += ["<h3>Sound steel, Kaggle, speed</h3>", table(["", *names], lines)]
+    parts += [f"<h3>{OTHER_TITLE}</h3>", table(["", *names], lines)]
     return "".join(parts)
 
 
