@@ -77,11 +77,11 @@ def image_folder(parent: Path, *others: Path) -> Path:
     named = [parent / name for name in ("train_images", "images", "img", "imgs") if (parent / name).is_dir()]
     if named:
         return named[0]
-    holding = [
-        folder
-        for folder in sorted(parent.iterdir())
-        if folder.is_dir() and folder not in others and _holds_images(folder)
-    ]
+    try:
+        folders = sorted(folder for folder in parent.iterdir() if folder.is_dir() and folder not in others)
+    except OSError as error:
+        raise UserError(f"cannot list {parent}: {error.strerror}; check its permissions, or name the images") from error
+    holding = [folder for folder in folders if _holds_images(folder)]
     if not holding and _holds_images(parent):
         return parent
     if len(holding) != 1:
