@@ -97,10 +97,12 @@ def test_validation_does_not_depend_on_the_ranks(prompt, tmp_path, nano_base, se
     samples = len(instantiate(config.trainer.data.val.datasets[0]))
     assert samples % 2 and samples % 3
     results = []
+    train_here(environment(nano_base, seven, tmp_path / "run1"), *settings)
     for ranks in (1, 2, 3):
-        process = start(tmp_path, nano_base, seven, ranks, settings, f"run{ranks}")
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output[-3000:]
+        if ranks > 1:
+            process = start(tmp_path, nano_base, seven, ranks, settings, f"run{ranks}")
+            output = process.communicate(timeout=300)[0]
+            assert process.returncode == 0, output[-3000:]
         stats = json.loads((tmp_path / f"run{ranks}/logs/val_stats.json").read_text().splitlines()[0])
         results.append({key: value for key, value in stats.items() if key.startswith("Meters_train/")})
     assert results[0] == results[1] == results[2] and len(results[0]) > 10
