@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import hydra
+import sam2  # noqa: F401  (initialises Hydra with its configs and ours)
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -18,7 +19,7 @@ from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaDat
 from sam2_lora_ext.lora.config import DEFAULT_TARGETS
 from sam2_lora_ext.losses import SeverstalLoss
 
-METHODS = ("full", "peft", "lean", "lean_memory", "decoder", "decoder_lean")
+METHODS = ("full", "peft", "lean", "lean_memory", "lean_fast", "decoder", "decoder_lean")
 CONFIGS = {
     "nano": "configs/sam2_nano.yaml", "tiny": "configs/sam2.1/sam2.1_hiera_t.yaml",
     "base_plus": "configs/sam2.1/sam2.1_hiera_b+.yaml", "large": "configs/sam2.1/sam2.1_hiera_l.yaml",
@@ -60,9 +61,9 @@ def build(method: str, size: str, resolution: int, dropout: float = DROPOUT, mem
     """
     targets = DECODER_TARGETS if method.startswith("decoder") else list(DEFAULT_TARGETS)
     torch.manual_seed(0)
-    if method.endswith(("lean", "lean_memory", "plain")):
+    if method.endswith(("lean", "lean_memory", "lean_fast", "plain")):
         kind = "plain" if method.endswith("plain") else "lean"
-        preset = memory or {"plain": "stock", "lean_memory": "low"}.get(method.removeprefix("decoder_"), "default")
+        preset = memory or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
         lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
         model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", lora=lora, memory=preset)
         loss = SeverstalLoss(**LOSS, implementation=kind)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import nn
 
-from benchmarks.estimate import Estimate, estimate
+from benchmarks.estimate import Estimate, _step, estimate
 from benchmarks.fake import _click
 from benchmarks.measure import LiveBytes, step_cost
 from benchmarks.methods import METHODS, build, make_batch
@@ -65,6 +66,17 @@ def test_the_estimate_is_what_a_real_step_takes():
         setup.optimizer.zero_grad()
         expected = found.weights + found.optimizer + live.peak
         assert found.total(images) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["severstal_lora_tiny", "severstal_lora_base_plus"])
+def test_the_estimate_on_meta_models(name):
+    config = compose(locate(name)[0], ["scratch.resolution=256", "trainer.optim.amp.enabled=false"])
+    found = estimate(config, objects=2)
+    model, loss = instantiate(config.trainer.model).train(), instantiate(config.trainer.loss.severstal)
+    for images in (1, 2):
+        _, peak = _step(model, loss, 256, images, 2, amp=False)
+        assert found.total(images) == pytest.approx(found.weights + found.optimizer + peak, rel=0.1)
 
 
 def test_the_largest_batch():

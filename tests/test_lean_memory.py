@@ -43,7 +43,7 @@ def train(setup, steps=1):
     return history
 
 
-@pytest.mark.parametrize("preset", ["default", "low"])
+@pytest.mark.parametrize("preset", ["fast", "default", "low"])
 def test_a_preset_changes_no_bit(preset):
     off = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory="stock")), steps=2)
     lean = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=preset)), steps=2)
@@ -109,7 +109,7 @@ def test_which_blocks_are_computed_again():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("small", "'small'.*stock, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
+    [("small", "'small'.*stock, fast, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
      ({"decoder": "yes"}, "decoder.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, weights")],
 )  # fmt: skip
 def test_bad_settings_are_refused(value, message):

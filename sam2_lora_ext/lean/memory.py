@@ -70,6 +70,7 @@ class MemoryConfig:
 
 PRESETS = {
     "stock": MemoryConfig(),
+    "fast": MemoryConfig(pool=True, conv=True, weights=True),  # what costs no time
     "default": MemoryConfig(encoder=0.55, decoder=True, pool=True, conv=True, weights=True),
     "low": MemoryConfig(encoder=1.0, decoder=True, pool=True, conv=True, weights=True),
 }

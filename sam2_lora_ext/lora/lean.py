@@ -34,7 +34,11 @@ def dropped_places(tokens: int, features: int, dropout: float, device: torch.dev
 
 def drop(x: Tensor, places: Tensor | None) -> Tensor:
     """m x (N, in), a copy: without the factor 1 / (1 - p), which goes into the scaling; x itself where nothing is dropped."""
-    return x if places is None else drop_in_place(F.pad(x, (0, 0, 0, 1)), places)
+    if places is None:
+        return x
+    copy = x.new_empty(len(x) + 1, x.shape[1])
+    copy[:-1] = x
+    return drop_in_place(copy, places)
 
 
 def drop_in_place(x: Tensor, places: Tensor) -> Tensor:
@@ -56,9 +60,8 @@ class LoRAFunction(torch.autograd.Function):
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         low = drop(tokens, places) @ a.t()
-        bias = x.new_zeros(()) if bias is None else bias.to(x.dtype)
-        update = torch.addmm(bias, low, b.t(), alpha=scaling)  # first, so that with B = 0 the rest is what nn.Linear does
-        y = torch.addmm(update, tokens, weight.t().to(x.dtype))
+        y = F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y.addmm_(low, b.t(), alpha=scaling)  # in place: another (N, out) would cost as much as the product
         needs_x, needs_low = weight.requires_grad or a.requires_grad, b.requires_grad
         ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, places)
         ctx.scaling, ctx.shape = scaling, x.shape
@@ -73,7 +76,7 @@ class LoRAFunction(torch.autograd.Function):
         dx = dweight = dbias = da = db = None
         if ctx.needs_input_grad[0]:
             dx = dlow @ a if places is None else drop_in_place(F.pad(dlow, (0, 0, 0, 1)) @ a, places)
-            dx = torch.addmm(dx, dy, weight.to(dy.dtype)).view(ctx.shape)
+            dx = dx.addmm_(dy, weight.to(dy.dtype)).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             dweight = (dy.t() @ tokens).to(weight.dtype)
         if ctx.needs_input_grad[2]:
