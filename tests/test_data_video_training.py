@@ -136,6 +136,20 @@ class CopyingPredictor:
             yield number, [1], torch.from_numpy(frame[None, None, :, :, 0] - 128.0)
 
 
+def test_a_window_that_finds_nothing_does_not_outvote_the_one_that_was_clicked():
+    class Forgetful(CopyingPredictor):
+        def propagate_in_video(self, state):
+            for number, found in enumerate(super().propagate_in_video(state)):
+                yield (*found[:2], found[2] if number == 0 else torch.full_like(found[2], -1024.0))
+
+    strip = np.zeros((16, 200, 3), np.uint8)
+    strip[:, 90:110] = 255
+    windows = Windows(64, 32, 2).fixed(200)
+    tiles = track_strip.track(Forgetful(), strip, windows, (100, 8))
+    mask = track_strip.stitch(tiles, [start for start, _ in windows], 200).numpy() > 0
+    assert (mask == (strip[..., 0] > 0)).mean() > 0.99  # JPEG blurs the edge
+
+
 def test_tracking_puts_the_windows_back_in_their_place():
     strip = np.zeros((16, 200, 3), np.uint8)
     strip[:, 90:170] = 255

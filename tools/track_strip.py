@@ -24,6 +24,7 @@ from sam2_lora_ext.files import refuse_existing, write_atomic
 from sam2_lora_ext.tiles import stitch
 
 TINT = (0, 180, 255)
+SURE = 10.0  # logits are cut off here: a window without the object says -1024, which would outvote all others
 GAP = 5  # white columns between the windows of the picture
 
 
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def track(
     predictor: Any, strip: np.ndarray, windows: Sequence[tuple[int, int]], click: tuple[int, int]
 ) -> torch.Tensor:
-    """Logits float32 [N, H, w] of the clicked object in each of N windows.
+    """Logits float32 [N, H, w] of the clicked object in each of N windows, within -`SURE`..`SURE`.
 
     Args:
         predictor: a `SAM2VideoPredictor`.
@@ -102,7 +103,7 @@ def track(
             points = np.array([[click[0] - windows[first][0], click[1]]], dtype=np.float32)
             predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=points, labels=np.array([1]))
             for number, _, found in predictor.propagate_in_video(state):
-                logits[path[number]] = found[0, 0].float().cpu()
+                logits[path[number]] = found[0, 0].float().cpu().clamp(-SURE, SURE)
     return torch.stack([logits[place] for place in range(len(windows))])
 
 
