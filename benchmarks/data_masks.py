@@ -20,7 +20,7 @@ ROUNDS = 3
 
 
 def mask_figures(path: Path) -> dict[str, float]:
-    """Masks a second: of objects (`naive`: decoded, then cut with scipy) and of whole classes (`naive`: decoded alone)."""
+    """Masks a second: of objects (`naive`: decoded, then cut with scipy), of whole classes (`naive`: decoded alone)."""
     rows = list(table(path))
     names = sorted({row["ImageId"] for row in rows})
     texts = {name: [row["EncodedPixels"] for row in rows if row["ImageId"] == name] for name in names}
@@ -29,7 +29,8 @@ def mask_figures(path: Path) -> dict[str, float]:
         for name in names:
             blank.save(Path(folder) / name)
         objects, classes = (
-            SeverstalRawDataset(KaggleReader(folder, path), training=False, objects=kind) for kind in ("components", "classes")
+            SeverstalRawDataset(KaggleReader(folder, path), training=False, objects=kind)
+            for kind in ("components", "classes")
         )
     random.Random(0).shuffle(names)
 

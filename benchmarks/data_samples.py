@@ -1,4 +1,4 @@
-"""Samples per second: this package's path against SAM 2's own `PNGRawDataset` and transforms, on the same real strips."""
+"""Samples per second: our path against SAM 2's own `PNGRawDataset` and transforms, on the same real strips."""
 
 import shutil
 import time

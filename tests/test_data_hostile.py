@@ -1,4 +1,4 @@
-"""Files that were made to do harm, or that only a strange machine has: a sentence, never a crash, a hang or a full memory."""
+"""Files made to do harm, or that only a strange machine has: a sentence, never a crash, a hang or a full memory."""
 
 import base64
 import io
@@ -103,7 +103,7 @@ def test_deep_images_are_scanned_as_they_are_seen(tmp_path, run_python, reposito
     grey[:, :50] = 0
     Image.fromarray(grey).save(folder / "images/a.png")
     Image.fromarray(grey.astype(np.uint16) << 4).save(folder / "images/b.png")
-    command = [repository / "tools/prepare_data.py", "scan", folder, "--size", "200x40", "--quiet", "--out", tmp_path / "o"]
+    command = [repository / "tools/prepare_data.py", "scan", folder, "--size", "200x40", "--out", tmp_path / "o"]
     run_python([*command, "--bits", 12], check=True)
     summary = json.loads((tmp_path / "o/scan.json").read_text())
     assert summary["modes"] == {"L": 1, "I;16": 1} and summary["duplicates"]["near"] == [["a.png", "b.png"]]

@@ -72,7 +72,8 @@ def test_scan_says_which_copies_have_other_masks(tmp_path):
         (folder / f"images/{copy}.jpg").write_bytes((folder / f"images/{original}.jpg").read_bytes())
     rows = (folder / "train.csv").read_text()
     f = next(line for line in rows.splitlines() if line.startswith("f.jpg"))
-    (folder / "train.csv").write_text(rows + f.replace("f.jpg", "f2.jpg") + "\n" + f.replace("f.jpg,3", "f3.jpg,2") + "\n")
+    copies = [f.replace("f.jpg", "f2.jpg"), f.replace("f.jpg,3", "f3.jpg,2")]
+    (folder / "train.csv").write_text(rows + "\n".join(copies) + "\n")
     run("scan", folder, "--out", tmp_path / "out", *SIZE)
     duplicates = json.loads((tmp_path / "out/scan.json").read_text())["duplicates"]
     assert duplicates["exact"] == [["a.jpg", "a2.jpg"], ["c.jpg", "c2.jpg"], ["f.jpg", "f2.jpg", "f3.jpg"]]
@@ -132,7 +133,8 @@ def test_split_as_given(tmp_path):
     with pytest.raises(UserError, match="several split folders"):
         run("split", tmp_path / "s/val_split", "--as-given", "--out", tmp_path / "other.csv", *SIZE)
     raw = SeverstalRawDataset(guess_reader(tmp_path / "s"), split="val", training=False)  # and without a csv
-    assert {raw.get_video(item)[0].video_name for item in range(len(raw))} == {f"val_split/img/{name}" for name in STRIPS}
+    names = {raw.get_video(item)[0].video_name for item in range(len(raw))}
+    assert names == {f"val_split/img/{name}" for name in STRIPS}
     with pytest.raises(UserError, match="no split 'valid'; it has test, train, val"):
         SeverstalRawDataset(guess_reader(tmp_path / "s"), split="valid")
 
@@ -181,6 +183,10 @@ def test_scan_page_in_a_browser(chromium, tmp_path, width):
         f'<!doctype html><title></title><iframe src="page.html" width="{width}" height="800"></iframe>'
     )
     done = browse(
-        chromium, tmp_path / "out/frame.html", "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"
+        chromium,
+        tmp_path / "out/frame.html",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
     )
     assert json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1]) == [0, 0, 6]

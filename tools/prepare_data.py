@@ -37,8 +37,8 @@ examples:
 COMMANDS = {  # the help of each: in one line, in full
     "scan": (
         "what is in a data set, and what is wrong with it",
-        "Reads a whole data set and writes scan.json and scan.html: counts by class and combination, object sizes, clean "
-        "share, sizes and modes, unexposed share, images that are the same or nearly so, every problem, and a sheet of "
+        "Reads a whole data set and writes scan.json and scan.html: counts by class and combination, object sizes, "
+        "clean share, sizes and modes, unexposed share, images that are the same or nearly so, every problem, and a sheet of "
         "overlays. Problems do not stop it.",
     ),
     "split": (
@@ -49,12 +49,12 @@ COMMANDS = {  # the help of each: in one line, in full
     ),
     "convert": (
         "a data set in another format",
-        "Writes a data set in another format, its images copied as they are. Read back, it has the same masks; what the "
-        "format cannot hold is refused. Images that lost a mask with --on-invalid skip are left out.",
+        "Writes a data set in another format, its images copied as they are. Read back, it has the same masks; what "
+        "the format cannot hold is refused. Images that lost a mask with --on-invalid skip are left out.",
     ),
     "synth": (
         "synthetic strips",
-        "Draws 1600x256 strips with four kinds of defects and writes them in Kaggle's format: train_images and train.csv.",
+        "Draws 1600x256 strips with four kinds of defects and writes them in Kaggle's format: train_images, train.csv.",
     ),
 }
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     ways.add_argument("--folds", type=int, metavar="K", help="K equal folds named fold0, fold1, ... instead")
     ways.add_argument("--as-given", action="store_true", help="the split folders of a Supervisely project, as they are")
-    split.add_argument("--seed", type=int, default=42, metavar="N", help="another one gives another split (%(default)s)")
+    split.add_argument("--seed", type=int, default=42, metavar="N", help="another gives another split (%(default)s)")
     split.add_argument(
         "--ignore-duplicates", action="store_true", help="do not look for duplicates: quick, for pixels are not read"
     )
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     to.add_argument("--to", choices=FORMATS, required=True, metavar="FORMAT", help=", ".join(FORMATS))
     synth = command("synth", "the folder for the strips", run_synth, reads=False)
     synth.add_argument("--count", type=int, default=100, metavar="N", help="how many strips (%(default)s)")
-    synth.add_argument("--seed", type=int, default=42, metavar="N", help="strip i depends on it and i alone (%(default)s)")
+    synth.add_argument("--seed", type=int, default=42, metavar="N", help="strip i depends on it and i (%(default)s)")
     synth.add_argument("--clean-share", type=float, default=0.3, metavar="X", help="without a defect (%(default)s)")
 
     args = parser.parse_args(argv)

@@ -159,8 +159,8 @@ def from_coco_counts(counts: list[int]) -> np.ndarray:
 def parse_coco_text(text: str) -> list[int]:
     """COCO's compressed counts as plain ones (what pycocotools' `rleFrString` reads, but checked).
 
-    Six bits a character, from `0`: five of the number, low ones first and the last with the sign, and one that says that
-    more follow. From the fourth number on, each is the difference to the one two before it.
+    Six bits a character, from `0`: five of the number, low ones first and the last with the sign, and one that says
+    that more follow. From the fourth number on, each is the difference to the one two before it.
 
     Raises:
         RLEError: another character, a number that does not end, or one beyond 32 bits.

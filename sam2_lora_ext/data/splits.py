@@ -64,8 +64,8 @@ def stratified_split(
         members.setdefault(int(group), []).append(image)
     if len(members) < len(shares):
         raise UserError(
-            f"{len(names)} images in {len(members)} groups of duplicates cannot be split into {len(shares)} parts; make "
-            "fewer parts, or ignore the duplicates"
+            f"{len(names)} images in {len(members)} groups of duplicates cannot be split into {len(shares)} parts; "
+            "make fewer parts, or ignore the duplicates"
         )
     frequency = Counter(c for present in classes for c in present)
 
