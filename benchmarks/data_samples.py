@@ -29,27 +29,18 @@ SIDE = 1024
 ROUNDS = 3
 
 
-def sample_figures(data: Path, folder: Path, samples: int, rounds: int = ROUNDS) -> dict[str, Any]:
+def sample_figures(data: Path, folder: Path, samples: int) -> dict[str, Any]:
     """Both paths in turns, so that both meet the same neighbours on the machine; the best of each counts.
 
     Args:
         data: the real Severstal strips.
         folder: where the strips are written in the layout that `PNGRawDataset` reads.
         samples: per loader and round.
-        rounds: of both.
     """
-    with redirect_stdout(StringIO()):
-        ours = SeverstalRawDataset(
-            KaggleReader(data / "train_images", data / "train.csv"), training=False, include_clean=False
-        )
-        write_png_layout(ours, folder)
-        normal = NormalizeAPI(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-        stock_steps = ComposeAPI([RandomResizeAPI(SIDE, True, square=True), ToTensorAPI(), normal])
-        stock = VOSDataset([stock_steps], False, PNGRawDataset(folder / "img", folder / "gt"), EvalSampler(), 1)
-        plugin = VOSDataset([ModelInput(SIDE)], False, ours, ObjectSampler(training=False), 1)
+    ours, plugin, stock = both_paths(data, folder)
     rates: dict[str, list[float]] = {"plugin": [], "stock": []}
     costs: dict[str, list[float]] = {"plugin": [], "stock": []}
-    for _ in tqdm(range(rounds), desc="rounds", leave=False):
+    for _ in tqdm(range(ROUNDS), desc="rounds", leave=False):
         for name, dataset in (("plugin", plugin), ("stock", stock)):
             rates[name].append(rate(dataset, samples))
             costs[name].append(cost(dataset))
@@ -63,6 +54,20 @@ def sample_figures(data: Path, folder: Path, samples: int, rounds: int = ROUNDS)
     parts["rest_ms"] = max(0.0, found["cpu_ms"] - sum(parts.values()))
     shares = ", ".join(f"{value / sum(parts.values()):.0%}"[:-1] for value in parts.values())
     return found | parts | compare(plugin, stock) | {"ratio": found["rate"] / found["stock_rate"], "shares": shares}
+
+
+def both_paths(data: Path, folder: Path) -> tuple[SeverstalRawDataset, VOSDataset, VOSDataset]:
+    """The strips, and the data sets over them: ours, and stock's on a copy in `folder`."""
+    with redirect_stdout(StringIO()):
+        ours = SeverstalRawDataset(
+            KaggleReader(data / "train_images", data / "train.csv"), training=False, include_clean=False
+        )
+        write_png_layout(ours, folder)
+        normal = NormalizeAPI(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+        stock_steps = ComposeAPI([RandomResizeAPI(SIDE, True, square=True), ToTensorAPI(), normal])
+        stock = VOSDataset([stock_steps], False, PNGRawDataset(folder / "img", folder / "gt"), EvalSampler(), 1)
+        plugin = VOSDataset([ModelInput(SIDE)], False, ours, ObjectSampler(training=False), 1)
+    return ours, plugin, stock
 
 
 def compare(plugin: VOSDataset, stock: VOSDataset) -> dict[str, Any]:
@@ -101,6 +106,7 @@ def rate(dataset: VOSDataset, samples: int) -> float:
         num_workers=1,
         collate_fn=partial(collate_fn, dict_key="bench"),
         worker_init_fn=single_thread,
+        multiprocessing_context="spawn",  # as SAM 2's training does
         prefetch_factor=2,
     )
     batches = iter(loader)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.data import LINES, table
 from benchmarks.data_index import IMAGES, MASKS, full_set
 from benchmarks.data_masks import naive_decode
-from benchmarks.data_samples import sample_figures
+from benchmarks.data_samples import both_paths, compare, cost
 from sam2_lora_ext.data.cache import cached_index
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
@@ -37,9 +37,10 @@ def test_index_of_a_full_size_set(real_data, tmp_path):
 
 
 def test_samples_are_those_of_stock_and_cost_half(real_data, tmp_path):
-    found = sample_figures(real_data / "severstal", tmp_path, 10, rounds=1)
+    _, plugin, stock = both_paths(real_data / "severstal", tmp_path)
+    found = compare(plugin, stock)
     assert found["mask_difference"] == 0 and found["image_difference"] < 0.0176  # one grey level
-    assert found["stock_cpu_ms"] > 2 * found["cpu_ms"]
+    assert cost(stock) > 2 * cost(plugin)
 
 
 @pytest.mark.parametrize("text", ["1 1", "1 409600", "257 256 600 1 409600 1"])
