@@ -106,8 +106,8 @@ class StepGuard(Interrupt):
         """
         if not torch.stack([parameter.detach().norm() for parameter in parameters]).isfinite().all():
             raise UserError(
-                f"trained weights are not finite after step {step}; the last checkpoint is untouched: lower the learning "
-                "rate"
+                f"trained weights are not finite after step {step}; the last checkpoint is untouched: lower the "
+                "learning rate"
             )
 
     def _report(self, what: str, step: int) -> str:

@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise mistake from error
         if isinstance(error, OSError) and run_dir is not None and _of_the_launcher(error, str(run_dir)):
             raise UserError(
-                f"cannot write {error.filename or run_dir}: {error.strerror}; check the folder, its rights and the free "
-                "disk, or choose another launcher.experiment_log_dir"
+                f"cannot write {error.filename or run_dir}: {error.strerror}; check the folder, its rights and the "
+                "free disk, or choose another launcher.experiment_log_dir"
             ) from error
         if type(error).__name__ == "FailedJobError":  # submitit's: sbatch was not content
             raise UserError(f"Slurm refused the job: {' '.join(str(error).split())}") from error

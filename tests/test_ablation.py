@@ -93,8 +93,9 @@ with Interrupt() as interrupt:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_member_finish_its_step(number, tmp_path, repository):
     """As a terminal sends it, to the whole group, and to the tool alone; no member is left behind."""
-    start = f"import sys; sys.path.insert(0, {str(repository)!r}); from sam2_lora_ext.ablation_jobs import attend, Task; "
-    start += f"from pathlib import Path; attend(Task([sys.executable, '-c', {MEMBER_PROGRAM!r}, {str(tmp_path)!r}, "
+    start = f"import sys; sys.path.insert(0, {str(repository)!r}); from pathlib import Path; "
+    start += "from sam2_lora_ext.ablation_jobs import attend, Task; "
+    start += f"attend(Task([sys.executable, '-c', {MEMBER_PROGRAM!r}, {str(tmp_path)!r}, "
     start += f"{str(repository)!r}], Path({str(tmp_path)!r})))"
     process = subprocess.Popen([sys.executable, "-c", start], stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 60
@@ -130,8 +131,9 @@ def test_results(tmp_path):
     assert "| 1 | 4 | finished |" in table.replace("**", "")  # numbered as in the plot
     plot(members, rows, "iou_1click", tmp_path / "plot.png")
     image = np.asarray(Image.open(tmp_path / "plot.png").convert("RGB"))
-    assert all((image == colour).all(-1).any() for colour in ([31, 119, 180], [255, 127, 14], [44, 160, 44]))  # C0 C1 C2
-    assert not (image == [214, 39, 40]).all(-1).any()  # C3: the one that failed
+    first, second, third, failed = ([31, 119, 180], [255, 127, 14], [44, 160, 44], [214, 39, 40])  # C0 to C3
+    assert all((image == colour).all(-1).any() for colour in (first, second, third))
+    assert not (image == failed).all(-1).any()
     plot(members[3:], rows[3:], "iou_1click", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists() and best_of(rows[3:], "iou_1click") is None
 

@@ -115,7 +115,8 @@ def test_weights_that_are_not_finite_on_one_rank(tmp_path, nano_base, strips, re
     process = start(tmp_path, nano_base, strips, 2, one_phase)
     output = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    assert re.search(r"error: (rank 1: )?the loss \(train\) is not finite at step 3 \(samples: syn", output), output[-3000:]
+    sentence = r"error: (rank 1: )?the loss \(train\) is not finite at step 3 \(samples: syn"
+    assert re.search(sentence, output), output[-3000:]
     assert [path.name for path in (tmp_path / "run/debug").iterdir()] == ["step3_rank1.pt"]
 
 

@@ -1,4 +1,4 @@
-"""The end of several ranks under SAM 2's launcher and ours: by a signal, an exception, a kill, a mistake of the user."""
+"""The end of several ranks under SAM 2's launcher and ours: a signal, an exception, a kill, a mistake of the user."""
 
 import json
 import os

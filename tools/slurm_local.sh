@@ -93,7 +93,8 @@ up() {
     ((EUID == 0)) || fail "starting Slurm needs root"
     if ours slurmctld; then fail "a cluster of this script is up in $dir: take it down first"; fi
     configure
-    trap 'trap - ERR INT TERM; down; tail -n 5 "$dir"/log/*.log >&2; fail "Slurm did not start, see $dir/log"' ERR INT TERM
+    trap 'trap - ERR INT TERM; down; tail -n 5 "$dir"/log/*.log >&2; fail "Slurm did not start, see $dir/log"' \
+        ERR INT TERM
     # munged wants to own its folder, and refuses one that others may enter through a writable parent.
     runuser -u munge -- munged --force --key-file="$dir/run/munge.key" --socket="$dir/run/munge.socket" \
         --pid-file="$dir/run/munged.pid" --log-file="$dir/run/munged.log" --seed-file="$dir/run/munge.seed" \
