@@ -12,10 +12,12 @@ from training.model.sam2 import SAM2Train
 from training.utils.data_utils import BatchedVideoDatapoint
 
 from sam2_lora_ext.data.ids import CLEAN, class_of
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.cast import cast_frozen
 from sam2_lora_ext.lean.feature_cache import FeatureCache
 from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, make_lean
-from sam2_lora_ext.lora import LoRAConfig, build_lora_model
+from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
+from sam2_lora_ext.losses import SMALL_MASKS
 from sam2_lora_ext.prompts import PromptSampler
 from sam2_lora_ext.seeding import derive_seed
 
@@ -28,7 +30,8 @@ class LoRASAM2Train(SAM2Train):
 
     Args:
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
-        memory: what a step keeps for backward: a preset ("stock", "default", "low") or a `MemoryConfig` as a mapping.
+        memory: what a step keeps for backward: the name of one of `lean.memory.PRESETS`, or a `MemoryConfig` as a mapping.
+            With its `weights`, the first forward pass under autocast casts frozen weights in place, for good.
         prompt_seed: draw the training clicks of each object from (prompt_seed, epoch, video, object) and not from the global
             generator of its rank, so that they do not depend on how a batch is spread over ranks.
         feature_cache: `folder` and `max_gb` of a `FeatureCache`, for training with a frozen image encoder.
@@ -42,10 +45,11 @@ class LoRASAM2Train(SAM2Train):
         super().__init__(*args, **kwargs)
         self.memory = MemoryConfig.of(memory)
         make_lean(self, self.memory)
-        self.weights_cast = False
+        self.weights_dtype: torch.dtype | None = None  # of the frozen weights, once they are cast
         self.prompt_seed = prompt_seed
         self.prompt_epoch = 0  # set by LoRATrainer
         self.prompts: PromptSampler | None = None  # of the forward pass that is running
+        self.prompted_by_points = True  # in the last forward pass
         if lora is not None:
             build_lora_model(self, lora)
         self.feature_cache: FeatureCache | None = None
@@ -56,10 +60,7 @@ class LoRASAM2Train(SAM2Train):
 
     def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
         """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
-        kind = input.img_batch.device.type
-        if self.memory.weights and not self.weights_cast and torch.is_autocast_enabled(kind):
-            cast_frozen(self, torch.get_autocast_dtype(kind))  # here, for by now the base is loaded
-            self.weights_cast = True
+        self._hold_weights(input.img_batch.device.type)
         self.prompts = self._prompt_sampler(input)
         with self.prompts.installed():
             outputs = super().forward(input)
@@ -68,7 +69,22 @@ class LoRASAM2Train(SAM2Train):
         for t, frame in enumerate(outputs):
             frame["gt_masks"] = input.masks[t].unsqueeze(1)
             frame["class_ids"] = class_ids[t]
+            if not self.prompted_by_points:  # the large masks of a mask prompt are the prompt, not its small ones enlarged
+                frame.pop(SMALL_MASKS)
         return outputs
+
+    def _hold_weights(self, kind: str) -> None:
+        """Casts the frozen weights of an adapted model, the first time that autocast is on for devices of this kind.
+
+        Without adapters the model itself is what a run exports, so its weights stay.
+        """
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if self.weights_dtype is None and dtype is not None and self.memory.weights and any(lora_layers(self)):
+            cast_frozen(self, dtype)  # here, for by now the base is loaded
+            self.weights_dtype = dtype
+        if self.weights_dtype not in (None, dtype):
+            raise UserError(f"the frozen weights are held in {self.weights_dtype} since a step under autocast, and this one is "
+                            f"{'without' if dtype is None else f'under {dtype}'}: build the model anew, or set memory.weights to false")
 
     def forward_image(self, img_batch: Tensor) -> dict[str, Any]:
         """Stock's image features, without the position encodings of all levels but the last: nobody reads them.
@@ -87,6 +103,7 @@ class LoRASAM2Train(SAM2Train):
         """Stock's choice of the first prompts; the clicks after it are corrections."""
         prepared = super().prepare_prompt_inputs(*args, **kwargs)
         self.prompts.correcting = True
+        self.prompted_by_points = prepared["use_pt_input"]
         return prepared
 
     def track_step(self, *args: Any, num_frames: int, run_mem_encoder: bool = True, **kwargs: Any) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from small_runs import make_batch as make_small_batch
+from small_runs import make_model
 from torch import nn
 
 from benchmarks.methods import build, make_batch
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.cast import CAST, cast_frozen
 from sam2_lora_ext.lora import build_lora_model
 from sam2_lora_ext.lora.layer import LoRALinear
@@ -52,3 +55,19 @@ def test_what_is_trained_or_measured_stays(lora, dtype):
     build_lora_model(model, {"targets": ["0"], "trainable": ["1"], **lora})
     cast_frozen(model, torch.bfloat16)
     assert [model[0].weight.dtype, model[1].weight.dtype, model[2].weight.dtype] == [dtype, torch.float32, torch.float32]
+
+
+def test_a_model_without_adapters_stays_as_it_is_for_it_is_what_a_run_exports():
+    model = make_model(lora={"targets": [], "trainable": ["*.norm1"]}, memory="default")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(make_small_batch([[1_000_000]]))
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model.weights_dtype is None
+
+
+def test_a_later_step_without_autocast_is_a_sentence():
+    model, batch = make_model(memory="default"), make_small_batch([[1_000_000]])
+    model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch)
+    with pytest.raises(UserError, match="bfloat16 since a step under autocast, and this one is without.*memory.weights to false"):
+        model(batch)

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
+from sam2.modeling.sam2_utils import DropPath
 from small_runs import make_batch, make_model, train_here
 from small_runs import environment as demo_environment
+from torch import nn
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.feature_cache import FeatureCache
 
 DECODER = ["sam_mask_decoder.transformer.*.q_proj", "sam_mask_decoder.transformer.*.mlp.layers.*"]
 LORA = {"targets": DECODER, "dropout": 0.0, "implementation": "lean"}
@@ -99,6 +102,12 @@ def test_what_makes_no_sense_is_refused(lora, cache, words):
     with pytest.raises(InstantiationException, match=words) as caught:
         make_model(lora=lora, feature_cache=cache)
     assert isinstance(caught.value.__cause__, UserError)
+
+
+def test_an_encoder_that_draws_at_random_is_refused(tmp_path):
+    encoder = nn.Sequential(nn.Linear(2, 2), DropPath(0.1)).requires_grad_(False)
+    with pytest.raises(UserError, match="image_encoder has dropout or drop_path"):
+        FeatureCache({"folder": str(tmp_path), "max_gb": 1}, {"image_encoder": encoder})
 
 
 def test_training_and_validation_use_it(tmp_path, nano_base, strips):

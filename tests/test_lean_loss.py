@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from small_runs import make_batch as make_model_batch
+from small_runs import make_model
 from test_losses import NAMES, WEIGHTS, leaves, make_batch
 from torch.nn import functional as F
 from training.trainer import CORE_LOSS_KEY
@@ -143,3 +145,17 @@ def test_small_masks_give_what_enlarged_ones_do_and_are_all_that_is_kept(setting
     for value, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(value, expected, atol=1e-7, rtol=1e-5)
     assert sum(x.nbytes for x in small) <= saved.total < 2 * targets[0].numel() * 4
+
+
+@pytest.mark.parametrize("points", [0.0, 1.0])
+def test_both_losses_agree_on_the_models_outputs_whatever_the_prompt(points):
+    model = make_model(prob_to_use_pt_input_for_train=points, num_init_cond_frames_for_train=1).train()
+    batch = make_model_batch([[1_000_000, 2_000_001]], frames=3)
+    outputs = model(batch)
+    assert model.prompted_by_points == bool(points)
+    values = []
+    for implementation in ("plain", "lean"):
+        loss = SeverstalLoss(weight_dict=dict(WEIGHTS), implementation=implementation, **SETTINGS[1])
+        values.append(loss(outputs, batch.masks))
+    for key in values[0]:
+        torch.testing.assert_close(values[1][key], values[0][key], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README, in its order, on the small model and a few synthetic strips."""
+"""Every command and every piece of Python in the README's blocks, in its order, on the small model and a few synthetic strips."""
 
 import os
 import re
@@ -21,7 +21,7 @@ SMALL = [  # (what the README says, what is run here)
     ("configs/sam2.1/sam2.1_hiera_l.yaml", "configs/sam2_nano.yaml"), ("-c configs/severstal_lora.yaml", "-c quick.yaml"),
     ("-c severstal_lora_video", "-c quick.yaml"), ("-c severstal_lora ", "-c quick.yaml "), ("--device cuda", "--device cpu"),
     ("--num-gpus 4", "--num-gpus 1"), ("/models/", "checkpoints/"), ("--grid lora.rank=4,8,16", "scratch.steps=2 --grid lora.rank=2,4"),
-    ("--pictures 4", "--pictures 1"), ("S = 1024", "S = 128"),
+    ("S = 1024", "S = 128"), ('"steel.pt")', '"steel.pt", device="cpu")'),
 ]  # fmt: skip
 PRELUDE = """
 import numpy as np, onnxruntime, torch

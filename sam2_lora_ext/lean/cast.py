@@ -1,7 +1,7 @@
 """Keeps frozen weights in the type that autocast casts them to anyway, at each use: half the bytes, and no casts.
 
 A weight that is read by a matrix product or a convolution alone is only ever seen in that type, so not a bit changes.
-Merging and exporting read the base from its file, not from here.
+Merging and exporting an adapter read the base from its file, not from here.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Features of a frozen image encoder, kept on disk: training the decoder alone then encodes each image once.
 
 A file holds one image's feature maps as the decoder reads them, in the type in which they came. Its name is a hash of all
-that they depend on: the pixels as the encoder sees them (so crop, flips and brightness too), its weights, and autocast's
-type. So nothing is ever stale, and runs, ranks and validations may share a folder; but only an image that comes again to the
-bit is found again. When the bound is reached nothing more is stored: to drop the oldest for the newest would, in passes
+that they depend on: the pixels as the encoder sees them (so crop, flips and brightness too), its modules and weights (as they
+are at first use), and autocast's type. So runs, ranks and validations may share a folder; but only an image that comes again to
+the bit is found again. When the bound is reached nothing more is stored: to drop the oldest for the newest would, in passes
 over a larger data set, find nothing at all.
 
 Shapes: B images, C H W of a feature map, by level from the largest to the smallest.
@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sam2_lora_ext.checkpoints import weights_id
+from sam2_lora_ext.checkpoints import weights_id, write_weights
 from sam2_lora_ext.errors import UserError, check_keys
-from sam2_lora_ext.files import write_atomic
 
 log = logging.getLogger(__name__)
 Maps = list[Tensor]  # (B, C, H, W) each
@@ -32,11 +31,11 @@ class FeatureCache:
     """A folder of feature maps for one model.
 
     Args:
-        config: `folder`, and `max_gb`, the size (10^9 bytes) that all its files may reach together.
+        config: `folder`, and `max_gb`, the size (10^9 bytes) up to which this run, on all its ranks, fills the folder.
         parts: what makes the features: frozen modules by name. They are hashed when first used, after loading.
 
     Raises:
-        UserError: a setting is wrong, or one of the modules is trained.
+        UserError: a setting is wrong, or one of the modules is trained or draws at random.
     """
 
     def __init__(self, config: Mapping[str, Any], parts: Mapping[str, nn.Module]):
@@ -47,6 +46,8 @@ class FeatureCache:
             if trained := [name for name, value in module.named_parameters() if value.requires_grad]:
                 raise UserError(f"feature_cache needs a frozen image encoder, but {part}.{trained[0]} is trained: set "
                                 "it to null, or adapt the decoder alone as severstal_lora_decoder_cached.yaml does")
+            if any(getattr(inner, "drop_prob", getattr(inner, "p", 0)) for inner in module.modules()):  # DropPath, dropout
+                raise UserError(f"feature_cache needs features that do not change, but {part} has dropout or drop_path: set it to 0")
         self.folder, self.max_bytes, self.parts = Path(config["folder"]).expanduser(), config["max_gb"] * 1e9, parts
         self.found = self.missed = 0
         self.weights: str | None = None
@@ -69,8 +70,8 @@ class FeatureCache:
         return [_stacked(level) for level in zip(*maps, strict=True)]
 
     def _open(self) -> None:
-        self.weights = weights_id({f"{part}.{key}": value for part, module in self.parts.items()
-                                   for key, value in module.state_dict().items()})
+        state = {f"{part}.{key}": value for part, module in self.parts.items() for key, value in module.state_dict().items()}
+        self.weights = f"{weights_id(state)} {hashlib.sha256(repr(dict(self.parts)).encode()).hexdigest()}"
         held = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.room = (self.max_bytes - held) / ranks
@@ -101,7 +102,7 @@ class FeatureCache:
             last = _channels_last(level)
             tensors[f"level_{number}_{'hwc' if last else 'chw'}"] = (level.permute(1, 2, 0) if last else level).contiguous()
         try:
-            write_atomic(path, lambda temporary: save_file(tensors, temporary))
+            write_weights(path, tensors, "safetensors")
             self.room -= size
         except UserError as error:
             log.warning("no more features are stored: %s", error)

@@ -4,7 +4,8 @@
     dA = s (B^T dy) (D x)^T,   dB = s dy (A D x)^T,   dx = W^T dy + s D A^T B^T dy
 
 What is kept for backward is x itself, the r numbers A D x of each token, and the places of the zeros in m. Plain LoRA keeps
-the dropped copy of x, the mask and the update besides; layers that read the same x share it here.
+the dropped copy of x, the mask and the update besides; layers that read the same x share it here (under
+autocast each keeps its own cast of it).
 
 Shapes: x (..., in), as N tokens (N, in) · W (out, in) · A (n·r, in) · B (out, n·r), block-diagonal for a fused layer.
 """
