@@ -64,7 +64,7 @@ test: env
 
 # pytest's exit code 5 says that no test was selected, which is no failure here.
 test-slow: env
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
 
 fuzz: env
 	SAM2_LORA_FUZZ_SECONDS=60 $(PY) -m pytest tests/test_fuzz_readers.py -s $(ARGS)
