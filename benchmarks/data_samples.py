@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -19,11 +20,12 @@ from training.dataset.transforms import ComposeAPI, NormalizeAPI, RandomResizeAP
 from training.dataset.vos_dataset import VOSDataset
 from training.dataset.vos_raw_dataset import PNGRawDataset
 from training.dataset.vos_sampler import EvalSampler
-from training.utils.data_utils import collate_fn
+from training.utils import data_utils
 
+from sam2_lora_ext.data.collate import collate_fn
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
-from sam2_lora_ext.data.pixels import ModelInput, resize_image, resize_mask
+from sam2_lora_ext.data.pixels import ModelInput, level_table, resize_image, resize_mask, write_normalised
 from sam2_lora_ext.data.sampler import ObjectSampler
 
 SIDE = 1024
@@ -39,31 +41,21 @@ def sample_figures(data: Path, folder: Path, samples: int) -> dict[str, Any]:
         samples: per loader and round.
     """
     ours, plugin, stock = both_paths(data, folder)
-    rates: dict[str, list[float]] = {"plugin": [], "stock": []}
-    loads: dict[str, list[float]] = {"plugin": [], "stock": []}
-    costs: dict[str, list[float]] = {"plugin": [], "stock": []}
+    seen: dict[str, list[float]] = {}
     for _ in tqdm(range(ROUNDS), desc="rounds", leave=False):
-        for name, dataset in (("plugin", plugin), ("stock", stock)):
-            speed, load = rate(dataset, samples)
-            rates[name].append(speed)
-            loads[name].append(load)
-            costs[name].append(cost(dataset))
-    found = {
-        "rate": max(rates["plugin"]),
-        "stock_rate": max(rates["stock"]),
-        "worker_ms": min(loads["plugin"]),
-        "stock_worker_ms": min(loads["stock"]),
-        "cpu_ms": min(costs["plugin"]),
-        "stock_cpu_ms": min(costs["stock"]),
-    }
+        for prefix, dataset, collate in (("", plugin, collate_fn), ("stock_", stock, data_utils.collate_fn)):
+            speed, load = rate(dataset, collate, samples)
+            found = {"rate": speed, "worker_ms": load, "cpu_ms": cost(dataset, collate)}
+            for name, value in found.items():
+                seen.setdefault(prefix + name, []).append(value)
+    best = {name: max(values) if name.endswith("rate") else min(values) for name, values in seen.items()}
     parts = where_time_goes(ours)
-    parts["rest_ms"] = max(0.0, found["cpu_ms"] - sum(parts.values()))
-    shares = ", ".join(f"{value / sum(parts.values()):.0%}"[:-1] for value in parts.values())
-    return found | parts | compare(plugin, stock) | {
-        "ratio": found["rate"] / found["stock_rate"],
-        "worker_ratio": found["stock_worker_ms"] / found["worker_ms"],
-        "cpu_ratio": found["stock_cpu_ms"] / found["cpu_ms"],
-        "shares": shares,
+    parts["rest_ms"] = max(0.0, best["cpu_ms"] - sum(parts.values()))
+    return best | parts | compare(plugin, stock) | {
+        "ratio": best["rate"] / best["stock_rate"],
+        "worker_ratio": best["stock_worker_ms"] / best["worker_ms"],
+        "cpu_ratio": best["stock_cpu_ms"] / best["cpu_ms"],
+        "shares": ", ".join(f"{value / sum(parts.values()):.0%}"[:-1] for value in parts.values()),
     }
 
 
@@ -77,7 +69,7 @@ def both_paths(data: Path, folder: Path) -> tuple[SeverstalRawDataset, VOSDatase
         normal = NormalizeAPI(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
         stock_steps = ComposeAPI([RandomResizeAPI(SIDE, True, square=True), ToTensorAPI(), normal])
         stock = VOSDataset([stock_steps], False, PNGRawDataset(folder / "img", folder / "gt"), EvalSampler(), 1)
-        plugin = VOSDataset([ModelInput(SIDE)], False, ours, ObjectSampler(training=False), 1)
+        plugin = VOSDataset([ModelInput(SIDE, normalise=False)], False, ours, ObjectSampler(training=False), 1)
     return ours, plugin, stock
 
 
@@ -85,11 +77,10 @@ def compare(plugin: VOSDataset, stock: VOSDataset) -> dict[str, Any]:
     """The largest difference of a normalised pixel, and the most mask pixels that differ in an object."""
     image = mask = 0.0
     for item in range(len(plugin)):
-        mine, theirs = plugin[item].frames[0], stock[item].frames[0]
-        image = max(image, float((mine.data - theirs.data).abs().max()))
-        masks = {obj.object_id: obj.segment for obj in theirs.objects}
-        assert len(masks) == len(mine.objects)
-        mask = max(mask, *(float((obj.segment != masks[k]).sum()) for k, obj in enumerate(mine.objects, 1)))
+        mine, theirs = collate_fn([plugin[item]], "bench"), data_utils.collate_fn([stock[item]], "bench")
+        image = max(image, float((mine.img_batch - theirs.img_batch).abs().max()))
+        order = theirs.metadata.unique_objects_identifier[0, :, 1].argsort()  # ours are in the order of their numbers
+        mask = max(mask, float((mine.masks != theirs.masks[:, order]).sum(dim=(2, 3)).max()))
     return {"image_difference": image, "mask_difference": int(mask)}
 
 
@@ -108,7 +99,7 @@ def write_png_layout(dataset: SeverstalRawDataset, folder: Path) -> None:
         image.save(folder / "gt" / f"{item:03d}/00000.png")
 
 
-def rate(dataset: VOSDataset, samples: int) -> tuple[float, float]:
+def rate(dataset: VOSDataset, collate: Callable, samples: int) -> tuple[float, float]:
     """Samples per second of one worker process, and CPU milliseconds of the worker per sample, without its start.
 
     The second holds what handing 12 MB over to another process costs, and is hardly moved by what the machine does.
@@ -118,7 +109,7 @@ def rate(dataset: VOSDataset, samples: int) -> tuple[float, float]:
         dataset,
         sampler=order,
         num_workers=1,
-        collate_fn=partial(collate_fn, dict_key="bench"),
+        collate_fn=partial(collate, dict_key="bench"),
         worker_init_fn=single_thread,
         multiprocessing_context="spawn",  # as SAM 2's training does
         prefetch_factor=2,
@@ -141,11 +132,11 @@ def children_cpu() -> float:
     return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
-def cost(dataset: VOSDataset, rounds: int = 4) -> float:
-    """CPU milliseconds of one sample in this process: hardly moved by what else the machine does."""
+def cost(dataset: VOSDataset, collate: Callable, rounds: int = 4) -> float:
+    """CPU milliseconds of a batch of one sample in this process: hardly moved by what else the machine does."""
     start = time.process_time()
     for item in list(range(len(dataset))) * rounds:
-        dataset[item]
+        collate([dataset[item]], "bench")
     return (time.process_time() - start) / (rounds * len(dataset)) * 1e3
 
 
@@ -158,8 +149,7 @@ def single_thread(worker: int) -> None:
 def where_time_goes(dataset: SeverstalRawDataset) -> dict[str, float]:
     """Milliseconds of CPU per sample of each step of our path."""
     spent = dict.fromkeys(("jpeg_ms", "masks_ms", "resize_ms", "resize_masks_ms", "normalise_ms"), 0.0)
-    last = ModelInput(SIDE)
-    rounds = 20
+    table, rounds = level_table(), 20
     for item in list(range(len(dataset))) * rounds:
         video, loader = dataset.get_video(item)
         clock = [time.process_time()]
@@ -172,7 +162,7 @@ def where_time_goes(dataset: SeverstalRawDataset) -> dict[str, float]:
         for mask in masks:
             resize_mask(mask, SIDE)
         clock.append(time.process_time())
-        last.normalise(small)
+        write_normalised(small, table, torch.empty(3, SIDE, SIDE).numpy())
         clock.append(time.process_time())
         for name, begin, end in zip(spent, clock, clock[1:]):
             spent[name] += (end - begin) * 1e3

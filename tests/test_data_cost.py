@@ -5,12 +5,14 @@ import time
 
 import numpy as np
 import pytest
+from training.utils import data_utils
 
 from benchmarks.data import LINES, table
 from benchmarks.data_index import IMAGES, MASKS, full_set
 from benchmarks.data_masks import naive_decode
 from benchmarks.data_samples import both_paths, compare, cost
 from sam2_lora_ext.data.cache import cached_index
+from sam2_lora_ext.data.collate import collate_fn
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.rle import decode_runs, parse_rle
@@ -40,7 +42,7 @@ def test_samples_are_those_of_stock_and_cost_half(real_data, tmp_path):
     _, plugin, stock = both_paths(real_data / "severstal", tmp_path)
     found = compare(plugin, stock)
     assert found["mask_difference"] == 0 and found["image_difference"] < 0.0176  # one grey level
-    assert cost(stock) > 2 * cost(plugin)
+    assert cost(stock, data_utils.collate_fn) > 2 * cost(plugin, collate_fn)
 
 
 @pytest.mark.parametrize("text", ["1 1", "1 409600", "257 256 600 1 409600 1"])

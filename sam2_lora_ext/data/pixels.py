@@ -17,6 +17,8 @@ from training.utils.data_utils import VideoDatapoint
 
 from sam2_lora_ext.errors import UserError
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of SAM 2's input, R G B in 0..1
+
 
 class RandomBrightnessContrast:
     """v -> clip(mean + c * (v - mean)) * b on all frames, with b and c drawn once.
@@ -53,31 +55,40 @@ class ModelInput:
         size: S.
         mean: of R, G, B in 0..1; SAM 2's by default.
         std: of R, G, B in 0..1.
+        normalise: False leaves the image uint8 [S, S, 3], for `sam2_lora_ext.data.collate.collate_fn`, which normalises
+            straight into the batch.
     """
 
-    def __init__(
-        self, size: int, mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225)
-    ):
+    def __init__(self, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, normalise: bool = True):
         if size < 1:
             raise UserError(f"size is the side of the model's input in pixels, got {size}")
         self.size = size
-        levels = np.arange(256, dtype=np.float32)[None] / np.float32(255)
-        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (mean, std))
-        self.table = (levels - mean) / std  # [3, 256]: the normalised value of each grey level
+        self.table = level_table(mean, std) if normalise else None
 
     def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
         for frame in datapoint.frames:
-            frame.data = self.normalise(resize_image(frame.data, self.size))
+            image = resize_image(frame.data, self.size)
+            if self.table is None:
+                frame.data = torch.from_numpy(image)
+            else:
+                frame.data = torch.empty(3, self.size, self.size)
+                write_normalised(image, self.table, frame.data.numpy())
             for obj in frame.objects:
                 obj.segment = resize_mask(obj.segment, self.size)
         return datapoint
 
-    def normalise(self, image: np.ndarray) -> torch.Tensor:
-        """uint8 [S, S, 3] -> float32 [3, S, S] by table, bit for bit (v / 255 - mean) / std."""
-        out = np.empty((3, self.size, self.size), dtype=np.float32)
-        for channel, plane in enumerate(cv2.split(image)):
-            cv2.LUT(plane, self.table[channel], dst=out[channel])
-        return torch.from_numpy(out)
+
+def level_table(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> np.ndarray:
+    """float32 [3, 256]: the normalised value of each grey level of R, G, B."""
+    levels = np.arange(256, dtype=np.float32)[None] / np.float32(255)
+    mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (mean, std))
+    return (levels - mean) / std
+
+
+def write_normalised(image: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    """uint8 [S, S, 3] into `out` float32 [3, S, S] by table, bit for bit (v / 255 - mean) / std."""
+    for channel, plane in enumerate(cv2.split(image)):
+        cv2.LUT(plane, table[channel], dst=out[channel])
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
