@@ -112,6 +112,8 @@ def test_files_are_written_and_readable(finished, strips):
     assert all(row["image"] in predicted for row in record["models"][0]["objects"] if row["areas"]["1click"][1])
     text = (out / "evaluation.md").read_text()
     assert "IoU 1 click" in text and "AUROC" in text and "Differences from base" in text
+    thresholds = [f"{model['presence']['threshold']:.2f}" for model in record["models"]]
+    assert f"| object score with that recall | {' | '.join(thresholds)} |" in text
 
 
 def test_tiles_and_an_adapter_alone(models, strips, tmp_path, capsys):

@@ -87,6 +87,8 @@ def other_rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
 
     prompts = next((list(model["kaggle"]) for model in models if model["kaggle"]), [])
     rows: list[tuple[str, Any]] = [(title, lambda model, key=key: presence(model, key)) for key, title in OTHER.items()]
+    threshold = lambda model: _number((model["presence"] or {}).get("threshold"))  # noqa: E731
+    rows.append(("object score with that recall", threshold))
     for prompt in prompts:
         title = f"Kaggle Dice {prompt_title(prompt)}"
         rows.append((title, lambda model, prompt=prompt: kaggle(model, prompt, "dice")))
@@ -140,4 +142,4 @@ def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.2f}"
