@@ -18,7 +18,6 @@ from benchmarks.methods import CONFIGS, build
 from benchmarks.train_step import seconds_in_turns
 from sam2_lora_ext.errors import run_cli
 from sam2_lora_ext.files import write_json
-from sam2_lora_ext.lean.feature_cache import FeatureCache
 
 METHODS = {"decoder": "stock", "decoder_lean": "ours", "decoder_cached": "ours, features from disk"}
 
@@ -34,11 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         setups = {}
         for method in tqdm(METHODS, desc="building", unit="model"):
-            setups[method] = build(method.replace("cached", "lean"), args.model, args.resolution)
-        model = setups["decoder_cached"].model
-        parts = {"image_encoder": model.image_encoder, "conv_s0": model.sam_mask_decoder.conv_s0,
-                 "conv_s1": model.sam_mask_decoder.conv_s1}  # fmt: skip
-        model.feature_cache = FeatureCache({"folder": folder, "max_gb": 1}, parts)
+            cache = {"folder": folder, "max_gb": 1} if method == "decoder_cached" else None
+            setups[method] = build(method.replace("cached", "lean"), args.model, args.resolution, feature_cache=cache)
         seconds = seconds_in_turns(setups, args.resolution, args.rounds)
         stored = sum(path.stat().st_size for path in Path(folder).iterdir())
     print(f"{args.model} {args.resolution} px, decoder-only, {torch.get_num_threads()} threads; features of an image: {stored / 1e6:.1f} MB")

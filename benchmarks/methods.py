@@ -49,7 +49,10 @@ class Setup(NamedTuple):
         return self.loss(self.model(batch), batch.masks)[CORE_LOSS_KEY]
 
 
-def build(method: str, size: str, resolution: int, dropout: float = DROPOUT, memory: str | None = None) -> Setup:
+def build(
+    method: str, size: str, resolution: int, dropout: float = DROPOUT, memory: str | None = None,
+    feature_cache: Mapping[str, Any] | None = None,
+) -> Setup:
     """The setup of one of `METHODS` (or of "plain", "decoder_plain"), randomly initialised from a fixed seed.
 
     Args:
@@ -58,6 +61,7 @@ def build(method: str, size: str, resolution: int, dropout: float = DROPOUT, mem
         resolution: the side of the model's input in pixels.
         dropout: of the adapters.
         memory: a preset instead of the method's own.
+        feature_cache: of a decoder-only method of ours, see `FeatureCache`.
     """
     targets = DECODER_TARGETS if method.startswith("decoder") else list(DEFAULT_TARGETS)
     torch.manual_seed(0)
@@ -65,7 +69,7 @@ def build(method: str, size: str, resolution: int, dropout: float = DROPOUT, mem
         kind = "plain" if method.endswith("plain") else "lean"
         preset = memory or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
         lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
-        model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", lora=lora, memory=preset)
+        model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", lora=lora, memory=preset, feature_cache=feature_cache)
         loss = SeverstalLoss(**LOSS, implementation=kind)
     else:
         model = _model(size, resolution, "training.model.sam2.SAM2Train")
