@@ -3,7 +3,7 @@
     python -m benchmarks.large_run [--base sam2.1_hiera_large.pt] [--out runs/large]
 
 Without --base, weights with Meta's key names are made by stock `build_sam2` (random values). Prints and writes, as
-large_run.json, seconds and peak resident memory of each stage. Needs about 20 GB of memory and ten minutes.
+large_run.json, seconds and peak resident memory of each stage. Needs about 7 GB of memory and four minutes.
 """
 
 import argparse
