@@ -29,7 +29,7 @@ help:
 	@echo 'make test-slow  what takes longer: kills, cluster, browser'
 	@echo 'make fuzz       the readers under random input for a minute each'
 	@echo 'make bench      cost: a training step, the data, bytes between ranks'
-	@echo 'make quality    quality on NEU-Seg: base, LoRA, full fine-tuning (half an hour)'
+	@echo 'make quality    quality on NEU-Seg: base, LoRA, full fine-tuning (40 minutes)'
 	@echo 'make clean      removes caches and the run of the demo, not the environment'
 
 env: $(STAMP)

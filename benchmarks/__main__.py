@@ -1,7 +1,7 @@
 """`python -m benchmarks [NAME ...]`, or `make bench`: what training, data, ranks and merging cost; all of them without a name.
 
 Each is a module of its own with options of its own: `python -m benchmarks.NAME --help`. Not among them, for they answer other questions:
-`benchmarks.quality` (half an hour), `benchmarks.large_run` (7 GB, four minutes) and `benchmarks.estimate` (of a config of yours).
+`benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB, four minutes) and `benchmarks.estimate` (of a config of yours).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Runs a training step on fake tensors: true shapes and storages, true FLOPs and bytes, but no memory and no arithmetic.
 
 A SAM 2 is constructed on the CPU first (Hiera's constructor reads values) and converted then. What a step decides from values
-is fixed: the clicks, and which masks of the loss have a gradient (all).
+is fixed: the clicks, and which mask of an object has a gradient in the loss (the first).
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     """Inside, operations make fake tensors, and SAM 2 clicks without looking."""
     with mock.patch.object(host, "get_next_point", _click), \
             mock.patch.object(LoRASAM2Train, "_prompt_sampler", lambda self, input: _NoSampler), \
-            mock.patch.object(mask_sums, "with_gradient", _all_maps), \
+            mock.patch.object(mask_sums, "with_gradient", _first_maps), \
             FakeTensorMode(allow_non_fake_inputs=True) as mode:  # fmt: skip
         yield mode
 
@@ -42,8 +42,8 @@ def _click(gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Te
     return torch.zeros(len(gt_masks), 1, 2), torch.ones(len(gt_masks), 1, dtype=torch.int32)
 
 
-def _all_maps(dfocal: Tensor, *_: Tensor) -> list[tuple[int, int]]:
-    return [(o, m) for o in range(dfocal.shape[0]) for m in range(dfocal.shape[1])]
+def _first_maps(dfocal: Tensor, *_: Tensor) -> list[tuple[int, int]]:
+    return [(o, 0) for o in range(len(dfocal))]
 
 
 class _NoSampler:

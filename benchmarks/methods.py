@@ -50,7 +50,7 @@ class Setup(NamedTuple):
 
 
 def build(
-    method: str, size: str, resolution: int, dropout: float = DROPOUT, memory: str | None = None,
+    method: str, size: str, resolution: int, dropout: float = DROPOUT, memory: str | Mapping[str, Any] | None = None,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> Setup:
     """The setup of one of `METHODS` (or of "plain", "decoder_plain"), randomly initialised from a fixed seed.
@@ -60,7 +60,7 @@ def build(
         size: one of `CONFIGS`.
         resolution: the side of the model's input in pixels.
         dropout: of the adapters.
-        memory: a preset instead of the method's own.
+        memory: a preset, or a `memory:` block, instead of the method's own.
         feature_cache: of a decoder-only method of ours, see `FeatureCache`.
     """
     targets = DECODER_TARGETS if method.startswith("decoder") else list(DEFAULT_TARGETS)

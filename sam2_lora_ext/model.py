@@ -15,7 +15,7 @@ from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.cast import cast_frozen
 from sam2_lora_ext.lean.feature_cache import FeatureCache
-from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, make_lean
+from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, falls_due, make_lean
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
 from sam2_lora_ext.losses import SMALL_MASKS
 from sam2_lora_ext.prompts import PromptSampler
@@ -48,6 +48,7 @@ class LoRASAM2Train(SAM2Train):
         self.weights_dtype: torch.dtype | None = None  # of the frozen weights, once they are cast
         self.prompt_seed = prompt_seed
         self.prompt_epoch = 0  # set by LoRATrainer
+        self.predictions = 0  # of the forward pass that is running, or of the last one
         self.prompts: PromptSampler | None = None  # of the forward pass that is running
         self.prompted_by_points = True  # in the last forward pass
         if lora is not None:
@@ -62,6 +63,7 @@ class LoRASAM2Train(SAM2Train):
         """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
         self._hold_weights(input.img_batch.device.type)
         self.prompts = self._prompt_sampler(input)
+        self.predictions = 0
         with self.prompts.installed():
             outputs = super().forward(input)
         self.prompts = None
@@ -113,7 +115,12 @@ class LoRASAM2Train(SAM2Train):
     def _forward_sam_heads(self, *args: Any, **kwargs: Any) -> tuple:
         """Stock's prediction step, keeping for backward what `memory` says."""
         heads = super()._forward_sam_heads
-        return checkpointed(heads, *args, **kwargs) if self.memory.decoder else heads(*args, **kwargs)
+        self.predictions += 1
+        share = self.memory.decoder
+        if share and self.use_act_ckpt_iterative_pt_sampling:  # SAM 2 computes them again itself, and so calls this once more
+            share = 1.0
+        again = falls_due(self.predictions, share)
+        return checkpointed(heads, *args, **kwargs) if again else heads(*args, **kwargs)
 
     def _prompt_sampler(self, input: BatchedVideoDatapoint) -> PromptSampler:
         identifiers = input.metadata.unique_objects_identifier[0]  # O 3

@@ -12,7 +12,7 @@ from sam2_lora_ext.lean.cast import CAST, cast_frozen
 from sam2_lora_ext.lora import build_lora_model
 from sam2_lora_ext.lora.layer import LoRALinear
 
-MEMORY = {"encoder": 0.5, "decoder": True, "pool": True, "conv": True}
+MEMORY = {"encoder": 0.5, "decoder": 1, "pool": True, "conv": True}
 
 
 def two_steps(memory, autocast):

@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import Saved
 from sam2_lora_ext.lora import LoRALinear, build_lora_model, lora_layers
-from sam2_lora_ext.lora.lean import LeanLoRALinear, drop, dropped_places
+from sam2_lora_ext.lora.lean import SMALL, LeanLoRALinear, drop, dropped_places
 
 QKV = (True, False, True)
+pytestmark = pytest.mark.usefixtures("lean_however_small")
 
 
 def pair(dtype=torch.float64, parts=(True,), bias=True, dropout=0.0, frozen=True, width=(12, 24)):
@@ -43,7 +44,7 @@ def assert_same(layers, x, **tolerance):
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (2, 7, 12), (2, 3, 5, 12), (12,), (0, 12), (2, 0, 12)])
-@pytest.mark.parametrize("parts", [(True,), QKV])
+@pytest.mark.parametrize("parts", [(True,), QKV, (True,) * 3])
 def test_equals_plain_in_double_precision(shape, parts):
     for bias, frozen in ((True, True), (False, True), (True, False)):
         for frozen_input in (False, True):
@@ -59,7 +60,7 @@ def test_equals_plain_in_single_precision_and_for_strided_input():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("parts", [(True,), QKV])
+@pytest.mark.parametrize("parts", [(True,), QKV, (True,) * 3])
 def test_without_an_update_the_output_is_the_bases_to_the_bit(dtype, parts):
     base = nn.Linear(64, 96).to(dtype)
     layer = LeanLoRALinear(base, 4, 8, 0.1, parts)
@@ -206,6 +207,18 @@ def test_layers_that_share_an_input_keep_it_once():
     with Saved(()) as saved, torch.no_grad():
         layers[0](x)
     assert saved.total == 0
+
+
+def test_a_small_input_goes_the_plain_way(monkeypatch):
+    """To the bit, with the same zeros; one number more and it does not."""
+    monkeypatch.setattr("sam2_lora_ext.lora.lean.SMALL", SMALL)
+    plain, lean = pair(dropout=0.3, width=(16, 8))
+    for tokens, same in ((SMALL // 16, True), (SMALL // 16 + 1, False)):
+        results = []
+        for layer in (plain, lean):
+            torch.manual_seed(1)
+            results.append(layer(torch.ones(tokens, 16, dtype=torch.float64)))
+        assert torch.equal(*results) is same
 
 
 def test_the_output_may_be_written_to_in_place():

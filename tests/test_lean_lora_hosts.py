@@ -8,25 +8,32 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from sam2_lora_ext.lora import lean as lean_layer
 from test_lean_lora import QKV, pair
 
+pytestmark = pytest.mark.usefixtures("lean_however_small")
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_compiles_as_one_graph(dropout):
-    _, lean = pair(torch.float32, QKV, dropout=dropout)
-    compiled = torch.compile(copy.deepcopy(lean), fullgraph=True, backend="aot_eager")
-    x = torch.randn(8, 12, requires_grad=True)
-    y = compiled(x)
-    y.sum().backward()
-    if not dropout:
-        expected = lean(x)
-        expected.sum().backward()
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(compiled.lora_a.grad, lean.lora_a.grad)
+
+@pytest.mark.parametrize("parts", [(True,), QKV, (True,) * 3])
+def test_compiles_as_one_graph(parts):
+    torch._dynamo.reset()
+    for dropout in (0.0, 0.1, 0.2):  # another one in the same process must not become a symbol
+        _, lean = pair(torch.float32, parts, dropout=dropout)
+        compiled = torch.compile(copy.deepcopy(lean), fullgraph=True, backend="aot_eager")
+        results = []
+        for layer in (compiled, lean):
+            torch.manual_seed(4)
+            x = torch.ones(8, 12, requires_grad=True)
+            y = layer(x)
+            y.sum().backward()
+            results.append([y, x.grad, layer.lora_a.grad, layer.lora_b.grad])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def worker(rank, folder):
     torch.set_num_threads(1)
+    lean_layer.SMALL = -1
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     _, lean = pair()
     inputs = [torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)]

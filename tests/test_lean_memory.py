@@ -8,15 +8,17 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Saved
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.conv import LeanConv2d
-from sam2_lora_ext.lean.memory import PRESETS, CheckpointedBlock, MemoryConfig, blocks_for_share
+from sam2_lora_ext.lean.memory import PRESETS, CheckpointedLeanBlock, MemoryConfig, blocks_for_share, falls_due
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 
 SIZE, RESOLUTION = "nano", 128
+pytestmark = pytest.mark.usefixtures("lean_however_small")
 
 
 def lively(setup):
@@ -45,12 +47,40 @@ def train(setup, steps=1):
 
 @pytest.mark.parametrize("preset", ["fast", "default", "low"])
 def test_a_preset_changes_no_bit(preset):
-    off = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory="stock")), steps=2)
+    """Beside `operations`, which round otherwise: test_lean_operations.py."""
+    off = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory={"operations": True})), steps=2)
     lean = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=preset)), steps=2)
     for step, expected in zip(lean, off, strict=True):
         assert len(step) == len(expected) > 20
         assert all(map(torch.equal, step, expected))
     assert off[0][0] != off[1][0] and any(value.abs().max() > 1e-6 for value in off[0][1:])
+
+
+def test_operations_on_windows_that_need_padding():
+    """At 160 px the last windows do not divide the tokens: fewer FLOPs, and the same to rounding."""
+    results, flops = [], []
+    for memory in ("stock", {"operations": True}):
+        setup, batch = lively(build("lean", SIZE, 160, dropout=0.0, memory=memory)), make_batch(160)
+        torch.manual_seed(3)
+        with FlopCounterMode(display=False) as counter:
+            loss = setup.step_loss(batch)
+        loss.backward()
+        results.append([loss.detach(), *[p.grad for p in setup.model.parameters() if p.grad is not None]])
+        flops.append(counter.get_total_flops())
+    assert flops[1] < flops[0]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("preset", ["default", "low"])
+def test_beside_sam2s_own_checkpoints_of_the_clicks(preset):
+    results = []
+    for memory, own in (("stock", False), (preset, True)):
+        setup = lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=memory))
+        setup.model.use_act_ckpt_iterative_pt_sampling = own
+        results.append(train(setup)[0])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lean", "lean_memory", "decoder_lean"])
@@ -85,14 +115,30 @@ def test_gradients_equal_the_plain_implementation_in_double_precision():
 def test_keys_copies_pickles_and_evaluation():
     plain, lean = build("plain", SIZE, RESOLUTION), build("lean_memory", SIZE, RESOLUTION)
     assert list(plain.model.state_dict()) == list(lean.model.state_dict())
-    assert all(type(block) is CheckpointedBlock for block in lean.model.image_encoder.trunk.blocks)
+    assert all(type(block) is CheckpointedLeanBlock for block in lean.model.image_encoder.trunk.blocks)
     batch = make_batch(RESOLUTION)
     frames = []
     for model in (plain.model, lean.model, copy.deepcopy(lean.model), pickle.loads(pickle.dumps(lean.model))):
         model.eval()
         with torch.no_grad():
             frames.append(model(batch)[0]["pred_masks_high_res"])
-    assert all(torch.equal(frame, frames[0]) for frame in frames)
+    torch.testing.assert_close(frames[1], frames[0], rtol=1e-5, atol=1e-5)  # `operations` round otherwise
+    assert torch.equal(frames[2], frames[1]) and torch.equal(frames[3], frames[1])
+
+
+def test_which_of_a_series_fall_due():
+    due = {share: [k for k in range(1, 9) if falls_due(k, share)] for share in (0, 0.25, 0.75, 0.875, 1)}
+    assert due == {0: [], 0.25: [1, 5], 0.75: [1, 2, 3, 5, 6, 7], 0.875: [1, 2, 3, 4, 5, 6, 7], 1: list(range(1, 9))}
+
+
+def test_the_share_of_prediction_steps_is_counted_anew_in_each_forward_pass(monkeypatch):
+    setup, batch = build("lean", SIZE, RESOLUTION, memory={"decoder": 0.75}), make_batch(RESOLUTION)
+    calls = []
+    monkeypatch.setattr("sam2_lora_ext.model.checkpointed", lambda heads, *args, **kwargs: (calls.append(1), heads(*args, **kwargs))[1])
+    for _ in range(2):
+        setup.step_loss(batch)
+        assert setup.model.predictions == 8 and len(calls) == 6
+        calls.clear()
 
 
 def test_which_blocks_are_computed_again():
@@ -110,7 +156,7 @@ def test_which_blocks_are_computed_again():
 @pytest.mark.parametrize(
     ("value", "message"),
     [("small", "'small'.*stock, fast, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
-     ({"decoder": "yes"}, "decoder.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, weights")],
+     ({"decoder": True}, "decoder.*number.*True"), ({"pool": "yes"}, "pool.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, operations, weights")],
 )  # fmt: skip
 def test_bad_settings_are_refused(value, message):
     with pytest.raises(UserError, match=message):
@@ -119,7 +165,7 @@ def test_bad_settings_are_refused(value, message):
 
 def test_presets_and_mappings():
     assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of(
-        {"encoder": 1, "decoder": True, "pool": True, "conv": True, "weights": True}
+        {"encoder": 1, "decoder": 0.875, "pool": True, "conv": True, "operations": True, "weights": True}
     )
     assert MemoryConfig.of({}) == PRESETS["stock"] == MemoryConfig()
 

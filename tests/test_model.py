@@ -41,9 +41,9 @@ def assert_equal_outputs(one: list[dict], other: list[dict], keys: set[str] | No
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("frames", [1, 2])
 def test_without_lora_it_is_stocks_model(train, frames):
-    """Bitwise, from the same random numbers: outputs, and gradients of all parameters."""
+    """Bitwise, from the same random numbers: outputs, and gradients of all parameters, with `memory: stock`."""
     batch = make_batch(DEFECTS, frames)
-    settings = {"lora": None, "num_init_cond_frames_for_train": 1, "prob_to_use_box_input_for_train": 0.5, **FEW}
+    settings = {"lora": None, "num_init_cond_frames_for_train": 1, "prob_to_use_box_input_for_train": 0.5, "memory": "stock", **FEW}
     ours, stock = make_model(**settings), make_model(**settings, _target_=STOCK)
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in stock.state_dict().items())
     for seed in (5, 6, 7):  # clicks and boxes

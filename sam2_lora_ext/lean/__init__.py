@@ -1,1 +1,1 @@
-"""Training SAM 2 in less memory without changing what is computed: the loss, and what is kept for backward."""
+"""Training SAM 2 in less memory and time without changing what is computed: the loss, what is kept for backward, and stock's dearer operations."""

@@ -5,21 +5,29 @@ two thirds of its forward FLOPs once more (nothing after its last activation is 
 holds more numbers than a late one at equal FLOPs, so blocks are taken from the first on. Of a prediction step, which holds
 three quarters of SAM 2.1 tiny's activations in a tenth of its FLOPs, the low-resolution mask remains.
 
+Beside that, some of stock's operations are done with less (`operations`).
+
 No module is added, so the keys of the checkpoint stay Meta's.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from sam2.modeling.backbones.hieradet import MultiScaleBlock
+from sam2.modeling.sam2_utils import LayerNorm2d
+from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.blocks import LeanBlock
 from sam2_lora_ext.lean.conv import LeanConv2d
+from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
+from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
 
 
 @dataclass(frozen=True)
@@ -28,23 +36,26 @@ class MemoryConfig:
 
     Attributes:
         encoder: share, 0 to 1, of the trunk's activations that is computed again in backward; the rest is kept.
-        decoder: compute the prediction steps (prompt encoder, mask decoder, upscaling) again.
+        decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder, upscaling) that is computed again.
         pool: keep one byte for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck and at the mask decoder's entrance.
+        operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`).
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 
     encoder: float = 0.0
-    decoder: bool = False
+    decoder: float = 0.0
     pool: bool = False
     conv: bool = False
+    operations: bool = False
     weights: bool = False
 
     def __post_init__(self) -> None:
-        share = self.encoder
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise UserError(f"memory.encoder must be a number from 0 to 1, got {share!r}")
-        for name in ("decoder", "pool", "conv", "weights"):
+        for name in ("encoder", "decoder"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise UserError(f"memory.{name} must be a number from 0 to 1, got {share!r}")
+        for name in ("pool", "conv", "operations", "weights"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"memory.{name} must be true or false, got {getattr(self, name)!r}")
 
@@ -70,10 +81,15 @@ class MemoryConfig:
 
 PRESETS = {
     "stock": MemoryConfig(),
-    "fast": MemoryConfig(pool=True, conv=True, weights=True),  # what costs no time
-    "default": MemoryConfig(encoder=0.55, decoder=True, pool=True, conv=True, weights=True),
-    "low": MemoryConfig(encoder=1.0, decoder=True, pool=True, conv=True, weights=True),
+    "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs no time
+    "default": MemoryConfig(encoder=0.62, decoder=0.75, pool=True, conv=True, operations=True, weights=True),
+    "low": MemoryConfig(encoder=1.0, decoder=0.875, pool=True, conv=True, operations=True, weights=True),
 }
+
+
+def falls_due(count: int, share: float) -> bool:
+    """Whether the `count`-th of a series, from 1 on, is among the `share` of it that is taken: the first, then evenly."""
+    return math.ceil(count * share) > math.ceil((count - 1) * share)
 
 
 class CheckpointedBlock(MultiScaleBlock):
@@ -81,6 +97,10 @@ class CheckpointedBlock(MultiScaleBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpointed(super().forward, x)
+
+
+class CheckpointedLeanBlock(CheckpointedBlock, LeanBlock):
+    """A `LeanBlock` that keeps its input alone."""
 
 
 def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +111,7 @@ def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
-    """Changes the classes of a SAM 2's blocks, pools and convolutions, in place, to those that `memory` asks for."""
+    """Changes the classes of parts of a SAM 2, in place, to those that `memory` asks for."""
     trunk = model.image_encoder.trunk
     if memory.pool:
         for module in trunk.modules():
@@ -101,8 +121,18 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
         for module in (*model.image_encoder.neck.modules(), *model.sam_mask_decoder.children()):
             if type(module) is nn.Conv2d and module.padding_mode == "zeros":
                 module.__class__ = LeanConv2d
-    for block in trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]:
-        block.__class__ = CheckpointedBlock
+    if memory.operations:
+        _swap(trunk.blocks, {MultiScaleBlock: LeanBlock})
+        heads = (*model.sam_prompt_encoder.modules(), *model.sam_mask_decoder.modules())
+        _swap(heads, {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock, LayerNorm2d: LeanLayerNorm2d})
+        _swap(model.sam_mask_decoder.output_upscaling[-1:], {nn.GELU: PlanarGELU})
+    again = trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]
+    _swap(again, {MultiScaleBlock: CheckpointedBlock, LeanBlock: CheckpointedLeanBlock})
+
+
+def _swap(modules: Iterable[nn.Module], classes: Mapping[type, type]) -> None:
+    for module in modules:
+        module.__class__ = classes.get(type(module), type(module))
 
 
 def blocks_for_share(blocks: nn.ModuleList, share: float) -> int:

@@ -7,7 +7,11 @@ What is kept for backward is x itself, the r numbers A D x of each token, and th
 the dropped copy of x, the mask and the update besides; layers that read the same x share it here (under
 autocast each keeps its own cast of it).
 
-Shapes: x (..., in), as N tokens (N, in) · W (out, in) · A (n·r, in) · B (out, n·r), block-diagonal for a fused layer.
+Products with a side of r are bound by memory, and several times slower in some layouts than in others (oneMKL): A D x and
+B^T dy are made as (r, N), and the P parts of a fused layer as one batch of products, without the zeros of a block-diagonal
+B. (Where only some parts are adapted, B is block-diagonal and P = 1.)
+
+Shapes: x (..., in), as N tokens (N, in) · W (out, in) · A (P·r, in) · B (P, d, r) of P parts with d = out / P outputs each.
 """
 
 import math
@@ -20,17 +24,22 @@ from torch.nn import functional as F
 from sam2_lora_ext.lora.layer import LoRALinear, block_diagonal
 
 
+SMALL = 2**14  # numbers of an input, such as a prompt's tokens, up to which the plain way is faster and keeps next to nothing
+
+
 def dropped_places(tokens: int, features: int, dropout: float, device: torch.device) -> Tensor:
     """Draws which of tokens x features inputs dropout zeroes: their places, ascending, as int64.
 
     The gaps between the zeros of a Bernoulli sequence are geometric, so p N in numbers are drawn and kept and not N in; on a
-    CPU, at p = 0.05, in a third of the time of `bernoulli_`. The number of gaps is fixed, eight standard deviations above what
-    is expected; places behind the end become tokens * features, the first number of a spare row.
+    CPU, at p = 0.05, in an eighth of the time of `bernoulli_`. The number of gaps is fixed, eight standard deviations above
+    what is expected; places behind the end become tokens * features, the first number of a spare row.
     """
     count = tokens * features
+    torch.empty(0).geometric_(dropout)  # draws nothing; makes p a constant to `torch.compile`, whose symbolic numbers cannot be sizes
     draws = math.ceil(count * dropout + 8 * math.sqrt(count * dropout)) + 16
-    gaps = torch.empty(draws, dtype=torch.float64, device=device).geometric_(dropout)
-    return gaps.cumsum(0).sub_(1).clamp_(max=count).long()
+    uniform = 1 - torch.rand(draws, dtype=torch.float32, device=device)  # in (0, 1]
+    gaps = uniform.log_().mul_(1 / math.log1p(-dropout)).floor_().add_(1)  # faster than `geometric_`
+    return gaps.cumsum(0, dtype=torch.int64).sub_(1).clamp_(max=count)
 
 
 def drop(x: Tensor, places: Tensor | None) -> Tensor:
@@ -48,6 +57,11 @@ def drop_in_place(x: Tensor, places: Tensor) -> Tensor:
     return x[:-1]
 
 
+def by_part(x: Tensor, parts: int) -> Tensor:
+    """(N, out) as (P, N, d)."""
+    return x.reshape(len(x), parts, x.shape[1] // parts).transpose(0, 1)
+
+
 class LoRAFunction(torch.autograd.Function):
     """`y` (N, out) of the formula above, from W in any dtype and x (..., in), A and B in that of the result.
 
@@ -60,9 +74,10 @@ class LoRAFunction(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, places: Tensor | None
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        low = drop(tokens, places) @ a.t()
+        low = (a @ drop(tokens, places).t()).view(len(b), b.shape[2], len(tokens))  # P r N
         y = F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y.addmm_(low, b.t(), alpha=scaling)  # in place: another (N, out) would cost as much as the product
+        for part, low_part, b_part in zip(y.chunk(len(b), 1), low, b):  # in place: another (N, out) would cost as much as the product
+            part.addmm_(low_part.t(), b_part.t(), alpha=scaling)
         needs_x, needs_low = weight.requires_grad or a.requires_grad, b.requires_grad
         ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, places)
         ctx.scaling, ctx.shape = scaling, x.shape
@@ -73,31 +88,33 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low, places = ctx.saved_tensors
         tokens = None if x is None else x.reshape(-1, x.shape[-1])
-        dlow = (dy @ b).mul_(ctx.scaling)
+        dlow = (b.mT @ by_part(dy, len(b)).mT).mul_(ctx.scaling).view(len(a), len(dy))
         dx = dweight = dbias = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = dlow @ a if places is None else drop_in_place(F.pad(dlow, (0, 0, 0, 1)) @ a, places)
+            dx = dlow.t() @ a if places is None else drop_in_place(F.pad(dlow, (0, 1)).t() @ a, places)
             dx = dx.addmm_(dy, weight.to(dy.dtype)).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             dweight = (dy.t() @ tokens).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0).to(weight.dtype)
         if ctx.needs_input_grad[3]:
-            da = dlow.t() @ drop(tokens, places)
+            da = dlow @ drop(tokens, places)
         if ctx.needs_input_grad[4]:
-            db = (dy.t() @ low).mul_(ctx.scaling)
+            db = (low @ by_part(dy, len(b))).mul_(ctx.scaling).mT
         return dx, dweight, dbias, da, db, None, None
 
 
 class LeanLoRALinear(LoRALinear):
     """`LoRALinear` that computes the same with less kept for backward; parameters, keys and numbers are those of the base.
 
-    The zeros of its dropout come from torch's global generator, so a run is repeated by seeding that, and activation
+    An input of at most `SMALL` numbers goes the plain way. Of a larger one, the zeros of the dropout come from torch's global generator, so a run is repeated by seeding that, and activation
     checkpointing, which restores it, recomputes with the same zeros. They are not those that the plain layer draws from the
     same seed. Derivatives of derivatives are not available.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= SMALL:
+            return super().forward(x)
         kind = x.device.type
         if not torch.is_autocast_enabled(kind):
             return self._forward(x)
@@ -108,7 +125,7 @@ class LeanLoRALinear(LoRALinear):
         p = self.dropout if self.training else 0.0
         places = dropped_places(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None
         a, b = self.factors()
-        b = block_diagonal(b, self.parts)
+        b = b.view(len(self.parts), -1, b.shape[1]) if all(self.parts) else block_diagonal(b, self.parts)[None]
         y = LoRAFunction.apply(
             x, self.weight, self.bias, a.to(x.dtype), b.to(x.dtype), self.scaling / (1 - p), places
         )

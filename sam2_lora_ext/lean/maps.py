@@ -1,0 +1,26 @@
+"""Operations of the prompt encoder and the mask decoder on maps (B, C, H, W), by fewer and better laid out ones.
+
+Convolutions hand maps on with the channels of a pixel together in memory; the mask decoder's last product wants each channel
+by itself.
+"""
+
+from sam2.modeling.sam2_utils import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LeanLayerNorm2d(LayerNorm2d):
+    """`LayerNorm2d` over the channels, to rounding, as torch's own: one operation for nine, which keeps its input once.
+
+    Under a CPU's autocast the result has the type of the input, where stock's is float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class PlanarGELU(nn.GELU):
+    """`nn.GELU` that brings its input into the order that the product after it and its gradient have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())

@@ -1,0 +1,124 @@
+"""Blocks, two-way transformer, norms and mask gradients of `lean` compute what stock's do, in double precision to rounding."""
+
+import copy
+
+import pytest
+import torch
+from sam2.modeling.backbones.hieradet import MultiScaleBlock
+from sam2.modeling.sam2_utils import LayerNorm2d
+from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from sam2_lora_ext.lean.blocks import LeanBlock, padded_with_bias
+from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
+from sam2_lora_ext.lean.mask_sums import _reduced
+from sam2_lora_ext.lean.pool import LeanMaxPool2d
+from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
+from sam2_lora_ext.lora import build_lora_model
+
+pytestmark = pytest.mark.usefixtures("lean_however_small")
+
+
+def twins(module, classes):
+    """A module in double precision with all norms and biases at random, and its copy with other classes."""
+    torch.manual_seed(0)
+    for parameter in module.double().parameters():
+        nn.init.normal_(parameter, std=0.3)
+    lean = copy.deepcopy(module)
+    for part in lean.modules():
+        part.__class__ = classes.get(type(part), type(part))
+    return module, lean
+
+
+def assert_same(modules, *inputs):
+    """Outputs, and the gradients of inputs and parameters."""
+    results = []
+    for module in modules:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = module(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i), dtype=o.dtype) for i, o in enumerate(out)]
+        wanted = [*leaves, *[p for p in module.parameters() if p.requires_grad]]
+        results.append([*out, *torch.autograd.grad(out, wanted, weights)])
+    assert len(results[0]) == len(results[1]) > len(inputs)
+    for expected, got in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_block_of_odd_windows():
+    block = MultiScaleBlock(8, 16, 2, window_size=7, q_stride=(2, 2))
+    for tokens in (8, 10, 12):
+        assert_same(twins(block, {MultiScaleBlock: LeanBlock}), torch.randn(1, tokens, tokens, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("module", "classes", "shape"),
+    [(MultiScaleBlock(8, 8, 2, window_size=4), {MultiScaleBlock: LeanBlock}, (2, 6, 6, 8)),
+     (LayerNorm2d(6), {LayerNorm2d: LeanLayerNorm2d}, (2, 6, 3, 5))],
+)  # fmt: skip
+def test_under_autocast_within_its_rounding(module, classes, shape):
+    stock, lean = (twin.float() for twin in twins(module, classes))
+    x = torch.randn(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = lean(x), stock(x)
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("stage_begins", [False, True])
+@pytest.mark.parametrize("height_width", [(8, 8), (6, 10), (4, 4), (2, 6)])
+def test_blocks(height_width, stage_begins, adapted):
+    block = MultiScaleBlock(8, 16 if stage_begins else 8, 2, window_size=4, q_stride=(2, 2) if stage_begins else None)
+    modules = twins(block, {MultiScaleBlock: LeanBlock, nn.MaxPool2d: LeanMaxPool2d})
+    if adapted:
+        for module in modules:
+            torch.manual_seed(1)
+            build_lora_model(module, {"targets": ["attn.qkv", "attn.proj"], "rank": 2, "dropout": 0.0})
+            nn.init.normal_(module.attn.qkv.lora_b)
+    assert_same(modules, torch.randn(2, *height_width, 8, dtype=torch.float64))
+
+
+def test_a_block_takes_channels_that_are_apart():
+    modules = twins(MultiScaleBlock(8, 8, 2, window_size=4), {MultiScaleBlock: LeanBlock})
+    assert_same(modules, torch.randn(1, 8, 6, 6, dtype=torch.float64).permute(0, 2, 3, 1))
+
+
+def test_padding_is_not_projected():
+    """SAM 2.1 tiny's windows of 14 tokens at 512 px cover 32 x 32 tokens with 42 x 42."""
+    flops = []
+    for module in twins(MultiScaleBlock(16, 16, 2, window_size=14), {MultiScaleBlock: LeanBlock}):
+        with FlopCounterMode(display=False) as counter:
+            module(torch.randn(1, 32, 32, 16, dtype=torch.float64))
+        flops.append(counter.get_total_flops())
+    assert flops[0] - flops[1] == 2 * (42 * 42 - 32 * 32) * 16 * (3 * 16 + 16)
+
+
+def test_padding_is_the_bias_or_zero():
+    qkv, bias = torch.randn(1, 3, 4, 6), torch.randn(6)
+    padded = padded_with_bias(qkv, bias, 4)
+    assert padded.shape == (1, 4, 4, 6) and torch.equal(padded[:, :3], qkv) and torch.equal(padded[0, 3], bias.expand(4, 6))
+    assert not padded_with_bias(qkv, None, 5)[:, :, 4:].any()
+
+
+def test_two_way_transformer():
+    modules = twins(TwoWayTransformer(2, 16, 2, 32), {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock})
+    image, positions = torch.randn(2, 2, 16, 3, 5, dtype=torch.float64)
+    assert_same(modules, image, positions, torch.randn(2, 4, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_operations_on_maps(layout):
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64).contiguous(memory_format=layout)
+    assert_same(twins(LayerNorm2d(6), {LayerNorm2d: LeanLayerNorm2d}), x)
+    assert_same(twins(nn.Sequential(nn.GELU()), {nn.GELU: PlanarGELU}), x)
+
+
+@pytest.mark.parametrize(("small", "large"), [((8, 8), (32, 32)), ((5, 8), (20, 17)), ((8, 8), (8, 8)), ((6, 6), (5, 5))])
+def test_the_gradient_of_an_enlarged_mask(small, large):
+    x = torch.randn(1, 1, *small, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(large, dtype=torch.float64)
+    expected = torch.autograd.grad(F.interpolate(x, large, mode="bilinear", align_corners=False), x, dy[None, None])[0]
+    torch.testing.assert_close(_reduced(dy, x.shape[2:]), expected[0, 0], rtol=1e-12, atol=1e-12)
