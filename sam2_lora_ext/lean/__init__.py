@@ -1,1 +1,1 @@
-"""Training SAM 2 in less memory and time without changing what is computed: the loss, what is kept for backward, and stock's dearer operations."""
+"""Training SAM 2 in less memory and time: the loss, what is kept for backward, and some of stock's operations, to rounding."""

@@ -2,8 +2,8 @@
 
 A trunk block whose forward pass is computed again keeps its input alone, a tenth of what it keeps otherwise, and costs about
 two thirds of its forward FLOPs once more (nothing after its last activation is needed). A block of Hiera's first stages
-holds more numbers than a late one at equal FLOPs, so blocks are taken from the first on. Of a prediction step, which holds
-three quarters of SAM 2.1 tiny's activations in a tenth of its FLOPs, the low-resolution mask remains.
+holds more numbers than a late one at equal FLOPs, so blocks are taken from the first on. The eight prediction steps hold half
+of what SAM 2.1 tiny's `fast` step keeps in a tenth of its FLOPs; of one that is computed again the low-resolution mask remains.
 
 Beside that, some of stock's operations are done with less (`operations`).
 

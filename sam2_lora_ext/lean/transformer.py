@@ -1,4 +1,4 @@
-"""SAM 2's two-way transformer with the image's tokens in one piece of memory, and each sum of them with their positions made once.
+"""SAM 2's two-way transformer with the image's tokens in one piece of memory, and their positions added once.
 
 Stock takes the image as a permuted view, which every sum and projection of its first layer copies, and adds the positions
 for the attention to the image and again for that of the image, where the tokens are still the same.

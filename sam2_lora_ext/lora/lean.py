@@ -8,7 +8,7 @@ the dropped copy of x, the mask and the update besides; layers that read the sam
 autocast each keeps its own cast of it).
 
 Products with a side of r are bound by memory, and several times slower in some layouts than in others (oneMKL): A D x and
-B^T dy are made as (r, N), and the P parts of a fused layer as one batch of products, without the zeros of a block-diagonal
+B^T dy are made as (r, N), and the P parts of a fused layer each by itself, without the zeros of a block-diagonal
 B. (Where only some parts are adapted, B is block-diagonal and P = 1.)
 
 Shapes: x (..., in), as N tokens (N, in) · W (out, in) · A (P·r, in) · B (P, d, r) of P parts with d = out / P outputs each.
@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from sam2_lora_ext.lora.layer import LoRALinear, block_diagonal
 
-
 SMALL = 2**14  # numbers of an input, such as a prompt's tokens, up to which the plain way is faster and keeps next to nothing
 
 
@@ -31,11 +30,11 @@ def dropped_places(tokens: int, features: int, dropout: float, device: torch.dev
     """Draws which of tokens x features inputs dropout zeroes: their places, ascending, as int64.
 
     The gaps between the zeros of a Bernoulli sequence are geometric, so p N in numbers are drawn and kept and not N in; on a
-    CPU, at p = 0.05, in an eighth of the time of `bernoulli_`. The number of gaps is fixed, eight standard deviations above
+    CPU, at p = 0.05, in a sixteenth of the time of `bernoulli_`. The number of gaps is fixed, eight standard deviations above
     what is expected; places behind the end become tokens * features, the first number of a spare row.
     """
     count = tokens * features
-    torch.empty(0).geometric_(dropout)  # draws nothing; makes p a constant to `torch.compile`, whose symbolic numbers cannot be sizes
+    torch.empty(0).geometric_(dropout)  # draws nothing; a constant p to `torch.compile`, whose symbols cannot be sizes
     draws = math.ceil(count * dropout + 8 * math.sqrt(count * dropout)) + 16
     uniform = 1 - torch.rand(draws, dtype=torch.float32, device=device)  # in (0, 1]
     gaps = uniform.log_().mul_(1 / math.log1p(-dropout)).floor_().add_(1)  # faster than `geometric_`
@@ -76,7 +75,7 @@ class LoRAFunction(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])
         low = (a @ drop(tokens, places).t()).view(len(b), b.shape[2], len(tokens))  # P r N
         y = F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        for part, low_part, b_part in zip(y.chunk(len(b), 1), low, b):  # in place: another (N, out) would cost as much as the product
+        for part, low_part, b_part in zip(y.chunk(len(b), 1), low, b):  # in place: another (N, out) costs as much as the product
             part.addmm_(low_part.t(), b_part.t(), alpha=scaling)
         needs_x, needs_low = weight.requires_grad or a.requires_grad, b.requires_grad
         ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, places)
@@ -107,9 +106,9 @@ class LoRAFunction(torch.autograd.Function):
 class LeanLoRALinear(LoRALinear):
     """`LoRALinear` that computes the same with less kept for backward; parameters, keys and numbers are those of the base.
 
-    An input of at most `SMALL` numbers goes the plain way. Of a larger one, the zeros of the dropout come from torch's global generator, so a run is repeated by seeding that, and activation
-    checkpointing, which restores it, recomputes with the same zeros. They are not those that the plain layer draws from the
-    same seed. Derivatives of derivatives are not available.
+    An input of at most `SMALL` numbers goes the plain way. The zeros of the dropout come from torch's global generator, so a
+    run is repeated by seeding that, and activation checkpointing, which restores it, recomputes with the same zeros. Above
+    `SMALL` they are not those that the plain layer draws from the same seed, and derivatives of derivatives are not available.
     """
 
     def forward(self, x: Tensor) -> Tensor:
