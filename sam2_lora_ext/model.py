@@ -3,6 +3,8 @@
 Legend: T frames, O objects, H W pixels of the model's square input.
 """
 
+import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +17,9 @@ from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.cast import cast_frozen
 from sam2_lora_ext.lean.feature_cache import FeatureCache
+from sam2_lora_ext.lean.maps import UnreadPositions
 from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, falls_due, make_lean
+from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
 from sam2_lora_ext.losses import SMALL_MASKS
 from sam2_lora_ext.prompts import PromptSampler
@@ -45,6 +49,9 @@ class LoRASAM2Train(SAM2Train):
         super().__init__(*args, **kwargs)
         self.memory = MemoryConfig.of(memory)
         make_lean(self, self.memory)
+        encoding = self.image_encoder.neck.position_encoding
+        encoding.__class__ = UnreadPositions
+        encoding.cache.clear()
         self.weights_dtype: torch.dtype | None = None  # of the frozen weights, once they are cast
         self.prompt_seed = prompt_seed
         self.prompt_epoch = 0  # set by LoRATrainer
@@ -97,8 +104,9 @@ class LoRASAM2Train(SAM2Train):
             return super(LoRASAM2Train, self).forward_image(images)["backbone_fpn"]
 
         maps = encode(img_batch) if self.feature_cache is None else self.feature_cache(img_batch, encode)
-        unread = [level.new_empty(len(level), 0, *level.shape[2:]) for level in maps[:-1]]
-        position = self.image_encoder.neck.position_encoding(maps[-1]).to(maps[-1].dtype)
+        encoding = self.image_encoder.neck.position_encoding
+        unread = [encoding(level) for level in maps[:-1]]
+        position = encoding.read(maps[-1]).to(maps[-1].dtype)
         return {"vision_features": maps[-1], "vision_pos_enc": [*unread, position], "backbone_fpn": maps}
 
     def prepare_prompt_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -116,11 +124,13 @@ class LoRASAM2Train(SAM2Train):
         """Stock's prediction step, keeping for backward what `memory` says."""
         heads = super()._forward_sam_heads
         self.predictions += 1
-        share = self.memory.decoder
-        if share and self.use_act_ckpt_iterative_pt_sampling:  # SAM 2 computes them again itself, and so calls this once more
-            share = 1.0
-        again = falls_due(self.predictions, share)
-        return checkpointed(heads, *args, **kwargs) if again else heads(*args, **kwargs)
+        share, selective = self.memory.decoder, self.memory.selective
+        if self.use_act_ckpt_iterative_pt_sampling:  # SAM 2 computes them again itself, and so calls this once more
+            share, selective = math.ceil(share), False
+        if falls_due(self.predictions, share):
+            return checkpointed(heads, *args, **kwargs)
+        with recomputing() if selective else contextlib.nullcontext():
+            return heads(*args, **kwargs)
 
     def _prompt_sampler(self, input: BatchedVideoDatapoint) -> PromptSampler:
         identifiers = input.metadata.unique_objects_identifier[0]  # O 3

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Saved
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.lean.conv import LeanConv2d
+from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
 from sam2_lora_ext.lean.memory import PRESETS, CheckpointedLeanBlock, MemoryConfig, blocks_for_share, falls_due
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 
@@ -32,12 +32,13 @@ def lively(setup):
     return setup
 
 
-def train(setup, steps=1):
+def train(setup, steps=1, autocast=False):
     """Loss and gradients of each step, with the same clicks and dropout for each setup."""
     torch.manual_seed(3)
     history, batch = [], make_batch(RESOLUTION)
     for _ in range(steps):
-        loss = setup.step_loss(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = setup.step_loss(batch)
         loss.backward()
         history.append([loss.detach()] + [p.grad.clone() for p in setup.model.parameters() if p.grad is not None])
         setup.optimizer.step()
@@ -45,11 +46,14 @@ def train(setup, steps=1):
     return history
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("preset", ["fast", "default", "low"])
-def test_a_preset_changes_no_bit(preset):
+def test_a_preset_changes_no_bit(preset, autocast):
     """Beside `operations`, which round otherwise: test_lean_operations.py."""
-    off = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory={"operations": True})), steps=2)
-    lean = train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=preset)), steps=2)
+    off, lean = (
+        train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=memory)), steps=2, autocast=autocast)
+        for memory in ({"operations": True}, preset)
+    )
     for step, expected in zip(lean, off, strict=True):
         assert len(step) == len(expected) > 20
         assert all(map(torch.equal, step, expected))
@@ -156,7 +160,8 @@ def test_which_blocks_are_computed_again():
 @pytest.mark.parametrize(
     ("value", "message"),
     [("small", "'small'.*stock, fast, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
-     ({"decoder": True}, "decoder.*number.*True"), ({"pool": "yes"}, "pool.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, operations, weights")],
+     ({"decoder": True}, "decoder.*number.*True"), ({"pool": "yes"}, "pool.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, operations, selective, weights"),
+     ({"selective": True}, "selective needs memory.operations.*both")],
 )  # fmt: skip
 def test_bad_settings_are_refused(value, message):
     with pytest.raises(UserError, match=message):
@@ -165,7 +170,7 @@ def test_bad_settings_are_refused(value, message):
 
 def test_presets_and_mappings():
     assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of(
-        {"encoder": 1, "decoder": 0.875, "pool": True, "conv": True, "operations": True, "weights": True}
+        {"encoder": 0.97, "decoder": 0.75, "pool": True, "conv": True, "operations": True, "selective": True, "weights": True}
     )
     assert MemoryConfig.of({}) == PRESETS["stock"] == MemoryConfig()
 
@@ -183,28 +188,38 @@ def test_pooling_equals_stock_to_the_bit_with_ties(shape, dtype):
         assert torch.equal(*grads) and (1 in shape or grads[0].stride() == grads[1].stride())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"stride": 2, "padding": 1, "kernel_size": 3}, {"groups": 2}])
-def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(settings, autocast):
+@pytest.mark.parametrize(
+    ("stock", "settings"),
+    [(nn.Conv2d, {}), (nn.Conv2d, {"bias": False}), (nn.Conv2d, {"stride": 2, "padding": 1, "kernel_size": 3}),
+     (nn.Conv2d, {"groups": 2}), (nn.ConvTranspose2d, {"stride": 2, "kernel_size": 2}),
+     (nn.ConvTranspose2d, {"bias": False, "groups": 2, "padding": 1, "kernel_size": 3})],
+)  # fmt: skip
+def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(stock, settings, autocast, layout):
     torch.manual_seed(0)
-    stock = nn.Conv2d(4, 6, **{"kernel_size": 1, **settings}).requires_grad_(False)
+    stock = stock(4, 6, **{"kernel_size": 1, **settings}).requires_grad_(False)
     lean = copy.deepcopy(stock)
-    lean.__class__ = LeanConv2d
-    x = torch.randn(2, 4, 9, 7, requires_grad=True)
+    lean.__class__ = {nn.Conv2d: LeanConv2d, nn.ConvTranspose2d: LeanConvTranspose2d}[type(stock)]
+    x = torch.randn(2, 4, 9, 7).contiguous(memory_format=layout).requires_grad_()
     results = []
     for layer in (stock, lean):
+        if layer.bias is not None:
+            layer.bias.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Saved(layer.parameters()) as saved:
             y = layer(x)
-        results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), [x, *[p for p in layer.parameters() if p.requires_grad]])))
     assert all(map(torch.equal, *results)) and results[1][1].dtype == x.dtype
+    assert results[1][1].stride() == results[0][1].stride()
     assert saved.total == 0
     lean.requires_grad_(True)
     assert torch.autograd.grad(lean(x).sum(), lean.weight)[0].shape == lean.weight.shape
 
 
-def test_position_encodings_that_nobody_reads_are_not_gathered():
+def test_position_encodings_that_nobody_reads_are_neither_made_nor_gathered():
     model = build("lean", SIZE, RESOLUTION).model
     *unread, last = model.forward_image(torch.zeros(2, 3, RESOLUTION, RESOLUTION))["vision_pos_enc"]
     side = RESOLUTION // 16
     assert [level.shape for level in unread] == [(2, 0, 4 * side, 4 * side), (2, 0, 2 * side, 2 * side)]
     assert last.shape[2:] == (side, side) and last.shape[1] > 0
+    assert list(model.image_encoder.neck.position_encoding.cache) == [(side, side)]

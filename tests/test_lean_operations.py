@@ -105,7 +105,9 @@ def test_padding_is_the_bias_or_zero():
 
 def test_two_way_transformer():
     modules = twins(TwoWayTransformer(2, 16, 2, 32), {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock})
-    image, positions = torch.randn(2, 2, 16, 3, 5, dtype=torch.float64)
+    image, positions = torch.randn(2, 16, 3, 5, dtype=torch.float64), torch.randn(1, 16, 3, 5, dtype=torch.float64)
+    for module in modules:
+        module.register_forward_pre_hook(lambda _, args: (args[0], args[1].repeat_interleave(2, 0), args[2]))  # as the mask decoder
     assert_same(modules, image, positions, torch.randn(2, 4, 16, dtype=torch.float64))
 
 

@@ -11,28 +11,48 @@ Legend: B images · H W tokens · C channels · N windows of S x S tokens.
 import torch
 from sam2.modeling.backbones.hieradet import MultiScaleAttention, MultiScaleBlock, do_pool
 from sam2.modeling.backbones.utils import window_partition, window_unpartition
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sam2_lora_ext.lean.recompute import recomputed
 
 
 class LeanBlock(MultiScaleBlock):
-    """`MultiScaleBlock` that computes the same without projecting padding; windows that fit go to stock."""
+    """`MultiScaleBlock` that computes the same without projecting padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, H, W, C) to (B, H', W', C'): halved, with other channels, where a stage begins."""
         x = x.contiguous()  # the first block's channels are apart in memory, and would be so up to the mask decoder
-        size = self.window_size
-        if not size or (x.shape[1] % size == 0 and x.shape[2] % size == 0):
-            return super().forward(x)
-        normed = self.norm1(x)
+        normed = recomputed(self.norm1(x), self.norm1, x)
         shortcut = x if self.dim == self.dim_out else do_pool(self.proj(normed), self.pool)
-        windows, _ = window_partition(padded_with_bias(self.attn.qkv(normed), self.attn.qkv.bias, size), size)
-        windows = attend(self.attn, windows)
+        x = shortcut + self.drop_path(self._attention(normed, shortcut.shape[1:3]))
+        return x + self.drop_path(self._mlp(x))
+
+    def _attention(self, x: Tensor, size_after: tuple[int, int]) -> Tensor:
+        size = self.window_size
+        if not size:
+            return self.attn(x)
         small = size // self.q_stride[0] if self.q_stride else size  # a window after the pooling of q
-        height, width = shortcut.shape[1:3]
-        windows = window_unpartition(windows, small, (height + -height % small, width + -width % small), (height, width))
-        x = shortcut + self.drop_path(self.attn.proj(windows))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        padded = [side + -side % small for side in size_after]
+
+        def split(x: Tensor) -> Tensor:
+            return window_partition(x, size)[0]
+
+        def join(windows: Tensor) -> Tensor:
+            return window_unpartition(windows, small, padded, size_after)
+
+        if x.shape[1] % size == x.shape[2] % size == 0:
+            return join(self.attn(recomputed(split(x), split, x)))
+        windows = attend(self.attn, split(padded_with_bias(self.attn.qkv(x), self.attn.qkv.bias, size)))
+        return self.attn.proj(recomputed(join(windows), join, windows))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        wide, narrow = self.mlp.layers
+        normed = recomputed(self.norm2(x), self.norm2, x)
+        hidden = wide(normed)
+        if type(wide) is nn.Linear:  # an adapter's dropout draws random numbers
+            recomputed(hidden, wide, normed)
+        return narrow(recomputed(self.mlp.act(hidden), self.mlp.act, hidden))
 
 
 def padded_with_bias(qkv: Tensor, bias: Tensor | None, size: int) -> Tensor:

@@ -4,9 +4,12 @@ Convolutions hand maps on with the channels of a pixel together in memory; the m
 by itself.
 """
 
+from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sam2_lora_ext.lean.recompute import recomputed
 
 
 class LeanLayerNorm2d(LayerNorm2d):
@@ -16,6 +19,9 @@ class LeanLayerNorm2d(LayerNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self._normed(x), self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
@@ -23,4 +29,15 @@ class PlanarGELU(nn.GELU):
     """`nn.GELU` that brings its input into the order that the product after it and its gradient have."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())
+        x = x.contiguous()
+        return recomputed(super().forward(x), super().forward, x)
+
+
+class UnreadPositions(PositionEmbeddingSine):
+    """The neck's position encodings, which stock makes, holds and copies for every level and reads for one: see `read`."""
+
+    read = PositionEmbeddingSine.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Positions (B, 0, H, W): without channels."""
+        return x.new_empty(len(x), 0, *x.shape[2:])

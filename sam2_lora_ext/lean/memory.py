@@ -1,15 +1,18 @@
 """What a training step keeps for backward and what it computes again, by part of a stock SAM 2.
 
-A trunk block whose forward pass is computed again keeps its input alone, a tenth of what it keeps otherwise, and costs about
-two thirds of its forward FLOPs once more (nothing after its last activation is needed). A block of Hiera's first stages
-holds more numbers than a late one at equal FLOPs, so blocks are taken from the first on. The eight prediction steps hold half
-of what SAM 2.1 tiny's `fast` step keeps in a tenth of its FLOPs; of one that is computed again the low-resolution mask remains.
+Three ways, from much memory to little and from no time to much:
 
-Beside that, some of stock's operations are done with less (`operations`).
+- A part keeps what stock keeps, but for operations that are done with less (`pool`, `conv`, `operations`).
+- A part keeps the results of its projections and attentions, and computes its norms, sums and activations again, and
+  in the trunk the hidden layer of the MLP, one product of four (`selective`): about half of the first.
+- A part keeps its input and computes all of itself again, of a trunk block two thirds of the FLOPs (nothing after its last
+  activation is needed): a tenth of the first (`encoder`, `decoder`). A block of Hiera's first stages holds more numbers
+  than a late one at equal FLOPs, so blocks are taken from the first on.
 
 No module is added, so the keys of the checkpoint stay Meta's.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -24,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.blocks import LeanBlock
-from sam2_lora_ext.lean.conv import LeanConv2d
+from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
+from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
 
 
@@ -37,9 +41,11 @@ class MemoryConfig:
     Attributes:
         encoder: share, 0 to 1, of the trunk's activations that is computed again in backward; the rest is kept.
         decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder, upscaling) that is computed again.
-        pool: keep one byte for each result of the trunk's max-pooling, not its input and an index of eight bytes.
-        conv: keep no inputs of frozen convolutions in the neck and at the mask decoder's entrance.
+        pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
+        conv: keep no inputs of frozen convolutions in the neck and the mask decoder.
         operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`).
+        selective: of the blocks and prediction steps that are not computed again, keep no sum, norm, activation or hidden layer
+            of the trunk's MLPs: they alone are (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 
@@ -48,6 +54,7 @@ class MemoryConfig:
     pool: bool = False
     conv: bool = False
     operations: bool = False
+    selective: bool = False
     weights: bool = False
 
     def __post_init__(self) -> None:
@@ -55,9 +62,11 @@ class MemoryConfig:
             share = getattr(self, name)
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise UserError(f"memory.{name} must be a number from 0 to 1, got {share!r}")
-        for name in ("pool", "conv", "operations", "weights"):
+        for name in ("pool", "conv", "operations", "selective", "weights"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"memory.{name} must be true or false, got {getattr(self, name)!r}")
+        if self.selective and not self.operations:
+            raise UserError("memory.selective needs memory.operations: set both to true, or selective to false")
 
     @classmethod
     def of(cls, config: "MemoryConfig | Mapping[str, Any] | str") -> "MemoryConfig":
@@ -82,8 +91,8 @@ class MemoryConfig:
 PRESETS = {
     "stock": MemoryConfig(),
     "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs no time
-    "default": MemoryConfig(encoder=0.62, decoder=0.75, pool=True, conv=True, operations=True, weights=True),
-    "low": MemoryConfig(encoder=1.0, decoder=0.875, pool=True, conv=True, operations=True, weights=True),
+    "default": MemoryConfig(encoder=0.53, decoder=0.0, pool=True, conv=True, operations=True, selective=True, weights=True),
+    "low": MemoryConfig(encoder=0.97, decoder=0.75, pool=True, conv=True, operations=True, selective=True, weights=True),
 }
 
 
@@ -101,6 +110,14 @@ class CheckpointedBlock(MultiScaleBlock):
 
 class CheckpointedLeanBlock(CheckpointedBlock, LeanBlock):
     """A `LeanBlock` that keeps its input alone."""
+
+
+class SelectiveLeanBlock(LeanBlock):
+    """A `LeanBlock` that keeps its input, what its attention's projections and the attention make, and their sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else recomputing():  # it chooses by itself
+            return super().forward(x)
 
 
 def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +138,7 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
         for module in (*model.image_encoder.neck.modules(), *model.sam_mask_decoder.children()):
             if type(module) is nn.Conv2d and module.padding_mode == "zeros":
                 module.__class__ = LeanConv2d
+        _swap(model.sam_mask_decoder.output_upscaling, {nn.ConvTranspose2d: LeanConvTranspose2d})
     if memory.operations:
         _swap(trunk.blocks, {MultiScaleBlock: LeanBlock})
         heads = (*model.sam_prompt_encoder.modules(), *model.sam_mask_decoder.modules())
@@ -128,6 +146,8 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
         _swap(model.sam_mask_decoder.output_upscaling[-1:], {nn.GELU: PlanarGELU})
     again = trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]
     _swap(again, {MultiScaleBlock: CheckpointedBlock, LeanBlock: CheckpointedLeanBlock})
+    if memory.selective:
+        _swap(trunk.blocks, {LeanBlock: SelectiveLeanBlock})
 
 
 def _swap(modules: Iterable[nn.Module], classes: Mapping[type, type]) -> None:

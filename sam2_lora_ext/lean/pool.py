@@ -1,11 +1,12 @@
-"""2x2 max-pooling that keeps one byte for each result: which of the four was the largest.
+"""2x2 max-pooling that keeps two bytes for each result: how far behind its window's first number the largest is.
 
-Stock's keeps its input and an index of eight bytes for each result. On ties both take the first in reading order.
+Stock's keeps its input and an index of eight bytes for each result. Both compute with torch's own operations.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 class LeanMaxPool2d(nn.MaxPool2d):
@@ -21,26 +22,23 @@ class LeanMaxPool2d(nn.MaxPool2d):
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        top_left, top_right, low_left, low_right = _corners(x)
-        top, low = torch.maximum(top_left, top_right), torch.maximum(low_left, low_right)
-        low_wins = low > top
-        right_wins = torch.where(low_wins, low_right > low_left, top_right > top_left)
-        ctx.save_for_backward(low_wins.to(torch.uint8).mul_(2).add_(right_wins))
+        y, index = F.max_pool2d(x, 2, return_indices=True)
+        ctx.save_for_backward((index - _firsts(x)).to(torch.int16))
         ctx.shape = x.shape
-        return torch.maximum(top, low)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        (winner,) = ctx.saved_tensors
+        (behind,) = ctx.saved_tensors
         channels_last = dy.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        dx = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
-        for corner, place in enumerate(_corners(dx)):
-            place.copy_(dy.masked_fill(winner != corner, 0))
-        return dx
+        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=layout)  # whose numbers nobody reads
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, behind + _firsts(x))
 
 
-def _corners(x: Tensor) -> tuple[Tensor, ...]:
-    """The four views (B, C, H / 2, W / 2) of the windows' corners, in reading order."""
-    return x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
+def _firsts(x: Tensor) -> Tensor:
+    """The indices (H / 2, W / 2), int64, of the windows' first numbers in a map (B, C, H, W)."""
+    height, width = x.shape[2:]
+    rows, columns = (torch.arange(0, side, 2, device=x.device) for side in (height, width))
+    return rows[:, None] * width + columns

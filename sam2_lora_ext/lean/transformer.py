@@ -6,8 +6,11 @@ for the attention to the image and again for that of the image, where the tokens
 Legend: B prompts · C channels · H W image tokens · P prompt tokens.
 """
 
+import torch
 from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor
+
+from sam2_lora_ext.lean.recompute import recomputed
 
 
 class LeanTwoWayTransformer(TwoWayTransformer):
@@ -15,11 +18,11 @@ class LeanTwoWayTransformer(TwoWayTransformer):
 
     def forward(self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Image and positions (B, C, H, W) with prompts (B, P, C) to prompts (B, P, C) and image (B, H W, C)."""
-        keys, key_pe = (grid.flatten(2).transpose(1, 2).contiguous() for grid in (image_embedding, image_pe))
+        keys, key_pe = (grid.flatten(2).transpose(1, 2).contiguous() for grid in (image_embedding, image_pe[:1]))
         queries = point_embedding
         for layer in self.layers:
             queries, keys = layer(queries=queries, keys=keys, query_pe=point_embedding, key_pe=key_pe)
-        attended = self.final_attn_token_to_image(q=queries + point_embedding, k=keys + key_pe, v=keys)
+        attended = self.final_attn_token_to_image(q=queries + point_embedding, k=placed(keys, key_pe), v=keys)
         return self.norm_final_attn(queries + attended), keys
 
 
@@ -31,11 +34,16 @@ class LeanTwoWayBlock(TwoWayAttentionBlock):
         if self.skip_first_layer_pe:
             queries = self.self_attn(q=queries, k=queries, v=queries)
         else:
-            placed = queries + query_pe
-            queries = queries + self.self_attn(q=placed, k=placed, v=queries)
+            placed_queries = queries + query_pe
+            queries = queries + self.self_attn(q=placed_queries, k=placed_queries, v=queries)
         queries = self.norm1(queries)
-        placed_keys = keys + key_pe
+        placed_keys = placed(keys, key_pe)
         queries = self.norm2(queries + self.cross_attn_token_to_image(q=queries + query_pe, k=placed_keys, v=keys))
         queries = self.norm3(queries + self.mlp(queries))
-        keys = self.norm4(keys + self.cross_attn_image_to_token(q=placed_keys, k=queries + query_pe, v=queries))
-        return queries, keys
+        keys = keys + self.cross_attn_image_to_token(q=placed_keys, k=queries + query_pe, v=queries)
+        return queries, recomputed(self.norm4(keys), self.norm4, keys)
+
+
+def placed(keys: Tensor, key_pe: Tensor) -> Tensor:
+    """The image's tokens (B, H W, C) with their positions (1, H W, C)."""
+    return recomputed(keys + key_pe, torch.add, keys, key_pe)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sam2_lora_ext.lean.recompute import cast
 from sam2_lora_ext.lora.layer import LoRALinear, block_diagonal
 
 SMALL = 2**14  # numbers of an input, such as a prompt's tokens, up to which the plain way is faster and keeps next to nothing
@@ -78,6 +79,8 @@ class LoRAFunction(torch.autograd.Function):
         for part, low_part, b_part in zip(y.chunk(len(b), 1), low, b):  # in place: another (N, out) costs as much as the product
             part.addmm_(low_part.t(), b_part.t(), alpha=scaling)
         needs_x, needs_low = weight.requires_grad or a.requires_grad, b.requires_grad
+        if places is not None and x.numel() < 2**31:
+            places = places.int()  # to be kept
         ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, places)
         ctx.scaling, ctx.shape = scaling, x.shape
         return y
@@ -87,6 +90,7 @@ class LoRAFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low, places = ctx.saved_tensors
         tokens = None if x is None else x.reshape(-1, x.shape[-1])
+        places = None if places is None else places.long()
         dlow = (b.mT @ by_part(dy, len(b)).mT).mul_(ctx.scaling).view(len(a), len(dy))
         dx = dweight = dbias = da = db = None
         if ctx.needs_input_grad[0]:
@@ -118,7 +122,7 @@ class LeanLoRALinear(LoRALinear):
         if not torch.is_autocast_enabled(kind):
             return self._forward(x)
         with torch.autocast(kind, enabled=False):
-            return self._forward(x.to(torch.get_autocast_dtype(kind)))
+            return self._forward(cast(x, torch.get_autocast_dtype(kind)))
 
     def _forward(self, x: Tensor) -> Tensor:
         p = self.dropout if self.training else 0.0
