@@ -3,12 +3,12 @@
 Legend: T frames, O objects, H W pixels of the model's square input.
 """
 
-import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from sam2.modeling.position_encoding import PositionEmbeddingSine
 from torch import Tensor
 from training.model.sam2 import SAM2Train
 from training.utils.data_utils import BatchedVideoDatapoint
@@ -50,6 +50,9 @@ class LoRASAM2Train(SAM2Train):
         self.memory = MemoryConfig.of(memory)
         make_lean(self, self.memory)
         encoding = self.image_encoder.neck.position_encoding
+        if type(encoding) is not PositionEmbeddingSine:
+            raise UserError("model.image_encoder.neck.position_encoding must be sam2.modeling.position_encoding.PositionEmbeddingSine, "
+                            f"as in SAM 2's own configs, got {type(encoding).__module__}.{type(encoding).__name__}")
         encoding.__class__ = UnreadPositions
         encoding.cache.clear()
         self.weights_dtype: torch.dtype | None = None  # of the frozen weights, once they are cast
@@ -106,7 +109,7 @@ class LoRASAM2Train(SAM2Train):
         maps = encode(img_batch) if self.feature_cache is None else self.feature_cache(img_batch, encode)
         encoding = self.image_encoder.neck.position_encoding
         unread = [encoding(level) for level in maps[:-1]]
-        position = encoding.read(maps[-1]).to(maps[-1].dtype)
+        position = encoding.positions(maps[-1]).to(maps[-1].dtype)
         return {"vision_features": maps[-1], "vision_pos_enc": [*unread, position], "backbone_fpn": maps}
 
     def prepare_prompt_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -129,7 +132,7 @@ class LoRASAM2Train(SAM2Train):
             share, selective = math.ceil(share), False
         if falls_due(self.predictions, share):
             return checkpointed(heads, *args, **kwargs)
-        with recomputing() if selective else contextlib.nullcontext():
+        with recomputing(selective):
             return heads(*args, **kwargs)
 
     def _prompt_sampler(self, input: BatchedVideoDatapoint) -> PromptSampler:

@@ -176,16 +176,16 @@ def test_presets_and_mappings():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 2, 2), (0, 3, 4, 4), (2, 3, 5, 7)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 2, 2), (0, 3, 4, 4), (2, 3, 5, 7), (1, 2, 2, 2**15)])
 def test_pooling_equals_stock_to_the_bit_with_ties(shape, dtype):
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         x = torch.randint(0, 3, shape).to(dtype).contiguous(memory_format=layout).requires_grad_()
         y, expected = LeanMaxPool2d((2, 2), (2, 2))(x), nn.MaxPool2d((2, 2), (2, 2))(x)
-        dy = torch.randn_like(expected)
         assert torch.equal(y, expected) and y.stride() == expected.stride()
-        grads = [torch.autograd.grad(result, x, dy)[0] for result in (y, expected)]
-        assert torch.equal(*grads) and (1 in shape or grads[0].stride() == grads[1].stride())
+        for dy in (torch.randn_like(expected), torch.randn_like(expected.mT).mT):
+            grads = [torch.autograd.grad(result, x, dy, retain_graph=True)[0] for result in (y, expected)]
+            assert torch.equal(*grads) and (1 in shape or grads[0].stride() == grads[1].stride())
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -193,7 +193,7 @@ def test_pooling_equals_stock_to_the_bit_with_ties(shape, dtype):
 @pytest.mark.parametrize(
     ("stock", "settings"),
     [(nn.Conv2d, {}), (nn.Conv2d, {"bias": False}), (nn.Conv2d, {"stride": 2, "padding": 1, "kernel_size": 3}),
-     (nn.Conv2d, {"groups": 2}), (nn.ConvTranspose2d, {"stride": 2, "kernel_size": 2}),
+     (nn.Conv2d, {"groups": 2}), (nn.ConvTranspose2d, {"stride": 2, "output_padding": 1, "kernel_size": 2}), (nn.ConvTranspose2d, {"stride": 2, "kernel_size": 2}),
      (nn.ConvTranspose2d, {"bias": False, "groups": 2, "padding": 1, "kernel_size": 3})],
 )  # fmt: skip
 def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(stock, settings, autocast, layout):
@@ -214,6 +214,15 @@ def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(stock, s
     assert saved.total == 0
     lean.requires_grad_(True)
     assert torch.autograd.grad(lean(x).sum(), lean.weight)[0].shape == lean.weight.shape
+
+
+def test_convolutions_that_stock_must_do():
+    same, transposed = LeanConv2d(4, 6, 3, padding="same"), LeanConvTranspose2d(4, 6, 2, stride=2)
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    for layer in (same, transposed):
+        layer.requires_grad_(False)
+    assert torch.autograd.grad(same(x).sum(), x)[0].shape == x.shape
+    assert transposed(x, output_size=[11, 10]).shape == (2, 6, 11, 10)
 
 
 def test_position_encodings_that_nobody_reads_are_neither_made_nor_gathered():

@@ -54,15 +54,65 @@ def test_nothing_holds_on_to_a_result_after_the_block():
     assert gone() is None
     for _ in range(2):
         assert torch.equal(torch.autograd.grad(loss, x, retain_graph=True)[0], 8 * x.detach())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_nothing_is_computed_again_outside_of_a_block(wanted):
+    """Not before, not after an error in one, and not in one that is not wanted."""
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(ZeroDivisionError), recomputing(wanted):
+        gone = weakref.ref(recomputed(x * 2, lambda x: x * 2, x))
+        assert (gone() is not None) == wanted
+        1 / 0
+    assert gone() is None
     outside = recomputed(x * 2, lambda x: 1 / 0, x)
     assert torch.equal(torch.autograd.grad(outside.square().sum(), x)[0], 8 * x.detach())
 
 
-def test_an_error_ends_the_block():
-    with pytest.raises(ZeroDivisionError), recomputing():
-        1 / 0
+@pytest.mark.parametrize("part", [slice(1, 3), slice(None)])
+def test_what_is_made_of_a_part_of_a_result(part):
+    def function(x):
+        first = recomputed(x.sin(), torch.sin, x)
+        second = recomputed(first[part] * 3, lambda first: first * 3, first[part])
+        return second.square() + cast(first[part], torch.bfloat16).square()
+
+    x = torch.randn(5, 6)
+    expected = kept_and_gradients(function, x)
+    got = kept_and_gradients(function, x, selective=True)
+    assert got[0] == 0 < expected[0] and all(map(torch.equal, got[1:], expected[1:]))
+
+
+def test_a_result_that_is_a_view_of_its_source():
+    def function(x):
+        first = recomputed(x.sin(), torch.sin, x)
+        return recomputed(first.view(6, 5), lambda first: first.view(6, 5), first).square()
+
+    x = torch.randn(5, 6)
+    expected = kept_and_gradients(function, x)
+    got = kept_and_gradients(function, x, selective=True)
+    assert got[0] == 0 and all(map(torch.equal, got[1:], expected[1:]))
+
+
+@pytest.mark.parametrize("changed", ["kept", "source"])
+def test_a_change_in_place_is_an_error_as_it_is_without(changed):
     x = torch.randn(3, requires_grad=True)
-    torch.autograd.grad(recomputed(x.exp(), lambda x: 1 / 0, x).square().sum(), x)
+    with recomputing():
+        kept = x * 2
+        source = x + 1
+        loss = kept.square().sum() + recomputed(source * 3, lambda source: source * 3, source).square().sum()
+    with torch.no_grad():
+        {"kept": kept, "source": source}[changed].add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_a_result_without_a_gradient_is_not_kept_either():
+    weight = torch.randn(4, requires_grad=True)
+    x = torch.randn(5, 4)
+    with recomputing(), LiveBytes([x, weight]) as live:
+        loss = (recomputed(x.sin(), torch.sin, x) * weight).sum()
+    assert live.now == loss.nbytes
+    assert torch.equal(torch.autograd.grad(loss, weight)[0], x.sin().sum(0))
 
 
 def test_a_cast_is_kept_where_its_source_is():
@@ -95,6 +145,9 @@ def block(kind, tokens_of_window=4, stage_begins=False, targets=("attn.qkv", "at
     for name, parameter in block.named_parameters():
         if name.endswith("lora_b"):
             nn.init.normal_(parameter)
+    if "mlp.layers.*" in targets:
+        block.norm1.requires_grad_()
+        block.norm2.requires_grad_()
     block.__class__ = kind
     return block
 
@@ -110,7 +163,7 @@ def trained(block, side, autocast=False, count=True):
     return kept, y, *torch.autograd.grad(y, [x, *[p for p in block.parameters() if p.requires_grad]], torch.ones_like(y))
 
 
-@pytest.mark.parametrize("targets", [("attn.qkv", "attn.proj"), ("attn.*", "mlp.layers.*"), ("mlp.layers.1",)])
+@pytest.mark.parametrize("targets", [("attn.qkv", "attn.proj"), ("attn.*", "mlp.layers.*", "*proj"), ("mlp.layers.1",)])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("stage_begins", [False, True])
 @pytest.mark.parametrize(("window", "side"), [(4, 8), (4, 6), (0, 6), (4, 4)])

@@ -11,35 +11,39 @@ from torch.nn import functional as F
 
 
 class LeanConv2d(nn.Conv2d):
-    """`nn.Conv2d` that keeps its input only while its weight is trained; for zero padding."""
+    """`nn.Conv2d` that keeps its input only while its weight is trained; for padding with zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _frozen(self, x, False) if _is_frozen(self, x) else super().forward(x)
 
 
 class LeanConvTranspose2d(nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` that keeps its input only while its weight is trained; for no padding of the output."""
+    """`nn.ConvTranspose2d` that keeps its input only while its weight is trained."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _frozen(self, x, True) if _is_frozen(self, x) else super().forward(x)
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _frozen(self, x, True) if output_size is None and _is_frozen(self, x) else super().forward(x, output_size)
 
 
 def _is_frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled() and not layer.weight.requires_grad
+    plain = not isinstance(layer.padding, str)
+    return plain and x.requires_grad and torch.is_grad_enabled() and not layer.weight.requires_grad
 
 
 def _frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, transposed: bool) -> Tensor:
-    return _FrozenConv.apply(x, layer.weight, layer.bias, transposed, layer.stride, layer.padding, layer.dilation, layer.groups)
+    how = layer.stride, layer.padding, layer.dilation, layer.output_padding, layer.groups
+    return _FrozenConv.apply(x, layer.weight, layer.bias, transposed, *how)
 
 
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, stride, padding, dilation, groups) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, stride, padding, dilation, output_padding, groups
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.size, ctx.strides, ctx.dtype = x.size(), x.stride(), x.dtype
-        ctx.how = stride, padding, dilation, transposed, (0, 0), groups
+        ctx.how = stride, padding, dilation, transposed, output_padding, groups
         if transposed:
-            return F.conv_transpose2d(x, weight, bias, stride, padding, 0, groups, dilation)
+            return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
@@ -50,4 +54,4 @@ class _FrozenConv(torch.autograd.Function):
         dx, _, dbias = torch.ops.aten.convolution_backward(
             dy, x, weight.to(dy.dtype), [dy.shape[1]], *ctx.how, (True, False, ctx.needs_input_grad[2])
         )
-        return dx.to(ctx.dtype), None, dbias, *[None] * 5
+        return dx.to(ctx.dtype), None, dbias, *[None] * 6

@@ -34,9 +34,12 @@ class PlanarGELU(nn.GELU):
 
 
 class UnreadPositions(PositionEmbeddingSine):
-    """The neck's position encodings, which stock makes, holds and copies for every level and reads for one: see `read`."""
+    """The neck's position encodings, which stock makes, holds and copies for every level and reads for one.
 
-    read = PositionEmbeddingSine.forward
+    That one is what `positions` makes.
+    """
+
+    positions = PositionEmbeddingSine.forward
 
     def forward(self, x: Tensor) -> Tensor:
         """Positions (B, 0, H, W): without channels."""

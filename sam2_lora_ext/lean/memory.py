@@ -12,7 +12,6 @@ Three ways, from much memory to little and from no time to much:
 No module is added, so the keys of the checkpoint stay Meta's.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -44,8 +43,9 @@ class MemoryConfig:
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck and the mask decoder.
         operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`).
-        selective: of the blocks and prediction steps that are not computed again, keep no sum, norm, activation or hidden layer
-            of the trunk's MLPs: they alone are (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
+        selective: of the blocks and prediction steps that are not computed again, compute again the norms, activations and
+            placed tokens, and the hidden layers of the trunk's MLPs, which an adapter on `mlp.layers.0` keeps (arXiv
+            2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 
@@ -116,7 +116,7 @@ class SelectiveLeanBlock(LeanBlock):
     """A `LeanBlock` that keeps its input, what its attention's projections and the attention make, and their sum."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else recomputing():  # it chooses by itself
+        with recomputing():
             return super().forward(x)
 
 

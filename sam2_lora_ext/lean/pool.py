@@ -10,11 +10,15 @@ from torch.nn import functional as F
 
 
 class LeanMaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` with kernel and stride 2, for inputs (B, C, H, W) of even height and width; others go to stock."""
+    """`nn.MaxPool2d` with kernel and stride 2, for inputs (B, C, H, W) of even height and width; others go to stock.
+
+    So do rows of which two bytes cannot hold the length.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         square = {self.kernel_size, self.stride} <= {2, (2, 2)} and self.padding == 0 and self.dilation == 1
-        if square and not self.return_indices and x.dim() == 4 and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+        even = x.dim() == 4 and x.shape[2] % 2 == x.shape[3] % 2 == 0 and x.shape[3] + 1 <= torch.iinfo(torch.int16).max
+        if square and even and not self.return_indices:
             return _MaxPool.apply(x)
         return super().forward(x)
 
@@ -25,15 +29,14 @@ class _MaxPool(torch.autograd.Function):
         y, index = F.max_pool2d(x, 2, return_indices=True)
         ctx.save_for_backward((index - _firsts(x)).to(torch.int16))
         ctx.shape = x.shape
+        ctx.layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         (behind,) = ctx.saved_tensors
-        channels_last = dy.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=layout)  # whose numbers nobody reads
+        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.layout)  # whose numbers nobody reads
         return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, behind + _firsts(x))
 
 

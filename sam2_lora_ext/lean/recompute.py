@@ -1,11 +1,12 @@
 """Results that backward computes again from what they were computed of, instead of keeping them.
 
-Checkpointing computes a whole part of the model again, products included. Here each sum, norm and activation says how it was
+Checkpointing computes a whole part of the model again, products included. Here a norm, an activation or a sum says how it was
 made, and what another operation wanted to keep of it is made anew when backward asks for it: a few passes over memory.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -13,29 +14,39 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-# Of the tensors that need not be kept, by their storage; each with its tensor, so that no other gets the same storage.
-_running: ContextVar[dict[int, "tuple[Tensor, Recipe]"] | None] = ContextVar("recipes", default=None)
+
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that is kept, and how often it had been written to."""
+
+    tensor: Tensor
+    version: int
+
+    def make(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(f"a tensor {tuple(self.tensor.shape)} that backward needs was changed in place: change a clone of it")
+        return self.tensor
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A function and its arguments, tensors or recipes of them, under the autocast that there was."""
+class _Recipe:
+    """A function and its arguments, under the autocast that there was."""
 
     function: Callable[..., Tensor]
-    sources: "tuple[Tensor | Recipe, ...]"
-    autocast: Callable[[], torch.autocast]
+    sources: "tuple[_Kept | _View, ...]"
+    autocast: tuple[str, torch.dtype, bool]
 
     def make(self) -> Tensor:
-        sources = [source.make() if isinstance(source, Recipe) else source for source in self.sources]
-        with torch.no_grad(), self.autocast():
+        sources = [source.make() for source in self.sources]
+        with torch.no_grad(), torch.autocast(*self.autocast, cache_enabled=False):
             return self.function(*sources)
 
 
 @dataclass(frozen=True)
 class _View:
-    """What was to be kept: a view of a recipe's result."""
+    """A view of a recipe's result, or all of it."""
 
-    recipe: Recipe
+    recipe: _Recipe
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -44,33 +55,48 @@ class _View:
         return self.recipe.make().as_strided(self.size, self.stride, self.offset)
 
 
-@contextlib.contextmanager
-def recomputing() -> Iterator[None]:
-    """Inside, what `recomputed` returns is not kept for backward.
+# By storage, what need not be kept; each with its tensor, so that no other gets the same storage.
+_Recipes = dict[int, tuple[Tensor, _Recipe]]
+_of_block: ContextVar[_Recipes | None] = ContextVar("recipes", default=None)
 
-    Checkpointing inside of this works; this inside of checkpointing keeps what checkpointing would not.
+
+def recomputing(wanted: bool = True) -> AbstractContextManager[None]:
+    """Inside, what `recomputed` returns is not kept for backward; it lives to the end of the block, for its place in memory.
+
+    Checkpointing inside of this works; this inside of checkpointing keeps what checkpointing would not. Other hooks of saved
+    tensors (`save_on_cpu`, a counter) see nothing of the block, as torch calls the innermost alone. `torch.compile` chooses
+    by itself what it keeps, so there this does nothing.
+
+    Args:
+        wanted: False does nothing.
     """
-    recipes = {}
-    token = _running.set(recipes)
+    return _recomputing() if wanted and not torch.compiler.is_compiling() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _recomputing() -> Iterator[None]:
+    recipes: _Recipes = {}
+    token = _of_block.set(recipes)
     try:
-        with saved_tensors_hooks(lambda tensor: _pack(tensor, recipes), lambda kept: kept if isinstance(kept, Tensor) else kept.make()):
+        with saved_tensors_hooks(lambda tensor: _pack(tensor, recipes), lambda kept: kept.make()):
             yield
     finally:
-        _running.reset(token)
+        _of_block.reset(token)
         recipes.clear()  # the graph holds the hooks
 
 
 def recomputed(result: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """`result`, which is `function(*sources)` in a storage of its own and draws no random numbers.
+    """`result`, which is `function(*sources)`; called again, it must put the same numbers at the same places of a storage.
 
-    It is for sums, norms and others whose own gradient needs no result (`exp` keeps it before this is called).
+    So it draws no random numbers, and parameters that it reads are not changed before backward. It is for operations whose own
+    gradient needs no result (`exp` keeps it before this is called).
     """
     recipes = _recipes()
-    if recipes is not None and result.requires_grad:
+    if recipes is not None and torch.is_grad_enabled():
         kind = result.device.type
-        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        kept = tuple(recipes[_place(s)][1] if _place(s) in recipes else s.detach() for s in sources)
-        recipes[_place(result)] = result, Recipe(function, kept, lambda: torch.autocast(kind, dtype, enabled))
+        autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        kept = tuple(_pack(source.detach(), recipes) for source in sources)
+        recipes[_place(result)] = result, _Recipe(function, kept, autocast)
     return result
 
 
@@ -82,13 +108,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return recomputed(result, lambda x: x.to(dtype), x)
 
 
-def _recipes() -> dict[int, tuple[Tensor, Recipe]] | None:
-    return None if torch.compiler.is_compiling() else _running.get()
+def _recipes() -> _Recipes | None:
+    return None if torch.compiler.is_compiling() else _of_block.get()
 
 
-def _pack(tensor: Tensor, recipes: dict[int, tuple[Tensor, Recipe]]) -> Tensor | _View:
+def _pack(tensor: Tensor, recipes: _Recipes) -> _Kept | _View:
     if _place(tensor) not in recipes:
-        return tensor
+        return _Kept(tensor, tensor._version)
     return _View(recipes[_place(tensor)][1], tensor.size(), tensor.stride(), tensor.storage_offset())
 
 

@@ -17,7 +17,10 @@ class LeanTwoWayTransformer(TwoWayTransformer):
     """`TwoWayTransformer` that computes the same."""
 
     def forward(self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and positions (B, C, H, W) with prompts (B, P, C) to prompts (B, P, C) and image (B, H W, C)."""
+        """Image and positions (B, C, H, W) with prompts (B, P, C) to prompts (B, P, C) and image (B, H W, C).
+
+        The positions are those of one grid, as the mask decoder repeats them for each prompt, so the first are read.
+        """
         keys, key_pe = (grid.flatten(2).transpose(1, 2).contiguous() for grid in (image_embedding, image_pe[:1]))
         queries = point_embedding
         for layer in self.layers:
