@@ -20,6 +20,7 @@ from sam2_lora_ext.lean.feature_cache import FeatureCache
 from sam2_lora_ext.lean.maps import UnreadPositions
 from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, falls_due, make_lean
 from sam2_lora_ext.lean.recompute import recomputing
+from sam2_lora_ext.lean.transformer import shared_positions
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
 from sam2_lora_ext.losses import SMALL_MASKS
 from sam2_lora_ext.prompts import PromptSampler
@@ -51,8 +52,9 @@ class LoRASAM2Train(SAM2Train):
         make_lean(self, self.memory)
         encoding = self.image_encoder.neck.position_encoding
         if type(encoding) is not PositionEmbeddingSine:
-            raise UserError("model.image_encoder.neck.position_encoding must be sam2.modeling.position_encoding.PositionEmbeddingSine, "
-                            f"as in SAM 2's own configs, got {type(encoding).__module__}.{type(encoding).__name__}")
+            raise UserError("trainer.model.image_encoder.neck.position_encoding must be "
+                            "sam2.modeling.position_encoding.PositionEmbeddingSine, as in SAM 2's own configs, got "
+                            f"{type(encoding).__module__}.{type(encoding).__name__}")  # fmt: skip
         encoding.__class__ = UnreadPositions
         encoding.cache.clear()
         self.weights_dtype: torch.dtype | None = None  # of the frozen weights, once they are cast
@@ -74,7 +76,7 @@ class LoRASAM2Train(SAM2Train):
         self._hold_weights(input.img_batch.device.type)
         self.prompts = self._prompt_sampler(input)
         self.predictions = 0
-        with self.prompts.installed():
+        with self.prompts.installed(), shared_positions():
             outputs = super().forward(input)
         self.prompts = None
         class_ids = class_of(input.metadata.unique_objects_identifier[..., 1])  # T O

@@ -52,6 +52,47 @@ def test_equals_plain_in_double_precision(shape, parts):
             assert_same(pair(parts=parts, bias=bias, frozen=frozen), x, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("parts", [(True,), QKV, (False, True, False), (True,) * 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_outputs_apart_are_the_parts_of_the_output(parts, dropout):
+    for frozen in (True, False):
+        for part in (slice(None), slice(1, 2)):  # one alone: the others get no gradient
+            _, lean = pair(parts=parts, dropout=dropout, frozen=frozen)
+            x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+            results = []
+            for outputs in (None, 3):
+                torch.manual_seed(1)
+                ys = lean(x) if outputs is None else lean(x, outputs=outputs)
+                ys = torch.stack((ys.chunk(3, -1) if outputs is None else ys)[part])
+                wanted = [x, *[p for p in lean.parameters() if p.requires_grad]]
+                results.append([ys, *torch.autograd.grad(ys.square().sum(), wanted)])
+            for got, expected in zip(*results, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_backward_under_autocast():
+    _, lean = pair(torch.float32)
+    x = torch.randn(5, 12, requires_grad=True)
+    y = lean(x)
+    expected = torch.autograd.grad(y.sum(), (x, lean.lora_a, lean.lora_b), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y.sum(), (x, lean.lora_a, lean.lora_b))
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize(("parts", "outputs"), [(QKV, 2), (QKV, 1), ((True,), 5)])
+def test_outputs_that_do_not_come_apart(parts, outputs):
+    with pytest.raises(ValueError, match=f"do not come apart in {outputs}"):
+        pair(parts=parts)[1](torch.randn(2, 12, dtype=torch.float64), outputs=outputs)
+
+
+def test_a_small_input_can_come_apart_too(monkeypatch):
+    monkeypatch.setattr("sam2_lora_ext.lora.lean.SMALL", SMALL)
+    _, lean = pair()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert torch.equal(torch.cat(lean(x, outputs=3), 1), lean(x))
+
+
 def test_equals_plain_in_single_precision_and_for_strided_input():
     x = torch.randn(5, 12, 3).transpose(1, 2).requires_grad_()
     assert not x.is_contiguous()
@@ -68,8 +109,13 @@ def test_without_an_update_the_output_is_the_bases_to_the_bit(dtype, parts):
     assert torch.equal(layer(x), base(x))
 
 
-def test_under_autocast_the_error_is_that_of_plain():
-    plain, lean = pair(torch.float32, QKV, width=(256, 384))
+@pytest.mark.parametrize("outputs", [None, 3])
+@pytest.mark.parametrize("parts", [QKV, (True,)])
+def test_under_autocast_the_error_is_that_of_plain(parts, outputs):
+    plain, lean = pair(torch.float32, parts, width=(256, 384))
+    if outputs:
+        apart = lean.forward
+        lean.forward = lambda x: torch.cat(apart(x, outputs=outputs), -1)
     x = torch.randn(64, 256, requires_grad=True)
     exact = gradients(copy.deepcopy(plain).double(), x.detach().double().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,7 @@
 """The memory presets compute what stock computes: on a small SAM 2, and the pooling by itself."""
 
 import copy
+import gc
 import math
 import pickle
 from unittest import mock
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Saved
+from benchmarks.measure import LiveBytes, Saved, run_step
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
@@ -217,12 +218,25 @@ def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(stock, s
 
 
 def test_convolutions_that_stock_must_do():
-    same, transposed = LeanConv2d(4, 6, 3, padding="same"), LeanConvTranspose2d(4, 6, 2, stride=2)
+    cases = [(LeanConv2d(4, 6, 3, padding="same"), nn.Conv2d, {}),
+             (LeanConvTranspose2d(4, 6, 2, stride=2), nn.ConvTranspose2d, {"output_size": [11, 10]})]  # fmt: skip
     x = torch.randn(2, 4, 5, 5, requires_grad=True)
-    for layer in (same, transposed):
-        layer.requires_grad_(False)
-    assert torch.autograd.grad(same(x).sum(), x)[0].shape == x.shape
-    assert transposed(x, output_size=[11, 10]).shape == (2, 6, 11, 10)
+    for lean, stock, settings in cases:
+        y, expected = lean.requires_grad_(False)(x, **settings), stock.forward(lean, x, **settings)
+        assert torch.equal(y, expected)
+        assert torch.equal(*(torch.autograd.grad(result.square().sum(), x)[0] for result in (y, expected)))
+
+
+@pytest.mark.parametrize("preset", ["fast", "default", "low"])
+def test_steps_leave_nothing_behind(preset):
+    setup, batch = build("lean", SIZE, RESOLUTION, memory=preset), make_batch(RESOLUTION)
+    with LiveBytes([*setup.model.parameters(), *setup.model.buffers()]) as live:
+        left = []
+        for _ in range(3):
+            run_step(setup.optimizer, lambda: setup.step_loss(batch))
+            gc.collect()
+            left.append(live.now)
+    assert left[2] == left[1] == left[0]
 
 
 def test_position_encodings_that_nobody_reads_are_neither_made_nor_gathered():

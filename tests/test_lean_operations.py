@@ -15,7 +15,7 @@ from sam2_lora_ext.lean.blocks import LeanBlock, padded_with_bias
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.mask_sums import _reduced
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
-from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
+from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer, shared_positions
 from sam2_lora_ext.lora import build_lora_model
 
 pytestmark = pytest.mark.usefixtures("lean_however_small")
@@ -109,6 +109,24 @@ def test_two_way_transformer():
     for module in modules:
         module.register_forward_pre_hook(lambda _, args: (args[0], args[1].repeat_interleave(2, 0), args[2]))  # as the mask decoder
     assert_same(modules, image, positions, torch.randn(2, 4, 16, dtype=torch.float64))
+
+
+def test_positions_are_kept_once_for_all_steps_of_a_block():
+    lean = twins(TwoWayTransformer(1, 16, 2, 32), {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock})[1]
+    lean.requires_grad_(False)
+    prompts = torch.randn(1, 4, 16, dtype=torch.float64)
+    seen = []
+    lean.layers[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["key_pe"]), with_kwargs=True)
+    grids = [torch.randn(1, 16, 3, width, dtype=torch.float64) for width in (5, 5, 4)]
+    for grid in grids:
+        lean(grid, grid, prompts)
+    with shared_positions():
+        for grid in grids:
+            lean(grid, grid, prompts)
+    lean(grids[1], grids[1], prompts)
+    assert seen[4] is seen[3] and torch.equal(seen[3], seen[0])  # the second of the same shape: the first's
+    assert seen[5].shape == (1, 12, 16) and torch.equal(seen[5], seen[2])
+    assert torch.equal(seen[6], seen[1]) and not torch.equal(seen[1], seen[0])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -14,11 +14,15 @@ from sam2.modeling.backbones.utils import window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam2_lora_ext.lean.mlp import frozen_mlp, is_frozen
 from sam2_lora_ext.lean.recompute import recomputed
+from sam2_lora_ext.lora.lean import LeanLoRALinear
 
 
 class LeanBlock(MultiScaleBlock):
     """`MultiScaleBlock` that computes the same without projecting padding."""
+
+    keeps_hidden = True  # of the MLP
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, H, W, C) to (B, H', W', C'): halved, with other channels, where a stage begins."""
@@ -29,9 +33,9 @@ class LeanBlock(MultiScaleBlock):
         return x + self.drop_path(self._mlp(x))
 
     def _attention(self, x: Tensor, size_after: tuple[int, int]) -> Tensor:
-        size = self.window_size
+        size, projection = self.window_size, self.attn.proj
         if not size:
-            return self.attn(x)
+            return projection(attend(self.attn, *projected(self.attn.qkv, x)))
         small = size // self.q_stride[0] if self.q_stride else size  # a window after the pooling of q
         padded = [side + -side % small for side in size_after]
 
@@ -42,35 +46,40 @@ class LeanBlock(MultiScaleBlock):
             return window_unpartition(windows, small, padded, size_after)
 
         if x.shape[1] % size == x.shape[2] % size == 0:
-            return join(self.attn(recomputed(split(x), split, x)))
-        windows = attend(self.attn, split(padded_with_bias(self.attn.qkv(x), self.attn.qkv.bias, size)))
-        return self.attn.proj(recomputed(join(windows), join, windows))
+            x = recomputed(split(x), split, x)
+            return join(projection(attend(self.attn, *projected(self.attn.qkv, x))))
+        qkv, bias = projected(self.attn.qkv, x), self.attn.qkv.bias
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        windows = attend(self.attn, *[split(padded_with_bias(*part, size)) for part in zip(qkv, biases)])
+        return projection(recomputed(join(windows), join, windows))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        wide, narrow = self.mlp.layers
         normed = recomputed(self.norm2(x), self.norm2, x)
+        if not self.keeps_hidden and is_frozen(self.mlp):
+            return frozen_mlp(self.mlp, normed)
+        wide, narrow = self.mlp.layers
         hidden = wide(normed)
-        if type(wide) is nn.Linear:  # an adapter's dropout draws random numbers
-            recomputed(hidden, wide, normed)
         return narrow(recomputed(self.mlp.act(hidden), self.mlp.act, hidden))
 
 
-def padded_with_bias(qkv: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """qkv (B, H, W, C) at multiples of `size` tokens: what stock gets by projecting padding."""
-    high, wide = -qkv.shape[1] % size, -qkv.shape[2] % size
-    batch, height, width, channels = qkv.shape
-    fill = qkv.new_zeros(channels) if bias is None else bias.to(qkv.dtype)
-    wider = torch.cat([qkv, fill.expand(batch, height, wide, channels)], 2)
+def projected(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v (..., C), each in a tensor of its own where that saves to put their gradients together."""
+    return qkv(x, outputs=3) if type(qkv) is LeanLoRALinear else qkv(x).chunk(3, -1)
+
+
+def padded_with_bias(x: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """A projection (B, H, W, C) at multiples of `size` tokens: what stock gets by projecting padding."""
+    high, wide = -x.shape[1] % size, -x.shape[2] % size
+    batch, height, width, channels = x.shape
+    fill = x.new_zeros(channels) if bias is None else bias.to(x.dtype)
+    wider = torch.cat([x, fill.expand(batch, height, wide, channels)], 2)
     return torch.cat([wider, fill.expand(batch, high, width + wide, channels)], 1)
 
 
-def attend(attention: MultiScaleAttention, qkv: Tensor) -> Tensor:
-    """`attention` between its two projections: qkv (N, S, S, 3 C) to (N, S', S', C), halved where q is pooled."""
-    n, height, width, _ = qkv.shape
-    q, k, v = torch.unbind(qkv.reshape(n, height * width, 3, attention.num_heads, -1), 2)
+def attend(attention: MultiScaleAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` between its two projections: q, k and v (N, S, S, C) to (N, S', S', C), halved where q is pooled."""
     if attention.q_pool:
-        q = do_pool(q.reshape(n, height, width, -1), attention.q_pool)
-        height, width = q.shape[1:3]
-        q = q.reshape(n, height * width, attention.num_heads, -1)
-    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return x.transpose(1, 2).reshape(n, height, width, -1)
+        q = do_pool(q, attention.q_pool)
+    n, height, width, channels = q.shape
+    q, k, v = (x.reshape(n, -1, attention.num_heads, channels // attention.num_heads).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height, width, channels)

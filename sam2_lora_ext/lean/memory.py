@@ -3,11 +3,11 @@
 Three ways, from much memory to little and from no time to much:
 
 - A part keeps what stock keeps, but for operations that are done with less (`pool`, `conv`, `operations`).
-- A part keeps the results of its projections and attentions, and computes its norms, sums and activations again, and
-  in the trunk the hidden layer of the MLP, one product of four (`selective`): about half of the first.
-- A part keeps its input and computes all of itself again, of a trunk block two thirds of the FLOPs (nothing after its last
-  activation is needed): a tenth of the first (`encoder`, `decoder`). A block of Hiera's first stages holds more numbers
-  than a late one at equal FLOPs, so blocks are taken from the first on.
+- A part keeps the results of its products and attentions, and computes its norms, activations and the image's tokens with
+  their positions again (`selective`).
+- A part keeps its input and computes all of itself again, of a trunk block two thirds of the FLOPs (of its MLP the hidden
+  layer alone, see `lean.mlp`): a tenth of the first (`encoder`, `decoder`). A block of Hiera's first stages holds more
+  numbers than a late one at equal FLOPs, so blocks are taken from the first on.
 
 No module is added, so the keys of the checkpoint stay Meta's.
 """
@@ -43,9 +43,8 @@ class MemoryConfig:
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck and the mask decoder.
         operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`).
-        selective: of the blocks and prediction steps that are not computed again, compute again the norms, activations and
-            placed tokens, and the hidden layers of the trunk's MLPs, which an adapter on `mlp.layers.0` keeps (arXiv
-            2205.05198; see `lean.recompute`). Needs `operations`.
+        selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations and
+            the image's tokens with their positions (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 
@@ -91,7 +90,7 @@ class MemoryConfig:
 PRESETS = {
     "stock": MemoryConfig(),
     "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs no time
-    "default": MemoryConfig(encoder=0.53, decoder=0.0, pool=True, conv=True, operations=True, selective=True, weights=True),
+    "default": MemoryConfig(encoder=0.64, decoder=0.125, pool=True, conv=True, operations=True, selective=True, weights=True),
     "low": MemoryConfig(encoder=0.97, decoder=0.75, pool=True, conv=True, operations=True, selective=True, weights=True),
 }
 
@@ -111,9 +110,11 @@ class CheckpointedBlock(MultiScaleBlock):
 class CheckpointedLeanBlock(CheckpointedBlock, LeanBlock):
     """A `LeanBlock` that keeps its input alone."""
 
+    keeps_hidden = False
+
 
 class SelectiveLeanBlock(LeanBlock):
-    """A `LeanBlock` that keeps its input, what its attention's projections and the attention make, and their sum."""
+    """A `LeanBlock` that keeps its input, what products and the attention make of it, and the sum in its middle."""
 
     def forward(self, x: Tensor) -> Tensor:
         with recomputing():

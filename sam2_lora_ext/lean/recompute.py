@@ -8,15 +8,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-@dataclass(frozen=True)
-class _Kept:
+class _Kept(NamedTuple):
     """A tensor that is kept, and how often it had been written to."""
 
     tensor: Tensor
@@ -24,12 +23,12 @@ class _Kept:
 
     def make(self) -> Tensor:
         if self.tensor._version != self.version:
-            raise RuntimeError(f"a tensor {tuple(self.tensor.shape)} that backward needs was changed in place: change a clone of it")
+            shape = tuple(self.tensor.shape)
+            raise RuntimeError(f"a tensor {shape} that backward needs was changed in place: change a clone of it")
         return self.tensor
 
 
-@dataclass(frozen=True)
-class _Recipe:
+class _Recipe(NamedTuple):
     """A function and its arguments, under the autocast that there was."""
 
     function: Callable[..., Tensor]
@@ -42,8 +41,7 @@ class _Recipe:
             return self.function(*sources)
 
 
-@dataclass(frozen=True)
-class _View:
+class _View(NamedTuple):
     """A view of a recipe's result, or all of it."""
 
     recipe: _Recipe
@@ -55,8 +53,15 @@ class _View:
         return self.recipe.make().as_strided(self.size, self.stride, self.offset)
 
 
-# By storage, what need not be kept; each with its tensor, so that no other gets the same storage.
-_Recipes = dict[int, tuple[Tensor, _Recipe]]
+class _Result(NamedTuple):
+    """What need not be kept, and how often it had been written to; held, so that no other tensor gets the same storage."""
+
+    tensor: Tensor
+    version: int
+    recipe: _Recipe
+
+
+_Recipes = dict[int, _Result]  # by storage
 _of_block: ContextVar[_Recipes | None] = ContextVar("recipes", default=None)
 
 
@@ -96,7 +101,7 @@ def recomputed(result: Tensor, function: Callable[..., Tensor], *sources: Tensor
         kind = result.device.type
         autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         kept = tuple(_pack(source.detach(), recipes) for source in sources)
-        recipes[_place(result)] = result, _Recipe(function, kept, autocast)
+        recipes[_place(result)] = _Result(result, result._version, _Recipe(function, kept, autocast))
     return result
 
 
@@ -113,9 +118,11 @@ def _recipes() -> _Recipes | None:
 
 
 def _pack(tensor: Tensor, recipes: _Recipes) -> _Kept | _View:
-    if _place(tensor) not in recipes:
-        return _Kept(tensor, tensor._version)
-    return _View(recipes[_place(tensor)][1], tensor.size(), tensor.stride(), tensor.storage_offset())
+    found = recipes.get(_place(tensor))
+    if found is None or found.version != tensor._version or found.tensor.dtype != tensor.dtype:  # `view_as_complex`
+        # A node may save its own result: it and its graph would hold each other for good.
+        return _Kept(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
+    return _View(found.recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 def _place(tensor: Tensor) -> int:

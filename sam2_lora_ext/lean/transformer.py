@@ -3,14 +3,33 @@
 Stock takes the image as a permuted view, which every sum and projection of its first layer copies, and adds the positions
 for the attention to the image and again for that of the image, where the tokens are still the same.
 
+Within `shared_positions` the tokens of the positions are made and kept once for all prediction steps.
+
 Legend: B prompts · C channels · H W image tokens · P prompt tokens.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor
 
 from sam2_lora_ext.lean.recompute import recomputed
+
+
+_shared: ContextVar[dict[tuple, Tensor] | None] = ContextVar("positions", default=None)  # by shape, type and device
+
+
+@contextmanager
+def shared_positions() -> Iterator[None]:
+    """Inside, grids of one shape have the same positions, those of the first prediction step, unless they are trained."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 class LeanTwoWayTransformer(TwoWayTransformer):
@@ -21,8 +40,7 @@ class LeanTwoWayTransformer(TwoWayTransformer):
 
         The positions are those of one grid, as the mask decoder repeats them for each prompt, so the first are read.
         """
-        keys, key_pe = (grid.flatten(2).transpose(1, 2).contiguous() for grid in (image_embedding, image_pe[:1]))
-        queries = point_embedding
+        keys, key_pe, queries = _tokens(image_embedding), _positions(image_pe[:1]), point_embedding
         for layer in self.layers:
             queries, keys = layer(queries=queries, keys=keys, query_pe=point_embedding, key_pe=key_pe)
         attended = self.final_attn_token_to_image(q=queries + point_embedding, k=placed(keys, key_pe), v=keys)
@@ -45,6 +63,20 @@ class LeanTwoWayBlock(TwoWayAttentionBlock):
         queries = self.norm3(queries + self.mlp(queries))
         keys = keys + self.cross_attn_image_to_token(q=placed_keys, k=queries + query_pe, v=queries)
         return queries, recomputed(self.norm4(keys), self.norm4, keys)
+
+
+def _tokens(grid: Tensor) -> Tensor:
+    return grid.flatten(2).transpose(1, 2).contiguous()
+
+
+def _positions(grid: Tensor) -> Tensor:
+    shared = None if torch.compiler.is_compiling() else _shared.get()
+    if shared is None or grid.requires_grad:
+        return _tokens(grid)
+    key = grid.shape, grid.dtype, grid.device
+    if key not in shared:
+        shared[key] = _tokens(grid)
+    return shared[key]
 
 
 def placed(keys: Tensor, key_pe: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
     y = W x + b + s B A D x,   D = diag(m) / (1 - p), m the dropout mask
     dA = s (B^T dy) (D x)^T,   dB = s dy (A D x)^T,   dx = W^T dy + s D A^T B^T dy
 
-What is kept for backward is x itself, the r numbers A D x of each token, and the places of the zeros in m. Plain LoRA keeps
-the dropped copy of x, the mask and the update besides; layers that read the same x share it here (under
-autocast each keeps its own cast of it).
+What is kept for backward is x itself (or, in `lean.recompute`, how it was made), the r numbers A D x of each token, and the
+places of the zeros in m. Plain LoRA keeps the dropped copy of x, the mask and the update besides; layers that read the same
+x share it here (under autocast each keeps its own cast of it).
 
 Products with a side of r are bound by memory, and several times slower in some layouts than in others (oneMKL): A D x and
-B^T dy are made as (r, N), and the P parts of a fused layer each by itself, without the zeros of a block-diagonal
-B. (Where only some parts are adapted, B is block-diagonal and P = 1.)
+B^T dy are made as (r, N), and the adapted parts of a fused layer each by itself, without the zeros of a block-diagonal B.
 
-Shapes: x (..., in), as N tokens (N, in) · W (out, in) · A (P·r, in) · B (P, d, r) of P parts with d = out / P outputs each.
+Shapes: x (..., in), as N tokens (N, in) · W (out, in) · A (n·r, in) · B (n, d, r), for the n adapted ones of P parts with
+d = out / P outputs each.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sam2_lora_ext.lean.recompute import cast
-from sam2_lora_ext.lora.layer import LoRALinear, block_diagonal
+from sam2_lora_ext.lora.layer import LoRALinear
 
 SMALL = 2**14  # numbers of an input, such as a prompt's tokens, up to which the plain way is faster and keeps next to nothing
 
@@ -57,54 +58,69 @@ def drop_in_place(x: Tensor, places: Tensor) -> Tensor:
     return x[:-1]
 
 
-def by_part(x: Tensor, parts: int) -> Tensor:
-    """(N, out) as (P, N, d)."""
-    return x.reshape(len(x), parts, x.shape[1] // parts).transpose(0, 1)
+def adapted(ys: Sequence[Tensor], slices: tuple[bool, ...]) -> list[Tensor]:
+    """Of outputs, one tensor or several (N, ...), the slices of equal width that are adapted."""
+    each = (piece for y in ys for piece in y.chunk(len(slices) // len(ys), 1))
+    return [piece for piece, wanted in zip(each, slices) if wanted]
 
 
 class LoRAFunction(torch.autograd.Function):
-    """`y` (N, out) of the formula above, from W in any dtype and x (..., in), A and B in that of the result.
+    """`y` of the formula above, from W in any dtype and x (..., in), A and B in that of the result.
 
-    It is for the caller to give `y` the shape of x: a view made in here could not be written to in place afterwards, as SAM 2's
-    rotary attention does with its keys.
+    It returns `outputs` tensors (N, out / outputs), whose gradients need not be put together. The outputs of the layer are looked
+    at in equal `slices`, as many as it has parts or as there are tensors, whichever is more; B here is (M, width, r) of the
+    M adapted ones. It is for the caller to give the tensors the shape of x: a view made in here could not be written to
+    in place afterwards, as SAM 2's rotary attention does with its keys.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, places: Tensor | None
-    ) -> Tensor:
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, places: Tensor | None,
+        slices: tuple[bool, ...], outputs: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         tokens = x.reshape(-1, x.shape[-1])
-        low = (a @ drop(tokens, places).t()).view(len(b), b.shape[2], len(tokens))  # P r N
-        y = F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        for part, low_part, b_part in zip(y.chunk(len(b), 1), low, b):  # in place: another (N, out) costs as much as the product
-            part.addmm_(low_part.t(), b_part.t(), alpha=scaling)
+        low = (a @ drop(tokens, places).t()).view(len(a) // b.shape[2], b.shape[2], len(tokens))  # n r N
+        each = len(b) // len(low)
+        biases = [None] * outputs if bias is None else bias.to(x.dtype).chunk(outputs)
+        ys = tuple(F.linear(tokens, part, bias) for part, bias in zip(weight.to(x.dtype).chunk(outputs), biases))
+        for m, y in enumerate(adapted(ys, slices)):  # in place: another (N, out) costs as much as the product
+            y.addmm_(low[m // each].t(), b[m].t(), alpha=scaling)
         needs_x, needs_low = weight.requires_grad or a.requires_grad, b.requires_grad
         if places is not None and x.numel() < 2**31:
             places = places.int()  # to be kept
         ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, places)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return y
+        ctx.scaling, ctx.shape, ctx.slices = scaling, x.shape, slices
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, low, places = ctx.saved_tensors
-        tokens = None if x is None else x.reshape(-1, x.shape[-1])
-        places = None if places is None else places.long()
-        dlow = (b.mT @ by_part(dy, len(b)).mT).mul_(ctx.scaling).view(len(a), len(dy))
-        dx = dweight = dbias = da = db = None
-        if ctx.needs_input_grad[0]:
-            dx = dlow.t() @ a if places is None else drop_in_place(F.pad(dlow, (0, 1)).t() @ a, places)
-            dx = dx.addmm_(dy, weight.to(dy.dtype)).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            dweight = (dy.t() @ tokens).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            dbias = dy.sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[3]:
-            da = dlow @ drop(tokens, places)
-        if ctx.needs_input_grad[4]:
-            db = (low @ by_part(dy, len(b))).mul_(ctx.scaling).mT
-        return dx, dweight, dbias, da, db, None, None
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dys[0].device.type, enabled=False):
+            return _gradients(ctx, *dys)
+
+
+def _gradients(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, a, b, low, places = ctx.saved_tensors
+    tokens = None if x is None else x.reshape(-1, x.shape[-1])
+    places = None if places is None else places.long()
+    dslices, n = adapted(dys, ctx.slices), len(a) // b.shape[2]
+    dlow = torch.stack([b_slice.t() @ dy.t() for b_slice, dy in zip(b, dslices)])  # M r N
+    dlow = dlow.unflatten(0, (n, -1)).sum(1).mul_(ctx.scaling).flatten(0, 1)
+    dx = dweight = dbias = da = db = None
+    if ctx.needs_input_grad[0]:
+        dx = dlow.t() @ a if places is None else drop_in_place(F.pad(dlow, (0, 1)).t() @ a, places)
+        for dy, part in zip(dys, weight.to(dlow.dtype).chunk(len(dys))):
+            dx.addmm_(dy, part)
+        dx = dx.view(ctx.shape)
+    if ctx.needs_input_grad[1]:
+        dweight = torch.cat([dy.t() @ tokens for dy in dys]).to(weight.dtype)
+    if ctx.needs_input_grad[2]:
+        dbias = torch.cat([dy.sum(0) for dy in dys]).to(weight.dtype)
+    if ctx.needs_input_grad[3]:
+        da = dlow @ drop(tokens, places)
+    if ctx.needs_input_grad[4]:
+        db = torch.stack([(low[m * n // len(b)] @ dy).t() for m, dy in enumerate(dslices)]).mul_(ctx.scaling)
+    return dx, dweight, dbias, da, db, None, None, None, None
 
 
 class LeanLoRALinear(LoRALinear):
@@ -115,21 +131,33 @@ class LeanLoRALinear(LoRALinear):
     `SMALL` they are not those that the plain layer draws from the same seed, and derivatives of derivatives are not available.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() <= SMALL:
-            return super().forward(x)
-        kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self._forward(x)
-        with torch.autocast(kind, enabled=False):
-            return self._forward(cast(x, torch.get_autocast_dtype(kind)))
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor | tuple[Tensor, ...]:
+        """x (..., in) to y (..., out).
 
-    def _forward(self, x: Tensor) -> Tensor:
+        With `outputs` to as many equal parts of y (of a fused layer: as it has parts), above `SMALL` each in a tensor of its own,
+        so that their gradients need not be put together.
+
+        Raises:
+            ValueError: the outputs or the parts do not divide so.
+        """
+        if outputs is not None and (self.out_features % outputs or outputs % len(self.parts)):
+            raise ValueError(f"{self.out_features} outputs in {len(self.parts)} parts do not come apart in {outputs}")
+        if x.numel() <= SMALL:
+            y = super().forward(x)
+            return y if outputs is None else y.chunk(outputs, -1)
+        ys = self._outputs(x, outputs or 1)
+        return ys[0] if outputs is None else ys
+
+    def _outputs(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self._outputs(cast(x, torch.get_autocast_dtype(kind)), count)
         p = self.dropout if self.training else 0.0
         places = dropped_places(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None
         a, b = self.factors()
-        b = b.view(len(self.parts), -1, b.shape[1]) if all(self.parts) else block_diagonal(b, self.parts)[None]
-        y = LoRAFunction.apply(
-            x, self.weight, self.bias, a.to(x.dtype), b.to(x.dtype), self.scaling / (1 - p), places
-        )
-        return y.view(*x.shape[:-1], self.out_features)
+        each = max(count // len(self.parts), 1)
+        slices = tuple(part for part in self.parts for _ in range(each))
+        a, b, scaling = a.to(x.dtype), b.to(x.dtype).view(sum(slices), -1, b.shape[1]), self.scaling / (1 - p)
+        ys = LoRAFunction.apply(x, self.weight, self.bias, a, b, scaling, places, slices, count)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)

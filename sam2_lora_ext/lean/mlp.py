@@ -1,0 +1,78 @@
+"""The frozen MLP of a trunk's block: its hidden layer, four times as wide as what it reads, is never there as a whole.
+
+    y = W2 gelu(h) + b2,   h = W1 x + b1,   dx = W1^T (gelu'(h) * W2^T dy)
+
+Where nothing of it is trained, backward needs x alone. It makes h again, but no gelu(h), and both ways go by a few tokens at a
+time, whose hidden layer stays in fast memory.
+
+Shapes: x, y (N, C) of N tokens · W1 (4 C, C) · W2 (C, 4 C).
+"""
+
+import torch
+from sam2.modeling.sam2_utils import MLP
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sam2_lora_ext.lean.recompute import cast
+
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**24  # numbers of the hidden layer at a time: few for a cache, enough to keep a GPU busy
+
+
+def is_frozen(mlp: MLP) -> bool:
+    """Whether `frozen_mlp` may stand for `mlp`: as SAM 2 makes it for its trunk, and nothing in it trained or adapted."""
+    if [type(layer) for layer in mlp.layers] != [nn.Linear] * 2 or mlp.sigmoid_output:
+        return False
+    fitting = mlp.layers[0].in_features == mlp.layers[1].out_features and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
+    return fitting and not any(parameter.requires_grad for parameter in mlp.parameters())
+
+
+def frozen_mlp(mlp: MLP, x: Tensor) -> Tensor:
+    """`mlp(x)` for x (..., C), of which backward keeps x."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return frozen_mlp(mlp, cast(x, torch.get_autocast_dtype(kind)))
+    wide, narrow = mlp.layers
+    weights = wide.weight, wide.bias, narrow.weight
+    return _Result.apply(_Gradient.apply(x, *weights), *weights, narrow.bias)
+
+
+# Two functions, for x must be saved before the result is computed: what checkpointing computes again ends where all that was
+# saved is there. So the one in front saves and has the whole gradient, and the one behind hands dy on.
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w1, b1, w2)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2 = ctx.saved_tensors
+        w1, b1, w2 = (None if weight is None else weight.to(x.dtype) for weight in (w1, b1, w2))
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        with torch.autocast(x.device.type, enabled=False):
+            for x_few, dy_few, dx_few in zip(*_chunks(len(w1), x, dy, dx)):
+                dh = torch.ops.aten.gelu_backward(dy_few @ w2, F.linear(x_few, w1, b1))
+                torch.mm(dh, w1, out=dx_few)
+        return dx, None, None, None
+
+
+class _Result(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+        w1, b1, w2, b2 = (None if weight is None else weight.to(x.dtype) for weight in (w1, b1, w2, b2))
+        few = [F.linear(F.gelu(F.linear(x_few, w1, b1)), w2, b2) for (x_few,) in zip(*_chunks(len(w1), x))]
+        return torch.cat(few).view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None, None, None, None
+
+
+def _chunks(width: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tokens of each of some tensors (..., C), as many at a time as `CPU_CHUNK` or `GPU_CHUNK` allows."""
+    tokens = max((CPU_CHUNK if tensors[0].device.type == "cpu" else GPU_CHUNK) // width, 1)
+    return [tensor.reshape(-1, tensor.shape[-1]).split(tokens) for tensor in tensors]
