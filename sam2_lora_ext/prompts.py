@@ -1,4 +1,4 @@
-"""Clicks and boxes for training and validation: stock's rules, made right for clean objects and repeatable.
+"""Clicks and boxes for training and validation: stock's sampling, made right for clean objects and repeatable.
 
 Stock SAM 2 gives an object with an empty mask a *negative* click (in validation always at (0, 0)) and an inverted box.
 Here a clean object gets one *positive* click on sound steel, never a box, and negative clicks afterwards: the question
@@ -17,31 +17,6 @@ from sam2.modeling.sam2_utils import get_next_point, sample_box_points
 from torch import Tensor
 
 
-def uniform_points(gt_masks: Tensor, pred_masks: Tensor | None, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Stock's uniform rule, a pixel of the error region, else of the background, by one random number an object.
-
-    Stock draws two for every pixel of every object, on a CPU several percent of a training step. Where nothing is wrong and
-    nothing is background, the click falls anywhere, positive; stock's falls on (0, 0), negative.
-
-    Args:
-        gt_masks: bool [O, 1, H, W].
-        pred_masks: bool [O, 1, H, W], or None for nothing found yet.
-        draws: float64 [O], uniform in [0, 1).
-
-    Returns:
-        Coordinates float32 [O, 1, 2] and labels int32 [O, 1].
-    """
-    truth = gt_masks.flatten(1)  # O, H W
-    region = truth if pred_masks is None else truth ^ pred_masks.flatten(1)
-    for other in (~truth, torch.ones_like(truth)):  # where nothing is wrong; where nothing is background either
-        region = torch.where(region.any(1, keepdim=True), region, other)
-    ranks = region.cumsum(1, dtype=torch.int32)
-    wanted = (draws * ranks[:, -1]).int() + 1  # from 1 to the size of the region
-    index = torch.searchsorted(ranks, wanted[:, None])  # O 1
-    width = gt_masks.shape[-1]
-    return torch.stack([index % width, index // width], 2).float(), truth.gather(1, index).int()
-
-
 class PromptSampler:
     """Samples the prompts of the O objects of one batch; stands in for the two functions that `SAM2Train` calls.
 
@@ -49,7 +24,7 @@ class PromptSampler:
         empty: bool [O], which objects are clean (no pixel in the frame that is prompted first).
         sound: bool [O, H, W], where a clean object may be clicked.
         seeds: one integer per object: its clicks come from a generator of its own, whatever else is in the batch and on
-            whichever rank. None: real objects draw from the global generator, by stock's rules.
+            whichever rank. None: real objects draw from the global generator, as stock does.
         exact_boxes: boxes without the stock jitter of 10 % (for validation).
     """
 
@@ -70,7 +45,7 @@ class PromptSampler:
             host.get_next_point, host.sample_box_points = saved
 
     def next_point(self, gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-        """One click per object: by stock's rules for defects, by ours for clean objects.
+        """One click per object: stock's for defects, ours for clean objects.
 
         Args:
             gt_masks: bool [O, 1, H, W].
@@ -80,8 +55,8 @@ class PromptSampler:
         Returns:
             Coordinates float32 [O, 1, 2] and labels int32 [O, 1].
         """
-        if method == "uniform":
-            points, labels = uniform_points(gt_masks, pred_masks, self._draws(gt_masks.device))
+        if self.seeded and method == "uniform":
+            points, labels = self._seeded_points(gt_masks, pred_masks)
         else:
             points, labels = get_next_point(gt_masks=gt_masks, pred_masks=pred_masks, method=method)
         for o in self._clean(gt_masks):
@@ -120,12 +95,18 @@ class PromptSampler:
         index = int(candidates[int(torch.randint(len(candidates), (1,), generator=self.generators[o]))])
         return torch.tensor([index % region.shape[1], index // region.shape[1]], dtype=torch.float32)
 
-    def _draws(self, device: torch.device) -> Tensor:
-        """A number in [0, 1) for each object, float64 [O]."""
-        if not self.seeded:
-            return torch.rand(len(self.generators), dtype=torch.float64, device=device)
-        draws = [float(torch.rand((), dtype=torch.float64, generator=one)) for one in self.generators]
-        return torch.tensor(draws, dtype=torch.float64, device=device)
+    def _seeded_points(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Stock's uniform rule, object by object: a pixel of the error region, else of the background."""
+        pred = torch.zeros_like(gt_masks) if pred_masks is None else pred_masks
+        wrong = gt_masks ^ pred
+        points = torch.zeros(len(gt_masks), 1, 2, device=gt_masks.device)
+        labels = torch.zeros(len(gt_masks), 1, dtype=torch.int32, device=gt_masks.device)
+        for o in range(len(gt_masks)):
+            region = wrong[o, 0] if wrong[o].any() else ~gt_masks[o, 0]
+            points[o, 0] = self._draw(o, region).to(points)
+            x, y = points[o, 0].long().tolist()
+            labels[o, 0] = int(gt_masks[o, 0, y, x])
+        return points, labels
 
     def _seeded_boxes(self, masks: Tensor) -> Tensor:
         """Stock's jittered boxes, object by object, from each object's own generator."""

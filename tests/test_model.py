@@ -4,12 +4,10 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
-from sam2.modeling.sam2_utils import get_next_point
 from small_runs import make_batch, make_model
 
 from sam2_lora_ext.host import config_root
 from sam2_lora_ext.lora import lora_layers
-from sam2_lora_ext.prompts import uniform_points
 
 DEFECTS = [[1_000_001], [3_000_001, 2_000_002]]
 MIXED = [[1_000_001], [0], [4_000_003]]
@@ -43,17 +41,8 @@ def assert_equal_outputs(one: list[dict], other: list[dict], keys: set[str] | No
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("frames", [1, 2])
-def test_without_lora_it_is_stocks_model(train, frames, monkeypatch):
-    """Bitwise, from the same random numbers: outputs, and gradients of all parameters, with `memory: stock`.
-
-    Stock's uniform clicks are drawn as ours; `test_prompts.py` has that both fall alike.
-    """
-    def click(gt_masks, pred_masks, method):
-        if method != "uniform":
-            return get_next_point(gt_masks, pred_masks, method)
-        return uniform_points(gt_masks, pred_masks, torch.rand(len(gt_masks), dtype=torch.float64))
-
-    monkeypatch.setattr("training.model.sam2.get_next_point", click)
+def test_without_lora_it_is_stocks_model(train, frames):
+    """Bitwise, from the same random numbers: outputs, and gradients of all parameters, with `memory: stock`."""
     batch = make_batch(DEFECTS, frames)
     settings = {"lora": None, "num_init_cond_frames_for_train": 1, "prob_to_use_box_input_for_train": 0.5, "memory": "stock", **FEW}
     ours, stock = make_model(**settings), make_model(**settings, _target_=STOCK)
