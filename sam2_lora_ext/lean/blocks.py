@@ -1,6 +1,6 @@
-"""Blocks of SAM 2's trunk (Hiera) that project the image's tokens and not the padding of its windows.
+"""SAM 2's trunk (Hiera) with positions by rows and columns, and blocks that project the image's tokens and no padding.
 
-Stock fills windows that do not divide the image with zero tokens, projects all of them to q, k and v, and projects the
+Stock interpolates the positions, 7 x 7 or 14 x 14, over both axes at once: twelve times the time. It fills windows that do not divide the image with zero tokens, projects all of them to q, k and v, and projects the
 results again before it throws the padding away: at 512 px, where windows of 14 tokens cover 32 with 42, 1,764 tokens for 1,024.
 Each token is projected by itself, and what the projection makes of a zero token is its bias, so here the windows are
 filled with that.
@@ -9,7 +9,7 @@ Legend: B images · H W tokens · C channels · N windows of S x S tokens.
 """
 
 import torch
-from sam2.modeling.backbones.hieradet import MultiScaleAttention, MultiScaleBlock, do_pool
+from sam2.modeling.backbones.hieradet import Hiera, MultiScaleAttention, MultiScaleBlock, do_pool
 from sam2.modeling.backbones.utils import window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +17,19 @@ from torch.nn import functional as F
 from sam2_lora_ext.lean.mlp import frozen_mlp, is_frozen
 from sam2_lora_ext.lean.recompute import recomputed
 from sam2_lora_ext.lora.lean import LeanLoRALinear
+
+
+class LeanHiera(Hiera):
+    """`Hiera` that interpolates its positions by rows, then by columns: the same weights, and to rounding the same numbers."""
+
+    def _get_pos_embed(self, hw: tuple[int, int]) -> Tensor:
+        """Positions (1, H, W, C), not contiguous, as stock's."""
+        (grid,), window = self.pos_embed, self.pos_embed_window
+        with torch.autocast(grid.device.type, enabled=False):
+            rows, columns = (bicubic(torch.eye(small).to(grid), large) for small, large in zip(grid.shape[1:], hw))
+            positions = torch.einsum("hi,cij,wj->chw", rows, grid, columns)[None]
+        times = [side // small for side, small in zip(positions.shape, window.shape)]
+        return (positions + window.tile(times)).permute(0, 2, 3, 1)
 
 
 class LeanBlock(MultiScaleBlock):
@@ -60,6 +73,11 @@ class LeanBlock(MultiScaleBlock):
         wide, narrow = self.mlp.layers
         hidden = wide(normed)
         return narrow(recomputed(self.mlp.act(hidden), self.mlp.act, hidden))
+
+
+def bicubic(x: Tensor, length: int) -> Tensor:
+    """x (n, m) interpolated to (length, m)."""
+    return F.interpolate(x.t()[None, :, :, None], size=(length, 1), mode="bicubic")[0, :, :, 0].t()
 
 
 def projected(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:

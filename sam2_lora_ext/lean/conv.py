@@ -1,7 +1,7 @@
 """Frozen convolutions that keep nothing for backward: the gradient of their input needs the weight alone.
 
 Stock keeps the input too. SAM 2's two largest feature maps, the neck's at a quarter and an eighth of the image's side,
-are read by frozen 1x1 convolutions only, and the image's tokens after the two-way transformer by a frozen transposed one.
+are read by frozen 1x1 convolutions only (see `lean.high_res`), and the image's tokens after the two-way transformer by a frozen transposed one.
 """
 
 import torch
@@ -27,6 +27,11 @@ class LeanConvTranspose2d(nn.ConvTranspose2d):
 def _is_frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     plain = not isinstance(layer.padding, str)
     return plain and x.requires_grad and torch.is_grad_enabled() and not layer.weight.requires_grad
+
+
+def frozen_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of 1x1 by constants, on x (B, C, H, W)."""
+    return _FrozenConv.apply(x, weight, bias, False, (1, 1), (0, 0), (1, 1), (0, 0), 1)
 
 
 def _frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, transposed: bool) -> Tensor:

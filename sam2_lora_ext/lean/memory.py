@@ -18,15 +18,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from sam2.modeling.backbones.hieradet import MultiScaleBlock
+from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
 from sam2.modeling.sam2_utils import LayerNorm2d
 from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.lean.blocks import LeanBlock
+from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
+from sam2_lora_ext.lean.high_res import pair_convolutions
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 from sam2_lora_ext.lean.recompute import recomputing
@@ -42,7 +43,7 @@ class MemoryConfig:
         decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder, upscaling) that is computed again.
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck and the mask decoder.
-        operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`).
+        operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`, `lean.high_res`).
         selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations and
             the image's tokens with their positions (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
@@ -141,10 +142,11 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
                 module.__class__ = LeanConv2d
         _swap(model.sam_mask_decoder.output_upscaling, {nn.ConvTranspose2d: LeanConvTranspose2d})
     if memory.operations:
-        _swap(trunk.blocks, {MultiScaleBlock: LeanBlock})
+        _swap((trunk, *trunk.blocks), {Hiera: LeanHiera, MultiScaleBlock: LeanBlock})
         heads = (*model.sam_prompt_encoder.modules(), *model.sam_mask_decoder.modules())
         _swap(heads, {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock, LayerNorm2d: LeanLayerNorm2d})
         _swap(model.sam_mask_decoder.output_upscaling[-1:], {nn.GELU: PlanarGELU})
+        pair_convolutions(model)
     again = trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]
     _swap(again, {MultiScaleBlock: CheckpointedBlock, LeanBlock: CheckpointedLeanBlock})
     if memory.selective:
