@@ -7,10 +7,13 @@ import pytest
 import torch
 from sam2.modeling.backbones.hieradet import Hiera
 from small_runs import make_model
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Saved
 from sam2_lora_ext.lean.blocks import LeanHiera
+from sam2_lora_ext.lean.cast import cast_frozen
+from sam2_lora_ext.lean.conv import frozen_pointwise
 from sam2_lora_ext.lean.high_res import HighResConv, PassedLateral, pair_convolutions
 
 SETTINGS = {"num_correction_pt_per_frame": 1, "lora": None}
@@ -48,17 +51,38 @@ def test_maps_and_gradients_equal_stocks(conv):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_under_autocast_within_its_rounding():
-    stock, lean = (model.float() for model in models())
-    images = images_for(stock, torch.float32)
+@pytest.mark.parametrize("held", [False, True])
+def test_under_autocast_the_product_is_rounded_once(held, monkeypatch):
+    """The factors are those of stock's autocast, so weights that are held in its type change no bit."""
+    _, lean = models()
+    lean.float()
+    both = [conv.weight.bfloat16() for conv in (lean.image_encoder.neck.convs[-1].conv, lean.sam_mask_decoder.conv_s0)]
+    exact = both[1].double().flatten(1) @ both[0].double().flatten(1)
+    if held:
+        cast_frozen(lean, torch.bfloat16)
+    applied = []
+    monkeypatch.setattr("sam2_lora_ext.lean.high_res.frozen_pointwise", lambda *tensors: applied.append(tensors) or frozen_pointwise(*tensors))
     with torch.autocast("cpu", torch.bfloat16):
-        results = [maps_and_gradient(model, images, torch.float32) for model in (lean, stock)]
-    for got, expected in zip(*results, strict=True):
-        assert got.dtype == expected.dtype
-        torch.testing.assert_close(got.float(), expected.float(), rtol=0.05, atol=0.05 * expected.float().abs().max().item())
+        maps = lean.forward_image(images_for(lean, torch.float32))["backbone_fpn"]
+    x, weight, bias = applied[0]
+    assert {x.dtype, weight.dtype, bias.dtype, maps[0].dtype} == {torch.bfloat16}
+    torch.testing.assert_close(weight[..., 0, 0].double(), exact, rtol=2**-8, atol=1e-5)  # bfloat16's half a unit; float32's sums
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(maps[0].double(), expected, rtol=2**-7, atol=1e-4)
 
 
-def test_a_map_of_256_channels_is_neither_made_nor_kept():
+@pytest.mark.parametrize("trained", [False, True])
+def test_compiled(trained):
+    _, lean = models()
+    lean.image_encoder.trunk.requires_grad_(trained)
+    images = images_for(lean)
+    compiled = torch.compile(lean.forward_image, backend="aot_eager", fullgraph=True)
+    for got, expected in zip(compiled(images)["backbone_fpn"], lean.forward_image(images)["backbone_fpn"], strict=True):
+        assert got.requires_grad == trained
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_necks_map_is_neither_made_nor_kept():
     _, lean = models()
     images = images_for(lean)
     levels = lean.image_encoder(images)["backbone_fpn"]
@@ -98,37 +122,74 @@ def test_a_copy_reads_its_own_weights(duplicate):
     assert torch.equal(lean.forward_image(images)["backbone_fpn"][0], before[0])
 
 
-def test_other_necks_are_left_alone():
-    def paired(change):
+def test_other_models_are_left_alone():
+    def paired(**changes):
         model = make_model(memory="stock", **SETTINGS)
-        change(model)
+        for path, value in changes.items():
+            owner, _, name = path.replace("__", ".").rpartition(".")
+            setattr(model.get_submodule(owner), name, value)
         pair_convolutions(model)
-        return [isinstance(conv, HighResConv) for conv in (model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1)]
+        return [type(conv) is HighResConv for conv in (model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1)]
 
-    assert paired(lambda model: None) == [True, True]
-    assert paired(lambda model: model.image_encoder.neck.fpn_top_down_levels.append(1)) == [False, False]
-    assert paired(lambda model: setattr(model, "use_high_res_features_in_sam", False)) == [False, False]
-    wider = torch.nn.Conv2d(64, 8, 3, padding=1)
-    assert paired(lambda model: setattr(model.image_encoder.neck.convs[-1], "conv", wider)) == [False, True]
-    without_bias = torch.nn.Conv2d(256, 8, 1, bias=False)
-    assert paired(lambda model: setattr(model.sam_mask_decoder, "conv_s1", without_bias)) == [True, False]
+    assert paired() == [True, True]
+    assert paired(image_encoder__neck__fpn_top_down_levels=[1, 2, 3]) == [False, False]
+    assert paired(use_high_res_features_in_sam=False) == [False, False]
+    assert paired(sam_mask_decoder__conv_s1=nn.Linear(256, 8)) == [True, False]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 40), (7, 7)])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_positions_by_rows_and_columns(size, autocast):
+def replaced(model):
+    first = model.image_encoder.neck.convs[-1].conv
+    model.image_encoder.neck.convs[-1].conv = nn.Conv2d(first.in_channels, first.out_channels, 1)  # to be trained
+
+
+def widened(model):
+    first = model.image_encoder.neck.convs[-1].conv
+    model.image_encoder.neck.convs[-1].conv = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1).requires_grad_(False)
+
+
+def followed(model):
+    model.image_encoder.neck.convs[-1].add_module("act", nn.GELU())
+
+
+def without_bias(model):
+    second = model.sam_mask_decoder.conv_s0
+    model.sam_mask_decoder.conv_s0 = nn.Conv2d(second.in_channels, second.out_channels, 1, bias=False).requires_grad_(False)
+
+
+def wrapped(model):
+    model.sam_mask_decoder.conv_s0 = nn.Sequential(model.sam_mask_decoder.conv_s0)
+
+
+@pytest.mark.parametrize("change", [replaced, widened, followed, without_bias, wrapped])
+def test_a_layer_that_is_changed_afterwards_is_computed(change):
+    stock, lean = models()
+    for model in (stock, lean):
+        torch.manual_seed(3)
+        change(model)
+        model.double()
+    images = images_for(stock)
+    for got, expected in zip(maps_and_gradient(lean, images), maps_and_gradient(stock, images), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("size", "window"), [((16, 16), 8), ((24, 40), 8), ((7, 7), 7), ((3, 5), 1)])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, True)])
+def test_positions_by_rows_and_columns(size, window, dtype, autocast):
     torch.manual_seed(0)
-    trunk = Hiera(embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), global_att_blocks=(2,), window_pos_embed_bkg_spatial_size=(7, 5)).double()
-    torch.nn.init.normal_(trunk.pos_embed)
-    torch.nn.init.normal_(trunk.pos_embed_window)
-    size = [side - side % trunk.pos_embed_window.shape[-1] or trunk.pos_embed_window.shape[-1] for side in size]
+    trunk = Hiera(
+        embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), global_att_blocks=(2,), window_spec=(window, 4, 14, 7),
+        window_pos_embed_bkg_spatial_size=(7, 5),
+    ).to(dtype)  # fmt: skip
+    nn.init.normal_(trunk.pos_embed)
+    nn.init.normal_(trunk.pos_embed_window)
     lean = copy.deepcopy(trunk)
     lean.__class__ = LeanHiera
     results = []
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for module in (trunk, lean):
+    for module in (trunk, lean):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             positions = module._get_pos_embed(size)
-            results.append((positions, *torch.autograd.grad(positions.square().sum(), list(module.parameters())[:2])))
+        results.append((positions, *torch.autograd.grad(positions.square().sum(), [module.pos_embed, module.pos_embed_window])))
     assert results[0][0].stride() == results[1][0].stride()
     for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected, **({"rtol": 1e-5, "atol": 1e-5} if autocast else {"rtol": 1e-9, "atol": 1e-10}))

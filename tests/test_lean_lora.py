@@ -183,6 +183,15 @@ def test_zeros_are_independent_and_at_the_right_rate(p):
     assert abs(pairs - p * p) < 6 * (p * p / n) ** 0.5
 
 
+def test_places_take_four_bytes_where_that_is_enough():
+    assert dropped_places(1000, 100, 0.05, torch.device("cpu")).dtype == torch.int32
+    for p in (1e-6, 1e-7, 1e-8, 1e-9):
+        for _ in range(200):
+            places = dropped_places(1, 2, p, torch.device("cpu"))
+            assert 0 <= places.min() and places.max() <= 2
+    assert places.dtype == torch.int64
+
+
 def test_tiny_inputs_get_each_pattern_at_its_rate():
     torch.manual_seed(0)
     patterns = torch.stack([drop(torch.ones(1, 2), dropped_places(1, 2, 0.5, torch.device("cpu")))[0] for _ in range(4000)])
@@ -248,7 +257,7 @@ def test_layers_that_share_an_input_keep_it_once():
     with Saved([p for layer in layers for p in layer.parameters()]) as saved:
         outputs = [layer(x) for layer in layers]
     functions = [output.grad_fn.next_functions[0][0] for output in outputs]  # below the view that restores the shape
-    places = sum(function.saved_tensors[-1].nbytes for function in functions)
+    places = sum(4 * len(function.saved_tensors[-1]) for function in functions)
     assert saved.total == x.nbytes + 3 * 100 * 4 * 4 + places
     with Saved(()) as saved, torch.no_grad():
         layers[0](x)

@@ -1,6 +1,8 @@
 """SAM 2's trunk (Hiera) with positions by rows and columns, and blocks that project the image's tokens and no padding.
 
-Stock interpolates the positions, 7 x 7 or 14 x 14, over both axes at once: twelve times the time. It fills windows that do not divide the image with zero tokens, projects all of them to q, k and v, and projects the
+Stock interpolates the positions of a 7 x 7 or 14 x 14 grid over both axes at once, in twelve times the time.
+
+Stock fills windows that do not divide the image with zero tokens, projects all of them to q, k and v, and projects the
 results again before it throws the padding away: at 512 px, where windows of 14 tokens cover 32 with 42, 1,764 tokens for 1,024.
 Each token is projected by itself, and what the projection makes of a zero token is its bias, so here the windows are
 filled with that.
@@ -26,8 +28,8 @@ class LeanHiera(Hiera):
         """Positions (1, H, W, C), not contiguous, as stock's."""
         (grid,), window = self.pos_embed, self.pos_embed_window
         with torch.autocast(grid.device.type, enabled=False):
-            rows, columns = (bicubic(torch.eye(small).to(grid), large) for small, large in zip(grid.shape[1:], hw))
-            positions = torch.einsum("hi,cij,wj->chw", rows, grid, columns)[None]
+            rows, columns = (bicubic_weights(small, large, grid) for small, large in zip(grid.shape[1:], hw))
+            positions = torch.einsum("ih,cij,jw->chw", rows, grid, columns)[None]
         times = [side // small for side, small in zip(positions.shape, window.shape)]
         return (positions + window.tile(times)).permute(0, 2, 3, 1)
 
@@ -75,9 +77,10 @@ class LeanBlock(MultiScaleBlock):
         return narrow(recomputed(self.mlp.act(hidden), self.mlp.act, hidden))
 
 
-def bicubic(x: Tensor, length: int) -> Tensor:
-    """x (n, m) interpolated to (length, m)."""
-    return F.interpolate(x.t()[None, :, :, None], size=(length, 1), mode="bicubic")[0, :, :, 0].t()
+def bicubic_weights(small: int, large: int, like: Tensor) -> Tensor:
+    """How much of each of `small` numbers is in each of the `large` that they are interpolated to: (small, large)."""
+    each = torch.eye(small, dtype=like.dtype, device=like.device)
+    return F.interpolate(each[None, :, :, None], size=(large, 1), mode="bicubic")[0, :, :, 0]
 
 
 def projected(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """Frozen convolutions that keep nothing for backward: the gradient of their input needs the weight alone.
 
 Stock keeps the input too. SAM 2's two largest feature maps, the neck's at a quarter and an eighth of the image's side,
-are read by frozen 1x1 convolutions only (see `lean.high_res`), and the image's tokens after the two-way transformer by a frozen transposed one.
+are read by frozen 1x1 convolutions only (see `lean.high_res`), and the image's tokens after the two-way transformer by a
+frozen transposed one.
 """
 
 import torch
@@ -30,7 +31,9 @@ def _is_frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
 
 
 def frozen_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of 1x1 by constants, on x (B, C, H, W)."""
+    """A convolution of x (B, C, H, W) with a constant weight (C', C, 1, 1) and bias (C',), to (B, C', H, W)."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return F.conv2d(x, weight, bias)
     return _FrozenConv.apply(x, weight, bias, False, (1, 1), (0, 0), (1, 1), (0, 0), 1)
 
 

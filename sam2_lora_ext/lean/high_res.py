@@ -10,65 +10,76 @@ Shapes: x (B, C, H, W) of the trunk · W1 (256, C) · W2 (32 or 64, 256) · y (B
 """
 
 import torch
+from sam2.modeling.backbones.image_encoder import FpnNeck
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
 from sam2_lora_ext.lean.conv import LeanConv2d, frozen_pointwise
-from sam2_lora_ext.lean.recompute import cast
 
 
 class _Pair:
-    """A convolution of the neck and the one after it."""
+    """The neck's convolution of a level and the mask decoder's after it, whichever stand there now."""
 
-    def __init__(self, first: nn.Conv2d, second: nn.Conv2d):
-        self.first, self.second = first, second
+    def __init__(self, lateral: nn.Sequential, decoder: nn.Module, name: str):
+        self.lateral, self.decoder, self.name = lateral, decoder, name
 
     @property
-    def is_frozen(self) -> bool:
-        return not any(parameter.requires_grad for conv in (self.first, self.second) for parameter in conv.parameters())
+    def convolutions(self) -> tuple[nn.Module, nn.Module]:
+        return self.lateral[-1], getattr(self.decoder, self.name)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether both are convolutions of 1x1, with nothing between them and nothing to train."""
+        both = self.convolutions
+        frozen = not any(parameter.requires_grad for conv in both for parameter in conv.parameters())
+        return frozen and len(self.lateral) == 1 and all(map(_is_pointwise, both))
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x to y."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return self(cast(x, torch.get_autocast_dtype(kind)))
-        wide = torch.promote_types(x.dtype, torch.float32)  # in which the factors, of x's type, are multiplied
-        w1, b1, w2, b2 = (value.to(x.dtype).to(wide) for conv in (self.first, self.second) for value in (conv.weight, conv.bias))
+                return self(x.to(torch.get_autocast_dtype(kind)))
+        w1, b1, w2, b2 = (value.to(x.dtype) for conv in self.convolutions for value in (conv.weight, conv.bias))
         w1, w2 = w1.flatten(1), w2.flatten(1)
-        return frozen_pointwise(x, (w2 @ w1)[..., None, None].to(x.dtype), (w2 @ b1 + b2).to(x.dtype))
+        return frozen_pointwise(x, (w2 @ w1)[..., None, None], w2 @ b1 + b2)
 
 
 class PassedLateral(nn.Sequential):
-    """A convolution of the neck that is left to the `HighResConv` after it, where both are frozen."""
+    """The neck's convolution of a level, left to the `HighResConv` after it where the two are one."""
 
     pair: _Pair
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) as it is."""
-        return x if self.pair.is_frozen else super().forward(x)
+        return x if self.pair.is_one else super().forward(x)
 
 
 class HighResConv(LeanConv2d):
-    """A convolution of the mask decoder that also does the neck's before it, where both are frozen."""
+    """The mask decoder's convolution of a level, with the neck's before it where the two are one; else a `LeanConv2d`."""
 
     pair: _Pair
 
     def forward(self, x: Tensor) -> Tensor:
-        """x to y."""
-        return self.pair(x) if self.pair.is_frozen else super().forward(x)
+        return self.pair(x) if self.pair.is_one else super().forward(x)
 
 
 def pair_convolutions(model: SAM2Base) -> None:
-    """Changes the classes of the convolutions of a model's two largest levels, in place, if they are as in SAM 2's own configs."""
+    """Changes the classes of the convolutions of a model's two largest levels, in place.
+
+    Not where something else reads what the neck makes of them: a smaller level's map added to them, or no mask decoder that
+    has a convolution for each.
+    """
     neck, decoder = model.image_encoder.neck, model.sam_mask_decoder
-    if not model.use_high_res_features_in_sam or {0, 1} & set(neck.fpn_top_down_levels):
+    if not model.use_high_res_features_in_sam or type(neck) is not FpnNeck or {0, 1} & set(neck.fpn_top_down_levels):
         return
-    for lateral, second in zip(reversed(neck.convs), (decoder.conv_s0, decoder.conv_s1)):
-        if _is_pointwise(lateral.conv) and _is_pointwise(second):
-            lateral.pair = second.pair = _Pair(lateral.conv, second)
+    for lateral, name in zip(reversed(neck.convs), ("conv_s0", "conv_s1")):
+        second = getattr(decoder, name)
+        if type(lateral) is nn.Sequential and type(second) in (nn.Conv2d, LeanConv2d):
+            lateral.pair = second.pair = _Pair(lateral, decoder, name)
             lateral.__class__, second.__class__ = PassedLateral, HighResConv
 
 
 def _is_pointwise(conv: nn.Module) -> bool:
-    how = type(conv) in (nn.Conv2d, LeanConv2d) and (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return how == ((1, 1), (1, 1), (0, 0), 1) and conv.bias is not None
+    if type(conv) not in (nn.Conv2d, LeanConv2d, HighResConv) or conv.bias is None:
+        return False
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)

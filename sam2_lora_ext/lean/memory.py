@@ -43,7 +43,8 @@ class MemoryConfig:
         decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder, upscaling) that is computed again.
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck and the mask decoder.
-        operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`, `lean.high_res`).
+        operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`,
+            `lean.high_res`; the last only where the neck is frozen, so a model that trains it rounds otherwise).
         selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations and
             the image's tokens with their positions (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).

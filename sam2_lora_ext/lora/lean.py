@@ -40,7 +40,7 @@ def dropped_places(tokens: int, features: int, dropout: float, device: torch.dev
     draws = math.ceil(count * dropout + 8 * math.sqrt(count * dropout)) + 16
     uniform = 1 - torch.rand(draws, dtype=torch.float32, device=device)  # in (0, 1]
     gaps = torch.rsub(uniform.log_(), 1, alpha=-1 / math.log1p(-dropout))  # 1 + log u / log (1 - p): faster than `geometric_`
-    kind = torch.int32 if draws < dropout * 2**30 else torch.int64  # so far the last is expected, behind the end
+    kind = torch.int32 if draws < dropout * 2**29 else torch.int64  # the last place is near draws / p, a fourth of 2^31 at most
     return gaps.cumsum(0, dtype=kind).sub_(1).clamp_(max=count)  # of the gaps' whole parts
 
 
@@ -105,10 +105,12 @@ def _gradients(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
     places = None if places is None else places.long()
     dslices, n = adapted(dys, ctx.slices), len(a) // b.shape[2]
     each = len(b) // n
-    dlows = [b[m].t() @ dslices[m].t() for m in range(0, len(b), each)]  # n, each (r, N)
-    for m in range(len(b)):
+    dlows: list[Tensor] = []  # n, each (r, N)
+    for m, dy in enumerate(dslices):
         if m % each:
-            dlows[m // each].addmm_(b[m].t(), dslices[m].t())
+            dlows[-1].addmm_(b[m].t(), dy.t())
+        else:
+            dlows.append(b[m].t() @ dy.t())
     dlow = (dlows[0] if n == 1 else torch.cat(dlows)).mul_(ctx.scaling)
     dx = dweight = dbias = da = db = None
     if ctx.needs_input_grad[0]:
