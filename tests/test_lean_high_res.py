@@ -72,13 +72,18 @@ def test_under_autocast_the_product_is_rounded_once(held, monkeypatch):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_compiled(trained):
+def test_compiled_as_one_graph(trained):
     _, lean = models()
-    lean.image_encoder.trunk.requires_grad_(trained)
-    images = images_for(lean)
-    compiled = torch.compile(lean.forward_image, backend="aot_eager", fullgraph=True)
-    for got, expected in zip(compiled(images)["backbone_fpn"], lean.forward_image(images)["backbone_fpn"], strict=True):
-        assert got.requires_grad == trained
+    trunk, lateral = lean.image_encoder.trunk, lean.image_encoder.neck.convs[-1]
+
+    def level(x):
+        return lean.sam_mask_decoder.conv_s0(lateral(x)), trunk._get_pos_embed((16, 16))
+
+    x = torch.randn(1, trunk.channel_list[-1], 4, 4, dtype=torch.float64, requires_grad=trained)
+    results = [function(x) for function in (torch.compile(level, backend="aot_eager", fullgraph=True), level)]
+    if trained:
+        results = [(*maps, *torch.autograd.grad(maps[0].square().sum(), x)) for maps in results]
+    for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
