@@ -1,17 +1,15 @@
-"""The two convolutions of a high-resolution level as one, and the trunk's positions, against SAM 2's own."""
+"""The two convolutions of a high-resolution level as one, against SAM 2's own."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from sam2.modeling.backbones.hieradet import Hiera
 from small_runs import make_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Saved
-from sam2_lora_ext.lean.blocks import LeanHiera
 from sam2_lora_ext.lean.cast import cast_frozen
 from sam2_lora_ext.lean.conv import frozen_pointwise
 from sam2_lora_ext.lean.high_res import HighResConv, PassedLateral, pair_convolutions
@@ -175,26 +173,3 @@ def test_a_layer_that_is_changed_afterwards_is_computed(change):
     images = images_for(stock)
     for got, expected in zip(maps_and_gradient(lean, images), maps_and_gradient(stock, images), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize(("size", "window"), [((16, 16), 8), ((24, 40), 8), ((7, 7), 7), ((3, 5), 1)])
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, True)])
-def test_positions_by_rows_and_columns(size, window, dtype, autocast):
-    torch.manual_seed(0)
-    trunk = Hiera(
-        embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), global_att_blocks=(2,), window_spec=(window, 4, 14, 7),
-        window_pos_embed_bkg_spatial_size=(7, 5),
-    ).to(dtype)  # fmt: skip
-    nn.init.normal_(trunk.pos_embed)
-    nn.init.normal_(trunk.pos_embed_window)
-    lean = copy.deepcopy(trunk)
-    lean.__class__ = LeanHiera
-    results = []
-    for module in (trunk, lean):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            positions = module._get_pos_embed(size)
-        results.append((positions, *torch.autograd.grad(positions.square().sum(), [module.pos_embed, module.pos_embed_window])))
-    assert results[0][0].stride() == results[1][0].stride()
-    for expected, got in zip(*results, strict=True):
-        assert got.dtype == dtype
-        torch.testing.assert_close(got, expected, **({"rtol": 1e-5, "atol": 1e-5} if autocast else {"rtol": 1e-9, "atol": 1e-10}))

@@ -1,17 +1,17 @@
-"""Blocks, two-way transformer, norms and mask gradients of `lean` compute what stock's do, in double precision to rounding."""
+"""The trunk, the two-way transformer, norms and mask gradients of `lean` compute what stock's do, in double precision to rounding."""
 
 import copy
 
 import pytest
 import torch
-from sam2.modeling.backbones.hieradet import MultiScaleBlock
+from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
 from sam2.modeling.sam2_utils import LayerNorm2d
 from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam2_lora_ext.lean.blocks import LeanBlock, padded_with_bias
+from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, padded_with_bias
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.mask_sums import _reduced
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
@@ -46,6 +46,29 @@ def assert_same(modules, *inputs):
     for expected, got in zip(*results, strict=True):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("size", "window"), [((16, 16), 8), ((24, 40), 8), ((7, 7), 7), ((3, 5), 1)])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, True)])
+def test_positions_by_rows_and_columns(size, window, dtype, autocast):
+    torch.manual_seed(0)
+    trunk = Hiera(
+        embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), global_att_blocks=(2,), window_spec=(window, 4, 14, 7),
+        window_pos_embed_bkg_spatial_size=(7, 5),
+    ).to(dtype)  # fmt: skip
+    nn.init.normal_(trunk.pos_embed)
+    nn.init.normal_(trunk.pos_embed_window)
+    lean = copy.deepcopy(trunk)
+    lean.__class__ = LeanHiera
+    results = []
+    for module in (trunk, lean):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            positions = module._get_pos_embed(size)
+        results.append((positions, *torch.autograd.grad(positions.square().sum(), [module.pos_embed, module.pos_embed_window])))
+    assert results[0][0].stride() == results[1][0].stride()
+    for expected, got in zip(*results, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected, **({"rtol": 1e-5, "atol": 1e-5} if autocast else {"rtol": 1e-9, "atol": 1e-10}))
 
 
 def test_a_block_of_odd_windows():

@@ -66,8 +66,7 @@ class HighResConv(LeanConv2d):
 def pair_convolutions(model: SAM2Base) -> None:
     """Changes the classes of the convolutions of a model's two largest levels, in place.
 
-    Not where something else reads what the neck makes of them: a smaller level's map added to them, or no mask decoder that
-    has a convolution for each.
+    Not where the neck adds the map of a smaller level to them, nor where the mask decoder does not read them.
     """
     neck, decoder = model.image_encoder.neck, model.sam_mask_decoder
     if not model.use_high_res_features_in_sam or type(neck) is not FpnNeck or {0, 1} & set(neck.fpn_top_down_levels):

@@ -102,7 +102,7 @@ class LoRAFunction(torch.autograd.Function):
 def _gradients(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, low, places = ctx.saved_tensors
     tokens = None if x is None else x.reshape(-1, x.shape[-1])
-    places = None if places is None else places.long()
+    places = None if places is None else places.long()  # once for dx and dA
     dslices, n = adapted(dys, ctx.slices), len(a) // b.shape[2]
     each = len(b) // n
     dlows: list[Tensor] = []  # n, each (r, N)
