@@ -3,7 +3,6 @@
 Legend: T frames, O objects, H W pixels of the model's square input.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.cast import cast_frozen
 from sam2_lora_ext.lean.feature_cache import FeatureCache
-from sam2_lora_ext.lean.maps import UnreadPositions
+from sam2_lora_ext.lean.maps import OfOneImage, UnreadPositions
 from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, falls_due, make_lean
 from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.transformer import shared_positions
@@ -73,7 +72,7 @@ class LoRASAM2Train(SAM2Train):
 
     def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
         """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
-        self._hold_weights(input.img_batch.device.type)
+        self.hold_weights(input.img_batch.device.type)
         self.prompts = self._prompt_sampler(input)
         self.predictions = 0
         with self.prompts.installed(), shared_positions():
@@ -87,7 +86,7 @@ class LoRASAM2Train(SAM2Train):
                 frame.pop(SMALL_MASKS)
         return outputs
 
-    def _hold_weights(self, kind: str) -> None:
+    def hold_weights(self, kind: str) -> None:
         """Casts the frozen weights of an adapted model, the first time that autocast is on for devices of this kind.
 
         Without adapters the model itself is what a run exports, so its weights stay.
@@ -114,6 +113,14 @@ class LoRASAM2Train(SAM2Train):
         position = encoding.positions(maps[-1]).to(maps[-1].dtype)
         return {"vision_features": maps[-1], "vision_pos_enc": [*unread, position], "backbone_fpn": maps}
 
+    def _prepare_backbone_features(self, backbone_out: dict[str, Any]) -> tuple:
+        """Stock's flat features and positions; of a single image, for tracking, what hands them to its objects."""
+        backbone_out, features, positions, sizes = super()._prepare_backbone_features(backbone_out)
+        tracking = "num_frames" in backbone_out  # and so indexed by the objects' images
+        if self.memory.operations and tracking and features[0].shape[1] == 1:
+            features, positions = ([OfOneImage(level) for level in levels] for levels in (features, positions))
+        return backbone_out, features, positions, sizes
+
     def prepare_prompt_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Stock's choice of the first prompts; the clicks after it are corrections."""
         prepared = super().prepare_prompt_inputs(*args, **kwargs)
@@ -131,7 +138,7 @@ class LoRASAM2Train(SAM2Train):
         self.predictions += 1
         share, selective = self.memory.decoder, self.memory.selective
         if self.use_act_ckpt_iterative_pt_sampling:  # SAM 2 computes them again itself, and so calls this once more
-            share, selective = math.ceil(share), False
+            share, selective = float(selective or share > 0), False
         if falls_due(self.predictions, share):
             return checkpointed(heads, *args, **kwargs)
         with recomputing(selective):

@@ -15,7 +15,7 @@ from benchmarks.measure import LiveBytes, Saved, run_step
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
-from sam2_lora_ext.lean.memory import PRESETS, CheckpointedLeanBlock, MemoryConfig, blocks_for_share, falls_due
+from sam2_lora_ext.lean.memory import PRESETS, CheckpointedLeanBlock, MemoryConfig, blocks_for_share, checkpointed, falls_due
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 
 SIZE, RESOLUTION = "nano", 128
@@ -83,7 +83,9 @@ def test_beside_sam2s_own_checkpoints_of_the_clicks(preset):
     for memory, own in (("stock", False), (preset, True)):
         setup = lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=memory))
         setup.model.use_act_ckpt_iterative_pt_sampling = own
-        results.append(train(setup)[0])
+        with mock.patch("sam2_lora_ext.model.checkpointed", wraps=checkpointed) as again:
+            results.append(train(setup)[0])
+        assert (again.call_count >= 8) is own  # the first step too, which SAM 2 keeps
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
@@ -246,3 +248,34 @@ def test_position_encodings_that_nobody_reads_are_neither_made_nor_gathered():
     assert [level.shape for level in unread] == [(2, 0, 4 * side, 4 * side), (2, 0, 2 * side, 2 * side)]
     assert last.shape[2:] == (side, side) and last.shape[1] > 0
     assert list(model.image_encoder.neck.position_encoding.cache) == [(side, side)]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_objects_of_a_single_image_share_its_features(images):
+    """Not a copy each; how the gradients add up, the comparisons above with the plain implementation say."""
+    model, seen = build("lean", SIZE, RESOLUTION).model, []
+    heads = model._forward_sam_heads
+
+    def watched(*args, **kwargs):
+        seen.append([*kwargs["high_res_features"], kwargs["backbone_features"]])
+        return heads(*args, **kwargs)
+
+    with mock.patch.object(model, "_forward_sam_heads", watched):
+        model(make_batch(RESOLUTION, images=images, objects=3))
+    assert len(seen) == 8
+    for level in seen[0][:2]:
+        assert len(level) == 3 * images and torch.equal(level[0], level[2])
+        assert (level.untyped_storage().nbytes() == level[0].numel() * level.element_size()) is (images == 1)
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_evaluation_frame_by_frame(objects):
+    """SAM 2 then gathers by itself, and for one object not at all."""
+    setup, batch = build("lean", SIZE, RESOLUTION), make_batch(RESOLUTION, objects=objects)
+    setup.model.eval()
+    frames = []
+    for per_frame in (False, True):
+        setup.model.forward_backbone_per_frame_for_eval = per_frame
+        with torch.no_grad():
+            frames.append(setup.model(batch)[0]["pred_masks_high_res"])
+    assert torch.equal(*frames)

@@ -1,7 +1,7 @@
 """Operations of the prompt encoder and the mask decoder on maps (B, C, H, W), by fewer and better laid out ones.
 
 Convolutions hand maps on with the channels of a pixel together in memory; the mask decoder's last product wants each channel
-by itself.
+by itself. And what hands the encoder's maps to the objects of an image.
 """
 
 from sam2.modeling.position_encoding import PositionEmbeddingSine
@@ -31,6 +31,20 @@ class PlanarGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         return recomputed(super().forward(x), super().forward, x)
+
+
+class OfOneImage:
+    """Features (H W, 1, C) of the one image of a batch, for SAM 2's `features[:, image_of_each_object]`: a view of them.
+
+    Stock's index copies them for each object, and back in their gradient.
+    """
+
+    def __init__(self, features: Tensor):
+        self.features = features
+
+    def __getitem__(self, key: tuple[slice, Tensor]) -> Tensor:
+        """Features (H W, O, C) for the images [O] of the objects."""
+        return self.features.expand(-1, len(key[1]), -1)
 
 
 class UnreadPositions(PositionEmbeddingSine):

@@ -92,7 +92,7 @@ class MemoryConfig:
 PRESETS = {
     "stock": MemoryConfig(),
     "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs no time
-    "default": MemoryConfig(encoder=0.64, decoder=0.125, pool=True, conv=True, operations=True, selective=True, weights=True),
+    "default": MemoryConfig(encoder=0.67, pool=True, conv=True, operations=True, selective=True, weights=True),
     "low": MemoryConfig(encoder=0.97, decoder=0.75, pool=True, conv=True, operations=True, selective=True, weights=True),
 }
 
