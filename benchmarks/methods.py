@@ -24,7 +24,7 @@ CONFIGS = {
     "nano": "configs/sam2_nano.yaml", "tiny": "configs/sam2.1/sam2.1_hiera_t.yaml",
     "base_plus": "configs/sam2.1/sam2.1_hiera_b+.yaml", "large": "configs/sam2.1/sam2.1_hiera_l.yaml",
 }  # fmt: skip
-RANK, ALPHA, DROPOUT = 8, 16, 0.05
+RANK, ALPHA, DROPOUT, PROMPT_SEED = 8, 16, 0.05, 42  # as in configs/base/severstal.yaml
 DECODER_TARGETS = [target for target in DEFAULT_TARGETS if target.startswith("sam_mask_decoder")]
 SAMPLING = {  # as in configs/base/severstal.yaml, but always a click first, so that each step does the same
     "prob_to_use_pt_input_for_train": 1.0, "prob_to_use_pt_input_for_eval": 1.0,
@@ -69,7 +69,8 @@ def build(
         kind = "plain" if method.endswith("plain") else "lean"
         preset = memory or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
         lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
-        model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", lora=lora, memory=preset, feature_cache=feature_cache)
+        settings = {"lora": lora, "memory": preset, "prompt_seed": PROMPT_SEED, "feature_cache": feature_cache}
+        model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", **settings)
         loss = SeverstalLoss(**LOSS, implementation=kind)
     else:
         model = _model(size, resolution, "training.model.sam2.SAM2Train")

@@ -8,7 +8,7 @@ Legend: O objects, H W pixels, P points. Coordinates are (x, y) in pixels of the
 click, 0 negative click, 2 and 3 the corners of a box, -1 padding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,7 @@ class PromptSampler:
     def __init__(self, empty: Tensor, sound: Tensor, seeds: list[int] | None, *, fixed: list[int], exact_boxes: bool):
         self.empty, self.sound, self.exact_boxes = empty, sound, exact_boxes
         self.seeded = seeds is not None
+        self.any_clean = bool(empty.any())
         self.correcting = False  # set once the first prompts are there
         self.generators = [torch.Generator().manual_seed(seed) for seed in (seeds or fixed)]
 
@@ -87,26 +88,24 @@ class PromptSampler:
         return points, labels
 
     def _clean(self, gt_masks: Tensor) -> list[int]:
+        if not self.any_clean:
+            return []
         return (self.empty.to(gt_masks.device) & ~gt_masks.flatten(1).any(1)).nonzero().flatten().tolist()
 
     def _draw(self, o: int, region: Tensor) -> Tensor:
         """A uniformly drawn pixel (x, y) of a bool [H, W] region, of the whole frame where the region is empty."""
-        candidates = (region if region.any() else torch.ones_like(region)).flatten().nonzero().flatten()
-        index = int(candidates[int(torch.randint(len(candidates), (1,), generator=self.generators[o]))])
-        return torch.tensor([index % region.shape[1], index // region.shape[1]], dtype=torch.float32)
+        return pixels_at(self._numbers([o]), region[None])[0]
+
+    def _numbers(self, objects: Iterable[int]) -> Tensor:
+        """The next random integer below 2**62 of each object's generator."""
+        return torch.stack([torch.randint(2**62, (), generator=self.generators[o]) for o in objects])
 
     def _seeded_points(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Stock's uniform rule, object by object: a pixel of the error region, else of the background."""
-        pred = torch.zeros_like(gt_masks) if pred_masks is None else pred_masks
-        wrong = gt_masks ^ pred
-        points = torch.zeros(len(gt_masks), 1, 2, device=gt_masks.device)
-        labels = torch.zeros(len(gt_masks), 1, dtype=torch.int32, device=gt_masks.device)
-        for o in range(len(gt_masks)):
-            region = wrong[o, 0] if wrong[o].any() else ~gt_masks[o, 0]
-            points[o, 0] = self._draw(o, region).to(points)
-            x, y = points[o, 0].long().tolist()
-            labels[o, 0] = int(gt_masks[o, 0, y, x])
-        return points, labels
+        """Stock's uniform rule from each object's own generator: a pixel of the error region, else of the background."""
+        wrong = gt_masks if pred_masks is None else gt_masks ^ pred_masks
+        points = pixels_at(self._numbers(range(len(wrong))), wrong[:, 0], ~gt_masks[:, 0])
+        x, y = points.unbind(1)
+        return points[:, None].float(), gt_masks[torch.arange(len(x)), 0, y, x][:, None].int()
 
     def _seeded_boxes(self, masks: Tensor) -> Tensor:
         """Stock's jittered boxes, object by object, from each object's own generator."""
@@ -116,3 +115,25 @@ class PromptSampler:
                 torch.manual_seed(int(torch.randint(2**62, (1,), generator=self.generators[o])))
                 corners.append(sample_box_points(masks[o : o + 1].cpu())[0])
         return torch.cat(corners).float().to(masks.device)
+
+
+def pixels_at(numbers: Tensor, *regions: Tensor) -> Tensor:
+    """Of each object's region the pixel in place `number` modulo their count, in reading order: (x, y) int64 [O, 2].
+
+    Without a look at a value, for which the host would have to wait for a GPU.
+
+    Args:
+        numbers: int64 [O], not negative.
+        regions: bool [O, H, W] each; an object's is the first that is not empty, else the whole frame.
+    """
+    choices = torch.stack([*regions, torch.ones_like(regions[0])])  # R O H W
+    in_row = choices.sum(3, dtype=torch.int32)
+    chosen = (in_row.any(2).cumsum(0) == 0).sum(0)  # O
+    objects = torch.arange(len(chosen), device=chosen.device)
+    in_row = in_row[chosen, objects]  # O H
+    up_to = in_row.cumsum(1)
+    place = numbers.to(up_to.device) % up_to[:, -1]
+    y = torch.searchsorted(up_to, place[:, None], right=True)[:, 0]
+    place = place - (up_to - in_row)[objects, y]
+    x = torch.searchsorted(choices[chosen, objects, y].cumsum(1), place[:, None], right=True)[:, 0]
+    return torch.stack([x, y], 1)

@@ -42,9 +42,9 @@ def assert_equal_outputs(one: list[dict], other: list[dict], keys: set[str] | No
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("frames", [1, 2])
 def test_without_lora_it_is_stocks_model(train, frames):
-    """Bitwise, from the same random numbers: outputs, and gradients of all parameters, with `memory: stock`."""
+    """Bitwise, from the same random numbers: outputs, and gradients of all parameters, with `memory: stock` and `prompt_seed: null`."""
     batch = make_batch(DEFECTS, frames)
-    settings = {"lora": None, "num_init_cond_frames_for_train": 1, "prob_to_use_box_input_for_train": 0.5, "memory": "stock", **FEW}
+    settings = {"lora": None, "memory": "stock", "prompt_seed": None, "num_init_cond_frames_for_train": 1, "prob_to_use_box_input_for_train": 0.5, **FEW}
     ours, stock = make_model(**settings), make_model(**settings, _target_=STOCK)
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in stock.state_dict().items())
     for seed in (5, 6, 7):  # clicks and boxes
@@ -127,6 +127,8 @@ def test_prompt_seed_makes_clicks_independent_of_the_batch_and_changes_them_with
     def first_prompt(batch: object, seed: int) -> torch.Tensor:
         return outputs_of(model, batch, train=True, seed=seed)[0]["multistep_point_inputs"][0]["point_coords"][0]
 
+    assert not torch.equal(first_prompt(alone, 1), first_prompt(alone, 2))  # nobody has said which epoch it is
+    model.prompt_epoch = 0
     assert torch.equal(first_prompt(together, 1), first_prompt(alone, 2))
     before = first_prompt(alone, 1)
     model.prompt_epoch = 1

@@ -5,7 +5,7 @@ import torch
 import training.model.sam2 as host
 from sam2.modeling.sam2_utils import get_next_point, mask_to_box, sample_box_points
 
-from sam2_lora_ext.prompts import PromptSampler
+from sam2_lora_ext.prompts import PromptSampler, pixels_at
 
 SIZE = 32
 
@@ -137,6 +137,33 @@ def test_seeded_clicks_follow_stocks_rule():
         x, y = points[0, 0].long().tolist()
         assert not masks[0, 0, y, x] and labels[0, 0] == 0
     assert len(seen) > 20
+
+
+def test_pixels_are_counted_in_reading_order():
+    """In the first region that has any; the oracle lists them. Each is as likely, for numbers that are."""
+    first = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.3
+    second = ~first
+    first[1:3], second[2] = False, False
+    for number in range(2 * 5 * 7):
+        points = pixels_at(torch.full((4,), number), first, second)
+        for o, region in enumerate((first[0], second[1], torch.ones(5, 7, dtype=torch.bool), first[3])):
+            pixels = region.nonzero().flip(1)
+            assert torch.equal(points[o], pixels[number % len(pixels)])
+
+
+def test_seeded_clicks_are_spread_as_stocks_are():
+    """Over the pixels of an error region of two parts, one to be clicked positively: chi-squared of 4,000 draws each."""
+    masks = masks_of(True)
+    pred = masks.roll(8, -1)
+    wrong = (masks ^ pred)[0, 0].flatten()
+    counts = []
+    for draw in (lambda i: sampler_of(masks, seeds=[i]).next_point(masks, pred, "uniform"), lambda i: get_next_point(masks, pred, "uniform")):
+        points = torch.stack([draw(i)[0][0, 0] for i in range(4000)]).long()
+        counts.append(torch.bincount(points[:, 1] * SIZE + points[:, 0], minlength=SIZE * SIZE)[wrong])
+    for found in counts:
+        expected = 4000 / len(found)
+        assert found.sum() == 4000
+        assert ((found - expected) ** 2 / expected).sum() < len(found) + 5 * (2 * len(found)) ** 0.5
 
 
 def test_installed_only_inside():
