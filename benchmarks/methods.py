@@ -24,7 +24,7 @@ CONFIGS = {
     "nano": "configs/sam2_nano.yaml", "tiny": "configs/sam2.1/sam2.1_hiera_t.yaml",
     "base_plus": "configs/sam2.1/sam2.1_hiera_b+.yaml", "large": "configs/sam2.1/sam2.1_hiera_l.yaml",
 }  # fmt: skip
-RANK, ALPHA, DROPOUT, PROMPT_SEED = 8, 16, 0.05, 42  # as in configs/base/severstal.yaml
+RANK, ALPHA, DROPOUT, PROMPT_SEED = 8, 16, 0.05, 42  # as in configs/base/severstal.yaml, the last by its seed_value
 DECODER_TARGETS = [target for target in DEFAULT_TARGETS if target.startswith("sam_mask_decoder")]
 SAMPLING = {  # as in configs/base/severstal.yaml, but always a click first, so that each step does the same
     "prob_to_use_pt_input_for_train": 1.0, "prob_to_use_pt_input_for_eval": 1.0,

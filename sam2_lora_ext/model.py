@@ -36,9 +36,9 @@ class LoRASAM2Train(SAM2Train):
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
         memory: what a step keeps for backward: the name of one of `lean.memory.PRESETS`, or a `MemoryConfig` as a mapping.
             With its `weights`, the first forward pass under autocast casts frozen weights in place, for good.
-        prompt_seed: draw the training clicks of each object from (prompt_seed, epoch, video, object) and not from the global
-            generator of its rank, so that they do not depend on how a batch is spread over ranks; and in a ninth of the time.
-            While nobody sets `prompt_epoch`, as under the stock Trainer, a number of the global generator stands for the epoch.
+        prompt_seed: draw the training clicks of each object from (prompt_seed, step, video, object), the step as a number of `rng`,
+            which all ranks share, and not from the global generator of its rank: so they do not depend on what else is in the
+            batch nor on the rank. None: from the global generator, as stock.
         feature_cache: `folder` and `max_gb` of a `FeatureCache`, for training with a frozen image encoder.
         **kwargs: everything that `SAM2Train` takes.
     """
@@ -59,7 +59,6 @@ class LoRASAM2Train(SAM2Train):
         encoding.cache.clear()
         self.weights_dtype: torch.dtype | None = None  # of the frozen weights, once they are cast
         self.prompt_seed = prompt_seed
-        self.prompt_epoch: int | None = None  # set by LoRATrainer
         self.predictions = 0  # of the forward pass that is running, or of the last one
         self.prompts: PromptSampler | None = None  # of the forward pass that is running
         self.prompted_by_points = True  # in the last forward pass
@@ -153,8 +152,8 @@ class LoRASAM2Train(SAM2Train):
         video_and_object = identifiers[:, :2].tolist()
         seeds = None
         if self.training and self.prompt_seed is not None:
-            epoch = int(torch.randint(2**31, (1,))) if self.prompt_epoch is None else self.prompt_epoch
-            seeds = [derive_seed(self.prompt_seed, epoch, *pair) for pair in video_and_object]
+            step = int(self.rng.integers(2**31))
+            seeds = [derive_seed(self.prompt_seed, step, *pair) for pair in video_and_object]
         # A clean object's click is new each time in training and the same each time in validation.
         salt = int(torch.randint(2**31, (1,))) if self.training and seeds is None and empty.any() else 0
         fixed = [derive_seed(salt, *pair) for pair in video_and_object]

@@ -101,18 +101,21 @@ class PromptSampler:
         return torch.stack([torch.randint(2**62, (), generator=self.generators[o]) for o in objects])
 
     def _seeded_points(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Stock's uniform rule from each object's own generator: a pixel of the error region, else of the background."""
+        """Stock's uniform rule from each object's own generator: a pixel of the error region, else of the background.
+
+        Of a mask that fills the frame and was found exactly any pixel, which is positive; stock's is (0, 0), and negative.
+        """
         wrong = gt_masks if pred_masks is None else gt_masks ^ pred_masks
         points = pixels_at(self._numbers(range(len(wrong))), wrong[:, 0], ~gt_masks[:, 0])
         x, y = points.unbind(1)
-        return points[:, None].float(), gt_masks[torch.arange(len(x)), 0, y, x][:, None].int()
+        return points[:, None].float(), gt_masks.flatten(1).gather(1, (y * gt_masks.shape[3] + x)[:, None]).int()
 
     def _seeded_boxes(self, masks: Tensor) -> Tensor:
         """Stock's jittered boxes, object by object, from each object's own generator."""
         corners = []
         for o in range(len(masks)):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(torch.randint(2**62, (1,), generator=self.generators[o])))
+                torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=self.generators[o])))
                 corners.append(sample_box_points(masks[o : o + 1].cpu())[0])
         return torch.cat(corners).float().to(masks.device)
 
@@ -120,7 +123,7 @@ class PromptSampler:
 def pixels_at(numbers: Tensor, *regions: Tensor) -> Tensor:
     """Of each object's region the pixel in place `number` modulo their count, in reading order: (x, y) int64 [O, 2].
 
-    Without a look at a value, for which the host would have to wait for a GPU.
+    Without reading a value back, for which the host would wait for a GPU.
 
     Args:
         numbers: int64 [O], not negative.
@@ -132,7 +135,7 @@ def pixels_at(numbers: Tensor, *regions: Tensor) -> Tensor:
     objects = torch.arange(len(chosen), device=chosen.device)
     in_row = in_row[chosen, objects]  # O H
     up_to = in_row.cumsum(1)
-    place = numbers.to(up_to.device) % up_to[:, -1]
+    place = numbers.to(up_to.device, non_blocking=True) % up_to[:, -1]
     y = torch.searchsorted(up_to, place[:, None], right=True)[:, 0]
     place = place - (up_to - in_row)[objects, y]
     x = torch.searchsorted(choices[chosen, objects, y].cumsum(1), place[:, None], right=True)[:, 0]

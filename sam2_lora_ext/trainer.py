@@ -244,6 +244,5 @@ class LoRATrainer(Trainer):
         """Makes what follows depend on seed, phase and rank only: a resumed run equals one that never stopped."""
         seed_everything(self.seed_value, phase, epoch, self.distributed_rank)
         model = unwrap_ddp_if_wrapped(self.model)
-        model.prompt_epoch = epoch
         # the same on all ranks, as in stock
         model.rng = np.random.default_rng(derive_seed(self.seed_value, phase, epoch))

@@ -140,15 +140,21 @@ def test_seeded_clicks_follow_stocks_rule():
 
 
 def test_pixels_are_counted_in_reading_order():
-    """In the first region that has any; the oracle lists them. Each is as likely, for numbers that are."""
+    """In the first region that has any; the oracle lists them."""
     first = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.3
     second = ~first
     first[1:3], second[2] = False, False
-    for number in range(2 * 5 * 7):
+    for number in (*range(2 * 5 * 7), 2**62 - 1):
         points = pixels_at(torch.full((4,), number), first, second)
         for o, region in enumerate((first[0], second[1], torch.ones(5, 7, dtype=torch.bool), first[3])):
             pixels = region.nonzero().flip(1)
             assert torch.equal(points[o], pixels[number % len(pixels)])
+
+
+def test_a_mask_that_fills_the_frame_and_is_found_is_clicked_positively():
+    masks = torch.ones(1, 1, SIZE, SIZE, dtype=torch.bool)
+    drawn = [sampler_of(masks, seeds=[seed]).next_point(masks, masks, "uniform") for seed in range(5)]
+    assert all(labels.tolist() == [[1]] for _, labels in drawn) and len({tuple(points[0, 0].tolist()) for points, _ in drawn}) == 5
 
 
 def test_seeded_clicks_are_spread_as_stocks_are():
@@ -157,6 +163,7 @@ def test_seeded_clicks_are_spread_as_stocks_are():
     pred = masks.roll(8, -1)
     wrong = (masks ^ pred)[0, 0].flatten()
     counts = []
+    torch.manual_seed(1)
     for draw in (lambda i: sampler_of(masks, seeds=[i]).next_point(masks, pred, "uniform"), lambda i: get_next_point(masks, pred, "uniform")):
         points = torch.stack([draw(i)[0][0, 0] for i in range(4000)]).long()
         counts.append(torch.bincount(points[:, 1] * SIZE + points[:, 0], minlength=SIZE * SIZE)[wrong])
