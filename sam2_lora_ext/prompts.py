@@ -16,6 +16,8 @@ import training.model.sam2 as host
 from sam2.modeling.sam2_utils import get_next_point, sample_box_points
 from torch import Tensor
 
+TRIES = 2**12  # pixels of the frame that are tried for a click, before those of its region are counted
+
 
 class PromptSampler:
     """Samples the prompts of the O objects of one batch; stands in for the two functions that `SAM2Train` calls.
@@ -94,11 +96,11 @@ class PromptSampler:
 
     def _draw(self, o: int, region: Tensor) -> Tensor:
         """A uniformly drawn pixel (x, y) of a bool [H, W] region, of the whole frame where the region is empty."""
-        return pixels_at(self._numbers([o]), region[None])[0]
+        return drawn_pixels(self._numbers([o]), region[None])[0]
 
     def _numbers(self, objects: Iterable[int]) -> Tensor:
-        """The next random integer below 2**62 of each object's generator."""
-        return torch.stack([torch.randint(2**62, (), generator=self.generators[o]) for o in objects])
+        """The next random integers below 2**62 of each object's generator: [O, 1 + TRIES]."""
+        return torch.stack([torch.randint(2**62, (1 + TRIES,), generator=self.generators[o]) for o in objects])
 
     def _seeded_points(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
         """Stock's uniform rule from each object's own generator: a pixel of the error region, else of the background.
@@ -106,7 +108,7 @@ class PromptSampler:
         Of a mask that fills the frame and was found exactly any pixel, which is positive; stock's is (0, 0), and negative.
         """
         wrong = gt_masks if pred_masks is None else gt_masks ^ pred_masks
-        points = pixels_at(self._numbers(range(len(wrong))), wrong[:, 0], ~gt_masks[:, 0])
+        points = drawn_pixels(self._numbers(range(len(wrong))), wrong[:, 0], ~gt_masks[:, 0])
         x, y = points.unbind(1)
         return points[:, None].float(), gt_masks.flatten(1).gather(1, (y * gt_masks.shape[3] + x)[:, None]).int()
 
@@ -120,23 +122,35 @@ class PromptSampler:
         return torch.cat(corners).float().to(masks.device)
 
 
-def pixels_at(numbers: Tensor, *regions: Tensor) -> Tensor:
-    """Of each object's region the pixel in place `number` modulo their count, in reading order: (x, y) int64 [O, 2].
+def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:
+    """A pixel (x, y) int64 [O, 2] of each object's region: uniform, where the numbers are.
 
-    Without reading a value back, for which the host would wait for a GPU.
+    It is the first of the frame's pixels `numbers[:, 1:]` that lies inside, so that a pixel at the region's edge that rounding
+    turns hardly ever changes it; where none does, the region's own pixel `numbers[:, 0]`. Both are modulo how many there are.
+    No value is read back, for which the host would wait for a GPU.
 
     Args:
-        numbers: int64 [O], not negative.
+        numbers: int64 [O, N], not negative.
         regions: bool [O, H, W] each; an object's is the first that is not empty, else the whole frame.
     """
     choices = torch.stack([*regions, torch.ones_like(regions[0])])  # R O H W
-    in_row = choices.sum(3, dtype=torch.int32)
-    chosen = (in_row.any(2).cumsum(0) == 0).sum(0)  # O
-    objects = torch.arange(len(chosen), device=chosen.device)
-    in_row = in_row[chosen, objects]  # O H
+    empty_before = (choices.sum(3, dtype=torch.int32).any(2).cumsum(0) == 0).sum(0)  # O; in two steps, as `any` is slow on bool
+    region = choices[empty_before, torch.arange(len(empty_before), device=choices.device)]
+    numbers = numbers.to(region.device, non_blocking=True)
+    height, width = region.shape[1:]
+    tried = numbers[:, 1:] % (height * width)
+    inside = region.flatten(1).gather(1, tried)
+    first = tried.gather(1, inside.int().argmax(1)[:, None])[:, 0]
+    first = torch.stack([first % width, first // width], 1)
+    return torch.where(inside.any(1)[:, None], first, pixels_in_order(numbers[:, 0], region))
+
+
+def pixels_in_order(numbers: Tensor, regions: Tensor) -> Tensor:
+    """Of regions bool [O, H, W], none empty, the pixels (x, y) int64 [O, 2] in place `numbers` [O] modulo their count, row by row."""
+    objects, in_row = torch.arange(len(regions), device=regions.device), regions.sum(2)  # O H
     up_to = in_row.cumsum(1)
-    place = numbers.to(up_to.device, non_blocking=True) % up_to[:, -1]
+    place = numbers % up_to[:, -1]
     y = torch.searchsorted(up_to, place[:, None], right=True)[:, 0]
     place = place - (up_to - in_row)[objects, y]
-    x = torch.searchsorted(choices[chosen, objects, y].cumsum(1), place[:, None], right=True)[:, 0]
+    x = torch.searchsorted(regions[objects, y].cumsum(1), place[:, None], right=True)[:, 0]
     return torch.stack([x, y], 1)

@@ -83,6 +83,7 @@ def test_beside_sam2s_own_checkpoints_of_the_clicks(preset):
     for memory, own in (("stock", False), (preset, True)):
         setup = lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=memory))
         setup.model.use_act_ckpt_iterative_pt_sampling = own
+        setup.model.prompt_seed = None  # clicks as stock draws them
         with mock.patch("sam2_lora_ext.model.checkpointed", wraps=checkpointed) as again:
             results.append(train(setup)[0])
         assert (again.call_count >= 8) is own  # the first step too, which SAM 2 keeps

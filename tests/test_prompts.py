@@ -5,7 +5,7 @@ import torch
 import training.model.sam2 as host
 from sam2.modeling.sam2_utils import get_next_point, mask_to_box, sample_box_points
 
-from sam2_lora_ext.prompts import PromptSampler, pixels_at
+from sam2_lora_ext.prompts import PromptSampler, drawn_pixels, pixels_in_order
 
 SIZE = 32
 
@@ -139,16 +139,41 @@ def test_seeded_clicks_follow_stocks_rule():
     assert len(seen) > 20
 
 
-def test_pixels_are_counted_in_reading_order():
-    """In the first region that has any; the oracle lists them."""
-    first = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.3
-    second = ~first
-    first[1:3], second[2] = False, False
+def test_pixels_in_order_are_those_that_a_list_has():
+    regions = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(1)) < 0.3
+    regions[1], regions[2] = True, False
+    regions[2, 4, 6] = True
     for number in (*range(2 * 5 * 7), 2**62 - 1):
-        points = pixels_at(torch.full((4,), number), first, second)
-        for o, region in enumerate((first[0], second[1], torch.ones(5, 7, dtype=torch.bool), first[3])):
+        points = pixels_in_order(torch.full((4,), number), regions)
+        for point, region in zip(points, regions):
             pixels = region.nonzero().flip(1)
-            assert torch.equal(points[o], pixels[number % len(pixels)])
+            assert torch.equal(point, pixels[number % len(pixels)])
+
+
+def test_the_first_pixel_inside_is_taken_before_any_is_counted():
+    """In the first region that has any, else of the frame."""
+    region, other = torch.zeros(2, 4, 5, 7, dtype=torch.bool)
+    region[:2, 1, 2], region[:2, 3, 4], other[2, 0, 5] = True, True, True
+    tried = [6, 35 + 3 * 7 + 4, 1 * 7 + 2], [6, 8, 33], [6, 7, 5], [2**62 - 1, 8, 33]
+    numbers = torch.tensor([[1, *few] for few in tried])
+    last = (2**62 - 1) % 35
+    assert drawn_pixels(numbers, region, other).tolist() == [[4, 3], [4, 3], [5, 0], [last % 7, last // 7]]
+    assert drawn_pixels(numbers[:, :2], region, other).tolist() == [[4, 3], [4, 3], [5, 0], [last % 7, last // 7]]
+    numbers[:2, 0] = 2
+    assert drawn_pixels(numbers, region, other).tolist()[:2] == [[4, 3], [2, 1]]
+
+
+def test_seeded_clicks_stay_where_a_pixel_of_the_region_is_turned():
+    """As stock's do; so rounding, which turns pixels at an edge, seldom makes another run of it."""
+    masks = masks_of(True)
+    pred = masks.roll(8, -1)
+    other = pred.clone()
+    other[0, 0, 4, 14] ^= True
+    moved = 0
+    for seed in range(50):
+        one, two = (sampler_of(masks, seeds=[seed]).next_point(masks, mask, "uniform")[0] for mask in (pred, other))
+        moved += not torch.equal(one, two)
+    assert moved <= 3
 
 
 def test_a_mask_that_fills_the_frame_and_is_found_is_clicked_positively():
