@@ -113,7 +113,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
 
         Args:
             masks: logits [O M H W]; the lean implementation takes smaller ones too.
-            targets: [O 1 H W], 0.0 or 1.0.
+            targets: [O 1 H W], 0.0 or 1.0; bool too for the lean implementation.
             ious: predicted IoU [O M].
         """
         if self.lean:
@@ -126,8 +126,8 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         )
 
     def _lean_terms(self, masks: Tensor, targets: Tensor, ious: Tensor) -> MaskTerms:
-        area = targets.flatten(2).sum(-1)  # O 1
         sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
+        area = targets.flatten(2).sum(-1, dtype=sums.drawn.dtype)  # O 1
         true_ious = sums.hits / (sums.positives + area - sums.hits).clamp(min=1)
         error = ious - true_ious
         return MaskTerms(
@@ -143,7 +143,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
             return focal_tversky(chosen, targets[:, 0], **self.tversky)
         sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
         hit, drawn = (total.gather(1, best[:, None])[:, 0] for total in (sums.overlap, sums.drawn))
-        return tversky_of_sums(hit, drawn, targets.flatten(1).sum(-1), **self.tversky)
+        return tversky_of_sums(hit, drawn, targets.flatten(1).sum(-1, dtype=hit.dtype), **self.tversky)
 
     def class_term(self, score_logits: Tensor, present: Tensor) -> Tensor:
         """The object-score loss [O] of score logits [O 1], or zeros when the scores are not trained."""
@@ -169,7 +169,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
 
     def _forward(self, outputs: dict, targets: Tensor, num_objects: float) -> dict[str, Tensor]:
         """The losses of one frame (targets [O H W]), divided by `num_objects`; stock's `forward` adds up the frames."""
-        targets = targets.unsqueeze(1).float()
+        targets = targets.unsqueeze(1) if self.lean else targets.unsqueeze(1).float()  # lean ones are kept as they are
         found = (targets > 0).flatten(1).any(-1).float()
         present = found if self.pred_obj_scores else torch.ones_like(found)  # stock: without scores all count
         weights = self.object_weights(outputs, found)

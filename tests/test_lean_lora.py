@@ -1,7 +1,9 @@
 """LeanLoRALinear against the plain layer, which is its oracle, and against finite differences."""
 
 import copy
+import math
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import Saved
 from sam2_lora_ext.lora import LoRALinear, build_lora_model, lora_layers
-from sam2_lora_ext.lora.lean import SMALL, LeanLoRALinear, drop, dropped_places
+from sam2_lora_ext.lora.lean import SMALL, LeanLoRALinear, drawn_gaps, drop, places_of
 
 QKV = (True, False, True)
 pytestmark = pytest.mark.usefixtures("lean_however_small")
@@ -159,11 +161,15 @@ def test_dropout_has_the_same_zeros_in_forward_and_backward():
     assert torch.autograd.gradcheck(seeded, (x, lean.lora_a, lean.lora_b))
 
 
+def drawn_places(tokens, features, p):
+    return places_of(drawn_gaps(tokens, features, p, torch.device("cpu")), tokens * features)
+
+
 def test_dropout_is_the_formula():
     _, lean = pair(dropout=0.25)
     x = torch.randn(40, 12, dtype=torch.float64)
     torch.manual_seed(5)
-    mask = drop(torch.ones_like(x), dropped_places(40, 12, 0.25, x.device))
+    mask = drop(torch.ones_like(x), drawn_places(40, 12, 0.25))
     torch.manual_seed(5)
     expected = nn.functional.linear(x, lean.weight, lean.bias)
     expected = expected + lean.scaling * (x * mask / 0.75) @ lean.lora_a.T @ lean.lora_b.T
@@ -173,7 +179,7 @@ def test_dropout_is_the_formula():
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
 def test_zeros_are_independent_and_at_the_right_rate(p):
     torch.manual_seed(0)
-    zeros = drop(torch.ones(2000, 500), dropped_places(2000, 500, p, torch.device("cpu"))) == 0
+    zeros = drop(torch.ones(2000, 500), drawn_places(2000, 500, p)) == 0
     n = zeros.numel()
     deviation = (p * (1 - p) / n) ** 0.5
     assert abs(zeros.double().mean() - p) < 5 * deviation
@@ -183,18 +189,27 @@ def test_zeros_are_independent_and_at_the_right_rate(p):
     assert abs(pairs - p * p) < 6 * (p * p / n) ** 0.5
 
 
-def test_places_take_four_bytes_where_that_is_enough():
-    assert dropped_places(1000, 100, 0.05, torch.device("cpu")).dtype == torch.int32
-    for p in (1e-6, 1e-7, 1e-8, 1e-9):
+def test_gaps_take_two_bytes_where_that_is_enough():
+    cpu, largest = torch.device("cpu"), torch.full((16,), 1 - 2**-24)  # that `rand` draws
+    for p, dtype in ((0.05, torch.int16), (0.0006, torch.int16), (0.0005, torch.int64), (1e-9, torch.int64)):
+        with mock.patch("torch.rand", return_value=largest):
+            gaps = drawn_gaps(1000, 100, p, cpu)
+        expected = 1 + 24 * math.log(2) / p
+        assert gaps.dtype == dtype and (gaps.double() - expected).abs().max() < 1 + 24 * p * expected
+
+
+def test_places_never_run_over():
+    assert places_of(torch.full((3,), 2**14, dtype=torch.int16), 2**20).tolist() == [2**14 - 1, 2**15 - 1, 3 * 2**14 - 1]
+    assert places_of(torch.tensor([3, 2**40]), 2**33).tolist() == [2, 2**33]
+    for p in (0.05, 1e-3, 1e-6, 1e-7, 1e-8, 1e-9):
         for _ in range(200):
-            places = dropped_places(1, 2, p, torch.device("cpu"))
+            places = drawn_places(1, 2, p)
             assert 0 <= places.min() and places.max() <= 2
-    assert places.dtype == torch.int64
 
 
 def test_tiny_inputs_get_each_pattern_at_its_rate():
     torch.manual_seed(0)
-    patterns = torch.stack([drop(torch.ones(1, 2), dropped_places(1, 2, 0.5, torch.device("cpu")))[0] for _ in range(4000)])
+    patterns = torch.stack([drop(torch.ones(1, 2), drawn_places(1, 2, 0.5))[0] for _ in range(4000)])
     rates = (patterns @ torch.tensor([1.0, 2.0])).long().bincount(minlength=4) / 4000
     torch.testing.assert_close(rates, torch.full((4,), 0.25), atol=0.035, rtol=0)  # 5 deviations
 
@@ -257,8 +272,8 @@ def test_layers_that_share_an_input_keep_it_once():
     with Saved([p for layer in layers for p in layer.parameters()]) as saved:
         outputs = [layer(x) for layer in layers]
     functions = [output.grad_fn.next_functions[0][0] for output in outputs]  # below the view that restores the shape
-    places = sum(4 * len(function.saved_tensors[-1]) for function in functions)
-    assert saved.total == x.nbytes + 3 * 100 * 4 * 4 + places
+    gaps = sum(2 * len(function.saved_tensors[-1]) for function in functions)
+    assert saved.total == x.nbytes + 3 * 100 * 4 * 4 + gaps
     with Saved(()) as saved, torch.no_grad():
         layers[0](x)
     assert saved.total == 0

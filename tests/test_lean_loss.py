@@ -113,7 +113,7 @@ def test_nothing_is_kept_but_logits_and_targets():
         SeverstalLoss(WEIGHTS, implementation="lean", pred_obj_scores=True)(outputs, targets)
     logits = sum(tensor.nbytes for tensor in outputs[0][f"multistep_{NAMES[0]}"])
     small = 3 * 1500  # scores and sums
-    assert logits + 2 * 64 * 64 * 4 <= saved.total <= logits + 2 * 64 * 64 * 4 + small
+    assert logits + 2 * 64 * 64 <= saved.total <= logits + 2 * 64 * 64 + small
 
 
 def test_a_batch_without_objects():

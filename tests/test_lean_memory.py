@@ -15,7 +15,9 @@ from benchmarks.measure import LiveBytes, Saved, run_step
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
-from sam2_lora_ext.lean.memory import PRESETS, CheckpointedLeanBlock, MemoryConfig, blocks_for_share, checkpointed, falls_due
+from sam2_lora_ext.lean.memory import (
+    PRESETS, CheckpointedLeanBlock, MemoryConfig, SelectiveLeanBlock, blocks_for_share, checkpointed, falls_due,
+)  # fmt: skip
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 
 SIZE, RESOLUTION = "nano", 128
@@ -123,7 +125,8 @@ def test_gradients_equal_the_plain_implementation_in_double_precision():
 def test_keys_copies_pickles_and_evaluation():
     plain, lean = build("plain", SIZE, RESOLUTION), build("lean_memory", SIZE, RESOLUTION)
     assert list(plain.model.state_dict()) == list(lean.model.state_dict())
-    assert all(type(block) is CheckpointedLeanBlock for block in lean.model.image_encoder.trunk.blocks)
+    blocks = lean.model.image_encoder.trunk.blocks
+    assert [type(block) for block in blocks] == [CheckpointedLeanBlock] * (len(blocks) - 1) + [SelectiveLeanBlock]
     batch = make_batch(RESOLUTION)
     frames = []
     for model in (plain.model, lean.model, copy.deepcopy(lean.model), pickle.loads(pickle.dumps(lean.model))):
@@ -158,7 +161,8 @@ def test_which_blocks_are_computed_again():
     stages = [1, 2, 7, 2]  # SAM 2.1 tiny; the first block of a stage pools
     blocks = nn.ModuleList(Block((2, 2) if s and not b else None) for s, n in enumerate(stages) for b in range(n))
     # sizes 1 | 1 1/2 | 1/2 1/4 1/4 1/4 1/4 1/4 1/4 | 1/4 1/8, together 4.875
-    assert [blocks_for_share(blocks, share) for share in (0, 0.1, 0.2, 0.5, 0.6, 1)] == [0, 0, 1, 3, 4, 12]
+    shares = (0, 0.1, 0.2, 0.21, 0.5, 0.52, 0.61, 0.62, 0.97, 0.98, 1)
+    assert [blocks_for_share(blocks, share) for share in shares] == [0, 0, 0, 1, 2, 3, 3, 4, 10, 11, 12]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def test_bad_settings_are_refused(value, message):
 
 def test_presets_and_mappings():
     assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of(
-        {"encoder": 0.97, "decoder": 0.75, "pool": True, "conv": True, "operations": True, "selective": True, "weights": True}
+        {"encoder": 0.98, "decoder": 0.625, "pool": True, "conv": True, "operations": True, "selective": True, "weights": True}
     )
     assert MemoryConfig.of({}) == PRESETS["stock"] == MemoryConfig()
 

@@ -139,6 +139,33 @@ def test_a_block_of_which_nothing_is_read_is_free():
         assert live.now == 0
 
 
+def test_what_several_read_is_made_once_and_held_until_the_last_has_it():
+    """By results made of it too; a second backward pass may make it more often, and holds nothing either."""
+    made = []
+
+    def function(x):
+        made.append(None)
+        return x * 2
+
+    x = torch.randn(1000, requires_grad=True)
+    with recomputing():
+        first = recomputed(function(x), function, x)
+        second = recomputed(first + 1, lambda first: first + 1, first)
+        loss = (second.sin() + first.sin() + first[3:].cos().sum()).sum()
+        del first, second
+    gradients = []
+    for _ in range(2):
+        made.clear()
+        with LiveBytes([x]) as live:
+            gradients.append(torch.autograd.grad(loss, x, retain_graph=True)[0])
+            assert live.now == x.nbytes
+        assert len(made) == 1 or gradients[1:]
+    twice = 2 * x.detach()
+    wrong_by = gradients[0] - 2 * ((twice + 1).cos() + twice.cos())
+    torch.testing.assert_close(wrong_by, torch.cat([torch.zeros(3), -2000 * twice[3:].sin()]))
+    assert torch.equal(*gradients)
+
+
 def test_a_result_without_a_gradient_is_not_kept_either():
     weight = torch.randn(4, requires_grad=True)
     x = torch.randn(5, 4)

@@ -25,12 +25,18 @@ class LeanLayerNorm2d(LayerNorm2d):
         return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
-class PlanarGELU(nn.GELU):
-    """`nn.GELU` that brings its input into the order that the product after it and its gradient have."""
+class LeanGELU(nn.GELU):
+    """`nn.GELU` that may be computed again."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
         return recomputed(super().forward(x), super().forward, x)
+
+
+class PlanarGELU(LeanGELU):
+    """A `LeanGELU` that brings its input into the order that the product after it and its gradient have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())
 
 
 class OfOneImage:

@@ -42,14 +42,14 @@ class MaskSums(NamedTuple):
 
 
 def mask_sums(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> MaskSums:
-    """The sums of each map of `logits` [O M h w] for `targets` [O 1 H W], 0.0 or 1.0, differentiable in the logits."""
+    """The sums of each map of `logits` [O M h w] for `targets` [O 1 H W], 0 or 1 in any type, differentiable in the logits."""
     return MaskSums(*_MaskSums.apply(logits, targets, alpha, gamma))
 
 
 class _MaskSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> tuple[Tensor, ...]:
-        shape, dtype = logits.shape[:2], torch.promote_types(logits.dtype, targets.dtype)
+        shape, dtype = logits.shape[:2], torch.promote_types(torch.promote_types(logits.dtype, torch.float32), targets.dtype)
         focal, overlap, drawn, hits, positives = (torch.zeros(shape, dtype=dtype, device=logits.device) for _ in range(5))
         for o, m in itertools.product(*map(range, shape)):
             g = targets[o, 0].to(dtype)

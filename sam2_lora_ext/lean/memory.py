@@ -28,10 +28,11 @@ from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
 from sam2_lora_ext.lean.high_res import pair_convolutions
-from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
+from sam2_lora_ext.lean.maps import LeanGELU, LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
+from sam2_lora_ext.lean.upscaling import LastUpscaling
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class MemoryConfig:
         encoder: share, 0 to 1, of the trunk's activations that is computed again in backward; the rest is kept.
         decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder, upscaling) that is computed again.
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
-        conv: keep no inputs of frozen convolutions in the neck and the mask decoder.
+        conv: keep no inputs of frozen convolutions in the neck, the prompt encoder and the mask decoder.
         operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`,
             `lean.high_res`; the last only where the neck is frozen, so a model that trains it rounds otherwise).
         selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations and
@@ -92,8 +93,8 @@ class MemoryConfig:
 PRESETS = {
     "stock": MemoryConfig(),
     "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs no time
-    "default": MemoryConfig(encoder=0.67, pool=True, conv=True, operations=True, selective=True, weights=True),
-    "low": MemoryConfig(encoder=0.97, decoder=0.75, pool=True, conv=True, operations=True, selective=True, weights=True),
+    "default": MemoryConfig(encoder=0.61, pool=True, conv=True, operations=True, selective=True, weights=True),
+    "low": MemoryConfig(encoder=0.98, decoder=0.625, pool=True, conv=True, operations=True, selective=True, weights=True),
 }
 
 
@@ -138,7 +139,8 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
             if type(module) is nn.MaxPool2d:
                 module.__class__ = LeanMaxPool2d
     if memory.conv:
-        for module in (*model.image_encoder.neck.modules(), *model.sam_mask_decoder.children()):
+        downscaling = model.sam_prompt_encoder.mask_downscaling
+        for module in (*model.image_encoder.neck.modules(), *downscaling, *model.sam_mask_decoder.children()):
             if type(module) is nn.Conv2d and module.padding_mode == "zeros":
                 module.__class__ = LeanConv2d
         _swap(model.sam_mask_decoder.output_upscaling, {nn.ConvTranspose2d: LeanConvTranspose2d})
@@ -146,7 +148,11 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
         _swap((trunk, *trunk.blocks), {Hiera: LeanHiera, MultiScaleBlock: LeanBlock})
         heads = (*model.sam_prompt_encoder.modules(), *model.sam_mask_decoder.modules())
         _swap(heads, {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock, LayerNorm2d: LeanLayerNorm2d})
-        _swap(model.sam_mask_decoder.output_upscaling[-1:], {nn.GELU: PlanarGELU})
+        upscaling = model.sam_mask_decoder.output_upscaling
+        _swap(upscaling[-1:], {nn.GELU: PlanarGELU})
+        _swap(upscaling, {nn.GELU: LeanGELU})
+        if model.sam_mask_decoder.use_high_res_features:
+            _swap(upscaling[-2:], {nn.ConvTranspose2d: LastUpscaling, LeanConvTranspose2d: LastUpscaling})
         pair_convolutions(model)
     again = trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]
     _swap(again, {MultiScaleBlock: CheckpointedBlock, LeanBlock: CheckpointedLeanBlock})
@@ -160,7 +166,7 @@ def _swap(modules: Iterable[nn.Module], classes: Mapping[type, type]) -> None:
 
 
 def blocks_for_share(blocks: nn.ModuleList, share: float) -> int:
-    """How many blocks, from the first on, hold as nearly as can be `share` of the activations of a Hiera's blocks.
+    """How many blocks, from the first on, hold at most `share` of the activations of a Hiera's blocks.
 
     A block counts as tokens times width; from one stage to the next the tokens are a quarter and the width doubles.
     """
@@ -168,4 +174,4 @@ def blocks_for_share(blocks: nn.ModuleList, share: float) -> int:
     for block in blocks:
         held.append(held[-1] + size)  # the first block of a stage still works at the resolution before it
         size = size / 2 if block.q_stride else size
-    return min(range(len(held)), key=lambda count: abs(held[count] - share * held[-1]))
+    return sum(count <= share * held[-1] for count in held[1:])

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,17 +29,25 @@ class _Kept(NamedTuple):
         return self.tensor
 
 
-class _Recipe(NamedTuple):
-    """A function and its arguments, under the autocast that there was."""
+@dataclass
+class _Recipe:
+    """A function and its arguments, under the autocast that there was; made once for all its readers, if each reads it once."""
 
     function: Callable[..., Tensor]
     sources: "tuple[_Kept | _View, ...]"
     autocast: tuple[str, torch.dtype, bool]
+    unread: int = 0  # readers that have not asked yet
+    made: Tensor | None = None  # for the readers to come
 
     def make(self) -> Tensor:
-        sources = [source.make() for source in self.sources]
-        with torch.no_grad(), torch.autocast(*self.autocast, cache_enabled=False):
-            return self.function(*sources)
+        result = self.made
+        if result is None:
+            sources = [source.make() for source in self.sources]
+            with torch.no_grad(), torch.autocast(*self.autocast, cache_enabled=False):
+                result = self.function(*sources)
+        self.unread -= 1
+        self.made = result if self.unread > 0 else None
+        return result
 
 
 class _View(NamedTuple):
@@ -122,6 +131,7 @@ def _pack(tensor: Tensor, recipes: _Recipes) -> _Kept | _View:
     if found is None or found.version != tensor._version or found.tensor.dtype != tensor.dtype:  # `view_as_complex`
         # A node may save its own result: it and its graph would hold each other for good.
         return _Kept(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
+    found.recipe.unread += 1
     return _View(found.recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
 
 

@@ -4,7 +4,7 @@
     dA = s (B^T dy) (D x)^T,   dB = s dy (A D x)^T,   dx = W^T dy + s D A^T B^T dy
 
 What is kept for backward is x itself (or, in `lean.recompute`, how it was made), the r numbers A D x of each token, and the
-places of the zeros in m. Plain LoRA keeps the dropped copy of x, the mask and the update besides; layers that read the same
+gaps between the zeros in m. Plain LoRA keeps the dropped copy of x, the mask and the update besides; layers that read the same
 x share it here (under autocast each keeps its own cast of it).
 
 Products with a side of r are bound by memory, and several times slower in some layouts than in others (oneMKL): A D x and
@@ -28,20 +28,25 @@ from sam2_lora_ext.lora.layer import LoRALinear
 SMALL = 2**14  # numbers of an input, such as a prompt's tokens, up to which the plain way is faster and keeps next to nothing
 
 
-def dropped_places(tokens: int, features: int, dropout: float, device: torch.device) -> Tensor:
-    """Draws which of tokens x features inputs dropout zeroes: their places, ascending, in 32 bits where that is enough.
+def drawn_gaps(tokens: int, features: int, dropout: float, device: torch.device) -> Tensor:
+    """Draws which of tokens x features inputs dropout zeroes: how far each zero is behind the one before, in 16 bits.
 
     The gaps between the zeros of a Bernoulli sequence are geometric, so p N in numbers are drawn and kept and not N in; on a
     CPU, at p = 0.05, in a sixteenth of the time of `bernoulli_`. The number of gaps is fixed, eight standard deviations above
-    what is expected; places behind the end become tokens * features, the first number of a spare row.
+    what is expected. The largest belongs to the smallest number that `rand` is from 1: it needs more bits where p < 0.0006.
     """
     count = tokens * features
     torch.empty(0).geometric_(dropout)  # draws nothing; a constant p to `torch.compile`, whose symbols cannot be sizes
-    draws = math.ceil(count * dropout + 8 * math.sqrt(count * dropout)) + 16
-    uniform = 1 - torch.rand(draws, dtype=torch.float32, device=device)  # in (0, 1]
-    gaps = torch.rsub(uniform.log_(), 1, alpha=-1 / math.log1p(-dropout))  # 1 + log u / log (1 - p): faster than `geometric_`
-    kind = torch.int32 if draws < dropout * 2**29 else torch.int64  # the last place is near draws / p, a fourth of 2^31 at most
-    return gaps.cumsum(0, dtype=kind).sub_(1).clamp_(max=count)  # of the gaps' whole parts
+    draws, rate = math.ceil(count * dropout + 8 * math.sqrt(count * dropout)) + 16, -math.log1p(-dropout)
+    uniform = 1 - torch.rand(draws, dtype=torch.float32, device=device)  # in (0, 1], in steps of 2^-24
+    gaps = torch.rsub(uniform.log_(), 1, alpha=1 / rate)  # 1 + log u / log (1 - p): faster than `geometric_`
+    return gaps.to(torch.int16 if 24 * math.log(2) / rate < 2**15 - 2 else torch.int64)  # their whole parts
+
+
+def places_of(gaps: Tensor, count: int) -> Tensor:
+    """The places of the zeros among `count` inputs, ascending; those behind the end become `count`, the first of a spare row."""
+    kind = torch.int32 if gaps.dtype == torch.int16 and count < 2**29 else torch.int64  # a fourth of what 32 bits hold
+    return gaps.cumsum(0, dtype=kind).sub_(1).clamp_(max=count)
 
 
 def drop(x: Tensor, places: Tensor | None) -> Tensor:
@@ -77,10 +82,11 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, places: Tensor | None,
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, gaps: Tensor | None,
         slices: tuple[bool, ...], outputs: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         tokens = x.reshape(-1, x.shape[-1])
+        places = None if gaps is None else places_of(gaps, tokens.numel())
         low = (a @ drop(tokens, places).t()).view(len(a) // b.shape[2], b.shape[2], len(tokens))  # n r N
         each = len(b) // len(low)
         biases = [None] * outputs if bias is None else bias.to(x.dtype).chunk(outputs)
@@ -88,7 +94,7 @@ class LoRAFunction(torch.autograd.Function):
         for m, y in enumerate(adapted(ys, slices)):  # in place: another (N, out) costs as much as the product
             y.addmm_(low[m // each].t(), b[m].t(), alpha=scaling)
         needs_x, needs_low = weight.requires_grad or a.requires_grad, b.requires_grad
-        ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, places)
+        ctx.save_for_backward(x if needs_x else None, weight, a, b, low if needs_low else None, gaps)
         ctx.scaling, ctx.shape, ctx.slices = scaling, x.shape, slices
         return ys
 
@@ -100,7 +106,8 @@ class LoRAFunction(torch.autograd.Function):
 
 
 def _gradients(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a, b, low, places = ctx.saved_tensors
+    x, weight, a, b, low, gaps = ctx.saved_tensors
+    places = None if gaps is None else places_of(gaps, math.prod(ctx.shape))
     tokens = None if x is None else x.reshape(-1, x.shape[-1])
     dslices, n = adapted(dys, ctx.slices), len(a) // b.shape[2]
     each = len(b) // n
@@ -159,10 +166,10 @@ class LeanLoRALinear(LoRALinear):
             with torch.autocast(kind, enabled=False):
                 return self._outputs(cast(x, torch.get_autocast_dtype(kind)), count)
         p = self.dropout if self.training else 0.0
-        places = dropped_places(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None
+        gaps = drawn_gaps(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None
         a, b = self.factors()
         each = max(count // len(self.parts), 1)
         slices = tuple(part for part in self.parts for _ in range(each))
         a, b, scaling = a.to(x.dtype), b.to(x.dtype).view(sum(slices), -1, b.shape[1]), self.scaling / (1 - p)
-        ys = LoRAFunction.apply(x, self.weight, self.bias, a, b, scaling, places, slices, count)
+        ys = LoRAFunction.apply(x, self.weight, self.bias, a, b, scaling, gaps, slices, count)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
