@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import nn
 
 from benchmarks.measure import LiveBytes, Saved
@@ -12,8 +14,8 @@ from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.upscaling import LastUpscaling
 
 
-def both(conv, autocast=False, features_as=torch.float64, layout=torch.contiguous_format, batch=2):
-    """Sum and gradients, of the convolution plus the features and of `LastUpscaling`, whose gradient is not that of a contiguous."""
+def both(conv, autocast=False, features_as=torch.float64, layout=torch.contiguous_format, batch=2, expanded=True):
+    """Sum and gradients, of the convolution plus the features of one image and of `LastUpscaling`."""
     torch.manual_seed(0)
     lean = copy.deepcopy(conv)
     lean.__class__ = LastUpscaling
@@ -24,7 +26,7 @@ def both(conv, autocast=False, features_as=torch.float64, layout=torch.contiguou
     results = []
     for layer in (conv, lean):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = layer(x) + image.expand(batch, -1, -1, -1)
+            y = layer(x) + (image.expand(batch, -1, -1, -1) if expanded else image)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         results.append([y, *torch.autograd.grad(y, [x, image, *trained], dy)])
@@ -53,7 +55,36 @@ def test_under_autocast(features_as):
     expected, got = both(nn.ConvTranspose2d(5, 6, 2, 2).requires_grad_(False), autocast=True, features_as=features_as)
     for one, other in zip(expected, got, strict=True):
         assert one.dtype == other.dtype
-        torch.testing.assert_close(other, one, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(other, one, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_features_of_one_image_for_several_prompts(trained):
+    expected, got = both(nn.ConvTranspose2d(5, 6, 2, 2).double().requires_grad_(trained), batch=3, expanded=False)
+    for one, other in zip(expected, got, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+
+
+def test_a_live_model_in_the_predictor_with_several_prompts():
+    masks = []
+    for memory in ("stock", "default"):
+        predictor = SAM2ImagePredictor(build("lean", "nano", 128, memory=memory).model.eval())
+        predictor._bb_feat_sizes = [(32, 32), (16, 16), (8, 8)]  # SAM 2 writes those of 1024 px
+        predictor.set_image(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8))
+        points = np.array([[[20, 30]], [[60, 10]], [[90, 80]]])
+        masks.append(predictor.predict(points, np.ones((3, 1)), return_logits=True)[0])
+    assert masks[0].shape == (3, 3, 96, 128)
+    np.testing.assert_allclose(masks[1], masks[0], rtol=1e-4, atol=1e-4)
+
+
+def test_compiled():
+    layer = LastUpscaling(8, 4, 2, 2).requires_grad_(False)
+    x, features = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(2, 4, 8, 8)
+    compiled = torch.compile(lambda x: layer(x) + features, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(x), layer(x) + features
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.cos().sum(), x), torch.autograd.grad(expected.cos().sum(), x))
 
 
 def test_nothing_is_kept_of_what_may_be_computed_again():

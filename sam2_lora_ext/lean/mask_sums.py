@@ -49,7 +49,7 @@ def mask_sums(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Ma
 class _MaskSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> tuple[Tensor, ...]:
-        shape, dtype = logits.shape[:2], torch.promote_types(torch.promote_types(logits.dtype, torch.float32), targets.dtype)
+        shape, dtype = logits.shape[:2], torch.promote_types(logits.dtype, torch.float32)
         focal, overlap, drawn, hits, positives = (torch.zeros(shape, dtype=dtype, device=logits.device) for _ in range(5))
         for o, m in itertools.product(*map(range, shape)):
             g = targets[o, 0].to(dtype)

@@ -31,7 +31,11 @@ class _Kept(NamedTuple):
 
 @dataclass
 class _Recipe:
-    """A function and its arguments, under the autocast that there was; made once for all its readers, if each reads it once."""
+    """A function and its arguments, under the autocast that there was.
+
+    The result is made once for all its readers and held until each has read it; where one never does, as its gradient is not
+    wanted, as long as the graph is.
+    """
 
     function: Callable[..., Tensor]
     sources: "tuple[_Kept | _View, ...]"

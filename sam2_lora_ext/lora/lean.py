@@ -29,11 +29,11 @@ SMALL = 2**14  # numbers of an input, such as a prompt's tokens, up to which the
 
 
 def drawn_gaps(tokens: int, features: int, dropout: float, device: torch.device) -> Tensor:
-    """Draws which of tokens x features inputs dropout zeroes: how far each zero is behind the one before, in 16 bits.
+    """Draws which of tokens x features inputs dropout zeroes: how far each zero is behind the one before.
 
     The gaps between the zeros of a Bernoulli sequence are geometric, so p N in numbers are drawn and kept and not N in; on a
     CPU, at p = 0.05, in a sixteenth of the time of `bernoulli_`. The number of gaps is fixed, eight standard deviations above
-    what is expected. The largest belongs to the smallest number that `rand` is from 1: it needs more bits where p < 0.0006.
+    what is expected. They are kept in 16 bits, or 64 where p < 0.0006, whose largest gap needs more.
     """
     count = tokens * features
     torch.empty(0).geometric_(dropout)  # draws nothing; a constant p to `torch.compile`, whose symbols cannot be sizes
