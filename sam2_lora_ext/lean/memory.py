@@ -45,9 +45,11 @@ class MemoryConfig:
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck, the prompt encoder and the mask decoder.
         operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`,
-            `lean.upscaling`, `lean.high_res`; the last only where the neck is frozen, so a model that trains it rounds otherwise).
+            `lean.upscaling`, `lean.high_res`; the last two only where the mask decoder's last upscaling and the neck are frozen, so
+            a model that trains them rounds otherwise).
         selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations,
-            the image's tokens with their positions and the last upscaling of the masks (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
+            the image's tokens with their positions and the last upscaling of the masks (arXiv 2205.05198; see
+            `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 

@@ -2,7 +2,7 @@
 
     y[:, :, 2 i + a, 2 j + b] = W[:, :, a, b]^T x[:, :, i, j] + bias + f[:, :, 2 i + a, 2 j + b],   a, b in {0, 1}
 
-Kernel and stride are 2, so each of four products fills every second row and column: in a third of the time of the
+Kernel and stride are 2, so each of four products fills every second row and column: in two thirds of the time of the
 convolution, the sum, and the copy that brings each channel by itself, as the product after it wants it. The sum is the
 largest map of a prediction step, and made of little, so it may be computed again.
 
