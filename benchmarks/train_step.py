@@ -4,7 +4,9 @@
     python -m benchmarks.train_step --cases tiny:1024 --methods full lean        two rows
 
 FLOPs and bytes come from fake tensors, so they repeat exactly on any machine and need no memory (tests compare them with real
-ones). Times come from real steps, the methods in turns in one process; resident memory from one child process each.
+ones). Times come from real steps, the methods in turns, each in a process of its own as in training: in one process, memory that
+another method has freed serves the next step or does not, which alone moved full fine-tuning's by a fifth between runs. Ratios of
+times are medians of the ratios in each round. Resident memory comes from one more child process each.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = [{**facts, "method": method, **_apart(count, method, size, resolution)}
                  for method in tqdm(args.methods, desc=case, unit="method", leave=False)]  # fmt: skip
         if case in args.timed:
-            seconds = _apart(step_times, list(args.methods), size, resolution, args.rounds, args.threads)
+            seconds = step_times(args.methods, size, resolution, args.rounds, args.threads)
             for row in found:
-                row |= {"step_seconds": seconds[row["method"]],
+                row |= {"step_seconds": statistics.median(seconds[row["method"]]), "rounds_seconds": seconds[row["method"]],
                         "peak_rss_bytes": _apart(resident, row["method"], size, resolution, args.threads)}  # fmt: skip
                 if torch.cuda.is_available():
                     row |= _apart(on_gpu, row["method"], size, resolution, args.rounds)
@@ -96,24 +99,47 @@ def real_cost(method: str, size: str, resolution: int) -> Cost:
     return step_cost(setup.model, setup.optimizer, tensors_of(batch), lambda: _seeded(setup, batch))
 
 
-def step_times(methods: list[str], size: str, resolution: int, rounds: int, threads: int) -> dict[str, float]:
-    """Median seconds of a step by method; see `seconds_in_turns`."""
-    torch.set_num_threads(threads)
-    return seconds_in_turns({method: build(method, size, resolution) for method in methods}, resolution, rounds)
+def step_times(methods: Sequence[str], size: str, resolution: int, rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of each step by method, each in a process of its own; see `seconds_in_turns`."""
+    with ExitStack() as stack:
+        steps = {}
+        for method in tqdm(methods, desc="a process each", unit="method", leave=False):
+            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            pool.submit(_prepare, method, size, resolution, threads).result()
+            steps[method] = lambda pool=pool: pool.submit(_prepared_step).result()
+        return seconds_in_turns(steps, rounds)
 
 
-def seconds_in_turns(setups: Mapping[str, Setup], resolution: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step by name, taken in turns (A B C A B C ...) after one step of each that is not counted."""
-    seconds: dict[str, list[float]] = {method: [] for method in setups}
-    batch = make_batch(resolution)
+def seconds_in_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each step returns, by name, taken in turns (A B C A B C ...) after one of each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in tqdm(range(rounds + 1), desc="steps in turns", unit="round", leave=False):
-        for method, setup in setups.items():
-            start = time.perf_counter()
-            run_step(setup.optimizer, lambda setup=setup: _seeded(setup, batch))
+        for name, step in steps.items():
+            value = step()
             if turn:
-                seconds[method].append(time.perf_counter() - start)
-            gc.collect()
-    return {method: statistics.median(values) for method, values in seconds.items()}
+                seconds[name].append(value)
+    return seconds
+
+
+def timed_step(setup: Setup, batch: Any) -> float:
+    """Seconds of one step, and what is left of it collected."""
+    start = time.perf_counter()
+    run_step(setup.optimizer, lambda: _seeded(setup, batch))
+    seconds = time.perf_counter() - start
+    gc.collect()
+    return seconds
+
+
+_prepared: list[Any] = []  # in a child process: the setup and the batch of `_prepared_step`
+
+
+def _prepare(method: str, size: str, resolution: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _prepared[:] = build(method, size, resolution), make_batch(resolution)
+
+
+def _prepared_step() -> float:
+    return timed_step(*_prepared)
 
 
 def resident(method: str, size: str, resolution: int, threads: int) -> int:
@@ -142,10 +168,13 @@ def on_gpu(method: str, size: str, resolution: int, rounds: int) -> dict[str, fl
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds `ratio_to_full` to the rows of one case: key -> the row's value by that of full fine-tuning."""
+    """Adds `ratio_to_full` to the rows of one case: key -> the row's value by that of full fine-tuning, of times by rounds."""
     full = next((row for row in rows if row["method"] == "full"), {})
     for row in rows:
         row["ratio_to_full"] = {key: row[key] / full[key] for key in COLUMNS if row.get(key) and full.get(key)}
+        if "rounds_seconds" in row and "rounds_seconds" in full:
+            pairs = zip(row["rounds_seconds"], full["rounds_seconds"], strict=True)
+            row["ratio_to_full"]["step_seconds"] = statistics.median(one / other for one, other in pairs)
     return rows
 
 

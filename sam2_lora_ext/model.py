@@ -19,7 +19,8 @@ from sam2_lora_ext.lean.feature_cache import FeatureCache
 from sam2_lora_ext.lean.maps import OfOneImage, UnreadPositions
 from sam2_lora_ext.lean.memory import MemoryConfig, checkpointed, falls_due, make_lean
 from sam2_lora_ext.lean.recompute import recomputing
-from sam2_lora_ext.lean.transformer import shared_positions
+from sam2_lora_ext.lean.shared import sharing
+from sam2_lora_ext.lean.upscaling import by_corners
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
 from sam2_lora_ext.losses import SMALL_MASKS
 from sam2_lora_ext.prompts import PromptSampler
@@ -75,7 +76,7 @@ class LoRASAM2Train(SAM2Train):
         self.hold_weights(input.img_batch.device.type)
         self.prompts = self._prompt_sampler(input)
         self.predictions = 0
-        with self.prompts.installed(), shared_positions():
+        with self.prompts.installed(), sharing():
             outputs = super().forward(input)
         self.prompts = None
         class_ids = class_of(input.metadata.unique_objects_identifier[..., 1])  # T O
@@ -132,9 +133,10 @@ class LoRASAM2Train(SAM2Train):
         """Stock's step; the memory of a single frame is read by nobody, so it is not encoded."""
         return super().track_step(*args, num_frames=num_frames, run_mem_encoder=run_mem_encoder and num_frames > 1, **kwargs)
 
-    def _forward_sam_heads(self, *args: Any, **kwargs: Any) -> tuple:
+    def _forward_sam_heads(self, *args: Any, high_res_features: list[Tensor] | None = None, **kwargs: Any) -> tuple:
         """Stock's prediction step, keeping for backward what `memory` says."""
         heads = super()._forward_sam_heads
+        kwargs["high_res_features"] = by_corners(self.sam_mask_decoder, high_res_features)
         self.predictions += 1
         share, selective = self.memory.decoder, self.memory.selective
         if self.use_act_ckpt_iterative_pt_sampling:  # SAM 2 computes them again itself, and so calls this once more

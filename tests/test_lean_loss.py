@@ -66,6 +66,18 @@ def test_gradients_by_finite_differences(alpha, gamma):
     assert torch.autograd.gradcheck(lambda x: mask_sums(x, targets, alpha, gamma)[:3], logits)
 
 
+@pytest.mark.parametrize(("inside", "level"), [(1.0, -8.0), (1.0, 4.0), (0.25, -10.0)])
+def test_sums_of_many_pixels_in_float32(inside, level):
+    """Some are differences of others, so all are added up alike."""
+    torch.manual_seed(0)
+    logits = level + torch.randn(1, 1, 1024, 1024)
+    targets = torch.rand(1, 1, 1024, 1024) <= inside
+    got, expected = mask_sums(logits, targets, 0.25, 2.0), mask_sums(logits.double(), targets, 0.25, 2.0)
+    torch.testing.assert_close(got.focal.double(), expected.focal, rtol=1e-6, atol=0)
+    for one, other in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=2**-4)  # a float32's step at a million pixels
+
+
 def test_closed_forms():
     logits = torch.tensor([[[[0.0, 0.0, 3.0, -200.0]]]], dtype=torch.float64)
     targets = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]], dtype=torch.float64)

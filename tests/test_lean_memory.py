@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
 from benchmarks.measure import LiveBytes, Saved, run_step
 from benchmarks.methods import build, make_batch
@@ -104,12 +105,43 @@ def test_ten_steps_equal_the_plain_implementation_with_the_plain_loss(method):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_gradients_equal_the_plain_implementation_in_double_precision():
+def as_video(batch, frames):
+    """A batch of one frame as one of several, its images moved a little further in each."""
+    def repeated(x):
+        return x.repeat(frames, *[1] * (x.dim() - 1))
+
+    index = repeated(batch.obj_to_frame_idx)
+    index[..., 0] = torch.arange(frames)[:, None]
+    metadata = BatchedVideoMetaData(
+        unique_objects_identifier=repeated(batch.metadata.unique_objects_identifier),
+        frame_orig_size=repeated(batch.metadata.frame_orig_size), batch_size=[frames],
+    )  # fmt: skip
+    images = torch.cat([batch.img_batch.roll(4 * t, -1) for t in range(frames)])
+    masks = torch.cat([batch.masks.roll(4 * t, -1) for t in range(frames)])
+    return BatchedVideoDatapoint(images, index, masks, metadata, dict_key=batch.dict_key, batch_size=[frames])
+
+
+@pytest.mark.parametrize("lean", ["lean", "lean_memory"])
+def test_gradients_of_several_frames_and_images_equal_the_plain_implementation(lean):
+    losses, gradients = [], []
+    for method in ("plain", lean):
+        setup = lively(build(method, SIZE, RESOLUTION, dropout=0.0))
+        torch.manual_seed(3)
+        loss = setup.step_loss(as_video(make_batch(RESOLUTION, images=2), 3))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in setup.model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize(("lean", "images"), [("lean_memory", 1), ("lean", 2)])
+def test_gradients_equal_the_plain_implementation_in_double_precision(lean, images):
     results = []
-    for method in ("plain", "lean_memory"):
+    for method in ("plain", lean):
         setup = lively(build(method, SIZE, RESOLUTION, dropout=0.0))
         setup.model.double().sam_prompt_encoder.pe_layer.float()  # stock asks for float32 there, and below by `float()`
-        batch = make_batch(RESOLUTION)
+        batch = make_batch(RESOLUTION, images)
         batch.img_batch = batch.img_batch.double()
         torch.manual_seed(3)
         with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):

@@ -15,7 +15,8 @@ from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, padded_with_bias
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.mask_sums import _reduced
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
-from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer, shared_positions
+from sam2_lora_ext.lean.shared import sharing
+from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
 from sam2_lora_ext.lora import build_lora_model
 
 pytestmark = pytest.mark.usefixtures("lean_however_small")
@@ -143,7 +144,7 @@ def test_positions_are_kept_once_for_all_steps_of_a_block():
     grids = [torch.randn(1, 16, 3, width, dtype=torch.float64) for width in (5, 5, 4)]
     for grid in grids:
         lean(grid, grid, prompts)
-    with shared_positions():
+    with sharing():
         for grid in grids:
             lean(grid, grid, prompts)
     lean(grids[1], grids[1], prompts)

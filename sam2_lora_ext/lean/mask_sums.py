@@ -42,7 +42,7 @@ class MaskSums(NamedTuple):
 
 
 def mask_sums(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> MaskSums:
-    """The sums of each map of `logits` [O M h w] for `targets` [O 1 H W], 0 or 1 in any type, differentiable in the logits."""
+    """The sums of each map of `logits` [O M h w], finite, for `targets` [O 1 H W], 0 or 1 in any type, differentiable in the logits."""
     return MaskSums(*_MaskSums.apply(logits, targets, alpha, gamma))
 
 
@@ -52,17 +52,17 @@ class _MaskSums(torch.autograd.Function):
         shape, dtype = logits.shape[:2], torch.promote_types(logits.dtype, torch.float32)
         focal, overlap, drawn, hits, positives = (torch.zeros(shape, dtype=dtype, device=logits.device) for _ in range(5))
         for o, m in itertools.product(*map(range, shape)):
-            g = targets[o, 0].to(dtype)
+            g = _as_numbers(targets[o, 0], dtype)
             x = _enlarged(logits[o, m], g.shape).to(dtype)
             z, q = _towards(x, g)
-            loss = F.logsigmoid(z).mul_(_weight(g, alpha)).mul_(_power(q, gamma))
-            focal[o, m] = -loss.mean()
-            wrong, wrong_inside, inside = q.sum(), q.mul_(g).sum(), g.sum()
+            loss = _times_power(F.logsigmoid(z), q, gamma)
+            focal[o, m] = -_weighted(loss, g, alpha) / g.numel()
+            wrong, wrong_inside, inside = q.sum(), _inside(q, g), g.sum()
             overlap[o, m] = inside - wrong_inside
             drawn[o, m] = inside - wrong_inside + (wrong - wrong_inside)
-            above = (x > 0).to(g.dtype)
+            above = x.sign().clamp_(min=0)  # in a seventh of the time of a comparison
             positives[o, m] = above.sum()
-            hits[o, m] = above.mul_(g).sum()
+            hits[o, m] = _inside(above, g)
         ctx.save_for_backward(logits, targets)
         ctx.alpha, ctx.gamma = alpha, gamma
         ctx.mark_non_differentiable(hits, positives)
@@ -74,13 +74,13 @@ class _MaskSums(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         grad = torch.zeros_like(logits)
         for o, m in with_gradient(dfocal, doverlap, ddrawn):
-            g = targets[o, 0].to(dfocal.dtype)
+            g = _as_numbers(targets[o, 0], dfocal.dtype)
             x = _enlarged(logits[o, m], g.shape).to(dfocal.dtype)
             z, q = _towards(x, g)
-            slope = F.logsigmoid(z).mul_(1 - q).mul_(-ctx.gamma).add_(q)
-            slope.mul_(_power(q, ctx.gamma)).mul_(_weight(g, ctx.alpha)).mul_(1 - 2 * g)
-            slope.mul_(dfocal[o, m] / g.numel())
-            slope.add_((g * doverlap[o, m]).add_(ddrawn[o, m]).mul_(q.mul_(1 - q)))
+            right = 1 - q
+            slope = torch.addcmul(q, F.logsigmoid(z), right, value=-ctx.gamma)
+            _times_power(slope, q, ctx.gamma).mul_(_towards_wrong(g, ctx.alpha)).mul_(dfocal[o, m] / g.numel())
+            slope.addcmul_((g * doverlap[o, m]).add_(ddrawn[o, m]), right.mul_(q))
             grad[o, m] = _reduced(slope, grad.shape[2:])
         return grad, None, None, None
 
@@ -114,15 +114,31 @@ def _weights(small: int, large: int, like: Tensor) -> Tensor:
     return F.interpolate(unit[None], large, mode="linear", align_corners=False)[0]
 
 
+def _as_numbers(target: Tensor, dtype: torch.dtype) -> Tensor:
+    return (target.view(torch.uint8) if target.dtype == torch.bool else target).to(dtype)  # of bools, in a fifth of the time
+
+
 def _towards(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """z and q of a map."""
-    z = (2 * g - 1).mul_(x)
-    return z, torch.sigmoid(-z)
+    z = g.mul(2).sub_(1).mul_(x)
+    return z, torch.neg(z).sigmoid_()
 
 
-def _weight(g: Tensor, alpha: float) -> Tensor | float:
-    return g * (2 * alpha - 1) + (1 - alpha) if alpha >= 0 else 1.0
+def _inside(x: Tensor, g: Tensor) -> Tensor:
+    """The sum of x where g is 1, added up as `x.sum()` is: from that it is taken away."""
+    return (x * g).sum()
 
 
-def _power(q: Tensor, gamma: float) -> Tensor:
-    return q * q if gamma == 2 else q**gamma
+def _weighted(x: Tensor, g: Tensor, alpha: float) -> Tensor:
+    """The sum of w x."""
+    return (1 - alpha) * x.sum() + (2 * alpha - 1) * _inside(x, g) if alpha >= 0 else x.sum()
+
+
+def _towards_wrong(g: Tensor, alpha: float) -> Tensor:
+    """-(2 g - 1) w."""
+    return g.neg().add_(1 - alpha) if alpha >= 0 else g.mul(-2).add_(1)
+
+
+def _times_power(x: Tensor, q: Tensor, gamma: float) -> Tensor:
+    """x q^gamma, in place of x."""
+    return x.mul_(q).mul_(q) if gamma == 2 else x.mul_(q**gamma)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
 from sam2.modeling.sam2_utils import LayerNorm2d
+from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +33,7 @@ from sam2_lora_ext.lean.maps import LeanGELU, LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
-from sam2_lora_ext.lean.upscaling import LastUpscaling
+from sam2_lora_ext.lean.upscaling import CornerMaskDecoder, CornerUpscaling
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class MemoryConfig:
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck, the prompt encoder and the mask decoder.
         operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`,
-            `lean.upscaling`, `lean.high_res`; the last two only where the mask decoder's last upscaling and the neck are frozen, so
+            `lean.upscaling`, `lean.high_res`; the last two only where the mask decoder's upscaling and the neck are frozen, so
             a model that trains them rounds otherwise).
         selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations,
-            the image's tokens with their positions and the last upscaling of the masks (arXiv 2205.05198; see
-            `lean.recompute`). Needs `operations`.
+            the image's tokens with their positions and, while the upscaling is frozen, the last sum of it (arXiv 2205.05198;
+            see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 
@@ -154,7 +155,8 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
         _swap(upscaling[-1:], {nn.GELU: PlanarGELU})
         _swap(upscaling, {nn.GELU: LeanGELU})
         if model.sam_mask_decoder.use_high_res_features:
-            _swap(upscaling[-2:], {nn.ConvTranspose2d: LastUpscaling, LeanConvTranspose2d: LastUpscaling})
+            _swap((model.sam_mask_decoder,), {MaskDecoder: CornerMaskDecoder})
+            _swap(upscaling, {nn.ConvTranspose2d: CornerUpscaling, LeanConvTranspose2d: CornerUpscaling})
         pair_convolutions(model)
     again = trunk.blocks[: blocks_for_share(trunk.blocks, memory.encoder)]
     _swap(again, {MultiScaleBlock: CheckpointedBlock, LeanBlock: CheckpointedLeanBlock})

@@ -3,33 +3,18 @@
 Stock takes the image as a permuted view, which every sum and projection of its first layer copies, and adds the positions
 for the attention to the image and again for that of the image, where the tokens are still the same.
 
-Within `shared_positions` the tokens of the positions are made and kept once for all prediction steps.
+The tokens of the positions are made and kept once for all prediction steps (`lean.shared`): grids of one shape have the same
+positions, unless they are trained.
 
 Legend: B prompts · C channels · H W image tokens · P prompt tokens.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor
 
 from sam2_lora_ext.lean.recompute import recomputed
-
-
-_shared: ContextVar[dict[tuple, Tensor] | None] = ContextVar("positions", default=None)  # by shape, type and device
-
-
-@contextmanager
-def shared_positions() -> Iterator[None]:
-    """Inside, grids of one shape have the same positions, those of the first prediction step, unless they are trained."""
-    token = _shared.set({})
-    try:
-        yield
-    finally:
-        _shared.reset(token)
+from sam2_lora_ext.lean.shared import shared
 
 
 class LeanTwoWayTransformer(TwoWayTransformer):
@@ -70,13 +55,9 @@ def _tokens(grid: Tensor) -> Tensor:
 
 
 def _positions(grid: Tensor) -> Tensor:
-    shared = None if torch.compiler.is_compiling() else _shared.get()
-    if shared is None or grid.requires_grad:
+    if grid.requires_grad:
         return _tokens(grid)
-    key = grid.shape, grid.dtype, grid.device
-    if key not in shared:
-        shared[key] = _tokens(grid)
-    return shared[key]
+    return shared((_positions, grid.shape, grid.dtype, grid.device), lambda: _tokens(grid))
 
 
 def placed(keys: Tensor, key_pe: Tensor) -> Tensor:

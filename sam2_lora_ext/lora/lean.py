@@ -45,8 +45,7 @@ def drawn_gaps(tokens: int, features: int, dropout: float, device: torch.device)
 
 def places_of(gaps: Tensor, count: int) -> Tensor:
     """The places of the zeros among `count` inputs, ascending; those behind the end become `count`, the first of a spare row."""
-    kind = torch.int32 if gaps.dtype == torch.int16 and count < 2**29 else torch.int64  # a fourth of what 32 bits hold
-    return gaps.cumsum(0, dtype=kind).sub_(1).clamp_(max=count)
+    return gaps.cumsum(0).sub_(1).clamp_(max=count)  # in 64 bits, as an index is read
 
 
 def drop(x: Tensor, places: Tensor | None) -> Tensor:
