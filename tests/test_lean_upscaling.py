@@ -15,7 +15,7 @@ from benchmarks.measure import LiveBytes, Saved
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.shared import sharing
-from sam2_lora_ext.lean.upscaling import CornerMaskDecoder, CornerUpscaling, Level, by_corners
+from sam2_lora_ext.lean.upscaling import ByCorners, CornerMaskDecoder, CornerUpscaling, by_corners
 
 
 def decoders(dtype=torch.float64):
@@ -92,7 +92,7 @@ def test_under_autocast(features_as):
         torch.testing.assert_close(other, one, rtol=0.1, atol=0.02 * float(one.detach().abs().max()))  # bfloat16 has 8 bits
 
 
-@pytest.mark.parametrize("change", ["trained", "without bias", "overlapping", "no graph"])
+@pytest.mark.parametrize("change", ["trained", "without bias", "overlapping", "no graph", "compiled", "forward compiled"])
 def test_what_cannot_be_made_by_corners_is_left_to_stock(change):
     _, lean = decoders()
     _, (*_, features) = inputs(2, 2)
@@ -103,6 +103,10 @@ def test_what_cannot_be_made_by_corners_is_left_to_stock(change):
         second.bias = None
     elif change == "overlapping":
         second.stride = (1, 1)
+    elif change == "compiled":
+        lean.compile()
+    elif change == "forward compiled":  # as SAM 2's `vos_optimized` does
+        lean.forward = torch.compile(lean.forward)
     with torch.set_grad_enabled(change != "no graph"):
         assert by_corners(lean, features) is features
     stock = MaskDecoder(transformer_dim=32, transformer=nn.Identity(), use_high_res_features=True)
@@ -114,8 +118,8 @@ def test_features_are_sorted_once_for_all_steps_of_a_frame():
     features, others = (inputs(2, 2)[1][-1] for _ in range(2))
     with sharing():
         found = by_corners(lean, features)
-        assert all(type(level) is Level for level in found) and by_corners(lean, list(features)) is found
-        kept = weakref.ref(found[0].by_corners.maps)
+        assert all(type(level) is ByCorners for level in found) and by_corners(lean, list(features)) is found
+        kept = weakref.ref(found[0].maps)
         del found
         assert kept() is not None
         by_corners(lean, others)
@@ -141,26 +145,17 @@ def test_compiled():
     leaves, args = inputs(2, 2)
     compiled = torch.compile(lambda *args: predict(lean, *args, repeat=False), fullgraph=True, backend="aot_eager")
     results = [with_gradients(forward(*args), leaves) for forward in (compiled, lambda *args: predict(lean, *args, repeat=False))]
-    lean.compile(fullgraph=True, backend="aot_eager")  # and the decoder alone, which then gets features by corners
+    lean.compile(fullgraph=True, backend="aot_eager")  # and the decoder alone
     results.append(with_gradients(predict(lean, *args, repeat=False), leaves))
     for one, other, third in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
         torch.testing.assert_close(third, other)
 
 
-def test_levels_are_read_without_a_graph():
-    _, lean = decoders()
-    _, (*args, features) = inputs(2, 2)
-    levels = by_corners(lean, features)
-    with torch.no_grad():
-        got, expected = (predict(lean, *args, given, repeat=False) for given in (levels, features))
-    assert type(levels[0]) is Level and all(map(torch.equal, got, expected))
-
-
 def test_nothing_is_kept_of_what_may_be_computed_again():
     _, lean = decoders()
     _, (*_, features) = inputs(2, 2)
-    fine, coarse = (level.by_corners for level in by_corners(lean, features))
+    fine, coarse = by_corners(lean, features)
     for level, kept in ((fine, 0), (coarse, 2 * 8 * 6 * 10 * 8)):
         x = torch.randn(2, level.weight.shape[0], 6 if level is fine else 3, 10 if level is fine else 5, dtype=torch.float64)
         x.requires_grad_()
@@ -181,5 +176,5 @@ def test_where_it_stands(memory, by_corner):
     assert [type(part) is CornerUpscaling for part in decoder.output_upscaling] == [by_corner, False, False, by_corner, False]
     decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["high_res_features"]), with_kwargs=True)
     setup.step_loss(make_batch(128))
-    assert len(seen) == 8 and all(isinstance(level, Level) == by_corner for features in seen for level in features)
+    assert len(seen) == 8 and all(isinstance(level, ByCorners) == by_corner for features in seen for level in features)
     assert not by_corner or all(features is seen[0] for features in seen)

@@ -17,7 +17,6 @@ Shapes: x (B, C, H, W), of N = H W pixels · W (C, C', 2, 2) · f, y (B, C', 2 H
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from sam2.modeling.sam.mask_decoder import MaskDecoder
@@ -47,13 +46,6 @@ class ByCorners:
     def added_to(self, x: Tensor) -> Tensor:
         """The sum, of x (B, C, H, W) in the order of the step before: (B, C', 2 H, 2 W), its pixels in that of the corners."""
         return _Sum.apply(x.to(self.weight.dtype), self.maps, self.weight, self.planar)
-
-
-class Level(NamedTuple):
-    """Features of the image (B, C', 2 H, 2 W), and the same by corners."""
-
-    features: Tensor
-    by_corners: ByCorners
 
 
 class CornerUpscaling(LeanConvTranspose2d):
@@ -93,25 +85,25 @@ class _Summand:
 
 
 class CornerMaskDecoder(MaskDecoder):
-    """`MaskDecoder` that also takes its features as `Level`s, and then works by corners where both its upscalings can."""
+    """`MaskDecoder` that also takes its features by corners."""
 
     @property
     def makes_corners(self) -> bool:
-        """Whether both upscalings can, now."""
-        return self.output_upscaling[0].makes_corners and self.output_upscaling[3].makes_corners
+        """Whether both upscalings can, now, and will when this is called: compiled by itself, it would trace them otherwise."""
+        first, _, _, second, _ = self.output_upscaling
+        compiled = self._compiled_call_impl is not None or bool({"forward", "predict_masks"} & vars(self).keys())
+        return not compiled and first.makes_corners and second.makes_corners
 
-    def predict_masks(self, *args, high_res_features: Sequence[Tensor | Level] | None = None, **kwargs) -> tuple[Tensor, ...]:
+    def predict_masks(self, *args, high_res_features: Sequence[Tensor | ByCorners] | None = None, **kwargs) -> tuple[Tensor, ...]:
         """Stock's masks (B, M, 4 H, 4 W), qualities, tokens and object scores."""
-        levels = [level for level in high_res_features or () if isinstance(level, Level)]
-        corners = bool(levels) and self.makes_corners
-        if levels:
-            high_res_features = [level.by_corners if corners else level.features for level in levels]
         masks, *others = super().predict_masks(*args, high_res_features=high_res_features, **kwargs)
-        return _in_rows(masks) if corners else masks, *others
+        if high_res_features is not None and isinstance(high_res_features[0], ByCorners):
+            masks = _in_rows(masks)
+        return masks, *others
 
 
-def by_corners(decoder: MaskDecoder, features: list[Tensor] | None) -> list[Tensor] | list[Level] | None:
-    """The image's features (B, C', 4 H, 4 W) and (B, C'', 2 H, 2 W) for a decoder, also by corners where it can read them so.
+def by_corners(decoder: MaskDecoder, features: list[Tensor] | None) -> list[Tensor] | list[ByCorners] | None:
+    """The image's features (B, C', 4 H, 4 W) and (B, C'', 2 H, 2 W) for a decoder, by corners where it can read them so.
 
     Inside of `sharing` made once for the prediction steps of a frame, which all hand over the same tensors.
     """
@@ -120,7 +112,7 @@ def by_corners(decoder: MaskDecoder, features: list[Tensor] | None) -> list[Tens
     last: list[list] = shared(by_corners, list)  # the features of the last call and what was made of them
     if not last or any(one is not other for one, other in zip(last[0], features, strict=True)):
         first, _, _, second, _ = decoder.output_upscaling
-        last[:] = features, list(map(Level, features, _sorted(first, second, *features)))
+        last[:] = features, _sorted(first, second, *features)
     return last[1]
 
 
