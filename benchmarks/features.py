@@ -3,7 +3,7 @@
     python -m benchmarks.features [--model large] [--resolution 1024] [--rounds 3]
 
 Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed image, whose features the cache has after the step that is
-not counted. In one process, as three of SAM 2.1 large are too many and what is compared is far apart. Prints a table and writes `runs/bench/features.json`.
+not counted. Prints a table and writes `runs/bench/features.json`.
 """
 
 import argparse
@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.methods import CONFIGS, build, make_batch
-from benchmarks.train_step import seconds_in_turns, timed_step
+from benchmarks.methods import CONFIGS
+from benchmarks.train_step import step_times
 from sam2_lora_ext.errors import run_cli
 from sam2_lora_ext.files import write_json
 
@@ -32,13 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/features.json"))
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        setups = {}
-        for method in tqdm(METHODS, desc="building", unit="model"):
-            cache = {"folder": folder, "max_gb": 1} if method == "decoder_cached" else None
-            setups[method] = build(method.replace("cached", "lean"), args.model, args.resolution, feature_cache=cache)
-        batch = make_batch(args.resolution)
-        steps = {method: lambda setup=setup: timed_step(setup, batch) for method, setup in setups.items()}
-        seconds = {method: statistics.median(times) for method, times in seconds_in_turns(steps, args.rounds).items()}
+        shared = {"size": args.model, "resolution": args.resolution}
+        builds = {method: {"method": method.replace("cached", "lean"), **shared} for method in METHODS}
+        builds["decoder_cached"]["feature_cache"] = {"folder": folder, "max_gb": 1}
+        times = step_times(builds, args.rounds, torch.get_num_threads())
+        seconds = {method: statistics.median(values) for method, values in times.items()}
         stored = sum(path.stat().st_size for path in Path(folder).iterdir())
     print(f"{args.model} {args.resolution} px, decoder-only, {torch.get_num_threads()} threads; features of an image: {stored / 1e6:.1f} MB")
     rows = [{"method": method, "what": what, "step_seconds": seconds[method], "speed_to_stock": seconds["decoder"] / seconds[method]}

@@ -5,8 +5,8 @@
 
 FLOPs and bytes come from fake tensors, so they repeat exactly on any machine and need no memory (tests compare them with real
 ones). Times come from real steps, the methods in turns, each in a process of its own as in training: in one process, memory that
-another method has freed serves the next step or does not, which alone moved full fine-tuning's by a fifth between runs. Ratios of
-times are medians of the ratios in each round. Resident memory comes from one more child process each.
+another method has freed serves the next step or does not, so that full fine-tuning had no page fault a step in one run and 149,000
+in another. Ratios of times are medians of the ratios in each round. Resident memory comes from one more child process each.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks.fake import convert, fake_tensors
 from benchmarks.measure import Cost, run_step, step_cost
-from benchmarks.methods import CONFIGS, METHODS, Setup, build, make_batch, make_optimizer, tensors_of
+from benchmarks.methods import CONFIGS, METHODS, build, make_batch, make_optimizer, tensors_of
 from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_json
 
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = [{**facts, "method": method, **_apart(count, method, size, resolution)}
                  for method in tqdm(args.methods, desc=case, unit="method", leave=False)]  # fmt: skip
         if case in args.timed:
-            seconds = step_times(args.methods, size, resolution, args.rounds, args.threads)
+            builds = {method: {"method": method, "size": size, "resolution": resolution} for method in args.methods}
+            seconds = step_times(builds, args.rounds, args.threads)
             for row in found:
                 row |= {"step_seconds": statistics.median(seconds[row["method"]]), "rounds_seconds": seconds[row["method"]],
                         "peak_rss_bytes": _apart(resident, row["method"], size, resolution, args.threads)}  # fmt: skip
@@ -99,47 +100,42 @@ def real_cost(method: str, size: str, resolution: int) -> Cost:
     return step_cost(setup.model, setup.optimizer, tensors_of(batch), lambda: _seeded(setup, batch))
 
 
-def step_times(methods: Sequence[str], size: str, resolution: int, rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of each step by method, each in a process of its own; see `seconds_in_turns`."""
+def step_times(builds: Mapping[str, Mapping[str, Any]], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of each step by name, in turns (A B C A B C ...) after one of each that is not counted.
+
+    Args:
+        builds: the arguments of `build` by name; each is built, and stepped, in a process of its own.
+        rounds: timed steps of each.
+        threads: of each process.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in builds}
     with ExitStack() as stack:
-        steps = {}
-        for method in tqdm(methods, desc="a process each", unit="method", leave=False):
-            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-            pool.submit(_prepare, method, size, resolution, threads).result()
-            steps[method] = lambda pool=pool: pool.submit(_prepared_step).result()
-        return seconds_in_turns(steps, rounds)
-
-
-def seconds_in_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each step returns, by name, taken in turns (A B C A B C ...) after one of each that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in tqdm(range(rounds + 1), desc="steps in turns", unit="round", leave=False):
-        for name, step in steps.items():
-            value = step()
-            if turn:
-                seconds[name].append(value)
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in builds}
+        for name, pool in tqdm(pools.items(), desc="building", unit="model", leave=False):
+            pool.submit(_prepare, threads, builds[name]).result()
+        for turn in tqdm(range(rounds + 1), desc="steps in turns", unit="round", leave=False):
+            for name, pool in pools.items():
+                value = pool.submit(_timed_step).result()
+                if turn:
+                    seconds[name].append(value)
     return seconds
 
 
-def timed_step(setup: Setup, batch: Any) -> float:
-    """Seconds of one step, and what is left of it collected."""
+_prepared: list[Any] = []  # in a child process: the setup and the batch of `_timed_step`
+
+
+def _prepare(threads: int, arguments: Mapping[str, Any]) -> None:
+    torch.set_num_threads(threads)
+    _prepared[:] = build(**arguments), make_batch(arguments["resolution"])
+
+
+def _timed_step() -> float:
+    setup, batch = _prepared
     start = time.perf_counter()
     run_step(setup.optimizer, lambda: _seeded(setup, batch))
     seconds = time.perf_counter() - start
     gc.collect()
     return seconds
-
-
-_prepared: list[Any] = []  # in a child process: the setup and the batch of `_prepared_step`
-
-
-def _prepare(method: str, size: str, resolution: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    _prepared[:] = build(method, size, resolution), make_batch(resolution)
-
-
-def _prepared_step() -> float:
-    return timed_step(*_prepared)
 
 
 def resident(method: str, size: str, resolution: int, threads: int) -> int:
