@@ -1,6 +1,7 @@
 """The mask decoder's upscaling by corners against stock's, and where it is used."""
 
 import copy
+import dataclasses
 import weakref
 
 import numpy as np
@@ -15,7 +16,7 @@ from benchmarks.measure import LiveBytes, Saved
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.shared import sharing
-from sam2_lora_ext.lean.upscaling import ByCorners, CornerMaskDecoder, CornerUpscaling, by_corners
+from sam2_lora_ext.lean.upscaling import ByCorners, CornerGELU, CornerMaskDecoder, CornerUpscaling, by_corners
 
 
 def decoders(dtype=torch.float64):
@@ -30,6 +31,7 @@ def decoders(dtype=torch.float64):
     lean.__class__ = CornerMaskDecoder
     for part in (lean.output_upscaling[0], lean.output_upscaling[3]):
         part.__class__ = CornerUpscaling
+    lean.output_upscaling[4].__class__ = CornerGELU
     return stock, lean
 
 
@@ -42,11 +44,11 @@ def inputs(prompts, images, expanded=False, dtype=torch.float64):
     return leaves, [*leaves[:4], features]
 
 
-def predict(decoder, image, positions, points, dense, features, repeat, wanted=by_corners):
+def predict(decoder, image, positions, points, dense, features, repeat, wanted=by_corners, several=True):
     """What the decoder returns."""
     return decoder(
         image_embeddings=image, image_pe=positions, sparse_prompt_embeddings=points, dense_prompt_embeddings=dense,
-        multimask_output=True, repeat_image=repeat, high_res_features=wanted(decoder, features),
+        multimask_output=several, repeat_image=repeat, high_res_features=wanted(decoder, features),
     )  # fmt: skip
 
 
@@ -57,24 +59,27 @@ def with_gradients(got, leaves):
     return [*got, *torch.autograd.grad(total, leaves)]
 
 
-@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize(("selective", "several", "chunk"), [(False, True, 2**20), (True, True, 2**20), (True, False, 2**20), (True, True, 900)])
 @pytest.mark.parametrize(("prompts", "images", "expanded"), [(2, 2, False), (3, 1, True), (3, 1, False), (1, 1, False)])
-def test_masks_and_gradients_are_stocks(prompts, images, expanded, selective):
+def test_masks_and_gradients_are_stocks(prompts, images, expanded, selective, several, chunk, monkeypatch):
+    monkeypatch.setattr("sam2_lora_ext.lean.mlp.CPU_CHUNK", chunk)  # 900: of 60 tokens, 28 at a time and fewer
     results = []
     for decoder in decoders():
         leaves, args = inputs(prompts, images, expanded)
         with recomputing(selective):
-            got = predict(decoder, *args, repeat=images != prompts)
+            got = predict(decoder, *args, repeat=images != prompts, several=several)
         results.append(with_gradients(got, leaves))
     for one, other in zip(*results, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
-    assert results[1][0].stride() == results[0][0].stride()
+    assert not several or results[1][0].stride() == results[0][0].stride()
 
 
 def test_features_as_they_are_give_stocks_numbers_to_the_bit():
     leaves, args = inputs(2, 2)
-    stock, lean = (predict(decoder, *args, repeat=False, wanted=lambda _, features: features) for decoder in decoders())
+    stock, lean = decoders()
+    lean.output_upscaling[4].__class__ = nn.GELU  # the other one sorts the channels
+    stock, lean = (predict(decoder, *args, repeat=False, wanted=lambda _, features: features) for decoder in (stock, lean))
     for one, other in zip(with_gradients(stock, leaves), with_gradients(lean, leaves), strict=True):
         assert torch.equal(one, other)
 
@@ -118,7 +123,7 @@ def test_features_are_sorted_once_for_all_steps_of_a_frame():
     features, others = (inputs(2, 2)[1][-1] for _ in range(2))
     with sharing():
         found = by_corners(lean, features)
-        assert all(type(level) is ByCorners for level in found) and by_corners(lean, list(features)) is found
+        assert all(isinstance(level, ByCorners) for level in found) and by_corners(lean, list(features)) is found
         kept = weakref.ref(found[0].maps)
         del found
         assert kept() is not None
@@ -152,21 +157,45 @@ def test_compiled():
         torch.testing.assert_close(third, other)
 
 
-def test_nothing_is_kept_of_what_may_be_computed_again():
+def test_nothing_is_kept_of_the_first_sum():
     _, lean = decoders()
-    _, (*_, features) = inputs(2, 2)
-    fine, coarse = by_corners(lean, features)
-    for level, kept in ((fine, 0), (coarse, 2 * 8 * 6 * 10 * 8)):
-        x = torch.randn(2, level.weight.shape[0], 6 if level is fine else 3, 10 if level is fine else 5, dtype=torch.float64)
-        x.requires_grad_()
-        layer = lean.output_upscaling[3 if level is fine else 0]
-        with Saved([x, level.weight]) as saved:
-            layer(x) + level
-        assert saved.total == 0
-        with LiveBytes([x, level.maps, level.weight]) as live, recomputing():
-            y = (layer(x) + level).square().sum()
-        assert live.now == y.nbytes + kept
-        torch.testing.assert_close(torch.autograd.grad(y, x), torch.autograd.grad(level.added_to(x).square().sum(), x))
+    coarse = by_corners(lean, inputs(2, 2)[1][-1])[1]
+    x = torch.randn(2, 32, 3, 5, dtype=torch.float64, requires_grad=True)
+    with Saved([coarse.weight]) as saved:
+        lean.output_upscaling[0](x) + coarse
+    assert saved.total == 0
+
+
+def test_the_second_sum_is_never_there_as_a_whole(monkeypatch):
+    monkeypatch.setattr("sam2_lora_ext.lean.mlp.CPU_CHUNK", 2000)
+    _, lean = decoders()
+    fine = by_corners(lean, [level.expand(2, -1, -1, -1) for level in inputs(2, 1)[1][-1]])[0]
+    fine = dataclasses.replace(fine, maps=torch.randn(1, 16, 1500, dtype=torch.float64))
+    x = torch.randn(2, 8, 30, 50, dtype=torch.float64, requires_grad=True)
+    hyper = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
+    inputs_of_it = [x, hyper, fine.maps, fine.weight]
+    with Saved(inputs_of_it) as saved:
+        hyper @ lean.output_upscaling[4](lean.output_upscaling[3](x) + fine).view(2, 4, 6000)
+    assert saved.total == 0
+    with LiveBytes(inputs_of_it) as live:
+        masks = hyper @ lean.output_upscaling[4](lean.output_upscaling[3](x) + fine).view(2, 4, 6000)
+        torch.autograd.grad(masks.square().sum(), [x, hyper])
+    whole = 2 * 16 * 1500 * 8
+    assert live.peak < 1.2 * whole  # masks, a gradient of them and of x, which is half as large, and a few of each
+    assert masks.shape == (2, 1, 6000)
+
+
+@pytest.mark.parametrize("case", ["training", "evaluation", "trained hypernetworks", "several masks"])
+def test_one_mask_alone_is_made_where_one_is_wanted_in_training(case, monkeypatch):
+    _, lean = decoders()
+    lean.train(case != "evaluation")
+    lean.output_hypernetworks_mlps.requires_grad_(case == "trained hypernetworks")
+    made, predict_masks = [], lean.predict_masks
+    monkeypatch.setattr(lean, "predict_masks", lambda *args, **kwargs: made.append(predict_masks(*args, **kwargs)) or made[0])
+    got = predict(lean, *inputs(2, 2)[1], repeat=False, wanted=lambda _, features: features, several=case == "several masks")
+    assert made[0][0].shape[1] == (1 if case == "training" else 4) and made[0][1].shape[1] == 4
+    assert got[0].shape[1] == got[1].shape[1] == (3 if case == "several masks" else 1)
+    assert lean.num_mask_tokens == 4
 
 
 @pytest.mark.parametrize(("memory", "by_corner"), [("default", True), ({"conv": True}, False), ("stock", False)])

@@ -29,11 +29,11 @@ from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
 from sam2_lora_ext.lean.high_res import pair_convolutions
-from sam2_lora_ext.lean.maps import LeanGELU, LeanLayerNorm2d, PlanarGELU
+from sam2_lora_ext.lean.maps import LeanGELU, LeanLayerNorm2d
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
-from sam2_lora_ext.lean.upscaling import CornerMaskDecoder, CornerUpscaling
+from sam2_lora_ext.lean.upscaling import CornerGELU, CornerMaskDecoder, CornerUpscaling
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
         heads = (*model.sam_prompt_encoder.modules(), *model.sam_mask_decoder.modules())
         _swap(heads, {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock, LayerNorm2d: LeanLayerNorm2d})
         upscaling = model.sam_mask_decoder.output_upscaling
-        _swap(upscaling[-1:], {nn.GELU: PlanarGELU})
+        _swap(upscaling[-1:], {nn.GELU: CornerGELU})
         _swap(upscaling, {nn.GELU: LeanGELU})
         if model.sam_mask_decoder.use_high_res_features:
             _swap((model.sam_mask_decoder,), {MaskDecoder: CornerMaskDecoder})

@@ -72,7 +72,12 @@ class _Result(torch.autograd.Function):
         return dy, None, None, None, None
 
 
+def numbers_at_a_time(device: torch.device) -> int:
+    """How many numbers of a temporary tensor stay in fast memory, or nearly."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
 def _chunks(width: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tokens of each of some tensors (..., C), as many at a time as `CPU_CHUNK` or `GPU_CHUNK` allows."""
-    tokens = max((CPU_CHUNK if tensors[0].device.type == "cpu" else GPU_CHUNK) // width, 1)
+    """The tokens of each of some tensors (..., C), as many at a time as there are numbers of a hidden layer of some width."""
+    tokens = max(numbers_at_a_time(tensors[0].device) // width, 1)
     return [tensor.reshape(-1, tensor.shape[-1]).split(tokens) for tensor in tensors]

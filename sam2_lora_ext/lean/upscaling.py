@@ -8,23 +8,28 @@ the image at that size:
 What comes then, a norm over the channels, GELU and the product that makes the masks, looks at each pixel by itself, so any order
 of the pixels will do. Here the four corners (a, b) of a pixel stay where one product (C, 4 C') puts them, and the product starts
 from the features, which are brought into that order, with the bias, once for all prediction steps. Only the masks are put in rows.
-The second sum, the largest map of a step, is made of little and may be computed again.
+
+The second sum is the largest map of a step. It, its GELU and the masks go by a few tokens at a time, which stay in fast memory,
+and backward makes them again: little is computed for each number of it.
 
 Until then, tensors of this order have the shape that stock's have, and their pixels at other places.
 
-Shapes: x (B, C, H, W), of N = H W pixels · W (C, C', 2, 2) · f, y (B, C', 2 H, 2 W).
+Shapes: x (B, C, H, W), of N = H W pixels · W (C, C', 2, 2) · f, y (B, C', 2 H, 2 W) · M masks.
 """
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from sam2_lora_ext.lean.conv import LeanConvTranspose2d
-from sam2_lora_ext.lean.recompute import recomputed
+from sam2_lora_ext.lean.maps import PlanarGELU
+from sam2_lora_ext.lean.mlp import numbers_at_a_time
 from sam2_lora_ext.lean.shared import shared
 
 
@@ -32,20 +37,56 @@ from sam2_lora_ext.lean.shared import shared
 class ByCorners:
     """Features plus bias, in the order of the corners, and the weight of the product that starts from them.
 
-    Attributes:
-        maps: (B, N, 4 C'), or (B, 4 C', N) if planar; B is 1 where all prompts read the same image.
-        weight: (C, 4 C'), its columns in the order of those of `maps`: corner by corner, or channel by channel if planar.
-        planar: whether the sum has each channel by itself in memory, as a product over the channels wants it, or those of a
-            pixel together, as a norm does.
+    B is 1 where all prompts read the same image.
     """
 
     maps: Tensor
     weight: Tensor
-    planar: bool
+
+
+class CoarseByCorners(ByCorners):
+    """Of the first sum: maps (B, N, 4 C'), weight (C, 4 C'), both corner by corner, as a norm over the channels wants them."""
 
     def added_to(self, x: Tensor) -> Tensor:
-        """The sum, of x (B, C, H, W) in the order of the step before: (B, C', 2 H, 2 W), its pixels in that of the corners."""
-        return _Sum.apply(x.to(self.weight.dtype), self.maps, self.weight, self.planar)
+        """The sum of x (B, C, H, W): (B, C', 2 H, 2 W), its pixels in the order of the corners."""
+        return _Sum.apply(x.to(self.weight.dtype), self.maps, self.weight)
+
+
+class FineByCorners(ByCorners):
+    """Of the second sum: maps (B, 4 C', N), weight (C, 4 C'), both channel by channel, as a product over the channels wants them."""
+
+    def added_to(self, x: Tensor) -> "UpscaledFeatures":
+        """The sum of x (B, C, H, W) in the order of the step before."""
+        return UpscaledFeatures(self, x.to(self.weight.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class UpscaledFeatures:
+    """The second sum's GELU, of which the mask decoder makes masks: as much of a tensor as it asks for."""
+
+    features: FineByCorners
+    x: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, C', 2 H, 2 W)."""
+        batch, _, height, width = self.x.shape
+        return batch, self.features.weight.shape[1] // 4, 2 * height, 2 * width
+
+    def view(self, *shape: int) -> "UpscaledFeatures":
+        """Itself, whose pixels are one axis of the product to come."""
+        return self
+
+    def __rmatmul__(self, hyper: Tensor) -> Tensor:
+        """Masks (B, M, 4 N) of hypernetwork outputs (B, M, C'), in the order of the corners."""
+        return _Masks.apply(self.x, hyper.to(self.x.dtype), self.features.maps, self.features.weight)
+
+
+class CornerGELU(PlanarGELU):
+    """A `PlanarGELU` that leaves `UpscaledFeatures` to the product after it."""
+
+    def forward(self, x: Tensor | UpscaledFeatures) -> Tensor | UpscaledFeatures:
+        return x if isinstance(x, UpscaledFeatures) else super().forward(x)
 
 
 class CornerUpscaling(LeanConvTranspose2d):
@@ -75,11 +116,10 @@ class _Summand:
     layer: CornerUpscaling
     x: Tensor
 
-    def __add__(self, features: Tensor | ByCorners) -> Tensor:
+    def __add__(self, features: Tensor | ByCorners) -> Tensor | UpscaledFeatures:
         if not isinstance(features, ByCorners):
             return LeanConvTranspose2d.forward(self.layer, self.x) + features
-        y = features.added_to(self.x)
-        return recomputed(y, features.added_to, self.x) if features.planar else y
+        return features.added_to(self.x)
 
     __radd__ = __add__
 
@@ -90,9 +130,31 @@ class CornerMaskDecoder(MaskDecoder):
     @property
     def makes_corners(self) -> bool:
         """Whether both upscalings can, now, and will when this is called: compiled by itself, it would trace them otherwise."""
-        first, _, _, second, _ = self.output_upscaling
+        first, _, _, second, activation = self.output_upscaling
         compiled = self._compiled_call_impl is not None or bool({"forward", "predict_masks"} & vars(self).keys())
-        return not compiled and first.makes_corners and second.makes_corners
+        return not compiled and first.makes_corners and second.makes_corners and type(activation) is CornerGELU
+
+    def forward(
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse_prompt_embeddings: Tensor, dense_prompt_embeddings: Tensor,
+        multimask_output: bool, repeat_image: bool, high_res_features: Sequence[Tensor | ByCorners] | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Stock's masks, qualities, tokens and object scores; where one mask is wanted in training, no other is made."""
+        with self._single_mask(not multimask_output):
+            return super().forward(
+                image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output, repeat_image,
+                high_res_features,
+            )  # fmt: skip
+
+    @contextmanager
+    def _single_mask(self, wanted: bool):
+        trained = any(parameter.requires_grad for parameter in self.output_hypernetworks_mlps.parameters())  # a zero is a gradient
+        wanted = wanted and self.training and not trained and not torch.compiler.is_compiling()
+        count = self.num_mask_tokens
+        self.num_mask_tokens = 1 if wanted else count  # stock reads the first of the tokens, which it makes of all
+        try:
+            yield
+        finally:
+            self.num_mask_tokens = count
 
     def predict_masks(self, *args, high_res_features: Sequence[Tensor | ByCorners] | None = None, **kwargs) -> tuple[Tensor, ...]:
         """Stock's masks (B, M, 4 H, 4 W), qualities, tokens and object scores."""
@@ -123,8 +185,8 @@ def _sorted(first: CornerUpscaling, second: CornerUpscaling, fine: Tensor, coars
     tokens = tokens + first.bias.to(coarse.dtype)
     planes = planes + second.bias.to(fine.dtype)[:, *[None] * 6]
     return [
-        ByCorners(planes.flatten(4).flatten(1, 3), _as_autocast(second.weight).flatten(1), True),
-        ByCorners(tokens.flatten(3).flatten(1, 2), _as_autocast(first.weight).permute(0, 2, 3, 1).flatten(1), False),
+        FineByCorners(planes.flatten(4).flatten(1, 3), _as_autocast(second.weight).flatten(1)),
+        CoarseByCorners(tokens.flatten(3).flatten(1, 2), _as_autocast(first.weight).permute(0, 2, 3, 1).flatten(1)),
     ]
 
 
@@ -139,31 +201,67 @@ def _as_autocast(weight: Tensor) -> Tensor:
     return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
 
+def _added(maps: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return torch.baddbmm(maps, one, other) if maps.dtype == one.dtype else maps + one @ other
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, maps: Tensor, weight: Tensor, planar: bool) -> Tensor:
+    def forward(ctx, x: Tensor, maps: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.planar, ctx.one_image, ctx.dtype = x.shape, planar, len(maps) < len(x), maps.dtype
+        ctx.shape, ctx.one_image, ctx.dtype = x.shape, len(maps) < len(x), maps.dtype
         batch, _, height, width = x.shape
-        tokens, w = x.flatten(2).transpose(1, 2), weight.expand(batch, -1, -1)
-        one, other = (w.transpose(1, 2), tokens.transpose(1, 2)) if planar else (tokens, w)
-        y = torch.baddbmm(maps, one, other) if maps.dtype == x.dtype else maps + one @ other
-        y = y.view(batch, -1, 4 * height * width) if planar else y.view(batch, 4 * height * width, -1).transpose(1, 2)
-        return y.unflatten(2, (2 * height, 2 * width))
+        y = _added(maps, x.flatten(2).transpose(1, 2), weight.expand(batch, -1, -1))
+        return y.view(batch, 4 * height * width, -1).transpose(1, 2).unflatten(2, (2 * height, 2 * width))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,), (batch, _, height, width), pixels = ctx.saved_tensors, ctx.shape, dy.flatten(2)
-        if ctx.planar:
-            dmaps = pixels.reshape(batch, -1, height * width)
-            dcorners = dmaps.transpose(1, 2)
-        else:
-            dmaps = dcorners = pixels.transpose(1, 2).reshape(batch, height * width, -1)
+        (weight,), (batch, _, height, width) = ctx.saved_tensors, ctx.shape
+        dmaps = dy.flatten(2).transpose(1, 2).reshape(batch, height * width, -1)
         with torch.autocast(dy.device.type, enabled=False):
-            dx = dcorners.to(weight.dtype) @ weight.t()  # B N C: the order in which a norm over the channels wants it
+            dx = dmaps.to(weight.dtype) @ weight.t()
         if not ctx.needs_input_grad[1]:
             dmaps = None
         else:
             dmaps = (dmaps.sum(0, keepdim=True) if ctx.one_image else dmaps).to(ctx.dtype)
-        return dx.transpose(1, 2).unflatten(2, (height, width)), dmaps, None, None
+        return dx.transpose(1, 2).unflatten(2, (height, width)), dmaps, None
+
+
+class _Masks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, hyper: Tensor, maps: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, hyper, maps, weight)
+        masks = hyper.new_empty(*hyper.shape[:2], 4, maps.shape[2])
+        columns = weight.t().expand(len(x), -1, -1)
+        with torch.autocast(x.device.type, enabled=False):
+            for x_few, maps_few, masks_few in _few(maps.shape[1] * len(x), x.flatten(2), maps, masks):
+                y = F.gelu(_added(maps_few, columns, x_few)).to(hyper.dtype)
+                masks_few.copy_((hyper @ y.view(*hyper.shape[::2], -1)).view(masks_few.shape))
+        return masks.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dmasks: Tensor) -> tuple[Tensor | None, ...]:
+        x, hyper, maps, weight = ctx.saved_tensors
+        dmasks = dmasks.unflatten(2, (4, -1))
+        dx = x.new_empty(len(x), maps.shape[2], x.shape[1])  # B N C: the order in which a norm over the channels wants it
+        dhyper = torch.zeros_like(hyper, dtype=torch.promote_types(hyper.dtype, torch.float32))
+        dmaps = torch.empty_like(maps) if ctx.needs_input_grad[2] else None
+        columns, rows = weight.t().expand(len(x), -1, -1), weight.expand(len(x), -1, -1).transpose(1, 2)
+        few = _few(maps.shape[1] * len(x), x.flatten(2), maps, dmasks, dx.transpose(1, 2), maps if dmaps is None else dmaps)
+        with torch.autocast(x.device.type, enabled=False):
+            for x_few, maps_few, dmasks_few, dx_few, dmaps_few in few:
+                dmasks_few, y = dmasks_few.flatten(2), _added(maps_few, columns, x_few)
+                dhyper += dmasks_few @ F.gelu(y).to(hyper.dtype).view(*hyper.shape[::2], -1).transpose(1, 2)
+                dy = (hyper.transpose(1, 2) @ dmasks_few).view(y.shape).to(y.dtype)
+                dy = torch.ops.aten.gelu_backward(dy, y)
+                dx_few.copy_((dy.transpose(1, 2).to(weight.dtype) @ rows).transpose(1, 2))
+                if dmaps is not None:
+                    dmaps_few.copy_(dy if len(maps) == len(x) else dy.sum(0, keepdim=True))
+        return dx.transpose(1, 2).unflatten(2, x.shape[2:]), dhyper.to(hyper.dtype), dmaps, None
+
+
+def _few(width: int, *tensors: Tensor) -> "zip[tuple[Tensor, ...]]":
+    """The last axis of some tensors in pieces, of which `width` numbers each make as much as is worked on at a time."""
+    return zip(*(tensor.split(max(numbers_at_a_time(tensor.device) // width, 1), -1) for tensor in tensors))
