@@ -1,6 +1,7 @@
 """The frozen MLP in pieces against SAM 2's own, and what it keeps and computes."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -35,27 +36,33 @@ def result_and_gradient(function, x):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 4, 8), (0, 8), (2, 0, 3, 8)])
 @pytest.mark.parametrize("chunk", [1, 3 * 32, 2**20])
-def test_equals_sam2s_in_double_precision(chunk, shape, bias, monkeypatch):
+@pytest.mark.parametrize("keeps_hidden", [False, True])
+def test_equals_sam2s_in_double_precision(keeps_hidden, chunk, shape, bias, monkeypatch):
     monkeypatch.setattr("sam2_lora_ext.lean.mlp.CPU_CHUNK", chunk)
     mlp = make_mlp(torch.float64, bias=bias)
     x = torch.randn(shape, dtype=torch.float64)
-    for got, expected in zip(*(result_and_gradient(f, x) for f in (lambda x: frozen_mlp(mlp, x), mlp)), strict=True):
+    lean = functools.partial(frozen_mlp, mlp, keeps_hidden=keeps_hidden)
+    for got, expected in zip(*(result_and_gradient(f, x) for f in (lean, mlp)), strict=True):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
-    assert torch.equal(frozen_mlp(mlp, x), result_and_gradient(lambda x: frozen_mlp(mlp, x), x)[0])  # without a gradient
+    assert torch.equal(lean(x), result_and_gradient(lean, x)[0])  # without a gradient
 
 
-def test_strided_tokens():
+@pytest.mark.parametrize("keeps_hidden", [False, True])
+def test_strided_tokens(keeps_hidden):
     mlp, x = make_mlp(torch.float64), torch.randn(4, 8, 6, dtype=torch.float64).transpose(1, 2)
-    for got, expected in zip(*(result_and_gradient(f, x) for f in (lambda x: frozen_mlp(mlp, x), mlp)), strict=True):
+    lean = functools.partial(frozen_mlp, mlp, keeps_hidden=keeps_hidden)
+    for got, expected in zip(*(result_and_gradient(f, x) for f in (lean, mlp)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_in_one_piece_it_is_sam2s_to_the_bit_also_under_autocast():
+@pytest.mark.parametrize("keeps_hidden", [False, True])
+def test_in_one_piece_it_is_sam2s_to_the_bit_also_under_autocast(keeps_hidden):
     mlp, x = make_mlp(), torch.randn(4, 6, 8)
+    lean = functools.partial(frozen_mlp, mlp, keeps_hidden=keeps_hidden)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got, expected = (result_and_gradient(f, x) for f in (lambda x: frozen_mlp(mlp, x), mlp))
+            got, expected = (result_and_gradient(f, x) for f in (lean, mlp))
         assert got[0].dtype == (torch.bfloat16 if autocast else torch.float32)
         assert all(map(torch.equal, got, expected))
 
@@ -66,6 +73,9 @@ def test_it_keeps_its_input_and_its_hidden_layer_is_never_there(monkeypatch):
     with Saved(mlp.parameters()) as saved:
         frozen_mlp(mlp, x)
     assert saved.total == x.nbytes
+    with Saved(mlp.parameters()) as saved:
+        frozen_mlp(mlp, x, keeps_hidden=True)
+    assert saved.total == 4 * x.nbytes
     with LiveBytes([x, *mlp.parameters()]) as live:
         y = frozen_mlp(mlp, x)
         torch.autograd.grad(y.sum(), x)
@@ -97,20 +107,23 @@ def test_what_is_trained_adapted_or_made_otherwise_goes_sam2s_way():
     assert not any(map(is_frozen, [trained, adapted, approximate, *[other.requires_grad_(False) for other in others]]))
 
 
-def test_backward_under_autocast():
+@pytest.mark.parametrize("keeps_hidden", [False, True])
+def test_backward_under_autocast(keeps_hidden):
     mlp, x = make_mlp(), torch.randn(5, 8, requires_grad=True)
-    y = frozen_mlp(mlp, x)
+    y = frozen_mlp(mlp, x, keeps_hidden)
     expected = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
-def test_checkpoints_copies_and_compilation(monkeypatch):
+@pytest.mark.parametrize("keeps_hidden", [False, True])
+def test_checkpoints_copies_and_compilation(keeps_hidden, monkeypatch):
     monkeypatch.setattr("sam2_lora_ext.lean.mlp.CPU_CHUNK", 2 * 32)
     mlp, x = make_mlp(), torch.randn(6, 8)
     expected = result_and_gradient(mlp, x)
-    compiled = torch.compile(lambda x: frozen_mlp(mlp, x), backend="aot_eager", fullgraph=True)
-    checkpointed, copied = (lambda x: checkpoint(frozen_mlp, mlp, x, use_reentrant=False)), (lambda x: frozen_mlp(copy.deepcopy(mlp), x))
+    lean = functools.partial(frozen_mlp, mlp, keeps_hidden=keeps_hidden)
+    compiled = torch.compile(lambda x: frozen_mlp(mlp, x, keeps_hidden), backend="aot_eager", fullgraph=True)
+    checkpointed, copied = (lambda x: checkpoint(lean, x, use_reentrant=False)), (lambda x: frozen_mlp(copy.deepcopy(mlp), x, keeps_hidden))
     for function in (checkpointed, copied, compiled):
         for got, value in zip(result_and_gradient(function, x), expected, strict=True):
             torch.testing.assert_close(got, value)

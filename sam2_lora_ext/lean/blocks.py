@@ -70,8 +70,8 @@ class LeanBlock(MultiScaleBlock):
 
     def _mlp(self, x: Tensor) -> Tensor:
         normed = recomputed(self.norm2(x), self.norm2, x)
-        if not self.keeps_hidden and is_frozen(self.mlp):
-            return frozen_mlp(self.mlp, normed)
+        if is_frozen(self.mlp):
+            return frozen_mlp(self.mlp, normed, self.keeps_hidden)
         wide, narrow = self.mlp.layers
         hidden = wide(normed)
         return narrow(recomputed(self.mlp.act(hidden), self.mlp.act, hidden))

@@ -41,7 +41,7 @@ def drawn_gaps(tokens: int, features: int, dropout: float, device: torch.device)
     draws, rate = math.ceil(count * dropout + 8 * math.sqrt(count * dropout)) + 16, -math.log1p(-dropout)
     uniform = torch.empty(draws, dtype=torch.float32, device=device).uniform_(2**-24, 1)
     gaps = torch.rsub(uniform.log_(), 1, alpha=1 / rate)  # 1 + log u / log (1 - p): faster than `geometric_`
-    gaps[0] -= 1
+    gaps[0].sub_(1)
     return gaps.to(torch.int16 if 24 * math.log(2) / rate < 2**15 - 2 else torch.int64)  # their whole parts
 
 
