@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
+from sam2.modeling.backbones.utils import window_partition
 from sam2.modeling.sam2_utils import LayerNorm2d
 from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, padded_with_bias
+from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, Windows
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
 from sam2_lora_ext.lean.mask_sums import _reduced
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
@@ -120,11 +121,24 @@ def test_padding_is_not_projected():
     assert flops[0] - flops[1] == 2 * (42 * 42 - 32 * 32) * 16 * (3 * 16 + 16)
 
 
-def test_padding_is_the_bias_or_zero():
-    qkv, bias = torch.randn(1, 3, 4, 6), torch.randn(6)
-    padded = padded_with_bias(qkv, bias, 4)
-    assert padded.shape == (1, 4, 4, 6) and torch.equal(padded[:, :3], qkv) and torch.equal(padded[0, 3], bias.expand(4, 6))
-    assert not padded_with_bias(qkv, None, 5)[:, :, 4:].any()
+@pytest.mark.parametrize(("height", "width", "size"), [(3, 4, 4), (5, 7, 3), (4, 4, 2), (1, 1, 5)])
+def test_windows_are_sam2s_with_another_padding(height, width, size):
+    cpu = torch.device("cpu")
+    x = torch.randn(2, height, width, 6, dtype=torch.float64, requires_grad=True)
+    fill = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    windows = Windows.of((height, width), size, cpu)
+    got = windows.filled(x, fill)
+    padded = nn.functional.pad(x - fill, (0, 0, 0, -width % size, 0, -height % size)) + fill
+    expected = window_partition(padded, size)[0]
+    assert torch.equal(windows.emptied(got), x) and got.shape == expected.shape
+    weights = torch.randn_like(got)
+    for one, other in zip((got, *grads(got, weights, x, fill)), (expected, *grads(expected, weights, x, fill)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(grads(windows.emptied(weights.requires_grad_()), x.detach(), weights)[0], windows.filled(x, torch.zeros_like(fill)))
+
+
+def grads(y, weights, *wanted):
+    return torch.autograd.grad(y, wanted, weights, retain_graph=True)
 
 
 def test_two_way_transformer():

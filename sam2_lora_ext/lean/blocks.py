@@ -10,14 +10,19 @@ filled with that.
 Legend: B images · H W tokens · C channels · N windows of S x S tokens.
 """
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from sam2.modeling.backbones.hieradet import Hiera, MultiScaleAttention, MultiScaleBlock, do_pool
 from sam2.modeling.backbones.utils import window_partition, window_unpartition
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sam2_lora_ext.lean.mlp import frozen_mlp, is_frozen
 from sam2_lora_ext.lean.recompute import recomputed
+from sam2_lora_ext.lean.shared import shared
 from sam2_lora_ext.lora.lean import LeanLoRALinear
 
 
@@ -52,21 +57,20 @@ class LeanBlock(MultiScaleBlock):
         if not size:
             return projection(attend(self.attn, *projected(self.attn.qkv, x)))
         small = size // self.q_stride[0] if self.q_stride else size  # a window after the pooling of q
-        padded = [side + -side % small for side in size_after]
-
-        def split(x: Tensor) -> Tensor:
-            return window_partition(x, size)[0]
-
-        def join(windows: Tensor) -> Tensor:
-            return window_unpartition(windows, small, padded, size_after)
-
         if x.shape[1] % size == x.shape[2] % size == 0:
+
+            def split(x: Tensor) -> Tensor:
+                return window_partition(x, size)[0]
+
             x = recomputed(split(x), split, x)
-            return join(projection(attend(self.attn, *projected(self.attn.qkv, x))))
+            windows = projection(attend(self.attn, *projected(self.attn.qkv, x)))
+            return window_unpartition(windows, small, size_after, size_after)
+
+        before, after = Windows.of(x.shape[1:3], size, x.device), Windows.of(size_after, small, x.device)
         qkv, bias = projected(self.attn.qkv, x), self.attn.qkv.bias
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        windows = attend(self.attn, *[split(padded_with_bias(*part, size)) for part in zip(qkv, biases)])
-        return projection(recomputed(join(windows), join, windows))
+        biases = (x.new_zeros(3 * qkv[0].shape[-1]) if bias is None else bias.to(qkv[0].dtype)).chunk(3)
+        windows = attend(self.attn, *[before.filled(*part) for part in zip(qkv, biases)])
+        return projection(recomputed(after.emptied(windows), after.emptied, windows))
 
     def _mlp(self, x: Tensor) -> Tensor:
         normed = recomputed(self.norm2(x), self.norm2, x)
@@ -88,13 +92,66 @@ def projected(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
     return qkv(x, outputs=3) if type(qkv) is LeanLoRALinear else qkv(x).chunk(3, -1)
 
 
-def padded_with_bias(x: Tensor, bias: Tensor | None, size: int) -> Tensor:
-    """A projection (B, H, W, C) at multiples of `size` tokens: what stock gets by projecting padding."""
-    high, wide = -x.shape[1] % size, -x.shape[2] % size
-    batch, height, width, channels = x.shape
-    fill = x.new_zeros(channels) if bias is None else bias.to(x.dtype)
-    wider = torch.cat([x, fill.expand(batch, height, wide, channels)], 2)
-    return torch.cat([wider, fill.expand(batch, high, width + wide, channels)], 1)
+class Windows(NamedTuple):
+    """Windows of S x S tokens that cover H x W of them, and more.
+
+    Attributes:
+        sides: H and W.
+        size: S.
+        places: the place of each token among those of all windows, (H W).
+        tokens: the token at each of these places, H W where there is none, (N S S).
+    """
+
+    sides: tuple[int, int]
+    size: int
+    places: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, sides: Iterable[int], size: int, device: torch.device) -> "Windows":
+        """In the order of SAM 2's `window_partition`."""
+        height, width = sides
+
+        def make() -> Windows:
+            numbers = torch.arange(1, height * width + 1, device=device).view(1, height, width, 1)
+            tokens = window_partition(numbers, size)[0].flatten() - 1  # that pads with zeros
+            places = tokens.argsort(stable=True)[len(tokens) - height * width :]
+            return cls((height, width), size, places, tokens.where(tokens >= 0, height * width))
+
+        return shared((Windows, height, width, size, device), make)
+
+    def filled(self, x: Tensor, fill: Tensor) -> Tensor:
+        """The tokens x (B, H, W, C) in windows (B N, S, S, C), and `fill` (C) at the places where there is none.
+
+        With a projection and its bias, what stock gets by projecting padding.
+        """
+        return _Moved.apply(x.flatten(1, 2), fill, self.tokens, self.places).view(-1, self.size, self.size, x.shape[-1])
+
+    def emptied(self, windows: Tensor) -> Tensor:
+        """The tokens (B, H, W, C) that are in windows (B N, S, S, C)."""
+        rows = windows.reshape(-1, len(self.tokens), windows.shape[-1])
+        return _Moved.apply(rows, None, self.places, self.tokens).unflatten(1, self.sides)
+
+
+class _Moved(torch.autograd.Function):
+    """Rows (B, N, C) at other places: the `to`-th at each, or `fill` for N; in backward the `back`-th of the gradient, or 0."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fill: Tensor | None, to: Tensor, back: Tensor) -> Tensor:
+        ctx.count, ctx.to, ctx.back = x.shape[1], to, back
+        return _rows(x, fill, to)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dfill = dy[:, ctx.to == ctx.count].sum((0, 1)) if ctx.needs_input_grad[1] else None
+        nothing = dy.new_zeros(dy.shape[2]) if len(ctx.back) > len(ctx.to) else None
+        return _rows(dy, nothing, ctx.back), dfill, None, None
+
+
+def _rows(x: Tensor, fill: Tensor | None, places: Tensor) -> Tensor:
+    x = x if fill is None else torch.cat([x, fill.expand(len(x), 1, -1)], 1)
+    return x.index_select(1, places)
 
 
 def attend(attention: MultiScaleAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
