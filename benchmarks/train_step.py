@@ -6,7 +6,8 @@
 FLOPs and bytes come from fake tensors, so they repeat exactly on any machine and need no memory (tests compare them with real
 ones). Times come from real steps, the methods in turns, each in a process of its own as in training: in one process, memory that
 another method has freed serves the next step or does not, so that full fine-tuning had no page fault a step in one run and 149,000
-in another. Ratios of times are medians of the ratios in each round. Resident memory comes from one more child process each.
+in another. Of one process all steps may be some percent faster than of the next, so the processes are fresh every few rounds. Ratios
+of times are medians of the ratios in each round. Resident memory comes from one more child process each.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_json
 
 CASES = ("tiny:1024", "tiny:512", "base_plus:512", "large:1024")
+FRESH = 4  # rounds of steps that a process makes, after one that is not counted
 COLUMNS = {  # key -> heading, unit, format
     "flops": ("GFLOP", 1e9, ".0f"), "saved_bytes": ("MB saved", 1e6, ".0f"), "peak_live_bytes": ("MB peak", 1e6, ".0f"),
     "optimizer_bytes": ("MB optimizer", 1e6, ".0f"), "peak_rss_bytes": ("MB resident", 1e6, ".0f"),
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:RESOLUTION", help=f"of {', '.join(CONFIGS)}")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--timed", nargs="*", default=("tiny:512",), metavar="MODEL:RESOLUTION", help="cases to run for real")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method, after one that is not")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each method")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/bench/train_step.json"))
     args = parser.parse_args(argv)
@@ -101,23 +103,26 @@ def real_cost(method: str, size: str, resolution: int) -> Cost:
 
 
 def step_times(builds: Mapping[str, Mapping[str, Any]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of each step by name, in turns (A B C A B C ...) after one of each that is not counted.
+    """Seconds of each step by name, in turns (A B C A B C ...), after one in each process that is not counted.
 
     Args:
-        builds: the arguments of `build` by name; each is built, and stepped, in a process of its own.
+        builds: the arguments of `build` by name; each is built, and stepped, in a process of its own, a fresh one every `FRESH` rounds.
         rounds: timed steps of each.
         threads: of each process.
     """
     seconds: dict[str, list[float]] = {name: [] for name in builds}
-    with ExitStack() as stack:
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in builds}
-        for name, pool in tqdm(pools.items(), desc="building", unit="model", leave=False):
-            pool.submit(_prepare, threads, builds[name]).result()
-        for turn in tqdm(range(rounds + 1), desc="steps in turns", unit="round", leave=False):
-            for name, pool in pools.items():
-                value = pool.submit(_timed_step).result()
-                if turn:
-                    seconds[name].append(value)
+    with tqdm(total=rounds, desc="steps in turns", unit="round", leave=False) as progress:
+        for start in range(0, rounds, FRESH):
+            with ExitStack() as stack:
+                pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in builds}
+                for name, pool in pools.items():
+                    pool.submit(_prepare, threads, builds[name]).result()
+                for turn in range(min(FRESH, rounds - start) + 1):
+                    for name, pool in pools.items():
+                        value = pool.submit(_timed_step).result()
+                        if turn:
+                            seconds[name].append(value)
+                    progress.update(turn > 0)
     return seconds
 
 

@@ -123,12 +123,14 @@ def test_the_goals(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_writes_every_key(tmp_path, capsys):
+def test_the_command_writes_every_key(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.train_step.FRESH", 1)
     out = tmp_path / "new" / "train_step.json"
-    main(["--cases", "nano:128", "--timed", "nano:128", "--rounds", "1", "--threads", "1", "--out", str(out),
+    main(["--cases", "nano:128", "--timed", "nano:128", "--rounds", "2", "--threads", "1", "--out", str(out),
           "--methods", "full", "lean"])  # fmt: skip
     rows = json.loads(out.read_text())
     keys = {"model", "resolution", "method", "flops", "saved_bytes", "peak_live_bytes", "step_seconds", "peak_rss_bytes",
-            "ratio_to_full"}  # fmt: skip
+            "rounds_seconds", "ratio_to_full"}  # fmt: skip
     assert [row["method"] for row in rows] == ["full", "lean"] and all(keys <= set(row) for row in rows)
+    assert all(len(row["rounds_seconds"]) == 2 for row in rows)  # each in a fresh process
     assert "| nano 128 | lean |" in capsys.readouterr().out and set(METHODS) >= {"peft", "decoder"}

@@ -1,10 +1,10 @@
 """The sums over pixels that SAM 2's mask losses are made of, keeping nothing for backward but the logits.
 
-With g the target (0 or 1) and z = (2 g - 1) x the logit towards it, q = sigmoid(-z) is the probability of the wrong answer:
+With g the target (0 or 1) and z = (1 - 2 g) x the logit away from it, q = sigmoid(z) is the probability of the wrong answer:
 
-    focal    = mean of w q^gamma softplus(-z),  w = alpha where g = 1, 1 - alpha elsewhere (1 everywhere for alpha < 0)
+    focal    = mean of w q^gamma softplus(z),  w = alpha where g = 1, 1 - alpha elsewhere (1 everywhere for alpha < 0)
     overlap  = sum of p g,   drawn = sum of p,  p = sigmoid(x)
-    dfocal/dx = -(2 g - 1) w q^gamma (gamma (1 - q) softplus(-z) + q) / (H W),   dp/dx = q (1 - q)
+    dfocal/dx = (1 - 2 g) w q^gamma (gamma (1 - q) softplus(z) + q) / (H W),   dp/dx = q (1 - q)
 
 Stock keeps about ten maps of the size of the logits. Here forward and backward work on one map (H W) at a time, so
 temporaries stay small, and maps whose sums have no gradient (channels that were not selected) cost nothing in backward.
@@ -54,9 +54,8 @@ class _MaskSums(torch.autograd.Function):
         for o, m in itertools.product(*map(range, shape)):
             g = _as_numbers(targets[o, 0], dtype)
             x = _enlarged(logits[o, m], g.shape).to(dtype)
-            z, q = _towards(x, g)
-            loss = _times_power(F.logsigmoid(z), q, gamma)
-            focal[o, m] = -_weighted(loss, g, alpha) / g.numel()
+            z, q = _away(x, g)
+            focal[o, m] = _weighted(_times_power(_softplus(z), q, gamma), g, alpha) / g.numel()
             wrong, wrong_inside, inside = q.sum(), _inside(q, g), g.sum()
             overlap[o, m] = inside - wrong_inside
             drawn[o, m] = inside - wrong_inside + (wrong - wrong_inside)
@@ -76,10 +75,10 @@ class _MaskSums(torch.autograd.Function):
         for o, m in with_gradient(dfocal, doverlap, ddrawn):
             g = _as_numbers(targets[o, 0], dfocal.dtype)
             x = _enlarged(logits[o, m], g.shape).to(dfocal.dtype)
-            z, q = _towards(x, g)
+            z, q = _away(x, g)
             right = 1 - q
-            slope = torch.addcmul(q, F.logsigmoid(z), right, value=-ctx.gamma)
-            _times_power(slope, q, ctx.gamma).mul_(_towards_wrong(g, ctx.alpha)).mul_(dfocal[o, m] / g.numel())
+            slope = torch.addcmul(q, _softplus(z), right, value=ctx.gamma)
+            _times_power(slope, q, ctx.gamma).mul_(_away_weight(g, ctx.alpha)).mul_(dfocal[o, m] / g.numel())
             slope.addcmul_((g * doverlap[o, m]).add_(ddrawn[o, m]), right.mul_(q))
             grad[o, m] = _reduced(slope, grad.shape[2:])
         return grad, None, None, None
@@ -118,10 +117,15 @@ def _as_numbers(target: Tensor, dtype: torch.dtype) -> Tensor:
     return (target.view(torch.uint8) if target.dtype == torch.bool else target).to(dtype)  # of bools, in a fifth of the time
 
 
-def _towards(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _away(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """z and q of a map."""
-    z = g.mul(2).sub_(1).mul_(x)
-    return z, torch.neg(z).sigmoid_()
+    z = g.mul(-2).add_(1).mul_(x)
+    return z, z.sigmoid()
+
+
+def _softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z), on a CPU in half the time of `logsigmoid`; above 40 it is z in double precision too."""
+    return F.softplus(z, threshold=40)
 
 
 def _inside(x: Tensor, g: Tensor) -> Tensor:
@@ -134,8 +138,8 @@ def _weighted(x: Tensor, g: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * x.sum() + (2 * alpha - 1) * _inside(x, g) if alpha >= 0 else x.sum()
 
 
-def _towards_wrong(g: Tensor, alpha: float) -> Tensor:
-    """-(2 g - 1) w."""
+def _away_weight(g: Tensor, alpha: float) -> Tensor:
+    """(1 - 2 g) w."""
     return g.neg().add_(1 - alpha) if alpha >= 0 else g.mul(-2).add_(1)
 
 
