@@ -1,6 +1,7 @@
 """The yardstick: its counters on known operations, fake tensors against real ones, the estimate against a real step."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -124,7 +125,10 @@ def test_the_goals(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_writes_every_key(tmp_path, capsys, monkeypatch):
+    processes = []
     monkeypatch.setattr("benchmarks.train_step.FRESH", 1)
+    monkeypatch.setattr("benchmarks.train_step.ProcessPoolExecutor",
+                        lambda *args, **kwargs: processes.append(1) or ProcessPoolExecutor(*args, **kwargs))  # fmt: skip
     out = tmp_path / "new" / "train_step.json"
     main(["--cases", "nano:128", "--timed", "nano:128", "--rounds", "2", "--threads", "1", "--out", str(out),
           "--methods", "full", "lean"])  # fmt: skip
@@ -132,5 +136,6 @@ def test_the_command_writes_every_key(tmp_path, capsys, monkeypatch):
     keys = {"model", "resolution", "method", "flops", "saved_bytes", "peak_live_bytes", "step_seconds", "peak_rss_bytes",
             "rounds_seconds", "ratio_to_full"}  # fmt: skip
     assert [row["method"] for row in rows] == ["full", "lean"] and all(keys <= set(row) for row in rows)
-    assert all(len(row["rounds_seconds"]) == 2 for row in rows)  # each in a fresh process
+    assert all(len(row["rounds_seconds"]) == 2 for row in rows)
+    assert len(processes) == 8  # of each method one that counts, two that are timed and one for its resident memory
     assert "| nano 128 | lean |" in capsys.readouterr().out and set(METHODS) >= {"peft", "decoder"}

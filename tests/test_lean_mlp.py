@@ -76,6 +76,9 @@ def test_it_keeps_its_input_and_its_hidden_layer_is_never_there(monkeypatch):
     with Saved(mlp.parameters()) as saved:
         frozen_mlp(mlp, x, keeps_hidden=True)
     assert saved.total == 4 * x.nbytes
+    with LiveBytes([x, *mlp.parameters()]) as live, torch.no_grad():  # nor where nobody will ask for it
+        frozen_mlp(mlp, x, keeps_hidden=True)
+    assert live.peak < 1.5 * x.nbytes
     with LiveBytes([x, *mlp.parameters()]) as live:
         y = frozen_mlp(mlp, x)
         torch.autograd.grad(y.sum(), x)

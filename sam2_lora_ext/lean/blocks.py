@@ -125,33 +125,33 @@ class Windows(NamedTuple):
 
         With a projection and its bias, what stock gets by projecting padding.
         """
-        return _Moved.apply(x.flatten(1, 2), fill, self.tokens, self.places).view(-1, self.size, self.size, x.shape[-1])
+        return _Gathered.apply(x.flatten(1, 2), fill, self.tokens, self.places).view(-1, self.size, self.size, x.shape[-1])
 
     def emptied(self, windows: Tensor) -> Tensor:
         """The tokens (B, H, W, C) that are in windows (B N, S, S, C)."""
         rows = windows.reshape(-1, len(self.tokens), windows.shape[-1])
-        return _Moved.apply(rows, None, self.places, self.tokens).unflatten(1, self.sides)
+        return _Gathered.apply(rows, None, self.places, self.tokens).unflatten(1, self.sides)
 
 
-class _Moved(torch.autograd.Function):
-    """Rows (B, N, C) at other places: the `to`-th at each, or `fill` for N; in backward the `back`-th of the gradient, or 0."""
+class _Gathered(torch.autograd.Function):
+    """Rows x (B, R, C) by their numbers, each at most once, or `fill` (C) by the number R; the gradient by those of `inverse`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, fill: Tensor | None, to: Tensor, back: Tensor) -> Tensor:
-        ctx.count, ctx.to, ctx.back = x.shape[1], to, back
-        return _rows(x, fill, to)
+    def forward(ctx, x: Tensor, fill: Tensor | None, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.count, ctx.index, ctx.inverse = x.shape[1], index, inverse
+        return _rows(x, fill, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dfill = dy[:, ctx.to == ctx.count].sum((0, 1)) if ctx.needs_input_grad[1] else None
-        nothing = dy.new_zeros(dy.shape[2]) if len(ctx.back) > len(ctx.to) else None
-        return _rows(dy, nothing, ctx.back), dfill, None, None
+        dfill = dy[:, ctx.index == ctx.count].sum((0, 1)) if ctx.needs_input_grad[1] else None
+        nothing = dy.new_zeros(dy.shape[2]) if len(ctx.inverse) > len(ctx.index) else None
+        return _rows(dy, nothing, ctx.inverse), dfill, None, None
 
 
-def _rows(x: Tensor, fill: Tensor | None, places: Tensor) -> Tensor:
+def _rows(x: Tensor, fill: Tensor | None, index: Tensor) -> Tensor:
     x = x if fill is None else torch.cat([x, fill.expand(len(x), 1, -1)], 1)
-    return x.index_select(1, places)
+    return x.index_select(1, index)
 
 
 def attend(attention: MultiScaleAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

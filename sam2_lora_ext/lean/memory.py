@@ -3,8 +3,8 @@
 Three ways, from much memory to little and from no time to much:
 
 - A part keeps what stock keeps, but for operations that are done with less (`pool`, `conv`, `operations`).
-- A part keeps the results of its products and attentions, and computes its norms, activations, the image's tokens with
-  their positions and the last upscaling of the masks again (`selective`).
+- A part keeps the results of its products and attentions, and computes its norms, activations and the image's tokens with
+  their positions again (`selective`).
 - A part keeps its input and computes all of itself again, of a trunk block two thirds of the FLOPs (of its MLP the hidden
   layer alone, see `lean.mlp`): a tenth of the first (`encoder`, `decoder`). A block of Hiera's first stages holds more
   numbers than a late one at equal FLOPs, so blocks are taken from the first on.
@@ -46,11 +46,10 @@ class MemoryConfig:
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck, the prompt encoder and the mask decoder.
         operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`,
-            `lean.upscaling`, `lean.high_res`; the last two only where the mask decoder's upscaling and the neck are frozen, so
-            a model that trains them rounds otherwise).
-        selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations,
-            the image's tokens with their positions and, while the upscaling is frozen, the last sum of it (arXiv 2205.05198;
-            see `lean.recompute`). Needs `operations`.
+            `lean.upscaling`, `lean.high_res`, `lean.mlp`; the last three only where the mask decoder's upscaling, the neck or an
+            MLP is frozen, so a model that trains them rounds otherwise).
+        selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations
+            and the image's tokens with their positions (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 
@@ -95,7 +94,7 @@ class MemoryConfig:
 
 PRESETS = {
     "stock": MemoryConfig(),
-    "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs no time
+    "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs next to no time
     "default": MemoryConfig(encoder=0.61, pool=True, conv=True, operations=True, selective=True, weights=True),
     "low": MemoryConfig(encoder=0.98, decoder=0.625, pool=True, conv=True, operations=True, selective=True, weights=True),
 }

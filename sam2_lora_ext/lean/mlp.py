@@ -32,18 +32,19 @@ def is_frozen(mlp: MLP) -> bool:
 def frozen_mlp(mlp: MLP, x: Tensor, keeps_hidden: bool = False) -> Tensor:
     """`mlp(x)` for x (..., C), of which backward keeps x, or else h."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves as it is
         with torch.autocast(kind, enabled=False):
             return frozen_mlp(mlp, cast(x, torch.get_autocast_dtype(kind)), keeps_hidden)
     wide, narrow = mlp.layers
     weights = wide.weight, wide.bias, narrow.weight
-    if keeps_hidden:
+    if keeps_hidden and x.requires_grad and torch.is_grad_enabled():
         return _WithHidden.apply(x, *weights, narrow.bias)
     return _Result.apply(_Gradient.apply(x, *weights), *weights, narrow.bias)
 
 
 def _result(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, hidden: Tensor | None = None) -> Tensor:
     """y; also h (..., 4 C), where there is room for it."""
+    w1, b1, w2, b2 = (None if weight is None else weight.to(x.dtype) for weight in (w1, b1, w2, b2))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for x_few, y_few, *h_few in zip(*_chunks(len(w1), x, y, *([] if hidden is None else [hidden]))):
         _product(F.gelu(_product(x_few, w1, b1, *h_few)), w2, b2, y_few)
@@ -51,8 +52,7 @@ def _result(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | N
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    columns = weight.to(x.dtype).t()
-    return torch.mm(x, columns, out=out) if bias is None else torch.addmm(bias.to(x.dtype), x, columns, out=out)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _gradient(dy: Tensor, w1: Tensor, w2: Tensor, source: Tensor, hidden: Callable[[Tensor], Tensor]) -> Tensor:
@@ -78,6 +78,7 @@ class _Gradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2 = ctx.saved_tensors
+        w1, b1 = (None if weight is None else weight.to(x.dtype) for weight in (w1, b1))
         return _gradient(dy, w1, w2, x, lambda few: _product(few, w1, b1)), None, None, None
 
 

@@ -17,7 +17,7 @@ Until then, tensors of this order have the shape that stock's have, and their pi
 Shapes: x (B, C, H, W), of N = H W pixels · W (C, C', 2, 2) · f, y (B, C', 2 H, 2 W) · M masks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from sam2_lora_ext.lean.conv import LeanConvTranspose2d
 from sam2_lora_ext.lean.maps import PlanarGELU
 from sam2_lora_ext.lean.mlp import numbers_at_a_time
+from sam2_lora_ext.lean.recompute import cast
 from sam2_lora_ext.lean.shared import shared
 
 
@@ -57,7 +58,7 @@ class FineByCorners(ByCorners):
 
     def added_to(self, x: Tensor) -> "UpscaledFeatures":
         """The sum of x (B, C, H, W) in the order of the step before."""
-        return UpscaledFeatures(self, x.to(self.weight.dtype))
+        return UpscaledFeatures(self, cast(x, self.weight.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,9 @@ class UpscaledFeatures:
         return batch, self.features.weight.shape[1] // 4, 2 * height, 2 * width
 
     def view(self, *shape: int) -> "UpscaledFeatures":
-        """Itself, whose pixels are one axis of the product to come."""
+        """Itself, for `shape` (B, C', 4 H W): its pixels are one axis of the product to come."""
+        batch, channels, height, width = self.shape
+        assert shape == (batch, channels, height * width), shape
         return self
 
     def __rmatmul__(self, hyper: Tensor) -> Tensor:
@@ -125,7 +128,10 @@ class _Summand:
 
 
 class CornerMaskDecoder(MaskDecoder):
-    """`MaskDecoder` that also takes its features by corners."""
+    """`MaskDecoder` that also takes its features by corners, and in training makes one mask where one is wanted.
+
+    Stock makes four and throws three away. For the time of a call `num_mask_tokens` is then 1, so two threads cannot share one.
+    """
 
     @property
     def makes_corners(self) -> bool:
@@ -146,11 +152,12 @@ class CornerMaskDecoder(MaskDecoder):
             )  # fmt: skip
 
     @contextmanager
-    def _single_mask(self, wanted: bool):
-        trained = any(parameter.requires_grad for parameter in self.output_hypernetworks_mlps.parameters())  # a zero is a gradient
-        wanted = wanted and self.training and not trained and not torch.compiler.is_compiling()
+    def _single_mask(self, wanted: bool) -> Iterator[None]:
+        # Trained, the hypernetworks of masks that are thrown away get zeros: DDP waits for them and weight decay acts with them.
+        trained = any(parameter.requires_grad for parameter in self.output_hypernetworks_mlps.parameters())
         count = self.num_mask_tokens
-        self.num_mask_tokens = 1 if wanted else count  # stock reads the first of the tokens, which it makes of all
+        if wanted and self.training and not trained and not torch.compiler.is_compiling():
+            self.num_mask_tokens = 1  # of the tokens that came out of the transformer the first; all four went in
         try:
             yield
         finally:
@@ -198,7 +205,8 @@ def _in_rows(masks: Tensor) -> Tensor:
 
 def _as_autocast(weight: Tensor) -> Tensor:
     kind = weight.device.type
-    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+    cast_by_autocast = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
+    return weight.to(torch.get_autocast_dtype(kind)) if cast_by_autocast else weight
 
 
 def _added(maps: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -229,14 +237,21 @@ class _Sum(torch.autograd.Function):
 
 
 class _Masks(torch.autograd.Function):
+    """masks = hyper gelu(y),   y = W^T x + maps, its rows (C', 4) and columns N seen as C' and (4, N).
+
+        dhyper = dmasks gelu(y)^T,   dy = gelu'(y) * hyper^T dmasks,   dmaps = dy,   dx = W dy
+
+    Shapes: x (B, C, H, W) · hyper (B, M, C') · maps (B, 4 C', N) · W (C, 4 C') · masks (B, M, 4 N).
+    """
+
     @staticmethod
     def forward(ctx, x: Tensor, hyper: Tensor, maps: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, hyper, maps, weight)
         masks = hyper.new_empty(*hyper.shape[:2], 4, maps.shape[2])
-        columns = weight.t().expand(len(x), -1, -1)
+        weight_t = weight.t().expand(len(x), -1, -1)
         with torch.autocast(x.device.type, enabled=False):
-            for x_few, maps_few, masks_few in _few(maps.shape[1] * len(x), x.flatten(2), maps, masks):
-                y = F.gelu(_added(maps_few, columns, x_few)).to(hyper.dtype)
+            for x_few, maps_few, masks_few in _pieces(maps.shape[1] * len(x), x.flatten(2), maps, masks):
+                y = F.gelu(_added(maps_few, weight_t, x_few)).to(hyper.dtype)
                 masks_few.copy_((hyper @ y.view(*hyper.shape[::2], -1)).view(masks_few.shape))
         return masks.flatten(2)
 
@@ -248,20 +263,20 @@ class _Masks(torch.autograd.Function):
         dx = x.new_empty(len(x), maps.shape[2], x.shape[1])  # B N C: the order in which a norm over the channels wants it
         dhyper = torch.zeros_like(hyper, dtype=torch.promote_types(hyper.dtype, torch.float32))
         dmaps = torch.empty_like(maps) if ctx.needs_input_grad[2] else None
-        columns, rows = weight.t().expand(len(x), -1, -1), weight.expand(len(x), -1, -1).transpose(1, 2)
-        few = _few(maps.shape[1] * len(x), x.flatten(2), maps, dmasks, dx.transpose(1, 2), maps if dmaps is None else dmaps)
+        weight, weight_t = (matrix.expand(len(x), -1, -1) for matrix in (weight, weight.t()))
+        tensors = x.flatten(2), maps, dmasks, dx.transpose(1, 2), maps if dmaps is None else dmaps
         with torch.autocast(x.device.type, enabled=False):
-            for x_few, maps_few, dmasks_few, dx_few, dmaps_few in few:
-                dmasks_few, y = dmasks_few.flatten(2), _added(maps_few, columns, x_few)
+            for x_few, maps_few, dmasks_few, dx_few, dmaps_few in _pieces(maps.shape[1] * len(x), *tensors):
+                dmasks_few, y = dmasks_few.flatten(2), _added(maps_few, weight_t, x_few)
                 dhyper += dmasks_few @ F.gelu(y).to(hyper.dtype).view(*hyper.shape[::2], -1).transpose(1, 2)
                 dy = (hyper.transpose(1, 2) @ dmasks_few).view(y.shape).to(y.dtype)
                 dy = torch.ops.aten.gelu_backward(dy, y)
-                dx_few.copy_((dy.transpose(1, 2).to(weight.dtype) @ rows).transpose(1, 2))
+                dx_few.copy_((dy.transpose(1, 2).to(weight.dtype) @ weight.transpose(1, 2)).transpose(1, 2))
                 if dmaps is not None:
                     dmaps_few.copy_(dy if len(maps) == len(x) else dy.sum(0, keepdim=True))
         return dx.transpose(1, 2).unflatten(2, x.shape[2:]), dhyper.to(hyper.dtype), dmaps, None
 
 
-def _few(width: int, *tensors: Tensor) -> "zip[tuple[Tensor, ...]]":
+def _pieces(width: int, *tensors: Tensor) -> "zip[tuple[Tensor, ...]]":
     """The last axis of some tensors in pieces, of which `width` numbers each make as much as is worked on at a time."""
     return zip(*(tensor.split(max(numbers_at_a_time(tensor.device) // width, 1), -1) for tensor in tensors))

@@ -61,7 +61,10 @@ def drop(x: Tensor, places: Tensor | None) -> Tensor:
 
 def drop_in_place(x: Tensor, places: Tensor) -> Tensor:
     """m x (N, in) of an x with a spare row (N + 1, in)."""
-    x.view(-1).put_(places, x.new_zeros(len(places)))  # on a CPU in half of `index_fill_`'s time
+    if torch.are_deterministic_algorithms_enabled():  # torch refuses `put_` then, as to it places might be there twice
+        x.view(-1)[places] = 0.0
+    else:
+        x.view(-1).put_(places, x.new_zeros(len(places)))  # on a CPU in half the time
     return x[:-1]
 
 
