@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, Windows
-from sam2_lora_ext.lean.maps import LeanLayerNorm2d, PlanarGELU
+from sam2_lora_ext.lean.maps import LeanLayerNorm2d
 from sam2_lora_ext.lean.mask_sums import _reduced
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 from sam2_lora_ext.lean.shared import sharing
 from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
+from sam2_lora_ext.lean.upscaling import CornerGELU
 from sam2_lora_ext.lora import build_lora_model
 
 pytestmark = pytest.mark.usefixtures("lean_however_small")
@@ -171,7 +172,7 @@ def test_positions_are_kept_once_for_all_steps_of_a_block():
 def test_operations_on_maps(layout):
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64).contiguous(memory_format=layout)
     assert_same(twins(LayerNorm2d(6), {LayerNorm2d: LeanLayerNorm2d}), x)
-    assert_same(twins(nn.Sequential(nn.GELU()), {nn.GELU: PlanarGELU}), x)
+    assert_same(twins(nn.Sequential(nn.GELU()), {nn.GELU: CornerGELU}), x)
 
 
 @pytest.mark.parametrize(("small", "large"), [((8, 8), (32, 32)), ((5, 8), (20, 17)), ((8, 8), (8, 8)), ((6, 6), (5, 5))])

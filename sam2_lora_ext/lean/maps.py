@@ -32,13 +32,6 @@ class LeanGELU(nn.GELU):
         return recomputed(super().forward(x), super().forward, x)
 
 
-class PlanarGELU(LeanGELU):
-    """A `LeanGELU` that brings its input into the order that the product after it and its gradient have."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())
-
-
 class OfOneImage:
     """Features (H W, 1, C) of the one image of a batch, for SAM 2's `features[:, image_of_each_object]`: a view of them.
 

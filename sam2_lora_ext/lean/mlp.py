@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sam2_lora_ext.lean.recompute import cast
 
-CPU_CHUNK, GPU_CHUNK = 2**21, 2**24  # numbers of the hidden layer at a time; no GPU has timed the second
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**24  # numbers of a temporary tensor at a time; no GPU has timed the second
 
 
 def is_frozen(mlp: MLP) -> bool:
