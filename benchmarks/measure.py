@@ -115,7 +115,7 @@ def step_cost(
         loss: forward pass and loss; it must keep nothing but what it returns, and do the same at each call.
     """
     weights = [*model.parameters(), *model.buffers()]
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place}) as flops:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
         run_step(optimizer, loss)
     with Saved([*weights, *batch]) as saved:
         value = loss()
@@ -137,6 +137,14 @@ def step_cost(
 def addmm_in_place(total: Any, a: tuple[int, int], b: tuple[int, int], **_: Any) -> int:
     """FLOPs of `total.addmm_(a, b)` from shapes; torch's own counter knows only the product that makes a new tensor."""
     return 2 * a[0] * a[1] * b[1]
+
+
+def baddbmm_in_place(total: Any, a: tuple[int, int, int], b: tuple[int, int, int], **_: Any) -> int:
+    """FLOPs of `total.baddbmm_(a, b)`, likewise."""
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: addmm_in_place, torch.ops.aten.baddbmm_: baddbmm_in_place}
 
 
 def run_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:

@@ -69,7 +69,7 @@ class LeanBlock(MultiScaleBlock):
         before, after = Windows.of(x.shape[1:3], size, x.device), Windows.of(size_after, small, x.device)
         qkv, bias = projected(self.attn.qkv, x), self.attn.qkv.bias
         biases = (x.new_zeros(3 * qkv[0].shape[-1]) if bias is None else bias.to(qkv[0].dtype)).chunk(3)
-        windows = attend(self.attn, *[before.filled(*part) for part in zip(qkv, biases)])
+        windows = attend(self.attn, *[recomputed(before.filled(*part), before.filled, *part) for part in zip(qkv, biases)])
         return projection(recomputed(after.emptied(windows), after.emptied, windows))
 
     def _mlp(self, x: Tensor) -> Tensor:

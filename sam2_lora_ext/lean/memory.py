@@ -21,11 +21,12 @@ import torch
 from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
 from sam2.modeling.sam2_utils import LayerNorm2d
 from sam2.modeling.sam.mask_decoder import MaskDecoder
-from sam2.modeling.sam.transformer import TwoWayAttentionBlock, TwoWayTransformer
+from sam2.modeling.sam.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.lean.attention import LeanAttention
 from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
 from sam2_lora_ext.lean.high_res import pair_convolutions
@@ -45,9 +46,9 @@ class MemoryConfig:
         decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder, upscaling) that is computed again.
         pool: keep two bytes for each result of the trunk's max-pooling, not its input and an index of eight bytes.
         conv: keep no inputs of frozen convolutions in the neck, the prompt encoder and the mask decoder.
-        operations: the same numbers, to rounding, by fewer operations (see `lean.blocks`, `lean.transformer`, `lean.maps`,
-            `lean.upscaling`, `lean.high_res`, `lean.mlp`; the last three only where the mask decoder's upscaling, the neck or an
-            MLP is frozen, so a model that trains them rounds otherwise).
+        operations: the same numbers, to rounding, by fewer operations or with less kept (see `lean.blocks`, `lean.transformer`,
+            `lean.maps`, `lean.attention`, `lean.upscaling`, `lean.high_res`, `lean.mlp`; the last four only where the mask decoder's
+            attention or its upscaling, the neck or an MLP is frozen, so a model that trains them rounds otherwise).
         selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations
             and the image's tokens with their positions (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
@@ -149,7 +150,8 @@ def make_lean(model: nn.Module, memory: MemoryConfig) -> None:
     if memory.operations:
         _swap((trunk, *trunk.blocks), {Hiera: LeanHiera, MultiScaleBlock: LeanBlock})
         heads = (*model.sam_prompt_encoder.modules(), *model.sam_mask_decoder.modules())
-        _swap(heads, {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock, LayerNorm2d: LeanLayerNorm2d})
+        lean = {TwoWayTransformer: LeanTwoWayTransformer, TwoWayAttentionBlock: LeanTwoWayBlock, Attention: LeanAttention}
+        _swap(heads, {**lean, LayerNorm2d: LeanLayerNorm2d})
         upscaling = model.sam_mask_decoder.output_upscaling
         _swap(upscaling[-1:], {nn.GELU: CornerGELU})
         _swap(upscaling, {nn.GELU: LeanGELU})

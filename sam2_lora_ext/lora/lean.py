@@ -28,6 +28,11 @@ from sam2_lora_ext.lora.layer import LoRALinear
 SMALL = 2**14  # numbers of an input, such as a prompt's tokens, up to which the plain way is faster and keeps next to nothing
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether an input goes the plain way."""
+    return x.numel() <= SMALL
+
+
 def drawn_gaps(tokens: int, features: int, dropout: float, device: torch.device) -> Tensor:
     """Draws which of tokens x features inputs dropout zeroes: how far each zero is behind the one before, the first behind place 0.
 
@@ -160,7 +165,7 @@ class LeanLoRALinear(LoRALinear):
         """
         if outputs is not None and (self.out_features % outputs or outputs % len(self.parts)):
             raise ValueError(f"{self.out_features} outputs in {len(self.parts)} parts do not come apart in {outputs}")
-        if x.numel() <= SMALL:
+        if is_small(x):
             y = super().forward(x)
             return y if outputs is None else y.chunk(outputs, -1)
         ys = self._outputs(x, outputs or 1)
