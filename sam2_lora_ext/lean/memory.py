@@ -3,8 +3,8 @@
 Three ways, from much memory to little and from no time to much:
 
 - A part keeps what stock keeps, but for operations that are done with less (`pool`, `conv`, `operations`).
-- A part keeps the results of its products and attentions, and computes its norms, activations and the image's tokens with
-  their positions again (`selective`).
+- A part keeps the results of its products and attentions, and computes its norms, activations, padded windows and the image's
+  tokens with their positions again, and what these get of a prompt's attention, a small product (`selective`).
 - A part keeps its input and computes all of itself again, of a trunk block two thirds of the FLOPs (of its MLP the hidden
   layer alone, see `lean.mlp`): a tenth of the first (`encoder`, `decoder`). A block of Hiera's first stages holds more
   numbers than a late one at equal FLOPs, so blocks are taken from the first on.

@@ -1,7 +1,7 @@
 """Results that backward computes again from what they were computed of, instead of keeping them.
 
-Checkpointing computes a whole part of the model again, products included. Here a norm, an activation or a sum says how it was
-made, and what another operation wanted to keep of it is made anew when backward asks for it: a few passes over memory.
+Checkpointing computes a whole part of the model again, products included. Here a norm, an activation, a sum or a small product
+says how it was made, and what another operation wanted to keep of it is made anew when backward asks for it: a few passes over memory.
 """
 
 import contextlib
