@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
+
+
+IN_PLACE = {  # operations that torch's counter does not know, with its formulas for those that make a new tensor
+    torch.ops.aten.addmm_: addmm_flop.__wrapped__,  # which the counter wraps itself
+    torch.ops.aten.baddbmm_: baddbmm_flop.__wrapped__,
+}
 
 
 class Cost(NamedTuple):
@@ -132,19 +138,6 @@ def step_cost(
     optimizer_bytes, gradient_bytes = (sum(tensor.nbytes for tensor in group) for group in (state, gradients))
     optimizer.zero_grad()
     return Cost(flops.get_total_flops(), kept, saved.total, peak, gradient_bytes, optimizer_bytes)
-
-
-def addmm_in_place(total: Any, a: tuple[int, int], b: tuple[int, int], **_: Any) -> int:
-    """FLOPs of `total.addmm_(a, b)` from shapes; torch's own counter knows only the product that makes a new tensor."""
-    return 2 * a[0] * a[1] * b[1]
-
-
-def baddbmm_in_place(total: Any, a: tuple[int, int, int], b: tuple[int, int, int], **_: Any) -> int:
-    """FLOPs of `total.baddbmm_(a, b)`, likewise."""
-    return 2 * a[0] * a[1] * a[2] * b[2]
-
-
-IN_PLACE = {torch.ops.aten.addmm_: addmm_in_place, torch.ops.aten.baddbmm_: baddbmm_in_place}
 
 
 def run_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:

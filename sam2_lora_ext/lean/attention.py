@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sam2_lora_ext.lean.recompute import cast, recomputed
-from sam2_lora_ext.lora.lean import LeanLoRALinear, drawn_gaps, drop, drop_in_place, is_small, places_of
+from sam2_lora_ext.lora.lean import LeanLoRALinear, drop, is_small, low_input_gradient, places_of
 
 
 class LeanAttention(Attention):
@@ -111,10 +111,9 @@ class Projection(NamedTuple):
         bias = None if layer.bias is None else layer.bias.to(x.dtype).view(heads, -1, 1)
         if not isinstance(layer, LeanLoRALinear):
             return cls(x, weight, bias, None, None, None)
-        p = layer.dropout if layer.training else 0.0
-        gaps = drawn_gaps(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None
+        gaps, scaling = layer.dropped(x)
         a, b = (factor.to(x.dtype) for factor in layer.factors())
-        return cls(x, weight, bias, a, b.unflatten(0, (heads, -1)) * (layer.scaling / (1 - p)), gaps)
+        return cls(x, weight, bias, a, b.unflatten(0, (heads, -1)) * scaling, gaps)
 
     def scores(self, prompt: Tensor) -> Tensor:
         """The products (O, R, N) of a prompt's heads (O, H, T, d) with this projection's."""
@@ -183,24 +182,16 @@ class _WeightedSums(torch.autograd.Function):
 def _low(x: Tensor, a: Tensor, gaps: Tensor | None) -> Tensor:
     """A (D x)^T (O, r, N), without the factor of D."""
     tokens = x.reshape(-1, x.shape[-1])
-    return (a @ drop(tokens, _places(gaps, x)).t()).view(len(a), *x.shape[:2]).transpose(0, 1)
+    return (a @ drop(tokens, places_of(gaps, x.numel())).t()).view(len(a), *x.shape[:2]).transpose(0, 1)
 
 
 def _low_gradients(
     dlow: Tensor, left: Tensor, right: Tensor, x: Tensor, a: Tensor, gaps: Tensor | None, needs_x: bool, needs_a: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x, left @ right (O, N, C) and what comes through `_low`, and of A, for that of `_low` (O, r, N)."""
-    dlow, places = dlow.transpose(0, 1).reshape(len(a), -1), _places(gaps, x)
-    dx = None
-    if needs_x:
-        dx = x.new_empty(dlow.shape[1] + 1, x.shape[2])
-        torch.mm(dlow.t(), a, out=dx[:-1])
-        dx = (dx[:-1] if places is None else drop_in_place(dx, places)).view(x.shape).baddbmm_(left, right)
+    dlow, places = dlow.transpose(0, 1).reshape(len(a), -1), places_of(gaps, x.numel())
+    dx = low_input_gradient(dlow, a, places).view(x.shape).baddbmm_(left, right) if needs_x else None
     return dx, dlow @ drop(x.reshape(-1, x.shape[2]), places) if needs_a else None
-
-
-def _places(gaps: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if gaps is None else places_of(gaps, x.numel())
 
 
 def _transposed_product(x: Tensor, y: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class MemoryConfig:
         operations: the same numbers, to rounding, by fewer operations or with less kept (see `lean.blocks`, `lean.transformer`,
             `lean.maps`, `lean.attention`, `lean.upscaling`, `lean.high_res`, `lean.mlp`; the last four only where the mask decoder's
             attention or its upscaling, the neck or an MLP is frozen, so a model that trains them rounds otherwise).
-        selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations
-            and the image's tokens with their positions (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
+        selective: of the blocks and prediction steps that are not computed again, compute again the norms, the activations,
+            the image's tokens with their positions and what else costs little (arXiv 2205.05198; see `lean.recompute`). Needs `operations`.
         weights: under autocast, hold frozen weights in its type (see `lean.cast`).
     """
 

@@ -50,9 +50,9 @@ def drawn_gaps(tokens: int, features: int, dropout: float, device: torch.device)
     return gaps.to(torch.int16 if 24 * math.log(2) / rate < 2**15 - 2 else torch.int64)  # their whole parts
 
 
-def places_of(gaps: Tensor, count: int) -> Tensor:
+def places_of(gaps: Tensor | None, count: int) -> Tensor | None:
     """The places of the zeros among `count` inputs, ascending; those behind the end become `count`, the first of a spare row."""
-    return gaps.cumsum(0).clamp_(max=count)  # in 64 bits, as an index is read
+    return None if gaps is None else gaps.cumsum(0).clamp_(max=count)  # in 64 bits, as an index is read
 
 
 def drop(x: Tensor, places: Tensor | None) -> Tensor:
@@ -71,6 +71,13 @@ def drop_in_place(x: Tensor, places: Tensor) -> Tensor:
     else:
         x.view(-1).put_(places, x.new_zeros(len(places)))  # on a CPU in half the time
     return x[:-1]
+
+
+def low_input_gradient(dlow: Tensor, a: Tensor, places: Tensor | None) -> Tensor:
+    """The gradient m A^T dlow of x (N, in) for that of A m x, dlow (r, N)."""
+    dx = dlow.new_empty(dlow.shape[1] + 1, a.shape[1])
+    torch.mm(dlow.t(), a, out=dx[:-1])
+    return dx[:-1] if places is None else drop_in_place(dx, places)
 
 
 def adapted(ys: Sequence[Tensor], slices: tuple[bool, ...]) -> list[Tensor]:
@@ -95,7 +102,7 @@ class LoRAFunction(torch.autograd.Function):
         slices: tuple[bool, ...], outputs: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         tokens = x.reshape(-1, x.shape[-1])
-        places = None if gaps is None else places_of(gaps, tokens.numel())
+        places = places_of(gaps, tokens.numel())
         low = (a @ drop(tokens, places).t()).view(len(a) // b.shape[2], b.shape[2], len(tokens))  # n r N
         each = len(b) // len(low)
         biases = [None] * outputs if bias is None else bias.to(x.dtype).chunk(outputs)
@@ -116,7 +123,7 @@ class LoRAFunction(torch.autograd.Function):
 
 def _gradients(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, low, gaps = ctx.saved_tensors
-    places = None if gaps is None else places_of(gaps, math.prod(ctx.shape))
+    places = places_of(gaps, math.prod(ctx.shape))
     tokens = None if x is None else x.reshape(-1, x.shape[-1])
     dslices, n = adapted(dys, ctx.slices), len(a) // b.shape[2]
     each = len(b) // n
@@ -129,9 +136,7 @@ def _gradients(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
     dlow = (dlows[0] if n == 1 else torch.cat(dlows)).mul_(ctx.scaling)
     dx = dweight = dbias = da = db = None
     if ctx.needs_input_grad[0]:
-        dx = dlow.new_empty(dlow.shape[1] + 1, a.shape[1])
-        torch.mm(dlow.t(), a, out=dx[:-1])
-        dx = dx[:-1] if places is None else drop_in_place(dx, places)
+        dx = low_input_gradient(dlow, a, places)
         for dy, part in zip(dys, weight.to(dlow.dtype).chunk(len(dys))):
             dx.addmm_(dy, part)
         dx = dx.view(ctx.shape)
@@ -171,16 +176,20 @@ class LeanLoRALinear(LoRALinear):
         ys = self._outputs(x, outputs or 1)
         return ys[0] if outputs is None else ys
 
+    def dropped(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """Draws which of x (..., in) the dropout zeroes, None where nothing is; and the scaling with its factor 1 / (1 - p)."""
+        p = self.dropout if self.training else 0.0
+        return drawn_gaps(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None, self.scaling / (1 - p)
+
     def _outputs(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self._outputs(cast(x, torch.get_autocast_dtype(kind)), count)
-        p = self.dropout if self.training else 0.0
-        gaps = drawn_gaps(x.shape[:-1].numel(), x.shape[-1], p, x.device) if p else None
+        gaps, scaling = self.dropped(x)
         a, b = self.factors()
         each = max(count // len(self.parts), 1)
         slices = tuple(part for part in self.parts for _ in range(each))
-        a, b, scaling = a.to(x.dtype), b.to(x.dtype).view(sum(slices), -1, b.shape[1]), self.scaling / (1 - p)
+        a, b = a.to(x.dtype), b.to(x.dtype).view(sum(slices), -1, b.shape[1])
         ys = LoRAFunction.apply(x, self.weight, self.bias, a, b, scaling, gaps, slices, count)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
