@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop, sdpa_backward_flop, sdpa_flop
 
-
-IN_PLACE = {  # operations that torch's counter does not know, with its formulas for those that make a new tensor
+UNKNOWN = {  # operations that torch's counter does not know, in place or of the CPU, with its formulas for those that it knows
     torch.ops.aten.addmm_: addmm_flop.__wrapped__,  # which the counter wraps itself
     torch.ops.aten.baddbmm_: baddbmm_flop.__wrapped__,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
 }
 
 
@@ -121,7 +122,7 @@ def step_cost(
         loss: forward pass and loss; it must keep nothing but what it returns, and do the same at each call.
     """
     weights = [*model.parameters(), *model.buffers()]
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as flops:
         run_step(optimizer, loss)
     with Saved([*weights, *batch]) as saved:
         value = loss()

@@ -127,12 +127,11 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
 
     def _lean_terms(self, masks: Tensor, targets: Tensor, ious: Tensor) -> MaskTerms:
         sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
-        area = targets.flatten(2).sum(-1, dtype=sums.drawn.dtype)  # O 1
-        true_ious = sums.hits / (sums.positives + area - sums.hits).clamp(min=1)
+        true_ious = sums.hits / (sums.positives + sums.area - sums.hits).clamp(min=1)
         error = ious - true_ious
         return MaskTerms(
             sums.focal,
-            1 - (2 * sums.overlap + 1) / (sums.drawn + area + 1),
+            1 - (2 * sums.overlap + 1) / (sums.drawn + sums.area + 1),
             error.abs() if self.iou_use_l1_loss else error.square(),
         )
 
@@ -142,8 +141,8 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
             chosen = masks[torch.arange(len(best), device=best.device), best]
             return focal_tversky(chosen, targets[:, 0], **self.tversky)
         sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
-        hit, drawn = (total.gather(1, best[:, None])[:, 0] for total in (sums.overlap, sums.drawn))
-        return tversky_of_sums(hit, drawn, targets.flatten(1).sum(-1, dtype=hit.dtype), **self.tversky)
+        hit, drawn, area = (total.gather(1, best[:, None])[:, 0] for total in (sums.overlap, sums.drawn, sums.area))
+        return tversky_of_sums(hit, drawn, area, **self.tversky)
 
     def class_term(self, score_logits: Tensor, present: Tensor) -> Tensor:
         """The object-score loss [O] of score logits [O 1], or zeros when the scores are not trained."""

@@ -197,10 +197,19 @@ def test_no_projection_of_the_image_is_kept(direction, again):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_of_the_two_functions(dropout):
     torch.manual_seed(0)
-    q, u, x, a, p = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (2, 3, 2), (2, 5, 4), (2, 4), (2, 3, 5)))
-    gaps = drawn_gaps(10, 4, dropout, x.device) if dropout else None
-    assert torch.autograd.gradcheck(lambda *args: _Scores.apply(*args, gaps), (q, u, x, a))
-    assert torch.autograd.gradcheck(lambda *args: _WeightedSums.apply(*args, gaps), (p, x, a))
+    shapes = (2, 2, 3, 4), (2, 5, 6), (2, 4, 6), (2, 4, 1), (2, 6), (2, 4, 2), (2, 6, 5)
+    q, x, weight, bias, a, b, p = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    gaps = drawn_gaps(10, 6, dropout, x.device) if dropout else None
+    for tensor in (q, x, a, b, p):
+        tensor.requires_grad_()
+    for function, first in ((_Scores, q), (_WeightedSums, p)):
+        for adapter in ((a, b), ()):
+            for constant in (bias, None):
+
+                def called(first, x, *adapter):
+                    return function.apply(first, x, weight, constant, *(adapter or (None, None)), 0.7, gaps)  # noqa: B023
+
+                assert torch.autograd.gradcheck(called, (first, x, *adapter))
 
 
 def test_compiles_as_a_whole():

@@ -41,6 +41,13 @@ def test_the_cost_of_one_linear_layer():
     assert cost.gradient_bytes == 8 * 16 * 4 and cost.optimizer_bytes == 2 * 8 * 16 * 4 + 4  # and the step counter
 
 
+def test_the_cost_of_an_attention_on_a_cpu():
+    q, k, v = (torch.randn(2, 3, tokens, 16, requires_grad=True) for tokens in (10, 14, 14))
+    optimizer = torch.optim.SGD([q, k, v])
+    cost = step_cost(nn.Identity(), optimizer, [q, k, v], lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum())
+    assert cost.flops == (2 + 5) * 2 * (2 * 3 * 10 * 14 * 16)  # two products, and in backward one of them again and four gradients
+
+
 @pytest.fixture
 def few_clicks(monkeypatch):
     """Four prediction steps, of which the low preset keeps one, not eight: fake tensors take as long for a small model as for a large one."""

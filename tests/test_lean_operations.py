@@ -1,6 +1,7 @@
 """The trunk, the two-way transformer, norms and mask gradients of `lean` compute what stock's do, in double precision to rounding."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, Windows
+from benchmarks.measure import UNKNOWN
+from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, attend, joined, regions_of, split
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d
 from sam2_lora_ext.lean.mask_sums import _reduced
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
@@ -112,30 +114,54 @@ def test_a_block_takes_channels_that_are_apart():
     assert_same(modules, torch.randn(1, 8, 6, 6, dtype=torch.float64).permute(0, 2, 3, 1))
 
 
-def test_padding_is_not_projected():
+@pytest.mark.parametrize("stage_begins", [False, True])
+def test_padding_is_neither_projected_nor_asks(stage_begins):
     """SAM 2.1 tiny's windows of 14 tokens at 512 px cover 32 x 32 tokens with 42 x 42."""
-    flops = []
-    for module in twins(MultiScaleBlock(16, 16, 2, window_size=14), {MultiScaleBlock: LeanBlock}):
-        with FlopCounterMode(display=False) as counter:
+    flops, out = [], 32 if stage_begins else 16
+    block = MultiScaleBlock(16, out, 2, window_size=14, q_stride=(2, 2) if stage_begins else None)
+    for module in twins(block, {MultiScaleBlock: LeanBlock, nn.MaxPool2d: LeanMaxPool2d}):
+        with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
             module(torch.randn(1, 32, 32, 16, dtype=torch.float64))
         flops.append(counter.get_total_flops())
-    assert flops[0] - flops[1] == 2 * (42 * 42 - 32 * 32) * 16 * (3 * 16 + 16)
+    less, asking = 42 * 42 - 32 * 32, 4 if stage_begins else 1  # of `asking` tokens one is left
+    projections = 2 * less * (16 * 3 * out + out * out // asking)
+    assert flops[0] - flops[1] == projections + 2 * 2 * less // asking * 14 * 14 * out
+
+
+def test_windows_of_a_large_map_go_by_strips():
+    modules = twins(MultiScaleBlock(8, 16, 2, window_size=4, q_stride=(2, 2)), {MultiScaleBlock: LeanBlock, nn.MaxPool2d: LeanMaxPool2d})
+    for module in modules:
+        torch.manual_seed(1)
+        build_lora_model(module, {"targets": ["attn.qkv", "attn.proj"], "rank": 2, "dropout": 0.0})
+        nn.init.normal_(module.attn.qkv.lora_b)
+    x = torch.randn(1, 20, 8, 8, dtype=torch.float64)
+    for numbers, strips in ((20 * 8 * 16 // 2, 1), (20 * 8 * 16 // 2 - 1, 2), (400, 3), (1, 5)):
+        with (
+            mock.patch("sam2_lora_ext.lean.mlp.CPU_CHUNK", numbers),
+            mock.patch("sam2_lora_ext.lean.blocks.attend", side_effect=attend) as called,
+        ):
+            assert_same(modules, x)
+        assert called.call_count == strips, numbers
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(3, 4, 4), (5, 7, 3), (4, 4, 2), (1, 1, 5)])
-def test_windows_are_sam2s_with_another_padding(height, width, size):
-    cpu = torch.device("cpu")
+def test_regions_are_sam2s_windows_with_another_padding(height, width, size):
     x = torch.randn(2, height, width, 6, dtype=torch.float64, requires_grad=True)
     fill = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    windows = Windows.of((height, width), size, cpu)
-    got = windows.filled(x, fill)
+    regions = regions_of((height, width), size)
     padded = nn.functional.pad(x - fill, (0, 0, 0, -width % size, 0, -height % size)) + fill
-    expected = window_partition(padded, size)[0]
-    assert torch.equal(windows.emptied(got), x) and got.shape == expected.shape
+    numbers = torch.arange(2 * -(-height // size) * -(-width // size)).view(2, -(-height // size), -(-width // size), 1)
+    order = torch.cat([numbers[:, r.top // size :][:, : r.down, r.left // size :][:, :, : r.across].flatten() for r in regions])
+    got, expected = torch.cat(split(x, fill, regions)), window_partition(padded, size)[0][order]
     weights = torch.randn_like(got)
     for one, other in zip((got, *grads(got, weights, x, fill)), (expected, *grads(expected, weights, x, fill)), strict=True):
         torch.testing.assert_close(one, other)
-    assert torch.equal(grads(windows.emptied(weights.requires_grad_()), x.detach(), weights)[0], windows.filled(x, torch.zeros_like(fill)))
+
+    parts = split(x, None, regions)
+    assert [part.shape[1:3] for part in parts] == [(r.height, r.width) for r in regions]
+    whole = joined(parts, regions, (height, width))
+    weights = torch.randn_like(x)
+    assert torch.equal(whole, x) and torch.equal(grads(whole, weights, x)[0], weights)
 
 
 def grads(y, weights, *wanted):

@@ -8,10 +8,11 @@ x and W, b and B of one head:
     q k^T = (q W) x^T + (s q B) (A (D x)^T) + q b      scores, for x as keys or as queries
     P v   = (P x) W^T + (P (D x) A^T) s B^T + b        weighted sums; the rows of P add up to 1
 
-Backward keeps x, as the adapters do anyway, P (R, N) and q W (R, C) of each object, and A (D x)^T; no projection of the image, nor
-its gradient, is ever there. It buys bytes with FLOPs: for as many prompt tokens as a head has channels, the most that it is
-used for, forward and backward take 1.3 to 1.4 times stock's. Under autocast S is rounded to its type, where stock rounds
-keys and queries: on random weights of a few scales the error was 0.5 to 1.7 times stock's.
+W and s B stand side by side, so one product with the prompt's side is enough. Backward keeps x, as the adapters do anyway, P (R, N)
+and q W (R, C) of each object, and A (D x)^T; no projection of the image, nor its gradient, is ever there. It buys bytes with
+FLOPs: for as many prompt tokens as a head has channels, the most that it is used for, forward and backward take 1.3 to 1.4 times
+stock's. Under autocast S is rounded to its type, where stock rounds keys and queries: on random weights of a few scales the error
+was 0.5 to 1.7 times stock's.
 
 Legend: O objects · H heads of d channels · T prompt tokens · R = H T · N image tokens of C channels · r rank.
 """
@@ -93,7 +94,8 @@ class Projection(NamedTuple):
         weight: (H, d, C).
         bias: (H, d, 1), or None.
         a: A (r, C), or None.
-        b: s B (H, d, r) with 1 / (1 - p) of the dropout, or None.
+        b: B (H, d, r), or None.
+        scaling: s with 1 / (1 - p) of the dropout.
         gaps: of the zeros of the dropout, or None.
     """
 
@@ -102,6 +104,7 @@ class Projection(NamedTuple):
     bias: Tensor | None
     a: Tensor | None
     b: Tensor | None
+    scaling: float
     gaps: Tensor | None
 
     @classmethod
@@ -110,31 +113,90 @@ class Projection(NamedTuple):
         weight = layer.weight.to(x.dtype).unflatten(0, (heads, -1))
         bias = None if layer.bias is None else layer.bias.to(x.dtype).view(heads, -1, 1)
         if not isinstance(layer, LeanLoRALinear):
-            return cls(x, weight, bias, None, None, None)
+            return cls(x, weight, bias, None, None, 1.0, None)
         gaps, scaling = layer.dropped(x)
         a, b = (factor.to(x.dtype) for factor in layer.factors())
-        return cls(x, weight, bias, a, b.unflatten(0, (heads, -1)) * scaling, gaps)
+        return cls(x, weight, bias, a, b.unflatten(0, (heads, -1)), scaling, gaps)
 
     def scores(self, prompt: Tensor) -> Tensor:
         """The products (O, R, N) of a prompt's heads (O, H, T, d) with this projection's."""
-        absorbed = _by_heads(prompt, self.weight)
-        if self.a is None:
-            scores = absorbed @ self.x.mT
-        else:
-            scores = _Scores.apply(absorbed, _by_heads(prompt, self.b), self.x, self.a, self.gaps)
-        return scores if self.bias is None else scores + _by_heads(prompt, self.bias)
+        return _Scores.apply(prompt, *self)
 
     def weighted_sums(self, attention: Tensor) -> Tensor:
         """The sums (O, H, T, d) of this projection's heads with weights (O, R, N) that add up to 1 over the tokens."""
-        if self.a is None:
-            y = self._of_heads(attention @ self.x, self.weight)
-        else:
-            full, low = _WeightedSums.apply(attention, self.x, self.a, self.gaps)
-            y = self._of_heads(full, self.weight) + self._of_heads(low, self.b)
-        return y if self.bias is None else y + self.bias.mT
+        return _WeightedSums.apply(attention, *self)
 
-    def _of_heads(self, rows: Tensor, factor: Tensor) -> Tensor:
-        return _by_heads(rows.unflatten(1, (len(factor), -1)), factor.mT).unflatten(1, (len(factor), -1))
+
+class _Scores(torch.autograd.Function):
+    """q W x^T + s q B A (D x)^T + q b (O, R, N) of q (O, H, T, d)."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scaling: float,
+        gaps: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        absorbed = _by_heads(q, _side_by_side(weight, b, scaling, bias))
+        full, low_side, constant = _apart(absorbed, x, a)
+        low = None if a is None else _low(x, a, gaps)
+        scores = full @ x.mT if low is None else (full @ x.mT).baddbmm_(low_side, low)
+        ctx.save_for_backward(q, absorbed, x, weight, bias, a, b, low, gaps)
+        ctx.scaling = scaling
+        return scores if bias is None else scores.add_(constant)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ds: Tensor) -> tuple[Tensor | None, ...]:
+        q, absorbed, x, weight, bias, a, b, low, gaps = ctx.saved_tensors
+        with torch.autocast(ds.device.type, enabled=False):
+            full, low_side, _ = _apart(absorbed, x, a)
+            sides = [ds @ x, *([] if a is None else [ds @ low.mT]), *([] if bias is None else [ds.sum(-1, keepdim=True)])]
+            dq = _by_heads(torch.cat(sides, -1).unflatten(1, q.shape[1:3]), _side_by_side(weight, b, ctx.scaling, bias).mT)
+            db = None if a is None else _factor_gradient(q, sides[1], ctx.scaling)
+            dlow = None if a is None else low_side.mT @ ds
+            dx, da = _token_gradients(dlow, ds.mT, full, x, a, gaps, ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+        return dq.view(q.shape), dx, None, None, da, db, None, None
+
+
+class _WeightedSums(torch.autograd.Function):
+    """P x W^T + s P (D x) A^T B^T + b (O, H, T, d) of P (O, R, N)."""
+
+    @staticmethod
+    def forward(
+        ctx, p: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scaling: float,
+        gaps: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        heads = weight.shape[0], -1
+        low = None if a is None else _low(x, a, gaps)
+        low_sums = None if a is None else p @ low.mT
+        sums = p @ x if a is None else torch.cat([p @ x, low_sums], -1)
+        y = _by_heads(sums.unflatten(1, heads), _side_by_side(weight, b, scaling, None).mT).unflatten(1, heads)
+        ctx.save_for_backward(p, low_sums, x, weight, a, b, low, gaps)
+        ctx.scaling = scaling
+        return y if bias is None else y.add_(bias.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        p, low_sums, x, weight, a, b, low, gaps = ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):
+            dfull, dlow_sums, _ = _apart(_by_heads(dy, _side_by_side(weight, b, ctx.scaling, None)), x, a)
+            dp = dfull @ x.mT if a is None else (dfull @ x.mT).baddbmm_(dlow_sums, low)
+            db = None if a is None else _factor_gradient(dy, low_sums, ctx.scaling)
+            dlow = None if a is None else dlow_sums.mT @ p
+            dx, da = _token_gradients(dlow, p.mT, dfull, x, a, gaps, ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+        return dp, dx, None, None, da, db, None, None
+
+
+def _side_by_side(weight: Tensor, b: Tensor | None, scaling: float, bias: Tensor | None) -> Tensor:
+    """W, s B and b, as far as they are there: (H, d, C + r + 1)."""
+    return torch.cat([weight, *([] if b is None else [b * scaling]), *([] if bias is None else [bias])], 2)
+
+
+def _apart(rows: Tensor, x: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of rows (O, R, C + r + 1) that were made by that: for W (O, R, C), s B and b, empty where there are none."""
+    channels = x.shape[-1]
+    rank = 0 if a is None else len(a)
+    return rows[..., :channels], rows[..., channels : channels + rank], rows[..., channels + rank :]
 
 
 def _by_heads(x: Tensor, factor: Tensor) -> Tensor:
@@ -143,40 +205,10 @@ def _by_heads(x: Tensor, factor: Tensor) -> Tensor:
     return y.unflatten(1, (len(x), -1)).transpose(0, 1).flatten(1, 2)
 
 
-class _Scores(torch.autograd.Function):
-    """Q x^T + U A (D x)^T (O, R, N) of Q (O, R, C) and U (O, R, r)."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, u: Tensor, x: Tensor, a: Tensor, gaps: Tensor | None) -> Tensor:
-        low = _low(x, a, gaps)
-        ctx.save_for_backward(q, u, x, a, low, gaps)
-        return (q @ x.mT).baddbmm_(u, low)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, ds: Tensor) -> tuple[Tensor | None, ...]:
-        q, u, x, a, low, gaps = ctx.saved_tensors
-        with torch.autocast(ds.device.type, enabled=False):
-            dx, da = _low_gradients(u.mT @ ds, ds.mT, q, x, a, gaps, *ctx.needs_input_grad[2:4])
-            return ds @ x, ds @ low.mT, dx, da, None
-
-
-class _WeightedSums(torch.autograd.Function):
-    """P x (O, R, C) and P (D x) A^T (O, R, r) of P (O, R, N)."""
-
-    @staticmethod
-    def forward(ctx, p: Tensor, x: Tensor, a: Tensor, gaps: Tensor | None) -> tuple[Tensor, Tensor]:
-        low = _low(x, a, gaps)
-        ctx.save_for_backward(p, x, a, low, gaps)
-        return p @ x, p @ low.mT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor, dlow: Tensor) -> tuple[Tensor | None, ...]:
-        p, x, a, low, gaps = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
-            dx, da = _low_gradients(dlow.mT @ p, p.mT, dy, x, a, gaps, *ctx.needs_input_grad[1:3])
-            return (dy @ x.mT).baddbmm_(dlow, low), dx, da, None
+def _factor_gradient(heads: Tensor, low: Tensor, scaling: float) -> Tensor:
+    """The gradient of B (H, d, r) for heads (O, H, T, d), which meet low (O, R, r)."""
+    low = low.unflatten(1, heads.shape[1:3]).transpose(0, 1).flatten(1, 2)
+    return (heads.transpose(0, 1).flatten(1, 2).mT @ low).mul_(scaling)
 
 
 def _low(x: Tensor, a: Tensor, gaps: Tensor | None) -> Tensor:
@@ -185,10 +217,12 @@ def _low(x: Tensor, a: Tensor, gaps: Tensor | None) -> Tensor:
     return (a @ drop(tokens, places_of(gaps, x.numel())).t()).view(len(a), *x.shape[:2]).transpose(0, 1)
 
 
-def _low_gradients(
-    dlow: Tensor, left: Tensor, right: Tensor, x: Tensor, a: Tensor, gaps: Tensor | None, needs_x: bool, needs_a: bool
+def _token_gradients(
+    dlow: Tensor | None, left: Tensor, right: Tensor, x: Tensor, a: Tensor | None, gaps: Tensor | None, needs_x: bool, needs_a: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x, left @ right (O, N, C) and what comes through `_low`, and of A, for that of `_low` (O, r, N)."""
+    if dlow is None:
+        return left @ right if needs_x else None, None
     dlow, places = dlow.transpose(0, 1).reshape(len(a), -1), places_of(gaps, x.numel())
     dx = low_input_gradient(dlow, a, places).view(x.shape).baddbmm_(left, right) if needs_x else None
     return dx, dlow @ drop(x.reshape(-1, x.shape[2]), places) if needs_a else None

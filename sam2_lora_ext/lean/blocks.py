@@ -2,27 +2,28 @@
 
 Stock interpolates the positions of a 7 x 7 or 14 x 14 grid over both axes at once, in twelve times the time.
 
-Stock fills windows that do not divide the image with zero tokens, projects all of them to q, k and v, and projects the
-results again before it throws the padding away: at 512 px, where windows of 14 tokens cover 32 with 42, 1,764 tokens for 1,024.
-Each token is projected by itself, and what the projection makes of a zero token is its bias, so here the windows are
-filled with that.
+Stock fills windows that do not divide the image with zero tokens, projects all of them to q, k and v, lets all attend, and
+projects the results again before it throws the padding away: at 512 px, where windows of 14 tokens cover 32 with 42, 1,764 tokens
+for 1,024. Each token is projected by itself, and what the projection makes of a zero token is its bias, so here keys and values are
+filled with that, and the image's tokens alone ask.
+
+Windows of a large map go by strips, whose tensors an allocator gives again and again.
 
 Legend: B images · H W tokens · C channels · N windows of S x S tokens.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from sam2.modeling.backbones.hieradet import Hiera, MultiScaleAttention, MultiScaleBlock, do_pool
-from sam2.modeling.backbones.utils import window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sam2_lora_ext.lean.mlp import frozen_mlp, is_frozen
+from sam2_lora_ext.lean.mlp import frozen_mlp, is_frozen, numbers_at_a_time
 from sam2_lora_ext.lean.recompute import recomputed
-from sam2_lora_ext.lean.shared import shared
 from sam2_lora_ext.lora.lean import LeanLoRALinear
 
 
@@ -40,12 +41,14 @@ class LeanHiera(Hiera):
 
 
 class LeanBlock(MultiScaleBlock):
-    """`MultiScaleBlock` that computes the same without projecting padding."""
+    """`MultiScaleBlock` that computes the same without projecting padding; as stock where half a padding would be pooled."""
 
     keeps_hidden = True  # of the MLP
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, H, W, C) to (B, H', W', C'): halved, with other channels, where a stage begins."""
+        if self.q_stride and any(n % self.q_stride[0] for n in (self.window_size, *x.shape[1:3])):
+            return super().forward(x)
         x = x.contiguous()  # the first block's channels are apart in memory, and would be so up to the mask decoder
         normed = recomputed(self.norm1(x), self.norm1, x)
         shortcut = x if self.dim == self.dim_out else do_pool(self.proj(normed), self.pool)
@@ -56,21 +59,22 @@ class LeanBlock(MultiScaleBlock):
         size, projection = self.window_size, self.attn.proj
         if not size:
             return projection(attend(self.attn, *projected(self.attn.qkv, x)))
-        small = size // self.q_stride[0] if self.q_stride else size  # a window after the pooling of q
+        before = regions_of(x.shape[1:3], size)
+        after = regions_of(size_after, size // self.q_stride[0] if self.q_stride else size)
         if x.shape[1] % size == x.shape[2] % size == 0:
+            count = math.ceil(max(x.shape[:3].numel(), 1) * self.dim_out / (2 * numbers_at_a_time(x.device)))
+            before, after = before[0].strips(count), after[0].strips(count)
+            parts = [projection(attend(self.attn, *projected(self.attn.qkv, windows))) for windows in split(x, None, before)]
+            return joined(parts, after, size_after)
+        (q, k, v), bias = projected(self.attn.qkv, x), self.attn.qkv.bias
+        _, *biases = (x.new_zeros(3 * q.shape[-1]) if bias is None else bias.to(q.dtype)).chunk(3)
+        parts = zip(split(q, None, before), *(split(*part, before) for part in zip((k, v), biases)))
+        attended = [attend(self.attn, *part) for part in parts]
 
-            def split(x: Tensor) -> Tensor:
-                return window_partition(x, size)[0]
+        def joined_again(*parts: Tensor) -> Tensor:
+            return joined(parts, after, size_after)
 
-            x = recomputed(split(x), split, x)
-            windows = projection(attend(self.attn, *projected(self.attn.qkv, x)))
-            return window_unpartition(windows, small, size_after, size_after)
-
-        before, after = Windows.of(x.shape[1:3], size, x.device), Windows.of(size_after, small, x.device)
-        qkv, bias = projected(self.attn.qkv, x), self.attn.qkv.bias
-        biases = (x.new_zeros(3 * qkv[0].shape[-1]) if bias is None else bias.to(qkv[0].dtype)).chunk(3)
-        windows = attend(self.attn, *[recomputed(before.filled(*part), before.filled, *part) for part in zip(qkv, biases)])
-        return projection(recomputed(after.emptied(windows), after.emptied, windows))
+        return projection(recomputed(joined(attended, after, size_after), joined_again, *attended))
 
     def _mlp(self, x: Tensor) -> Tensor:
         normed = recomputed(self.norm2(x), self.norm2, x)
@@ -92,70 +96,109 @@ def projected(qkv: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
     return qkv(x, outputs=3) if type(qkv) is LeanLoRALinear else qkv(x).chunk(3, -1)
 
 
-class Windows(NamedTuple):
-    """Windows of S x S tokens that cover H x W of them, and more.
+class Region(NamedTuple):
+    """Equal windows side by side: of a map that S x S windows do not divide those inside, or those of an edge without their padding.
 
     Attributes:
-        sides: H and W.
+        top, left: the first token's row and column.
+        down, across: how many windows.
+        height, width: the tokens of each, at most S x S.
         size: S.
-        places: the place of each token among those of all windows, (H W).
-        tokens: the token at each of these places, H W where there is none, (N S S).
     """
 
-    sides: tuple[int, int]
+    top: int
+    left: int
+    down: int
+    across: int
+    height: int
+    width: int
     size: int
-    places: Tensor
-    tokens: Tensor
 
-    @classmethod
-    def of(cls, sides: Iterable[int], size: int, device: torch.device) -> "Windows":
-        """In the order of SAM 2's `window_partition`."""
-        height, width = sides
+    def strips(self, count: int) -> list["Region"]:
+        """The same in about as many parts one below the other."""
+        each = math.ceil(self.down / count)
+        firsts = range(0, self.down, each)
+        return [self._replace(top=self.top + first * self.height, down=min(each, self.down - first)) for first in firsts]
 
-        def make() -> Windows:
-            numbers = torch.arange(1, height * width + 1, device=device).view(1, height, width, 1)
-            tokens = window_partition(numbers, size)[0].flatten() - 1  # that pads with zeros
-            places = tokens.argsort(stable=True)[len(tokens) - height * width :]
-            return cls((height, width), size, places, tokens.where(tokens >= 0, height * width))
+    def of(self, x: Tensor) -> Tensor:
+        """A view (B, down, across, height, width, C) of a map (B, H, W, C)."""
+        part = x[:, self.top : self.top + self.down * self.height, self.left : self.left + self.across * self.width]
+        return part.unflatten(1, (self.down, -1)).unflatten(3, (self.across, -1)).transpose(2, 3)
 
-        return shared((Windows, height, width, size, device), make)
+    def windows(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
+        """A copy (B N, height, width, C) of that; with a fill (C) its windows are whole (B N, S, S, C), and that is the padding."""
+        region, (height, width) = self.of(x), (self.height, self.width) if fill is None else (self.size, self.size)
+        y = x.new_empty(*region.shape[:3], height, width, x.shape[-1])
+        y[..., : self.height, : self.width, :] = region
+        if fill is not None:
+            y[..., self.height :, :, :] = fill
+            y[..., : self.height, self.width :, :] = fill
+        return y.flatten(0, 2)
 
-    def filled(self, x: Tensor, fill: Tensor) -> Tensor:
-        """The tokens x (B, H, W, C) in windows (B N, S, S, C), and `fill` (C) at the places where there is none.
-
-        With a projection and its bias, what stock gets by projecting padding.
-        """
-        return _Gathered.apply(x.flatten(1, 2), fill, self.tokens, self.places).view(-1, self.size, self.size, x.shape[-1])
-
-    def emptied(self, windows: Tensor) -> Tensor:
-        """The tokens (B, H, W, C) that are in windows (B N, S, S, C)."""
-        rows = windows.reshape(-1, len(self.tokens), windows.shape[-1])
-        return _Gathered.apply(rows, None, self.places, self.tokens).unflatten(1, self.sides)
+    def write(self, windows: Tensor, x: Tensor) -> None:
+        """Writes windows (B N, height or S, width or S, C) to this place of a map (B, H, W, C), without padding."""
+        self.of(x).copy_(windows.unflatten(0, (len(x), self.down, self.across))[..., : self.height, : self.width, :])
 
 
-class _Gathered(torch.autograd.Function):
-    """Rows x (B, R, C) by their numbers, each at most once, or `fill` (C) by the number R; the gradient by those of `inverse`."""
+def regions_of(sides: Iterable[int], size: int) -> list[Region]:
+    """The regions of a map of H x W tokens: what is inside, the right and the lower edge and their corner, as far as there are."""
+    rows, columns = ([run for run in ((0, n // size, size), (n - n % size, 1, n % size)) if run[1] * run[2]] for n in sides)
+    return [
+        Region(top, left, down, across, height, width, size) for top, down, height in rows for left, across, width in columns
+    ]  # fmt: skip
+
+
+def split(x: Tensor, fill: Tensor | None, regions: list[Region]) -> list[Tensor]:
+    """`Region.windows` of each region of a map (B, H, W, C), computed again in backward."""
+    parts = _Split.apply(x, fill, regions)
+    sources = [x] if fill is None else [x, fill]
+    return [recomputed(part, region.windows, *sources) for part, region in zip(parts, regions)]
+
+
+def joined(parts: list[Tensor], regions: list[Region], sides: tuple[int, int]) -> Tensor:
+    """The map (B, H, W, C) that has windows (B N, height, width, C) for its regions."""
+    return _Joined.apply(regions, sides, *parts)
+
+
+def _put_together(parts: Iterable[Tensor], regions: list[Region], sides: tuple[int, int]) -> Tensor:
+    parts = list(parts)
+    batch = len(parts[0]) // (regions[0].down * regions[0].across)
+    y = parts[0].new_empty(batch, *sides, parts[0].shape[-1])
+    for part, region in zip(parts, regions):
+        region.write(part, y)
+    return y
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, fill: Tensor | None, regions: list[Region]) -> tuple[Tensor, ...]:
+        ctx.regions, ctx.sides = regions, x.shape[1:3]
+        return tuple(region.windows(x, fill) for region in regions)
 
     @staticmethod
-    def forward(ctx, x: Tensor, fill: Tensor | None, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.count, ctx.index, ctx.inverse = x.shape[1], index, inverse
-        return _rows(x, fill, index)
+    @once_differentiable
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        dfill = None
+        if ctx.needs_input_grad[1]:
+            pads = ((dy[:, region.height :], dy[:, : region.height, region.width :]) for dy, region in zip(dys, ctx.regions))
+            dfill = sum(pad.sum((0, 1, 2)) for pair in pads for pad in pair)
+        return _put_together(dys, ctx.regions, ctx.sides), dfill, None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, regions: list[Region], sides: tuple[int, int], *parts: Tensor) -> Tensor:
+        ctx.regions = regions
+        return _put_together(parts, regions, sides)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dfill = dy[:, ctx.index == ctx.count].sum((0, 1)) if ctx.needs_input_grad[1] else None
-        nothing = dy.new_zeros(dy.shape[2]) if len(ctx.inverse) > len(ctx.index) else None
-        return _rows(dy, nothing, ctx.inverse), dfill, None, None
-
-
-def _rows(x: Tensor, fill: Tensor | None, index: Tensor) -> Tensor:
-    x = x if fill is None else torch.cat([x, fill.expand(len(x), 1, -1)], 1)
-    return x.index_select(1, index)
+        return None, None, *(region.windows(dy) for region in ctx.regions)
 
 
 def attend(attention: MultiScaleAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` between its two projections: q, k and v (N, S, S, C) to (N, S', S', C), halved where q is pooled."""
+    """`attention` between its two projections: q (N, h, w, C), k and v (N, S, S, C) to (N, h', w', C), halved where q is pooled."""
     if attention.q_pool:
         q = do_pool(q, attention.q_pool)
     n, height, width, channels = q.shape

@@ -171,7 +171,7 @@ class LeanLoRALinear(LoRALinear):
         if outputs is not None and (self.out_features % outputs or outputs % len(self.parts)):
             raise ValueError(f"{self.out_features} outputs in {len(self.parts)} parts do not come apart in {outputs}")
         if is_small(x):
-            y = super().forward(x)
+            y = super().forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)  # at once: less to do in backward
             return y if outputs is None else y.chunk(outputs, -1)
         ys = self._outputs(x, outputs or 1)
         return ys[0] if outputs is None else ys
