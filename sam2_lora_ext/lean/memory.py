@@ -96,7 +96,7 @@ class MemoryConfig:
 PRESETS = {
     "stock": MemoryConfig(),
     "fast": MemoryConfig(pool=True, conv=True, operations=True, weights=True),  # what costs next to no time
-    "default": MemoryConfig(encoder=0.55, pool=True, conv=True, operations=True, selective=True, weights=True),
+    "default": MemoryConfig(encoder=0.56, pool=True, conv=True, operations=True, selective=True, weights=True),
     "low": MemoryConfig(encoder=0.98, decoder=0.625, pool=True, conv=True, operations=True, selective=True, weights=True),
 }
 
