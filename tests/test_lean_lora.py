@@ -302,6 +302,11 @@ def test_a_small_input_goes_the_plain_way(monkeypatch):
             torch.manual_seed(1)
             results.append(layer(torch.ones(tokens, 16, dtype=torch.float64)))
         assert torch.equal(*results) is same
+    results = []
+    for layer in (plain, lean):
+        torch.manual_seed(1)
+        results.append(layer(torch.ones(3, 16, 4, dtype=torch.float64).transpose(0, 2).transpose(1, 2)))
+    assert torch.equal(*results)
 
 
 def test_the_output_may_be_written_to_in_place():

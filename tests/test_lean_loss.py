@@ -88,7 +88,7 @@ def test_closed_forms():
     torch.testing.assert_close(sums.focal, expected.view(1, 1))
     torch.testing.assert_close(sums.overlap, torch.tensor([[0.5]], dtype=torch.float64))
     torch.testing.assert_close(sums.drawn, (1 + p).view(1, 1))
-    assert sums.hits == 0 and sums.positives == 1
+    assert sums.hits == 0 and sums.positives == 1 and sums.area == 1
 
 
 def test_saturated_logits_are_finite_and_equal_plain():

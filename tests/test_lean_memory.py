@@ -185,16 +185,27 @@ def test_the_share_of_prediction_steps_is_counted_anew_in_each_forward_pass(monk
 
 
 def test_which_blocks_are_computed_again():
+    blocks = blocks_of(1, 2, 7, 2)  # SAM 2.1 tiny
+    # sizes 1 | 1 1/2 | 1/2 1/4 1/4 1/4 1/4 1/4 1/4 | 1/4 1/8, together 4.875
+    shares = (0, 0.1, 0.2, 0.21, 0.5, 0.52, 0.61, 0.62, 0.97, 0.98, 1)
+    assert [blocks_for_share(blocks, share) for share in shares] == [0, 0, 0, 1, 2, 3, 3, 4, 10, 11, 12]
+
+
+@pytest.mark.parametrize(("stages", "default", "low"), [((1, 2, 7, 2), 3, 11), ((1, 2, 11, 2), 5, 15), ((2, 3, 16, 3), 7, 22), ((2, 6, 36, 4), 19, 45)])
+def test_what_presets_compute_again_of_tiny_small_base_plus_and_large(stages, default, low):
+    blocks = blocks_of(*stages)
+    assert [blocks_for_share(blocks, PRESETS[name].encoder) for name in ("default", "low")] == [default, low]
+
+
+def blocks_of(*stages):
+    """As many blocks of each stage; the first of a later one pools."""
+
     class Block(nn.Module):
         def __init__(self, q_stride):
             super().__init__()
             self.q_stride = q_stride
 
-    stages = [1, 2, 7, 2]  # SAM 2.1 tiny; the first block of a stage pools
-    blocks = nn.ModuleList(Block((2, 2) if s and not b else None) for s, n in enumerate(stages) for b in range(n))
-    # sizes 1 | 1 1/2 | 1/2 1/4 1/4 1/4 1/4 1/4 1/4 | 1/4 1/8, together 4.875
-    shares = (0, 0.1, 0.2, 0.21, 0.5, 0.52, 0.61, 0.62, 0.97, 0.98, 1)
-    assert [blocks_for_share(blocks, share) for share in shares] == [0, 0, 0, 1, 2, 3, 3, 4, 10, 11, 12]
+    return nn.ModuleList(Block((2, 2) if s and not b else None) for s, n in enumerate(stages) for b in range(n))
 
 
 @pytest.mark.parametrize(

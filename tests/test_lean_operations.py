@@ -18,6 +18,7 @@ from sam2_lora_ext.lean.blocks import LeanBlock, LeanHiera, attend, joined, regi
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d
 from sam2_lora_ext.lean.mask_sums import _reduced
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
+from sam2_lora_ext.lean.recompute import recomputing
 from sam2_lora_ext.lean.shared import sharing
 from sam2_lora_ext.lean.transformer import LeanTwoWayBlock, LeanTwoWayTransformer
 from sam2_lora_ext.lean.upscaling import CornerGELU
@@ -134,9 +135,10 @@ def test_windows_of_a_large_map_go_by_strips():
         torch.manual_seed(1)
         build_lora_model(module, {"targets": ["attn.qkv", "attn.proj"], "rank": 2, "dropout": 0.0})
         nn.init.normal_(module.attn.qkv.lora_b)
-    x = torch.randn(1, 20, 8, 8, dtype=torch.float64)
-    for numbers, strips in ((20 * 8 * 16 // 2, 1), (20 * 8 * 16 // 2 - 1, 2), (400, 3), (1, 5)):
+    x = torch.randn(2, 20, 8, 8, dtype=torch.float64)
+    for numbers, strips, selective in ((20 * 8 * 16, 1, False), (20 * 8 * 16 - 1, 2, False), (800, 3, True), (1, 5, True)):
         with (
+            recomputing(selective),
             mock.patch("sam2_lora_ext.lean.mlp.CPU_CHUNK", numbers),
             mock.patch("sam2_lora_ext.lean.blocks.attend", side_effect=attend) as called,
         ):

@@ -9,7 +9,7 @@ x and W, b and B of one head:
     P v   = (P x) W^T + (P (D x) A^T) s B^T + b        weighted sums; the rows of P add up to 1
 
 W and s B stand side by side, so one product with the prompt's side is enough. Backward keeps x, as the adapters do anyway, P (R, N)
-and q W (R, C) of each object, and A (D x)^T; no projection of the image, nor its gradient, is ever there. It buys bytes with
+and q [W, s B, b] (R, C + r + 1) of each object, A (D x)^T and what is of the prompt's size; no projection of the image, nor its gradient, is ever there. It buys bytes with
 FLOPs: for as many prompt tokens as a head has channels, the most that it is used for, forward and backward take 1.3 to 1.4 times
 stock's. Under autocast S is rounded to its type, where stock rounds keys and queries: on random weights of a few scales the error
 was 0.5 to 1.7 times stock's.
@@ -124,7 +124,7 @@ class Projection(NamedTuple):
 
     def weighted_sums(self, attention: Tensor) -> Tensor:
         """The sums (O, H, T, d) of this projection's heads with weights (O, R, N) that add up to 1 over the tokens."""
-        return _WeightedSums.apply(attention, *self)
+        return _WeightedSums.apply(attention, *self).unflatten(1, (len(self.weight), -1))
 
 
 class _Scores(torch.autograd.Function):
@@ -139,8 +139,8 @@ class _Scores(torch.autograd.Function):
         full, low_side, constant = _apart(absorbed, x, a)
         low = None if a is None else _low(x, a, gaps)
         scores = full @ x.mT if low is None else (full @ x.mT).baddbmm_(low_side, low)
-        ctx.save_for_backward(q, absorbed, x, weight, bias, a, b, low, gaps)
-        ctx.scaling = scaling
+        ctx.save_for_backward(q if ctx.needs_input_grad[5] else None, absorbed, x, weight, bias, a, b, low, gaps)
+        ctx.shape, ctx.scaling = q.shape, scaling
         return scores if bias is None else scores.add_(constant)
 
     @staticmethod
@@ -150,15 +150,15 @@ class _Scores(torch.autograd.Function):
         with torch.autocast(ds.device.type, enabled=False):
             full, low_side, _ = _apart(absorbed, x, a)
             sides = [ds @ x, *([] if a is None else [ds @ low.mT]), *([] if bias is None else [ds.sum(-1, keepdim=True)])]
-            dq = _by_heads(torch.cat(sides, -1).unflatten(1, q.shape[1:3]), _side_by_side(weight, b, ctx.scaling, bias).mT)
-            db = None if a is None else _factor_gradient(q, sides[1], ctx.scaling)
+            dq = _by_heads(torch.cat(sides, -1).unflatten(1, ctx.shape[1:3]), _side_by_side(weight, b, ctx.scaling, bias).mT)
+            db = _factor_gradient(q, sides[1], ctx.scaling) if ctx.needs_input_grad[5] else None
             dlow = None if a is None else low_side.mT @ ds
             dx, da = _token_gradients(dlow, ds.mT, full, x, a, gaps, ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-        return dq.view(q.shape), dx, None, None, da, db, None, None
+        return dq.view(ctx.shape), dx, None, None, da, db, None, None
 
 
 class _WeightedSums(torch.autograd.Function):
-    """P x W^T + s P (D x) A^T B^T + b (O, H, T, d) of P (O, R, N)."""
+    """P x W^T + s P (D x) A^T B^T + b (O, R, d) of P (O, R, N)."""
 
     @staticmethod
     def forward(
@@ -169,19 +169,22 @@ class _WeightedSums(torch.autograd.Function):
         low = None if a is None else _low(x, a, gaps)
         low_sums = None if a is None else p @ low.mT
         sums = p @ x if a is None else torch.cat([p @ x, low_sums], -1)
-        y = _by_heads(sums.unflatten(1, heads), _side_by_side(weight, b, scaling, None).mT).unflatten(1, heads)
+        y = _by_heads(sums.unflatten(1, heads), _side_by_side(weight, b, scaling, None).mT)
         ctx.save_for_backward(p, low_sums, x, weight, a, b, low, gaps)
         ctx.scaling = scaling
-        return y if bias is None else y.add_(bias.mT)
+        if bias is not None:
+            y.unflatten(1, heads).add_(bias.mT)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         p, low_sums, x, weight, a, b, low, gaps = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
+            dy = dy.unflatten(1, (len(weight), -1))
             dfull, dlow_sums, _ = _apart(_by_heads(dy, _side_by_side(weight, b, ctx.scaling, None)), x, a)
             dp = dfull @ x.mT if a is None else (dfull @ x.mT).baddbmm_(dlow_sums, low)
-            db = None if a is None else _factor_gradient(dy, low_sums, ctx.scaling)
+            db = _factor_gradient(dy, low_sums, ctx.scaling) if ctx.needs_input_grad[5] else None
             dlow = None if a is None else dlow_sums.mT @ p
             dx, da = _token_gradients(dlow, p.mT, dfull, x, a, gaps, ctx.needs_input_grad[1], ctx.needs_input_grad[4])
         return dp, dx, None, None, da, db, None, None

@@ -7,13 +7,13 @@ projects the results again before it throws the padding away: at 512 px, where w
 for 1,024. Each token is projected by itself, and what the projection makes of a zero token is its bias, so here keys and values are
 filled with that, and the image's tokens alone ask.
 
-Windows of a large map go by strips, whose tensors an allocator gives again and again.
+Windows of a large map go by strips: where they are not kept, what is made of one gets the memory of the one before.
 
 Legend: B images · H W tokens · C channels · N windows of S x S tokens.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,7 +126,7 @@ class Region(NamedTuple):
         return part.unflatten(1, (self.down, -1)).unflatten(3, (self.across, -1)).transpose(2, 3)
 
     def windows(self, x: Tensor, fill: Tensor | None = None) -> Tensor:
-        """A copy (B N, height, width, C) of that; with a fill (C) its windows are whole (B N, S, S, C), and that is the padding."""
+        """A copy (B N, height, width, C) of that; with a fill (C) of whole windows (B N, S, S, C), padded with it."""
         region, (height, width) = self.of(x), (self.height, self.width) if fill is None else (self.size, self.size)
         y = x.new_empty(*region.shape[:3], height, width, x.shape[-1])
         y[..., : self.height, : self.width, :] = region
@@ -155,13 +155,12 @@ def split(x: Tensor, fill: Tensor | None, regions: list[Region]) -> list[Tensor]
     return [recomputed(part, region.windows, *sources) for part, region in zip(parts, regions)]
 
 
-def joined(parts: list[Tensor], regions: list[Region], sides: tuple[int, int]) -> Tensor:
+def joined(parts: Sequence[Tensor], regions: list[Region], sides: tuple[int, int]) -> Tensor:
     """The map (B, H, W, C) that has windows (B N, height, width, C) for its regions."""
     return _Joined.apply(regions, sides, *parts)
 
 
-def _put_together(parts: Iterable[Tensor], regions: list[Region], sides: tuple[int, int]) -> Tensor:
-    parts = list(parts)
+def _put_together(parts: Sequence[Tensor], regions: list[Region], sides: tuple[int, int]) -> Tensor:
     batch = len(parts[0]) // (regions[0].down * regions[0].across)
     y = parts[0].new_empty(batch, *sides, parts[0].shape[-1])
     for part, region in zip(parts, regions):
@@ -170,6 +169,8 @@ def _put_together(parts: Iterable[Tensor], regions: list[Region], sides: tuple[i
 
 
 class _Split(torch.autograd.Function):
+    """A map (B, H, W, C), and a fill (C) or None, to `Region.windows` of each region."""
+
     @staticmethod
     def forward(ctx, x: Tensor, fill: Tensor | None, regions: list[Region]) -> tuple[Tensor, ...]:
         ctx.regions, ctx.sides = regions, x.shape[1:3]
@@ -182,10 +183,12 @@ class _Split(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             pads = ((dy[:, region.height :], dy[:, : region.height, region.width :]) for dy, region in zip(dys, ctx.regions))
             dfill = sum(pad.sum((0, 1, 2)) for pair in pads for pad in pair)
-        return _put_together(dys, ctx.regions, ctx.sides), dfill, None
+        return _put_together(dys, ctx.regions, ctx.sides) if ctx.needs_input_grad[0] else None, dfill, None
 
 
 class _Joined(torch.autograd.Function):
+    """The way back, without a fill."""
+
     @staticmethod
     def forward(ctx, regions: list[Region], sides: tuple[int, int], *parts: Tensor) -> Tensor:
         ctx.regions = regions

@@ -171,7 +171,9 @@ class LeanLoRALinear(LoRALinear):
         if outputs is not None and (self.out_features % outputs or outputs % len(self.parts)):
             raise ValueError(f"{self.out_features} outputs in {len(self.parts)} parts do not come apart in {outputs}")
         if is_small(x):
-            y = super().forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)  # at once: less to do in backward
+            # Flat there is less to do in backward; of tokens that are apart in memory it would be a copy, with other zeros.
+            flat = x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x
+            y = super().forward(flat).view(*x.shape[:-1], self.out_features)
             return y if outputs is None else y.chunk(outputs, -1)
         ys = self._outputs(x, outputs or 1)
         return ys[0] if outputs is None else ys
