@@ -207,7 +207,7 @@ def test_gradients_of_the_two_functions(dropout):
             for constant in (bias, None):
 
                 def called(first, x, *adapter):
-                    return function.apply(first, x, weight, constant, *(adapter or (None, None)), 0.7, gaps)  # noqa: B023
+                    return function.apply(first, x, weight, constant, *(adapter or (None, None)), 0.7, gaps)
 
                 assert torch.autograd.gradcheck(called, (first, x, *adapter))
 

@@ -161,7 +161,7 @@ def test_regions_are_sam2s_windows_with_another_padding(height, width, size):
 
     parts = split(x, None, regions)
     assert [part.shape[1:3] for part in parts] == [(r.height, r.width) for r in regions]
-    whole = joined(parts, regions, (height, width))
+    whole = joined(regions, (height, width), *parts)
     weights = torch.randn_like(x)
     assert torch.equal(whole, x) and torch.equal(grads(whole, weights, x)[0], weights)
 

@@ -9,10 +9,10 @@ x and W, b and B of one head:
     P v   = (P x) W^T + (P (D x) A^T) s B^T + b        weighted sums; the rows of P add up to 1
 
 W and s B stand side by side, so one product with the prompt's side is enough. Backward keeps x, as the adapters do anyway, P (R, N)
-and q [W, s B, b] (R, C + r + 1) of each object, A (D x)^T and what is of the prompt's size; no projection of the image, nor its gradient, is ever there. It buys bytes with
-FLOPs: for as many prompt tokens as a head has channels, the most that it is used for, forward and backward take 1.3 to 1.4 times
-stock's. Under autocast S is rounded to its type, where stock rounds keys and queries: on random weights of a few scales the error
-was 0.5 to 1.7 times stock's.
+and q [W, s B, b] (R, C + r + 1) of each object, A (D x)^T and what is of the prompt's size; no projection of the image, nor its
+gradient, is ever there. It buys bytes with FLOPs: for as many prompt tokens as a head has channels, the most that it is used for,
+forward and backward take 1.3 to 1.4 times stock's. Under autocast S is rounded to its type, where stock rounds keys and queries:
+on random weights of a few scales the error was 0.5 to 1.7 times stock's.
 
 Legend: O objects · H heads of d channels · T prompt tokens · R = H T · N image tokens of C channels · r rank.
 """
@@ -165,7 +165,7 @@ class _WeightedSums(torch.autograd.Function):
         ctx, p: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scaling: float,
         gaps: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        heads = weight.shape[0], -1
+        heads = len(weight), -1
         low = None if a is None else _low(x, a, gaps)
         low_sums = None if a is None else p @ low.mT
         sums = p @ x if a is None else torch.cat([p @ x, low_sums], -1)

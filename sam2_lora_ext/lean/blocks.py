@@ -14,6 +14,7 @@ Legend: B images · H W tokens · C channels · N windows of S x S tokens.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,16 +66,12 @@ class LeanBlock(MultiScaleBlock):
             count = math.ceil(max(x.shape[:3].numel(), 1) * self.dim_out / (2 * numbers_at_a_time(x.device)))
             before, after = before[0].strips(count), after[0].strips(count)
             parts = [projection(attend(self.attn, *projected(self.attn.qkv, windows))) for windows in split(x, None, before)]
-            return joined(parts, after, size_after)
+            return joined(after, size_after, *parts)
         (q, k, v), bias = projected(self.attn.qkv, x), self.attn.qkv.bias
         _, *biases = (x.new_zeros(3 * q.shape[-1]) if bias is None else bias.to(q.dtype)).chunk(3)
         parts = zip(split(q, None, before), *(split(*part, before) for part in zip((k, v), biases)))
-        attended = [attend(self.attn, *part) for part in parts]
-
-        def joined_again(*parts: Tensor) -> Tensor:
-            return joined(parts, after, size_after)
-
-        return projection(recomputed(joined(attended, after, size_after), joined_again, *attended))
+        attended, join = [attend(self.attn, *part) for part in parts], partial(joined, after, size_after)
+        return projection(recomputed(join(*attended), join, *attended))
 
     def _mlp(self, x: Tensor) -> Tensor:
         normed = recomputed(self.norm2(x), self.norm2, x)
@@ -155,7 +152,7 @@ def split(x: Tensor, fill: Tensor | None, regions: list[Region]) -> list[Tensor]
     return [recomputed(part, region.windows, *sources) for part, region in zip(parts, regions)]
 
 
-def joined(parts: Sequence[Tensor], regions: list[Region], sides: tuple[int, int]) -> Tensor:
+def joined(regions: list[Region], sides: tuple[int, int], *parts: Tensor) -> Tensor:
     """The map (B, H, W, C) that has windows (B N, height, width, C) for its regions."""
     return _Joined.apply(regions, sides, *parts)
 
