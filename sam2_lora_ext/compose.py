@@ -1,13 +1,14 @@
 """Finds a training config by the names that people use, composes it with overrides, and says what is wrong with it."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.host import config_root, import_launcher, known_configs, sam2_root
+from sam2_lora_ext.host import USER_CONFIG_DIR, config_root, import_launcher, known_configs, sam2_root
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,6 +80,20 @@ def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
     if absent := [section for section in LAUNCHER_SECTIONS if not OmegaConf.is_dict(config.get(section))]:
         raise UserError(f"{name} is not a config to train with: it has no {', '.join(absent)}; {_choices(name)}")
     return config
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A config by the name that a user gives, composed and resolved, as plain containers.
+
+    Raises:
+        UserError: as `locate` and `compose`.
+    """
+    from omegaconf import OmegaConf
+
+    found, folder = locate(name)
+    if folder is not None:
+        os.environ[USER_CONFIG_DIR] = str(folder)
+    return OmegaConf.to_container(compose(found, overrides), resolve=True)
 
 
 def _sentence(error: Exception) -> str:

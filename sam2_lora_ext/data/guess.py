@@ -2,14 +2,18 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from sam2_lora_ext.data.blocks import FORMATS, describe
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.images import SUFFIXES
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.label_png import LabelPNGReader
 from sam2_lora_ext.data.records import Reader
+from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.data.supervisely import SuperviselyReader
 from sam2_lora_ext.errors import UserError
 
@@ -22,15 +26,60 @@ def guess_reader(
     classes: int | Sequence[str] | dict[int, str] | None = None,
     size: Sequence[int] | None = (256, 1600),
     split: str | None = None,
+    colors: Mapping[int, Sequence[int]] | None = None,
 ) -> Reader:
-    """The reader for a data set on disk.
+    """The reader for a data set on disk; see `guessed`, and the readers for `classes`, `size` [H, W] and `colors`."""
+    given = {"classes": classes, "size": size, "colors": colors}
+    return guessed(path, images, split, given).make_reader()
+
+
+def guessed(
+    path: str | Path, images: str | Path | None = None, split: str | None = None,
+    given: Mapping[str, Any] | None = None, like: Source | None = None, **more: Any,
+) -> Source:  # fmt: skip
+    """A data set on disk, whose format is told by what is there.
+
+    Args:
+        path: see `guess_format`.
+        images: see `guess_format`.
+        split: of a Supervisely project.
+        given: arguments of the reader: classes, size, colors, exif. A size matters to Kaggle's csv alone.
+        like: a run's source: its class table, and for the same format its other settings, where `given` has none.
+        **more: fields of the source, such as bits.
+
+    Raises:
+        UserError: nothing fits, or several things do, or there are colors for another format.
+    """
+    kind, places = guess_format(path, images, split)
+    settings = {key: value for key, value in (given or {}).items() if value is not None or key == "size"}
+    if kind is not KaggleReader:
+        settings.pop("size", None)
+    if kind is not LabelPNGReader and "colors" in settings:
+        raise UserError(f"colors are for label images, but {path} is {FORMATS[kind.__name__]}: leave them out")
+    if "colors" in settings and "classes" not in settings:
+        settings["classes"] = {number: f"defect_{number}" for number in settings["colors"]}
+    if like is not None:
+        same = like.settings if like.format == kind.__name__ else {}
+        settings = {**same, "classes": like.class_names(), **settings}
+    return Source(
+        origin=f"{path}, its format told by what is there",
+        data=describe({"_target_": kind.__name__, **places}),
+        make_reader=cache(lambda: kind(**places, **settings)),
+        settings=settings,
+        format=kind.__name__,
+        **more,
+    )
+
+
+def guess_format(
+    path: str | Path, images: str | Path | None = None, split: str | None = None
+) -> tuple[type, dict[str, Any]]:
+    """The reader's class for a data set on disk, and its arguments that say where the data is.
 
     Args:
         path: a Kaggle csv, a COCO JSON, or a folder: with such a file, with Supervisely's `img` and `ann` (or splits
             that have them), or with images beside a folder of label images.
         images: the image folder, where it is not beside the annotations.
-        classes: as the readers take it.
-        size: [H, W] that images of a Kaggle csv must have; None takes each as it is.
         split: of a Supervisely project.
 
     Raises:
@@ -44,14 +93,14 @@ def guess_reader(
             )
         folder = Path(images) if images is not None else image_folder(path.parent)
         if path.suffix.lower() == ".csv":
-            return KaggleReader(folder, path, classes, size)
-        return COCOReader(folder, path, classes)
+            return KaggleReader, {"image_dir": folder, "csv": path}
+        return COCOReader, {"image_dir": folder, "json": path}
     if not path.is_dir():
         raise UserError(f"there is no {path}; name a data set's folder, its csv or its json")
     if split is not None or any(path.glob("img")) or any(path.glob("*/img")):
         if images is not None:
             raise UserError(f"a Supervisely project has its own images, so {images} has no place; leave it out")
-        return SuperviselyReader(path, split, classes)
+        return SuperviselyReader, {"root": path, "split": split}
     candidates = sorted(path.glob("*.csv")) + sorted(path.glob("*.json"))
     tables = [table for table in candidates if (_is_kaggle if table.suffix == ".csv" else _is_coco)(table)]
     if len(tables) > 1:
@@ -61,10 +110,11 @@ def guess_reader(
             f"{path} has several annotation files ({', '.join(table.name for table in tables)}); name the one you mean"
         )
     if tables:
-        return guess_reader(tables[0], images, classes, size)
+        return guess_format(tables[0], images)
     labels = [path / name for name in LABEL_FOLDERS if (path / name).is_dir()]
     if len(labels) == 1:
-        return LabelPNGReader(images if images is not None else image_folder(path, labels[0]), labels[0], classes)
+        folder = images if images is not None else image_folder(path, labels[0])
+        return LabelPNGReader, {"image_dir": folder, "label_dir": labels[0]}
     raise UserError(
         f"{path} has no annotations that this package knows: no csv of Kaggle, no json of COCO, no folders img and ann "
         f"(Supervisely), no folder of label images ({', '.join(LABEL_FOLDERS)})"

@@ -1,0 +1,40 @@
+"""The data set blocks of a training config: which there are, how their images are cropped, what they read, in words."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+PLACES = ("csv", "json", "label_dir", "root", "image_dir")  # a reader's arguments that say where its data is
+FORMATS = {
+    "KaggleReader": "Kaggle's csv",
+    "COCOReader": "COCO",
+    "SuperviselyReader": "Supervisely",
+    "LabelPNGReader": "label images",
+}
+
+
+def raw_blocks(data: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """The config of each raw data set inside wrappers (each `video_dataset` below), with its wrapper's transforms."""
+    if isinstance(data, Mapping):
+        if isinstance(data.get("video_dataset"), Mapping):
+            yield data["video_dataset"], data.get("transforms")
+            return
+        data = list(data.values())
+    if isinstance(data, list):
+        for inner in data:
+            yield from raw_blocks(inner)
+
+
+def crop_width(transforms: Any) -> int | None:
+    """The width that the first crop among transforms cuts; None where there is none."""
+    for transform in transforms if isinstance(transforms, list) else []:
+        if isinstance(transform, Mapping) and str(transform.get("_target_")).endswith("StripCrop"):
+            return transform.get("width")
+    return None
+
+
+def describe(reader: Mapping[str, Any]) -> str:
+    """A reader's config in words: `Kaggle's csv data/train.csv, images in data/train_images`."""
+    name = str(reader.get("_target_")).rpartition(".")[2]
+    place = next((reader[key] for key in PLACES if reader.get(key) is not None), "an unknown place")
+    images = reader.get("image_dir")
+    return f"{FORMATS.get(name, name)} {place}" + (f", images in {images}" if images not in (None, place) else "")

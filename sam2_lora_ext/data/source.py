@@ -1,0 +1,214 @@
+"""What the data is, for every tool: taken from a training config or a run; `guess.guessed` takes it from a folder.
+
+Tools get their readers from a `Source` alone. Nothing is read before it is asked for: a `Source` of a run whose data was
+moved still says how the run was trained.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sam2_lora_ext.data.blocks import PLACES, crop_width, describe, raw_blocks
+from sam2_lora_ext.data.index import collect
+from sam2_lora_ext.data.items import read_split
+from sam2_lora_ext.data.records import OnInvalid, Reader, class_table
+from sam2_lora_ext.data.splits import given_splits, take
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.run_config import NAME, OLD_NAME, read_run_config
+
+if TYPE_CHECKING:
+    from sam2_lora_ext.data.dataset import SeverstalRawDataset
+
+INSIDE = ("adapters", "checkpoints", "weights")  # folders of a run that a user may name instead of it
+MIN_AREA = 16  # pixels, where nothing says it
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set and everything that decides what it is.
+
+    Args:
+        origin: where this comes from, in words, such as "the validation data of the run runs/r8".
+        data: format and places, in words.
+        make_reader: makes the reader, one for all copies of this source; raises `UserError` where the data is gone.
+        settings: the reader's own arguments beside its places: classes, colors, size, exif ...
+        format: name of the reader's class.
+        bits: depth of images with more than 8 bits a channel.
+        objects: what an object is; None leaves it to the data set's default.
+        min_area: fewest pixels of an object.
+        include_clean: whether clean images take part.
+        on_invalid: "error" or "skip".
+        split_file: csv of splits; None takes all images, or the split folders.
+        split: of it.
+        crop: columns of the window that the model sees in validation; None for whole images.
+        video: whether `crop` is the width of the windows of a strip as a video.
+        max_objects: of one item, where it is cropped.
+        group_width: columns that the objects of an item span, where it is cropped; None: `crop`.
+        resolution: pixels of a side of the model's input; None leaves it to the model's config.
+        cache_dir: of the index.
+    """
+
+    origin: str
+    data: str
+    make_reader: Callable[[], Reader]
+    settings: Mapping[str, Any]
+    format: str
+    bits: int = 16
+    objects: str | None = None
+    min_area: int = MIN_AREA
+    include_clean: bool = True
+    on_invalid: OnInvalid = "error"
+    split_file: str | Path | None = None
+    split: str | Sequence[str] | None = None
+    crop: int | None = None
+    video: bool = False
+    max_objects: int | None = None
+    group_width: int | None = None
+    resolution: int | None = None
+    cache_dir: str | Path | None = None
+
+    @property
+    def exif(self) -> bool:
+        """Whether images are turned upright by their EXIF orientation."""
+        return self.settings.get("exif", True)
+
+    def conditions(self) -> dict[str, Any]:
+        """What decides the numbers of an evaluation, as JSON holds it."""
+        return {
+            "data": self.data,
+            "split_file": None if self.split_file is None else str(self.split_file),
+            "split": self.split if self.split is None or isinstance(self.split, str) else list(self.split),
+            "crop": self.crop,
+            "resolution": self.resolution,
+            "bits": self.bits,
+            "exif": self.exif,
+            "objects": self.objects,
+            "min_area": self.min_area,
+        }
+
+    def class_names(self) -> dict[int, str] | None:
+        """Class number -> name; of data that is gone what the settings say, None where only the data said it."""
+        try:
+            return self.make_reader().class_names
+        except UserError:
+            classes = self.settings.get("classes")
+            known = classes is not None or self.format in ("KaggleReader", "LabelPNGReader")
+            return class_table(classes) if known else None
+
+    def dataset(self) -> "SeverstalRawDataset":
+        """The data set for evaluation; the objects of an image are in one item, or in one for each crop.
+
+        Raises:
+            UserError: what is wrong with the data.
+        """
+        from sam2_lora_ext.data.dataset import SeverstalRawDataset  # needs SAM 2's training code
+
+        more = {} if self.objects is None else {"objects": self.objects}
+        if self.crop is not None:
+            more |= {"max_objects": self.max_objects, "group_width": self.group_width or self.crop}
+        return SeverstalRawDataset(
+            self.make_reader(), training=False, min_area=self.min_area, include_clean=self.include_clean,
+            split_file=self.split_file, split=self.split, on_invalid=self.on_invalid, bits=self.bits,
+            cache_dir=self.cache_dir, **more,
+        )  # fmt: skip
+
+    def image_paths(self) -> set[str]:
+        """The image files of the split, with links followed.
+
+        Raises:
+            UserError: the data or the split cannot be read.
+        """
+        reader = self.make_reader()
+        if self.split_file is not None:
+            names = read_split(self.split_file, self.split)
+        else:
+            names = collect(reader).names()
+            if self.split is not None:
+                names = take(list(zip(names, given_splits(names))), self.split, reader.image_dir)
+        return {str((Path(reader.image_dir) / name).resolve()) for name in names}
+
+
+def from_config(name: str, overrides: Sequence[str] = (), phase: str = "val") -> Source:
+    """The data of a training config, as `python -m sam2_lora_ext.train -c NAME OVERRIDES` would read it.
+
+    Args:
+        name: of the config, or the path of a user's own.
+        overrides: in Hydra's grammar.
+        phase: "train" or "val".
+
+    Raises:
+        UserError: the config cannot be composed, or has no data set of this package.
+    """
+    from sam2_lora_ext.compose import load
+
+    return from_trainer(load(name, overrides)["trainer"], phase, f"the config {name}")
+
+
+def from_run(run: str | Path, phase: str = "val") -> Source:
+    """The data of a run, by its own record; `run` is the run's folder or something inside it, see `find_run`.
+
+    Raises:
+        UserError: there is no run, or its record is damaged or has no data set of this package.
+    """
+    folder = find_run(run)
+    if folder is None:
+        raise UserError(f"{run} is no run and not in one: a run's folder has a {NAME} (before version 0.2 {OLD_NAME})")
+    return from_trainer(read_run_config(folder)["trainer"], phase, f"the run {folder}")
+
+
+def find_run(path: str | Path) -> Path | None:
+    """The run that a path means: a run's folder, or what training wrote into one (adapters/best, checkpoint.pt ...)."""
+    path = Path(path)
+    for folder in (path, *path.parents)[:4]:
+        if any((folder / name).is_file() for name in (NAME, OLD_NAME)):
+            inner = path.relative_to(folder).parts
+            return folder if not inner or inner[0] in INSIDE or len(inner) <= 2 and path.is_file() else None
+    return None
+
+
+def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str) -> Source:
+    """The data of a `trainer` section; see `from_config`, `from_run`.
+
+    Crop and resolution are those of validation in both phases: they say how the model is to be looked at.
+    """
+    data = trainer.get("data") or {}
+    blocks = list(raw_blocks(data.get(phase)))
+    if len(blocks) != 1 or not isinstance(blocks[0][0].get("reader"), Mapping):
+        raise UserError(
+            f"trainer.data.{phase} of {origin} has {len(blocks)} data sets"
+            + (" of another kind than SeverstalRawDataset" if len(blocks) == 1 else "")
+            + ", but a tool reads one that has a reader: name the data by its folder instead"
+        )
+    block = blocks[0][0]
+    seen, transforms = next(iter(raw_blocks(data.get("val"))), blocks[0])
+    windows = seen.get("windows")
+    config = dict(block["reader"])
+    files = [config[key] for key in PLACES if key in config]
+
+    @cache
+    def make_reader() -> Reader:
+        from hydra.utils import instantiate
+
+        if gone := next((file for file in files if not Path(file).exists()), None):
+            raise UserError(
+                f"{origin} reads {gone}, which is not there (from {Path.cwd()}): start from the folder that training "
+                "starts in, or name the data by its folder"
+            )
+        return instantiate(config, _convert_="all")
+
+    kept = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split_file", "split", "cache_dir")
+    return Source(
+        origin=f"the {'training' if phase == 'train' else 'validation'} data of {origin}",
+        data=describe(config),
+        make_reader=make_reader,
+        settings={key: value for key, value in config.items() if key not in (*PLACES, "_target_")},
+        format=config["_target_"].rpartition(".")[2],
+        crop=windows["width"] if windows else crop_width(transforms),
+        video=bool(windows),
+        max_objects=seen.get("max_objects"),
+        group_width=seen.get("group_width"),
+        resolution=(trainer.get("model") or {}).get("image_size"),
+        **{"min_area": 1} | {key: block[key] for key in kept if key in block},
+    )
