@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Looks at steel-defect data, splits it, converts it between formats, or makes synthetic strips.
 
-Formats are told by what is found: Kaggle's csv (new and old), Supervisely folders, label images, COCO.
+The data is that of a training config (-c CONFIG key=value ...), of a run, or a folder, whose format is told by what is
+found: Kaggle's csv (new and old), Supervisely folders, label images, COCO. All of it is read, whatever its split.
 """
 
 import argparse
@@ -11,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.data.arguments import add_source, source_of
 from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
-from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
+from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.data.splits import fold_shares, given_splits, parse_shares, stratified_split, write_split
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.data.writers import FORMATS, convert
@@ -27,6 +29,10 @@ from sam2_lora_ext.files import refuse_existing, write_atomic, write_json
 EXAMPLES = """\
 examples:
   python tools/prepare_data.py scan data/severstal --out runs/scan        # scan.json and scan.html
+  python tools/prepare_data.py scan -c severstal_lora dataset.bits=12 --out runs/scan     # what training would read
+  python tools/prepare_data.py scan runs/severstal_lora --out runs/scan                   # what that run was trained on
+  python tools/prepare_data.py scan data/binary --classes 255=defect --out runs/scan      # label images of 0 and 255
+  python tools/prepare_data.py scan data/cvat --colors 1=250/50/83,2=51/221/255 --classes pit,crack --out runs/scan
   python tools/prepare_data.py split data/severstal --out data/severstal/split.csv
   python tools/prepare_data.py split data/severstal --folds 5 --out folds.csv
   python tools/prepare_data.py split splits --as-given --out split.csv    # splits/{train,val,test}_split/{img,ann}
@@ -65,22 +71,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    known: dict[str, argparse.ArgumentParser] = {}
 
     def command(name: str, out: str, run: Callable[[argparse.Namespace], None], reads: bool = True):
         short, full = COMMANDS[name]
-        one = commands.add_parser(name, help=short, description=full)
+        one = known[name] = commands.add_parser(name, help=short, description=full)
         if reads:
-            add_source(one)
+            add_source(one, positional=True)
         one.add_argument("--out", type=Path, required=True, metavar="PATH", help=out)
         one.add_argument("--force", action="store_true", help="replace what is there")
         one.add_argument("--quiet", action="store_true", help="no progress bars")
         one.set_defaults(run=run)
         return one
 
-    add_bits(command("scan", "the folder for scan.json and scan.html", run_scan))
+    command("scan", "the folder for scan.json and scan.html", run_scan)
     split = command("split", "the csv", run_split)
     add_on_invalid(split)
-    add_bits(split)
     ways = split.add_mutually_exclusive_group()
     ways.add_argument(
         "--shares", default="train=0.8,val=0.1,test=0.1", metavar="NAME=X,..", help="splits and shares (%(default)s)"
@@ -99,35 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     synth.add_argument("--seed", type=int, default=42, metavar="N", help="strip i depends on it and i (%(default)s)")
     synth.add_argument("--clean-share", type=float, default=0.3, metavar="X", help="without a defect (%(default)s)")
 
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in known:  # key=value may stand anywhere among the options
+        args = known[words[0]].parse_intermixed_args(words[1:])
+    else:
+        args = parser.parse_args(words)
     args.run(args)
-
-
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """What to read, and how."""
-    parser.add_argument("data", type=Path, metavar="DATA", help="the data set's folder, its csv or its json")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="its images, where they are not beside DATA")
-    parser.add_argument(
-        "--classes", metavar="A,B,..", help="class names by number; by default those of the format, or Severstal's four"
-    )
-    parser.add_argument(
-        "--size", default="1600x256", metavar="WxH|any", help="of every image, for a Kaggle csv (%(default)s)"
-    )
-    parser.add_argument("--split-folder", metavar="NAME", help="one split of a Supervisely project, such as train")
-
-
-def add_bits(parser: argparse.ArgumentParser) -> None:
-    """How to read deep pixels."""
-    parser.add_argument(
-        "--bits", type=bits, default=16, metavar="N", help="depth of grey images of more than 8 bits (%(default)s)"
-    )
-
-
-def bits(text: str) -> int:
-    """A depth, for argparse."""
-    if text not in map(str, range(8, 33)):
-        raise argparse.ArgumentTypeError(f"a depth is in 8..32, got {text!r}")
-    return int(text)
 
 
 def add_on_invalid(parser: argparse.ArgumentParser) -> None:
@@ -135,30 +118,29 @@ def add_on_invalid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-invalid",
         choices=("error", "skip"),
-        default="error",
-        help="list all that cannot be used and stop, or leave just that out (%(default)s)",
+        help="list all that cannot be used and stop, or leave just that out (default: the config's, else error)",
     )
 
 
-def open_reader(args: argparse.Namespace) -> Reader:
-    """The reader for the arguments."""
-    size = None
-    if args.size != "any":
-        try:
-            width, height = map(int, args.size.lower().split("x"))
-            size = (height, width)
-        except ValueError as error:
-            raise UserError(f"--size is like 1600x256, or any, got {args.size!r}") from error
-    classes = None if args.classes is None else [name.strip() for name in args.classes.split(",")]
-    return guess_reader(args.data, args.images, classes, size, args.split_folder)
+def open_source(args: argparse.Namespace) -> Source:
+    """The data that the arguments name, all of it; says which."""
+    source = source_of(args)
+    if source is None:
+        raise UserError("say which data: a folder, a csv, a json or a run, or -c CONFIG for that of a training config")
+    print(f"reading {source.data} ({source.origin})")
+    if source.other_data:
+        other = "val" if args.phase == "train" else "train"
+        print(f"--phase {other} reads other data: {source.other_data}")
+    return source
 
 
 def run_scan(args: argparse.Namespace) -> None:
     """Writes `scan.json` and `scan.html`."""
     for name in ("scan.json", "scan.html"):
         refuse_existing(args.out / name, args.force)
-    summary, index = scan(open_reader(args), not args.quiet, args.bits)
-    page = render(index, summary, args.bits).encode("utf-8", "backslashreplace")  # a bad file name is shown, not fatal
+    source = open_source(args)
+    summary, index = scan(source.make_reader(), not args.quiet, source.bits)
+    page = render(index, summary, source.bits).encode("utf-8", "backslashreplace")  # a bad file name is shown, not fatal
     write_json(args.out / "scan.json", summary, force=args.force)
     write_atomic(args.out / "scan.html", lambda path: path.write_bytes(page), force=args.force)
     print(
@@ -176,15 +158,17 @@ def run_split(args: argparse.Namespace) -> None:
     """Writes the csv that the data set takes as `split_file`."""
     refuse_existing(args.out, args.force)
     shares = fold_shares(args.folds) if args.folds is not None else parse_shares(args.shares)
-    reader = open_reader(args)
-    index = build_index(reader, args.on_invalid, not args.quiet)
+    source = open_source(args)
+    reader = source.make_reader()
+    refuse_input_files(args.out, reader)
+    index = build_index(reader, args.on_invalid or source.on_invalid, not args.quiet)
     names, classes = index.names(), class_sets(index)
     if args.as_given:
         splits = given_splits(names)
     else:
         pairs = []
         if not args.ignore_duplicates:
-            facts = look_at_pixels(index, not args.quiet, args.bits)
+            facts = look_at_pixels(index, not args.quiet, source.bits)
             pairs = [facts.equal(), facts.near()]
         splits = stratified_split(names, classes, groups(len(names), *pairs).tolist(), shares, args.seed)
     write_split(args.out, names, splits, args.force)
@@ -196,11 +180,18 @@ def run_split(args: argparse.Namespace) -> None:
     print(f"{'all':12}" + "".join(f"{splits.count(column):>10}" for column in columns))
 
 
+def refuse_input_files(out: Path, reader: Reader) -> None:
+    """Raises a `UserError` when `out` is one of the files that are read, which --force must not replace."""
+    if out.resolve() in {Path(path).resolve() for path in (*reader.inputs(), *reader.files())}:
+        raise UserError(f"{out} is read, so it cannot be the result: choose another --out")
+
+
 def run_convert(args: argparse.Namespace) -> None:
     """Writes the data set in another format."""
-    reader = open_reader(args)
+    source = open_source(args)
+    reader = source.make_reader()
     refuse_inputs(args.out, reader.inputs())
-    index = build_index(reader, args.on_invalid, not args.quiet)
+    index = build_index(reader, args.on_invalid or source.on_invalid, not args.quiet)
     left_out = convert(index, args.to, args.out, args.force, progress=not args.quiet, inputs=reader.inputs())
     print(
         f"{len(index) - left_out} images written to {args.out} as {args.to}"

@@ -1,7 +1,7 @@
 """What the data is, for every tool: taken from a training config or a run; `guess.guessed` takes it from a folder.
 
-Tools get their readers from a `Source` alone. Nothing is read before it is asked for: a `Source` of a run whose data was
-moved still says how the run was trained.
+Tools get their readers from a `Source` alone. Nothing is read before it is asked for: a `Source` of a run whose data
+was moved still says how the run was trained.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +48,7 @@ class Source:
         group_width: columns that the objects of an item span, where it is cropped; None: `crop`.
         resolution: pixels of a side of the model's input; None leaves it to the model's config.
         cache_dir: of the index.
+        other_data: what the other phase of the config reads, in words, where that differs from `data`.
     """
 
     origin: str
@@ -68,6 +69,7 @@ class Source:
     group_width: int | None = None
     resolution: int | None = None
     cache_dir: str | Path | None = None
+    other_data: str | None = None
 
     @property
     def exif(self) -> bool:
@@ -130,23 +132,24 @@ class Source:
         return {str((Path(reader.image_dir) / name).resolve()) for name in names}
 
 
-def from_config(name: str, overrides: Sequence[str] = (), phase: str = "val") -> Source:
+def from_config(name: str, overrides: Sequence[str] = (), phase: str = "val", **reader: Any) -> Source:
     """The data of a training config, as `python -m sam2_lora_ext.train -c NAME OVERRIDES` would read it.
 
     Args:
         name: of the config, or the path of a user's own.
         overrides: in Hydra's grammar.
         phase: "train" or "val".
+        **reader: arguments of the reader that replace the config's, such as exif.
 
     Raises:
         UserError: the config cannot be composed, or has no data set of this package.
     """
     from sam2_lora_ext.compose import load
 
-    return from_trainer(load(name, overrides)["trainer"], phase, f"the config {name}")
+    return from_trainer(load(name, overrides)["trainer"], phase, f"the config {name}", **reader)
 
 
-def from_run(run: str | Path, phase: str = "val") -> Source:
+def from_run(run: str | Path, phase: str = "val", **reader: Any) -> Source:
     """The data of a run, by its own record; `run` is the run's folder or something inside it, see `find_run`.
 
     Raises:
@@ -155,7 +158,7 @@ def from_run(run: str | Path, phase: str = "val") -> Source:
     folder = find_run(run)
     if folder is None:
         raise UserError(f"{run} is no run and not in one: a run's folder has a {NAME} (before version 0.2 {OLD_NAME})")
-    return from_trainer(read_run_config(folder)["trainer"], phase, f"the run {folder}")
+    return from_trainer(read_run_config(folder)["trainer"], phase, f"the run {folder}", **reader)
 
 
 def find_run(path: str | Path) -> Path | None:
@@ -168,7 +171,7 @@ def find_run(path: str | Path) -> Path | None:
     return None
 
 
-def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str) -> Source:
+def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str, **reader: Any) -> Source:
     """The data of a `trainer` section; see `from_config`, `from_run`.
 
     Crop and resolution are those of validation in both phases: they say how the model is to be looked at.
@@ -184,7 +187,7 @@ def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str) -> Source:
     block = blocks[0][0]
     seen, transforms = next(iter(raw_blocks(data.get("val"))), blocks[0])
     windows = seen.get("windows")
-    config = dict(block["reader"])
+    config = {**block["reader"], **reader}
     files = [config[key] for key in PLACES if key in config]
 
     @cache
@@ -198,6 +201,8 @@ def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str) -> Source:
             )
         return instantiate(config, _convert_="all")
 
+    others = [describe(other["reader"]) for other, _ in raw_blocks(data.get("val" if phase == "train" else "train"))
+              if isinstance(other.get("reader"), Mapping)]  # fmt: skip
     kept = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split_file", "split", "cache_dir")
     return Source(
         origin=f"the {'training' if phase == 'train' else 'validation'} data of {origin}",
@@ -210,5 +215,6 @@ def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str) -> Source:
         max_objects=seen.get("max_objects"),
         group_width=seen.get("group_width"),
         resolution=(trainer.get("model") or {}).get("image_size"),
+        other_data=next((other for other in others if other != describe(config)), None),
         **{"min_area": 1} | {key: block[key] for key in kept if key in block},
     )

@@ -1,0 +1,135 @@
+"""The arguments of all tools that read data: a training config with overrides, a run, or a folder and its reading."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.data.guess import guessed
+from sam2_lora_ext.data.source import Source, find_run, from_config, from_run
+from sam2_lora_ext.errors import UserError
+
+DATA = "the data set's folder, its csv or its json; or a run, which knows its data"
+OVERRIDE = "overrides of -c, as training takes them"
+SMALLEST_BITS, LARGEST_BITS = 8, 16
+
+
+def add_source(parser: Any, positional: bool) -> None:
+    """Adds the arguments that `source_of` reads.
+
+    Args:
+        parser: parser or group; with `positional` it must be parsed with `parse_intermixed_args`.
+        positional: DATA is the first argument without a name; else it is `--data`.
+    """
+    add = parser.add_argument
+    if positional:
+        add("words", nargs="*", metavar="DATA", help=f"{DATA}; with -c instead key=value, {OVERRIDE}")
+        add("--phase", choices=("train", "val"), default="train",
+            help="of a config or run whose training and validation read different data (%(default)s)")  # fmt: skip
+    else:
+        add("words", nargs="*", metavar="key=value", help=OVERRIDE)
+        add("--data", type=Path, metavar="PATH", help=DATA)
+    add("-c", "--training-config", metavar="CONFIG", help="a training config: its data, as training would read it")
+    add("--images", type=Path, metavar="DIR", help="the image folder, where it is not beside the annotations")
+    add("--classes", type=classes, metavar="A,B,..|N=A,..",
+        help="class names, numbered from 1, or by number such as 255=defect; by default those of the format, or "
+        "Severstal's four")  # fmt: skip
+    add("--colors", type=colors, metavar="N=R/G/B,..", help="of coloured label images: 1=250/50/83,2=51/221/255")
+    add("--size", type=size, metavar="WxH|any", help="of every image, for a Kaggle csv (default: 1600x256)")
+    add("--split-folder", metavar="NAME", help="one split of a Supervisely project, such as train")
+    add("--bits", type=bits, metavar="N", help="depth of images of more than 8 bits a channel (default: 16)")
+    add("--as-stored", action="store_true", help="do not turn images upright by their EXIF orientation")
+
+
+def source_of(args: argparse.Namespace, phase: str = "val", like: Source | None = None) -> Source | None:
+    """The data that the arguments name; None where they name none.
+
+    Args:
+        args: with what `add_source` adds.
+        phase: of a config or run: "train" or "val".
+        like: see `guessed`.
+
+    Raises:
+        UserError: they contradict each other, or the data cannot be told.
+    """
+    words, data = list(args.words), getattr(args, "data", None)
+    if hasattr(args, "phase"):  # DATA is a word
+        phase = args.phase
+        if not args.training_config and words:
+            data = Path(words.pop(0))
+    if words and not args.training_config:
+        raise UserError(f"{words[0]!r} is one too many: key=value belongs to a training config, which -c names")
+    if wrong := next((word for word in words if "=" not in word and not word.startswith("~")), None):
+        raise UserError(f"with -c CONFIG the data is the config's: {wrong!r} is no key=value")
+    if args.training_config and data is not None:
+        raise UserError(f"-c {args.training_config} and {data} both say what the data is: give one of them")
+    turned = {"exif": False} if args.as_stored else {}
+    more = {} if args.bits is None else {"bits": args.bits}
+    if args.training_config or data is not None and find_run(data) is not None:
+        options = {"classes": args.classes, "colors": args.colors, "size": args.size, "images": args.images,
+                   "split-folder": args.split_folder}  # fmt: skip
+        if extra := next((f"--{name}" for name, value in options.items() if value is not None), None):
+            raise UserError(f"{extra} is for a folder whose format is guessed: a config or a run says it itself")
+        if args.training_config:
+            return replace(from_config(args.training_config, words, phase, **turned), **more)
+        return replace(from_run(data, phase, **turned), **more)
+    if data is None:
+        return None
+    given = {"classes": args.classes, "colors": args.colors, **turned}
+    if args.size is not None:
+        given["size"] = None if args.size == "any" else args.size
+    return guessed(data, args.images, args.split_folder, given, like, **more)
+
+
+def classes(text: str) -> list[str] | dict[int, str]:
+    """`A,B` as a list, `255=defect,7=scale` as a table."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"expected names such as A,B, or numbers with names, got {text!r}")
+    if not any("=" in part for part in parts):
+        return parts
+    return _table(text, parts, "255=defect", lambda name: name.strip())
+
+
+def colors(text: str) -> dict[int, list[int]]:
+    """`1=250/50/83,2=51/221/255` as class number -> [r, g, b]."""
+
+    def color(value: str) -> list[int]:
+        channels = [int(channel) for channel in value.split("/")]
+        if len(channels) != 3 or not all(0 <= channel <= 255 for channel in channels):
+            raise ValueError
+        return channels
+
+    return _table(text, text.split(","), "1=250/50/83", color)
+
+
+def size(text: str) -> tuple[int, int] | str:
+    """`1600x256` as (H, W); `any` as it is."""
+    if text == "any":
+        return text
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1600x256, or any, got {text!r}")
+    return int(height), int(width)
+
+
+def bits(text: str) -> int:
+    """A depth."""
+    if text not in map(str, range(SMALLEST_BITS, LARGEST_BITS + 1)):
+        raise argparse.ArgumentTypeError(f"a depth is in {SMALLEST_BITS}..{LARGEST_BITS}, got {text!r}")
+    return int(text)
+
+
+def _table(text: str, parts: list[str], example: str, value: Any) -> dict[int, Any]:
+    """The parts `number=value` of a text as a table."""
+    table: dict[int, Any] = {}
+    for part in parts:
+        number, _, rest = part.partition("=")
+        try:
+            key, read = int(number), value(rest)
+        except ValueError:
+            key, read = 0, ""
+        if key < 1 or not read or key in table:
+            raise argparse.ArgumentTypeError(f"expected {example} and so on, each number once, got {text!r}")
+        table[key] = read
+    return table
