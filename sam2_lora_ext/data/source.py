@@ -35,6 +35,7 @@ class Source:
         make_reader: makes the reader, one for all copies of this source; raises `UserError` where the data is gone.
         settings: the reader's own arguments beside its places: classes, colors, size, exif ...
         format: name of the reader's class.
+        phase: of a config or run: "train" or "val"; None for data that was guessed.
         bits: depth of images with more than 8 bits a channel.
         objects: what an object is; None leaves it to the data set's default.
         min_area: fewest pixels of an object.
@@ -56,6 +57,7 @@ class Source:
     make_reader: Callable[[], Reader]
     settings: Mapping[str, Any]
     format: str
+    phase: str | None = None
     bits: int = 16
     objects: str | None = None
     min_area: int = MIN_AREA
@@ -210,6 +212,7 @@ def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str, **reader: 
         make_reader=make_reader,
         settings={key: value for key, value in config.items() if key not in (*PLACES, "_target_")},
         format=config["_target_"].rpartition(".")[2],
+        phase=phase,
         crop=windows["width"] if windows else crop_width(transforms),
         video=bool(windows),
         max_objects=seen.get("max_objects"),

@@ -1,7 +1,6 @@
 """Several models on the same objects: one record for `evaluation.json`, galleries and submissions."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.run import ModelResult, run_model
 from sam2_lora_ext.evaluate.tables import differences, summarize
 from sam2_lora_ext.evaluation import Sample, read_sample
-from sam2_lora_ext.files import refuse_existing
 from sam2_lora_ext.summary import versions
 
 SUBMISSION = "submission.csv"
@@ -50,30 +48,29 @@ class Samples(Sequence[Sample]):
 
 def compare(
     candidates: Sequence[Candidate], samples: Samples, protocol: Protocol, out: Path, *, device: str = "cpu",
-    submitted: str = "1click", pictures: int = 4, split: tuple[Path | None, str | None] = (None, None),
-    force: bool = False,
+    submitted: str = "1click", pictures: int = 4, conditions: Mapping[str, Any] | None = None, force: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates every model; writes galleries and submissions below `out`.
+    """Evaluates every model; writes galleries and submissions below `out`. See `checks.prepare` for what goes before.
 
     Args:
         candidates: the first one is what the others are compared with.
-        samples: what is asked about.
+        samples: what is asked about; some of it a defect.
         protocol: how.
         out: folder; each model gets `<name>/` in it.
         device: such as cuda.
         submitted: the prompt whose masks go into submission.csv.
         pictures: of each kind in a gallery.
-        split: split file and split of the data set, for the record.
+        conditions: see `Conditions.record`.
         force: replace files.
 
     Returns:
         What evaluation.json holds.
 
     Raises:
-        UserError: a mistake in any of the models, found before the first one is asked; or there is nothing to ask.
+        UserError: a model cannot be built or answers with NaN, or a file cannot be written.
     """
-    check_candidates(candidates, protocol, out, force)
-    dataset = samples.dataset
+    dataset, conditions = samples.dataset, dict(conditions or {})
+    used = conditions.get("used", {})
     whole = protocol.crop is None and len(samples) == len(dataset)
     records: list[dict[str, Any]] = []
     results: list[ModelResult] = []
@@ -87,11 +84,6 @@ def compare(
             result = run_model(model, bar, protocol, tally, replay)
         except UserError as error:
             raise UserError(f"{wanted.name}: {error}") from error
-        if not result.objects:
-            raise UserError(
-                f"the {len(samples)} items of {dataset.index.image_dir} that are evaluated show no defect of at least "
-                "--min-area pixels: look at --limit, --min-area and the split"
-            )
         gallery = []
         if pictures:
             gallery = write_gallery(out / wanted.name / "gallery", result, samples, dataset.class_names, pictures)
@@ -117,34 +109,16 @@ def compare(
             "images": len({row.image for row in [*results[0].objects, *results[0].clean]}),
             "objects": len(results[0].objects),
             "clean_images": len({row.image for row in results[0].clean}),
-            "split": split[1],
-            "split_file": str(split[0]) if split[0] else None,
+            "split": used.get("split"),
+            "split_file": used.get("split_file"),
         },
+        "conditions": conditions,
         "models": records,
         "reference": candidates[0].name,
         "differences": changes,
         "versions": versions(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
-
-
-def check_candidates(candidates: Sequence[Candidate], protocol: Protocol, out: Path, force: bool) -> None:
-    """Finds what would stop an evaluation in the middle: names, files in the way, models that cannot be built.
-
-    Raises:
-        UserError: the first such thing.
-    """
-    names = [wanted.name for wanted in candidates]
-    if len(set(names)) < len(names) or any("/" in name or name in ("", ".", "..") for name in names):
-        raise UserError(f"each model needs a name of its own without slashes (write name=path), got {', '.join(names)}")
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is no folder that can be written to: give another --out")
-    for name in names:
-        refuse_existing(out / name / SUBMISSION, force)
-    if len(candidates) > 1:  # a lone one is built at once anyway
-        for wanted in candidates:
-            build(wanted, "cpu", protocol.image_size)
 
 
 def _rows(result: ModelResult) -> list[dict[str, Any]]:

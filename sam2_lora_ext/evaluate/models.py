@@ -11,8 +11,9 @@ from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
 from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter
-from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter
+from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter, source_files
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights
+from sam2_lora_ext.data.source import find_run
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.adapter import attach_adapter
 from sam2_lora_ext.stock import check_inputs
@@ -30,6 +31,7 @@ class Candidate:
         adapter: a folder, or a Trainer's checkpoint with adapters; None for whole weights.
         config: a stock config's name; None tells it from the weights.
         trained: number of trained parameters, where the run of whole weights says it; an adapter is counted.
+        run: the run that it is from, by whose record it is known how it was trained; None where there is none.
     """
 
     name: str
@@ -37,6 +39,11 @@ class Candidate:
     adapter: Path | None = None
     config: str | None = None
     trained: int | None = None
+    run: Path | None = None
+
+    def inputs(self) -> list[Path]:
+        """The files that are read of it."""
+        return [self.weights, *([] if self.adapter is None else source_files(self.adapter))]
 
 
 def candidates(texts: Sequence[str], base: Path | None = None, config: str | None = None) -> list[Candidate]:
@@ -64,19 +71,20 @@ def candidate(
     name = _short(path) if given is None else given
     if not path.exists():
         raise UserError(f"there is no {path}: give a weight file, an adapter folder or a run folder")
+    run = find_run(path)
     if path.is_dir() and (path / "weights").is_dir():
         files = [path / "weights" / f"{kind}.pt" for kind in ("best", "final")]
         if whole := [file for file in files if file.exists()]:
-            return Candidate(name, whole[0], None, config, _trained(path))
+            return Candidate(name, whole[0], None, config, _trained(path), run)
     if path.is_file() and _is_whole(path):
-        return Candidate(name, path, None, config)
+        return Candidate(name, path, None, config, run=run)
     facts = read_adapter(path).metadata
     known = Path(facts["base_path"]) if facts.get("base_path") else None
     found = next((file for file in (base, known, spare) if file is not None and (file == base or file.exists())), None)
     if found is None or not found.exists():
         wanted = base or known or "which it does not name"
         raise UserError(f"{path} is an adapter, and its base ({wanted}) is not there: give it with --checkpoint")
-    return Candidate(name, found, find_adapter(path), config)
+    return Candidate(name, found, find_adapter(path), config, run=run)
 
 
 def build(wanted: Candidate, device: str = "cpu", image_size: int | None = None) -> tuple[SAM2Base, dict[str, Any]]:

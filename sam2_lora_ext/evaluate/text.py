@@ -14,6 +14,8 @@ def describe(record: Mapping[str, Any]) -> str:
     """All tables of an `evaluation.json`."""
     protocol, models = Protocol.of(record["protocol"]), record["models"]
     names, parts = [model["name"] for model in models], [f"{summary_line(record)}\n"]
+    if lines := conditions_lines(record.get("conditions")):
+        parts.append("".join(f"- {line}\n" for line in lines))
     if len(models) > 1:
         parts.append(overview_table(models, overview(protocol)))
     columns = [(model["name"], model["metrics"]) for model in models]
@@ -42,6 +44,25 @@ def summary_line(record: Mapping[str, Any]) -> str:
         f"images of {data['image_dir']}{split}; {protocol.view}, {clicks}. "
         "Means over objects with 95 % intervals by image."
     )
+
+
+def conditions_lines(said: Mapping[str, Any] | None) -> list[str]:
+    """Under which conditions was asked, and how they differ from those of each run; none in old evaluations."""
+    if not said:
+        return []
+    used = said["used"]
+    view = f"tiles of {used['tile']} columns" if used["tile"] else f"crop {used['crop']}" if used["crop"] else "whole"
+    size = f"{used['resolution']} px" if used["resolution"] else "the stock config's size"
+    splits = [used["split"]] if isinstance(used["split"], str) else used["split"] or []
+    names = f", split {', '.join(splits)}" if splits else ""
+    turned = "upright by EXIF" if used["exif"] else "as stored"
+    return [
+        f"conditions, from {said['origin']}: {view}, {size}, {used['bits']} bits, images {turned}, "
+        f"objects {used['objects']} of at least {used['min_area']} px{names}"
+        + (f" of {used['split_file']}" if used["split_file"] else ""),
+        f"data: {used['data']}",
+        *said["sentences"],
+    ]
 
 
 def overview_table(models: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:

@@ -5,7 +5,9 @@ from html import escape
 from typing import Any
 
 from sam2_lora_ext.evaluate.protocol import Protocol
-from sam2_lora_ext.evaluate.text import cell, costs, groups, other_differences, other_rows, summary_line
+from sam2_lora_ext.evaluate.text import (
+    cell, conditions_lines, costs, groups, other_differences, other_rows, summary_line,
+)  # fmt: skip
 from sam2_lora_ext.evaluate.titles import (
     FEWER_IS_BETTER, OTHER_TITLE, SIZES_TITLE, details, grouped, headline, overview,
 )  # fmt: skip
@@ -24,6 +26,8 @@ def tables(evaluation: Evaluation) -> str:
         return table(["", *names], rows)
 
     parts = [f"<h2>Evaluation</h2><p>{escape(summary_line(record))}</p>"]
+    if lines := conditions_lines(record.get("conditions")):
+        parts.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
     if len(models) > 1:
         titles = overview(protocol)
         lines = [

@@ -1,0 +1,111 @@
+"""The command line of tools/evaluate.py."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sam2_lora_ext.data.arguments import add_source
+from sam2_lora_ext.errors import UserError
+
+EXAMPLES = """\
+examples:
+  a run beside its base, on the run's own validation data, as the run was trained:
+    python tools/evaluate.py --compare checkpoints/sam2.1_hiera_large.pt runs/r8 --out runs/r8/evaluation
+  the same in tiles, as in production; the images that it was trained on; images of another folder:
+    python tools/evaluate.py --adapter runs/r8 --tile 512 --overlap 128 --device cuda --out runs/tiles
+    python tools/evaluate.py --adapter runs/r8 --split train --out runs/on_training_images
+    python tools/evaluate.py --adapter runs/r8 --data data/line_2 --out runs/line_2
+  the base alone, on the validation data of a training config, or whole images of a split:
+    python tools/evaluate.py --checkpoint checkpoints/sam2.1_hiera_large.pt -c severstal_lora --out runs/base
+    python tools/evaluate.py --checkpoint checkpoints/sam2.1_hiera_large.pt --data data/severstal \\
+        --split-file data/severstal/split.csv --split val --out runs/whole
+"""
+
+
+def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: options that contradict each other, or are out of range.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = parser.add_argument_group("models")
+    add = models.add_argument
+    add("--checkpoint", type=Path, metavar="FILE", help="weights: the model itself, or the base of adapters")
+    add("--adapter", type=Path, metavar="PATH", help="a run folder, an adapter folder or a Trainer's checkpoint.pt")
+    add("--compare", nargs="+", metavar="[NAME=]PATH", help="several models; the others are compared with the first")
+    add("--config", metavar="NAME", help="the stock config, as build_sam2 takes it (default: told from the weights)")
+    add("--image-size", type=_multiple, metavar="PIXELS",
+        help="of the model's input, as scratch.resolution was (default: the run's, else the stock config's)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    data = parser.add_argument_group("data (default: the validation data of the first run among the models)")
+    add_source(data, positional=False)
+    add = data.add_argument
+    add("--split-file", type=Path, metavar="FILE", help="csv with the columns image and split")
+    add("--split", metavar="NAME[,..]",
+        help="of the split file; of a run or config: val (default) or train, the data that it validates or trains on")
+    add("--objects", choices=("instances", "components", "classes", "all"),
+        help="what an object is (default: the run's, else instances where the format has them, else components)")
+    add("--min-area", type=_positive, metavar="PIXELS",
+        help="smaller specks are no objects (default: the run's, else 16)")
+    add("--limit", type=_positive, metavar="N", help="only N items, spread evenly (then without Kaggle's score)")
+    add = parser.add_argument_group("how it is asked").add_argument
+    add("--max-clicks", type=_positive, default=8, help="clicks that a user makes at most (default: 8)")
+    add("--same-clicks", action="store_true",
+        help="all models get the clicks of the first one's errors (default: from the second click on, each its own)")
+    add("--clean-clicks", type=_positive, default=4, help="clicks on each clean image (default: 4)")
+    add("--tile", type=_positive, metavar="COLUMNS", help="look at the strip in tiles of this width")
+    add("--overlap", type=int, default=0, metavar="COLUMNS", help="columns that neighbouring tiles share at least")
+    add("--crop", type=_crop, metavar="COLUMNS|none",
+        help="cut so many columns around the objects; none: whole images (default: as the run's own validation does)")
+    add("--automatic", type=_positive, metavar="POINTS",
+        help="also automatic masks, from POINTS x POINTS clicks (stock: 32)")
+    add("--automatic-thresholds", type=float, nargs=2, default=(0.8, 0.95), metavar=("IOU", "STABILITY"),
+        help="of automatic masks (default: stock's, 0.8 0.95)")
+    add("--submission-prompt", default="1click", metavar="PROMPT",
+        help="whose masks go into submission.csv (default: 1click)")
+    add("--seed", type=int, default=0, help="of shifted boxes and clicks on clean steel")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: runs/evaluation")
+    add("--pictures", type=_count, default=4, metavar="N",
+        help="of each kind in the galleries (default: 4; 0 for none)")
+    add("--force", action="store_true", help="replace an earlier evaluation in --out")
+    args = parser.parse_intermixed_args(argv)
+    if not (args.checkpoint or args.adapter or args.compare):
+        raise UserError("say what to evaluate: --checkpoint FILE, --adapter PATH (with --checkpoint for its base), or "
+                        "--compare A B ...")
+    if args.compare and args.adapter:
+        raise UserError("--adapter is for one model: put it among those of --compare")
+    if args.tile and args.crop not in (None, "none"):
+        raise UserError("--crop and --tile are two ways to look at a strip: give one of them")
+    if args.tile and not 0 <= args.overlap < args.tile or not args.tile and args.overlap:
+        raise UserError(f"--overlap needs --tile and is below it, got {args.overlap} and {args.tile}")
+    if not all(0 <= threshold <= 1 for threshold in args.automatic_thresholds):
+        raise UserError(f"--automatic-thresholds are two numbers in 0..1, got {args.automatic_thresholds}")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: name a folder")
+    return args
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
+    return number
+
+
+def _multiple(text: str) -> int:
+    if (number := int(text)) < 64 or number % 32:
+        raise argparse.ArgumentTypeError(f"expected a multiple of 32 from 64, got {number}")
+    return number
+
+
+def _crop(text: str) -> int | str:
+    return text if text == "none" else _positive(text)

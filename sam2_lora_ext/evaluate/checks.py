@@ -1,0 +1,111 @@
+"""What would end an evaluation in the middle, found before the first model is asked."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.evaluate.compare import SUBMISSION, Samples
+from sam2_lora_ext.evaluate.conditions import Conditions
+from sam2_lora_ext.evaluate.models import Candidate, build
+from sam2_lora_ext.files import refuse_existing
+
+RECORDS = ("evaluation.json", "evaluation.md")  # in the output folder
+GALLERY = "gallery"  # in the folder of each model
+LONGEST = 200  # bytes of a model's name: file systems end at 255
+
+
+def prepare(
+    candidates: Sequence[Candidate], conditions: Conditions, out: Path, limit: int | None = None, force: bool = False
+) -> tuple[Samples, dict[str, Any]]:
+    """The samples to ask about, and what is said about the conditions, when all is well.
+
+    Args:
+        candidates: the models.
+        conditions: what is asked about and how.
+        out: the output folder.
+        limit: see `Samples`.
+        force: files may be replaced.
+
+    Raises:
+        UserError: a mistake in data, models or outputs.
+    """
+    source, names = conditions.source, [wanted.name for wanted in candidates]
+    check_names(names)
+    check_outputs(out, names, force)
+    dataset = source.dataset()
+    read = [*source.make_reader().files(), *([] if source.split_file is None else [Path(source.split_file)])]
+    check_outputs(out, names, force, [*read, *[file for wanted in candidates for file in wanted.inputs()]])
+    said = conditions.record(dataset)
+    samples = Samples(dataset, source.crop, limit)
+    check_samples(samples, source.min_area)
+    check_models(candidates, source.resolution)
+    return samples, said
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises a `UserError` unless each name is another one and can be a folder's."""
+    if len(set(names)) < len(names) or any("/" in name or name in ("", ".", "..") for name in names):
+        raise UserError(f"each model needs a name of its own without slashes (write name=path), got {', '.join(names)}")
+    for name in names:
+        if name in RECORDS:
+            raise UserError(f"a model cannot be named {name}, for that is a file of the evaluation: write name=path")
+        if not name.isprintable() or len(name.encode("utf-8", "surrogateescape")) > LONGEST:
+            raise UserError(
+                f"the name {name[:40]!r} of a model has {len(name)} characters, of which its folder cannot be made: "
+                f"write name=path with a name of printable characters, at most {LONGEST} bytes"
+            )
+
+
+def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Looks at every file and folder that an evaluation writes.
+
+    Args:
+        out: the output folder.
+        names: of the models.
+        force: files may be replaced.
+        inputs: files that are read, which are never replaced.
+
+    Raises:
+        UserError: one is there already, cannot be written, or is an input.
+    """
+    files = [out / name for name in RECORDS] + [out / name / SUBMISSION for name in names]
+    for folder in (out, *[path for name in names for path in (out / name, out / name / GALLERY)]):
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{there} is no folder that can be written to: give another --out")
+        if folder.name == GALLERY and folder.is_dir():
+            files += sorted(folder.glob("*.jpg"))
+    read = {Path(path).resolve() for path in inputs}
+    for file in files:
+        refuse_existing(file, force)
+        if os.path.lexists(file) and not file.is_file():
+            raise UserError(f"{file} is no file that could be replaced: give another --out")
+        if file.resolve() in read:
+            raise UserError(f"{file} is read, so it cannot be replaced: give another --out")
+
+
+def check_samples(samples: Samples, min_area: int) -> None:
+    """Reads everything that will be asked about once.
+
+    Raises:
+        UserError: an image cannot be decoded, a crop does not hold its objects, or there is no defect.
+    """
+    dataset = samples.dataset
+    if not any(dataset.classes_of(item) for item in samples.items):
+        raise UserError(
+            f"the {len(samples)} items of {dataset.index.image_dir} that are evaluated show no defect of at least "
+            f"{min_area} pixels: look at --limit, --min-area and the split"
+        )
+    for _ in tqdm(samples, desc="reading images", unit="image", disable=None, leave=False):
+        pass
+
+
+def check_models(candidates: Sequence[Candidate], image_size: int | None) -> None:
+    """Builds each of several models once; raises a `UserError` for one that cannot be. A lone one is built at once."""
+    if len(candidates) > 1:
+        for wanted in candidates:
+            build(wanted, "cpu", image_size)

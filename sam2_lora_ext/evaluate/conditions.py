@@ -1,0 +1,181 @@
+"""Under which conditions models are asked: those of the first run, or what the command says, and how these differ.
+
+A model is asked as it was trained: crop, resolution, bits, what an object is, on the run's own validation data. What
+differs from a run's own conditions is a sentence in every result.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.data.arguments import source_of
+from sam2_lora_ext.data.records import describe_classes
+from sam2_lora_ext.data.source import Source, from_run
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.evaluate.models import Candidate
+
+VIEW = ("crop", "video", "max_objects", "group_width", "resolution")  # how a model looks at images
+HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # how other data is read for a run
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is asked about and how.
+
+    Args:
+        source: the data, with crop and resolution.
+        own: model name -> the validation data of its run.
+        runs: model name -> the run's folder.
+        tile: columns of tiles; None without.
+        overlap: of tiles.
+        chosen: whether the command names the data or the split.
+        train: whether it says `--split train`.
+        notes: what could not be compared.
+    """
+
+    source: Source
+    own: Mapping[str, Source] = field(default_factory=dict)
+    runs: Mapping[str, Path] = field(default_factory=dict)
+    tile: int | None = None
+    overlap: int = 0
+    chosen: bool = True
+    train: bool = False
+    notes: Sequence[str] = ()
+
+    def sentences(self) -> list[str]:
+        """How each run's own conditions differ from these."""
+        return [f"{name}: {said}" for name, own in self.own.items() for said in self._differences(own)]
+
+    def _differences(self, own: Source) -> list[str]:
+        used = self.source
+        said = []
+        if self.tile is not None or own.crop != used.crop:
+            trained = f"trained at crop {own.crop}" if own.crop else "trained on whole images"
+            said.append(f"{trained}{' as video' if own.video else ''}, evaluated {self._view()}")
+        elif own.video:
+            said.append(f"trained on windows of {own.crop} columns as video, evaluated window by window")
+        if used.resolution is not None and own.resolution != used.resolution:
+            said.append(f"trained at {own.resolution} px, evaluated at {used.resolution} px")
+        for key in ("bits", "objects", "min_area"):
+            before, now = getattr(own, key), getattr(used, key)
+            if before != now:
+                said.append(f"{key} was {_default(before)} in its validation, evaluated with {_default(now)}")
+        if own.exif != used.exif:
+            ways = {True: "upright", False: "as stored"}
+            said.append(f"trained on images {ways[own.exif]}, evaluated on images {ways[used.exif]}")
+        if own.data != used.data:
+            said.append(f"validated on {own.data}, evaluated on {used.data}")
+            before, now = own.class_names(), used.class_names()
+            if before is not None and now is not None and before != now:
+                tables = describe_classes(before), describe_classes(now)
+                said.append("trained with the classes {}, evaluated with {}".format(*tables))
+        if (before := _split(own)) != (now := _split(used)):
+            said.append(f"validated on {before}, evaluated on {now}")
+        return said
+
+    def _view(self) -> str:
+        if self.tile is not None:
+            return f"in tiles of {self.tile} columns"
+        return f"at crop {self.source.crop}" if self.source.crop else "whole"
+
+    def training_images(self, dataset: Any) -> list[str]:
+        """Says which runs were trained on images of the data set that is evaluated.
+
+        Raises:
+            UserError: some were, the command chose the data, and it does not say `--split train`.
+        """
+        evaluated = {str(Path(dataset.index.path(int(image))).resolve()) for image in dataset.images}
+        said = []
+        for name, run in self.runs.items():
+            try:
+                shared = len(evaluated & from_run(run, "train").image_paths())
+            except UserError as error:
+                said.append(f"{name}: whether it was trained on these images is not known ({error})")
+                continue
+            if shared and self.chosen and not self.train:
+                raise UserError(
+                    f"{name} was trained on {shared} of these {len(evaluated)} images: name no data, for the run's "
+                    "validation data, or a split without them, or say --split train to evaluate training images"
+                )
+            if shared:
+                why = "" if self.train else "; the data that it validates on and the data that it trains on share them"
+                said.append(f"{name}: trained on {shared} of these {len(evaluated)} images{why}")
+        return said
+
+    def record(self, dataset: Any) -> dict[str, Any]:
+        """For evaluation.json: `used`, the runs' `own`, and `sentences` on how they differ.
+
+        Raises:
+            UserError: see `training_images`.
+        """
+        mode = getattr(dataset.objects, "mode", None) or self.source.objects or "components"
+        return {
+            "origin": self.source.origin,
+            "used": self.source.conditions() | {"objects": mode, "tile": self.tile, "overlap": self.overlap},
+            "own": {name: own.conditions() for name, own in self.own.items()},
+            "sentences": [*self.sentences(), *self.training_images(dataset), *self.notes],
+        }
+
+
+def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditions:
+    """The conditions for a command line of tools/evaluate.py.
+
+    Raises:
+        UserError: no data is named and no model is in a run, or the data cannot be told.
+    """
+    runs = {wanted.name: wanted.run for wanted in candidates if wanted.run is not None}
+    known = args.training_config or args.data
+    own, notes = {}, []
+    for name, run in runs.items():
+        try:
+            own[name] = from_run(run)
+        except UserError as error:
+            if not known:
+                raise
+            notes.append(f"{name}: its own conditions are not known ({error})")
+    first = next(iter(own), None)
+    phase = "train" if args.split == "train" and args.split_file is None else "val"
+    source = source_of(args, phase, None if first is None else own[first])
+    if source is None and first is None:
+        raise UserError(
+            "say which data: --data PATH, or -c CONFIG for that of a training config (no model here is in a run, "
+            "which would know its data)"
+        )
+    if source is None:
+        source = from_run(runs[first], phase, **({"exif": False} if args.as_stored else {}))
+    elif first is not None and not args.training_config:
+        keys = VIEW if source.phase else VIEW + HABITS
+        source = replace(source, **{key: getattr(own[first], key) for key in keys})
+    return Conditions(
+        changed(source, args), own, runs, args.tile, args.overlap, notes=notes,
+        chosen=bool(known or args.split_file or args.split), train="train" in (args.split or "").split(","),
+    )  # fmt: skip
+
+
+def changed(source: Source, args: argparse.Namespace) -> Source:
+    """The source with what the command line sets."""
+    options = {"bits": args.bits, "objects": args.objects, "min_area": args.min_area, "resolution": args.image_size}
+    values = {key: value for key, value in options.items() if value is not None}
+    if args.split is not None:
+        split = args.split if "," not in args.split else [name.strip() for name in args.split.split(",")]
+        if args.split_file is not None or source.phase is None or split not in ("train", "val"):
+            values["split"] = split
+    if args.split_file is not None:
+        values |= {"split_file": args.split_file, "split": values.get("split")}
+    crop = None if args.tile or args.crop == "none" else args.crop or source.crop
+    if crop != source.crop:
+        values |= {"crop": crop, "group_width": None, "video": False}
+    return replace(source, **values)
+
+
+def _split(source: Source) -> str:
+    if source.split is None:
+        return "all images" if source.split_file is None else f"the images of {source.split_file}"
+    names = source.split if isinstance(source.split, str) else ", ".join(source.split)
+    return f"split {names}" + (f" of {source.split_file}" if source.split_file is not None else "")
+
+
+def _default(value: Any) -> Any:
+    return "the default" if value is None else value
