@@ -155,7 +155,7 @@ class SeverstalRawDataset(VOSRawDataset):
             windows = self.windows.drawn(width, height, list(objects.values()))
         else:
             windows = self.windows.clip(width, row.first)
-        if windows == [(0, width)] and not self.index.deep[row.image]:
+        if windows == [(0, width)] and not self.index.special[row.image]:
             frames = [VOSFrame(0, path)]
         else:
             pixels = StripPixels(path, self.bits)

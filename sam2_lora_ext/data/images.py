@@ -6,6 +6,7 @@ Legend: H W height and width in pixels.
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sam2_lora_ext.errors import UserError
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 DARK = 16  # a grey level at most so high (of 255) is unexposed, not steel
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
+LEFT_BY_SYSTEMS = frozenset({"thumbs.db", "desktop.ini"})
 _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what an undamaged file of the kind ends with
 
 
@@ -25,14 +27,18 @@ class ImageError(InvalidData):
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Sorted names of the image files (and links) right in a folder.
+    """Sorted names of the image files (and links) right in a folder, without hidden ones (macOS's `._x.jpg` is no image).
 
     Raises:
         UserError: no such folder, no permission, or no image in it.
     """
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in SUFFIXES)
+            names = sorted(
+                entry.name
+                for entry in entries
+                if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not ignored(entry.name)
+            )
     except OSError as error:
         raise UserError(f"cannot list the image folder {folder}: {error.strerror}; check the path") from error
     if not names:
@@ -40,7 +46,28 @@ def list_images(folder: str | Path) -> list[str]:
     return names
 
 
-def probe(path: str | Path, full: bool = False) -> tuple[int, int, bool]:
+def ignored(name: str) -> bool:
+    """Whether a file is none of the user's: hidden, or left by an operating system."""
+    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+
+
+def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
+    """Sorted names of what lies right in a folder and was not taken (`/` after a folder's), without ignored files.
+
+    Args:
+        folder: the folder; one that cannot be listed has nothing.
+        taken: names of files and folders in it that were read.
+    """
+    taken = set(taken)
+    try:
+        with os.scandir(folder) as entries:
+            left = [entry for entry in entries if entry.name not in taken and not ignored(entry.name)]
+            return sorted(entry.name + "/" * entry.is_dir() for entry in left)
+    except OSError:
+        return []
+
+
+def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int, int, bool]:
     """Reads an image's header and looks whether the file is whole (its name too: it goes into csv and JSON).
 
     Args:
@@ -106,7 +133,7 @@ def _refused(error: OSError) -> ImageError:
     return ImageError("image damaged", f"the image cannot be decoded ({error.strerror or error}); fetch it again")
 
 
-def read_rgb(path: str | Path, bits: int = 16) -> np.ndarray:
+def read_rgb(path: str | Path, bits: int = 16, exif: bool = True) -> np.ndarray:
     """The pixels as uint8 [H, W, 3].
 
     Args:

@@ -22,6 +22,7 @@ class LabelPNGReader:
         colors: class number -> [r, g, b] for coloured labels; black is none. None takes grey values or palette indices
             (0 is none).
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class LabelPNGReader:
         classes: int | Sequence[str] | dict[int, str] | None = None,
         colors: Mapping[int, Sequence[int]] | None = None,
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.image_dir = Path(image_dir)
         self.label_dir = Path(label_dir)
@@ -46,6 +48,7 @@ class LabelPNGReader:
                 f"black, got {dict(colors)}"
             )
         self.full_check = full_check
+        self.exif = exif
 
     def files(self) -> list[Path]:
         return [self.label_dir / name for name in list_images(self.label_dir)]
@@ -73,7 +76,7 @@ class LabelPNGReader:
                         "duplicate image", f"another image has the stem {stem}, so they would share a label"
                     )
                 images.add(stem)
-                height, width, deep = probe(self.image_dir / name, self.full_check)
+                height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
             except ImageError as error:
                 yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)
                 continue
@@ -88,7 +91,7 @@ class LabelPNGReader:
                 )
                 continue
             path = self.label_dir / labels[stem]
-            record = ImageRecord(name, height, width, deep=deep)
+            record = ImageRecord(name, height, width, special=special)
             try:
                 for problem in self._read(path, record):
                     record.complete = False

@@ -42,6 +42,7 @@ class SuperviselyReader:
         classes: class titles or their count; None takes them from `meta.json`: the number that each title ends with,
             or if they do not all have one then their order; without the file Severstal's four.
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class SuperviselyReader:
         split: str | None = None,
         classes: int | Sequence[str] | dict[int, str] | None = None,
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.root = Path(root)
         self.split = split
         self.full_check = full_check
+        self.exif = exif
         self.folders = self._folders()
         self.image_dir = self.folders[0] / "img" if len(self.folders) == 1 else self.root
         meta = next((path for path in (self.root / "meta.json", self.root.parent / "meta.json") if path.exists()), None)
@@ -92,11 +95,11 @@ class SuperviselyReader:
                 path = folder / "img" / name
                 shown = str(path.relative_to(self.image_dir))
                 try:
-                    height, width, deep = probe(path, self.full_check)
+                    height, width, special = probe(path, self.full_check, self.exif)
                 except ImageError as error:
                     yield Problem(str(path), None, error.cause, str(error), shown)
                     continue
-                record = ImageRecord(shown, height, width, deep=deep)
+                record = ImageRecord(shown, height, width, special=special)
                 for problem in self._read(folder / "ann" / f"{name}.json", record, numbers):
                     record.complete = False
                     yield problem
