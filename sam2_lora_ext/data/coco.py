@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from sam2_lora_ext.data.images import probe
+from sam2_lora_ext.data.images import probe, turning
 from sam2_lora_ext.data.records import MOST_CLASSES, ImageRecord, InvalidData, Problem, class_table
 from sam2_lora_ext.data.rle import encode_mask, from_coco_counts, parse_coco_text
 from sam2_lora_ext.errors import UserError
@@ -80,7 +80,8 @@ class COCOReader:
                     raise InvalidData(
                         "image size",
                         f"{name} is {width}x{height}, but the table says "
-                        f"{entry.get('width')}x{entry.get('height')}; they must be equal",
+                        f"{entry.get('width')}x{entry.get('height')}; they must be equal"
+                        + turning(self.image_dir / name, exif=self.exif),
                     )
                 records[image_id] = ImageRecord(name, height, width, special=special)
             except InvalidData as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sam2_lora_ext.data.images import read_rgb
+from sam2_lora_ext.data.images import ImageError, read_rgb
 from sam2_lora_ext.data.records import ImageRecord, OnInvalid, Problem, Reader, settle
 from sam2_lora_ext.errors import UserError
 
@@ -56,8 +56,11 @@ class AnnotationIndex:
         return f"{self.image_dir}/{self.name(image)}"
 
     def read(self, image: int, bits: int = 16) -> np.ndarray:
-        """The pixels of an image, uint8 [H, W, 3]; see `images.read_rgb`."""
-        return read_rgb(self.path(image), bits, self.exif)
+        """The pixels of an image, uint8 [H, W, 3], see `images.read_rgb`; a `UserError` names the file."""
+        try:
+            return read_rgb(self.path(image), bits, self.exif)
+        except ImageError as error:
+            raise UserError(f"{self.path(image)}: {error}") from error
 
     def masks(self, image: int) -> list[tuple[int, np.ndarray]]:
         """(class, runs) of each mask of an image."""

@@ -8,7 +8,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe
+from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
 from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
 from sam2_lora_ext.data.rle import RLEError, is_absent, parse_rle
 from sam2_lora_ext.errors import UserError
@@ -60,7 +60,8 @@ class KaggleReader:
                     raise ImageError(
                         "image size",
                         f"the image is {width}x{height}, but {self.size[1]}x{self.size[0]} is "
-                        "expected; replace it or set the reader's size",
+                        "expected; replace it or set the reader's size"
+                        + turning(self.image_dir / name, exif=self.exif),
                     )
                 records[name] = ImageRecord(name, height, width, special=special)
             except ImageError as error:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe
+from sam2_lora_ext.data.decode import decode
+from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
 from sam2_lora_ext.data.records import (
     MOST_CLASSES,
     ImageRecord,
@@ -148,7 +149,8 @@ class SuperviselyReader:
             yield problem(
                 "image size",
                 f"the annotation is for {declared[1]}x{declared[0]}, the image is "
-                f"{record.width}x{record.height}; they must be equal",
+                f"{record.width}x{record.height}; they must be equal"
+                + turning(self.image_dir / record.name, exif=self.exif),
             )
             return
         for row, entry in enumerate(objects, 1):
@@ -201,7 +203,7 @@ def place_bitmap(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def decode_bitmap(data: str) -> np.ndarray:
-    """bool [h, w] of base64 text: what is not transparent, or where nothing is transparent what is not black."""
+    """bool [h, w] of base64 text, see `_shape`."""
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
@@ -209,17 +211,23 @@ def decode_bitmap(data: str) -> np.ndarray:
     try:
         if not raw.startswith(b"\x89PNG"):
             raw = zlib.decompressobj().decompress(raw, LARGEST)
-        with Image.open(io.BytesIO(raw)) as image:
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                pixels = np.asarray(image.convert("RGBA"))
-                opaque = pixels[..., 3] > 0
-                return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
-            pixels = np.asarray(image)
-    except (zlib.error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise BitmapError(
-            "bitmap damaged", f"its bitmap is no PNG, nor a zlib-compressed one{reason}; export it again"
-        ) from error
+    except zlib.error as error:
+        raise BitmapError("bitmap damaged", f"its bitmap is no zlib-compressed PNG ({error}); export it again") from error
+    try:
+        return decode(io.BytesIO(raw), exif=False, take=_shape)
+    except ImageError as error:
+        if error.cause == "image too large":
+            raise BitmapError("bitmap too large", f"of its bitmap: {error}") from error
+        raise BitmapError("bitmap damaged", f"its bitmap is no PNG ({error})") from error
+
+
+def _shape(image: Image.Image) -> np.ndarray:
+    """bool [h, w]: what is not transparent, or where nothing is transparent what is not black."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        pixels = np.asarray(image.convert("RGBA"))
+        opaque = pixels[..., 3] > 0
+        return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
+    pixels = np.asarray(image)
     return pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0
 
 
