@@ -151,6 +151,8 @@ def run_scan(args: argparse.Namespace) -> None:
     )
     for cause, count in summary["problems_per_cause"].items():
         print(f"  {count} {cause}")
+    for sentence in summary["units"]:
+        print(f"  {sentence}")
     print(f"written to {args.out / 'scan.json'} and scan.html")
 
 

@@ -18,7 +18,7 @@ from sam2_lora_ext.data.records import OnInvalid, Problem, Reader
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
 
-VERSION = 1  # of the arrays' layout and of the checks; raise it when either changes
+VERSION = 2  # of the arrays' layout and of the checks; raise it when either changes
 log = logging.getLogger(__name__)
 
 
@@ -80,6 +80,7 @@ def save_index(index: AnnotationIndex, path: Path) -> None:
         "image_dir": index.image_dir,
         "class_names": list(index.class_names.items()),
         "problems": [asdict(problem) for problem in index.problems],
+        "exif": index.exif,
     }
 
     def write(temporary: Path) -> None:
@@ -96,11 +97,12 @@ def load_index(path: Path) -> AnnotationIndex:
         wanted = [
             field.name
             for field in fields(AnnotationIndex)
-            if field.name not in ("image_dir", "class_names", "problems")
+            if field.name not in ("image_dir", "class_names", "problems", "exif")
         ]
         return AnnotationIndex(
             other["image_dir"],
             {int(number): name for number, name in other["class_names"]},
             **{name: arrays[name] for name in wanted},
             problems=tuple(Problem(**problem) for problem in other["problems"]),
+            exif=other["exif"],
         )

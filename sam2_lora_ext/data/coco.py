@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from sam2_lora_ext.data.images import probe
+from sam2_lora_ext.data.images import probe, turning
 from sam2_lora_ext.data.records import MOST_CLASSES, ImageRecord, InvalidData, Problem, class_table
 from sam2_lora_ext.data.rle import encode_mask, from_coco_counts, parse_coco_text
 from sam2_lora_ext.errors import UserError
@@ -26,6 +26,7 @@ class COCOReader:
             ids as class numbers, or their order where an id is none.
         crowd: whether annotations with `iscrowd` are used; an image that has one which is not used is never clean.
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class COCOReader:
         classes: int | Sequence[str] | dict[int, str] | None = None,
         crowd: bool = True,
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.image_dir = Path(image_dir)
         self.json = Path(json)
         self.crowd = crowd
         self.full_check = full_check
+        self.exif = exif
         self._content = _load(self.json)
         categories = sorted((entry["id"], str(entry["name"])) for entry in self._content["categories"])
         ids = [category for category, _ in categories]
@@ -72,14 +75,15 @@ class COCOReader:
                 if name in names:
                     raise InvalidData("duplicate row", f"image {row} names {name} a second time; keep one of them")
                 names.add(name)
-                height, width, deep = probe(self.image_dir / name, self.full_check)
+                height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
                 if (entry.get("height", height), entry.get("width", width)) != (height, width):
                     raise InvalidData(
                         "image size",
                         f"{name} is {width}x{height}, but the table says "
-                        f"{entry.get('width')}x{entry.get('height')}; they must be equal",
+                        f"{entry.get('width')}x{entry.get('height')}; they must be equal"
+                        + turning(self.image_dir / name, exif=self.exif),
                     )
-                records[image_id] = ImageRecord(name, height, width, deep=deep)
+                records[image_id] = ImageRecord(name, height, width, special=special)
             except InvalidData as error:
                 bad.add(image_id)
                 yield Problem(str(self.json), row, error.cause, f"{name}: {error}", name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from sam2_lora_ext.data.images import ImageError, read_rgb
 from sam2_lora_ext.data.records import ImageRecord, OnInvalid, Problem, Reader, settle
 from sam2_lora_ext.errors import UserError
 
@@ -24,13 +25,14 @@ class AnnotationIndex:
     name_bytes: np.ndarray  # uint8: UTF-8 names without separators
     name_offsets: np.ndarray  # int64 [N + 1]
     sizes: np.ndarray  # int32 [N, 2] of (H, W)
-    deep: np.ndarray  # bool [N]: more than 8 bits a channel
+    special: np.ndarray  # bool [N]: only `images.read_rgb` reads it right
     complete: np.ndarray  # bool [N]: no mask of the image was dropped
     mask_offsets: np.ndarray  # int64 [N + 1]
     mask_class: np.ndarray  # int16 [M]
     run_offsets: np.ndarray  # int64 [M + 1]
     runs: np.ndarray  # int32 [R, 2] of (start, length)
     problems: tuple[Problem, ...] = ()  # what was left out
+    exif: bool = True  # images are turned upright by their orientation tag; sizes are those after turning
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -52,6 +54,13 @@ class AnnotationIndex:
     def path(self, image: int) -> str:
         """The path of an image."""
         return f"{self.image_dir}/{self.name(image)}"
+
+    def read(self, image: int, bits: int = 16) -> np.ndarray:
+        """The pixels of an image, uint8 [H, W, 3], see `images.read_rgb`; a `UserError` names the file."""
+        try:
+            return read_rgb(self.path(image), bits, self.exif)
+        except ImageError as error:
+            raise UserError(f"{self.path(image)}: {error}") from error
 
     def masks(self, image: int) -> list[tuple[int, np.ndarray]]:
         """(class, runs) of each mask of an image."""
@@ -75,16 +84,20 @@ class AnnotationIndex:
                 self.name(image),
                 *self.sizes[image].tolist(),
                 self.masks(image),
-                bool(self.deep[image]),
+                bool(self.special[image]),
                 bool(self.complete[image]),
             )
             for image in images
         ]
-        return pack(records, self.image_dir, self.class_names)
+        return pack(records, self.image_dir, self.class_names, exif=self.exif)
 
 
 def pack(
-    records: Sequence[ImageRecord], image_dir: str | Path, class_names: dict[int, str], problems: Sequence[Problem] = ()
+    records: Sequence[ImageRecord],
+    image_dir: str | Path,
+    class_names: dict[int, str],
+    problems: Sequence[Problem] = (),
+    exif: bool = True,
 ) -> AnnotationIndex:
     """Packs records into arrays: images by name, the masks of an image by class (those of one class as they came)."""
     records = sorted(records, key=lambda record: record.name)
@@ -96,13 +109,14 @@ def pack(
         name_bytes=np.frombuffer(b"".join(names), dtype=np.uint8),
         name_offsets=_offsets(map(len, names)),
         sizes=np.array([(record.height, record.width) for record in records], dtype=np.int32).reshape(-1, 2),
-        deep=np.array([record.deep for record in records], dtype=bool),
+        special=np.array([record.special for record in records], dtype=bool),
         complete=np.array([record.complete for record in records], dtype=bool),
         mask_offsets=_offsets(len(record.masks) for record in records),
         mask_class=np.array([class_id for class_id, _ in masks], dtype=np.int16),
         run_offsets=_offsets(len(runs) for _, runs in masks),
         runs=np.concatenate([np.zeros((0, 2), np.int32), *(runs for _, runs in masks)]).astype(np.int32, copy=False),
         problems=tuple(problems),
+        exif=exif,
     )
 
 
@@ -115,7 +129,7 @@ def collect(reader: Reader, progress: bool = False) -> AnnotationIndex:
     for item in tqdm(reader.records(), desc="annotations", unit="image", disable=not progress):
         (problems if isinstance(item, Problem) else records).append(item)
     records = [record for record in records if record.masks or record.complete]
-    return pack(records, reader.image_dir, reader.class_names, problems)
+    return pack(records, reader.image_dir, reader.class_names, problems, reader.exif)
 
 
 def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool = False) -> AnnotationIndex:

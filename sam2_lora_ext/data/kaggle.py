@@ -8,7 +8,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe
+from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
 from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
 from sam2_lora_ext.data.rle import RLEError, is_absent, parse_rle
 from sam2_lora_ext.errors import UserError
@@ -25,6 +25,7 @@ class KaggleReader:
         classes: class names or their count; None for Severstal's four.
         size: [H, W] that every image must have, since an RLE does not tell its image's size; None takes each as it is.
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class KaggleReader:
         classes: int | Sequence[str] | dict[int, str] | None = None,
         size: Sequence[int] | None = (256, 1600),
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.image_dir = Path(image_dir)
         self.csv = Path(csv)
         self.class_names = class_table(classes)
         self.size = None if size is None else tuple(int(length) for length in size)
         self.full_check = full_check
+        self.exif = exif
 
     def files(self) -> list[Path]:
         return [self.csv]
@@ -52,14 +55,15 @@ class KaggleReader:
         bad = set()
         for name in list_images(self.image_dir):
             try:
-                height, width, deep = probe(self.image_dir / name, self.full_check)
+                height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
                 if self.size is not None and (height, width) != self.size:
                     raise ImageError(
                         "image size",
                         f"the image is {width}x{height}, but {self.size[1]}x{self.size[0]} is "
-                        "expected; replace it or set the reader's size",
+                        "expected; replace it or set the reader's size"
+                        + turning(self.image_dir / name, exif=self.exif),
                     )
-                records[name] = ImageRecord(name, height, width, deep=deep)
+                records[name] = ImageRecord(name, height, width, special=special)
             except ImageError as error:
                 bad.add(name)
                 yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)

@@ -25,7 +25,7 @@ class ImageRecord:
     height: int
     width: int
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
-    deep: bool = False  # more than 8 bits a channel
+    special: bool = False  # only `images.read_rgb` reads it right: more than 8 bits a channel, float, turned
     complete: bool = True  # False: a mask of it was dropped, so nothing here may be called clean
 
 
@@ -49,6 +49,7 @@ class Reader(Protocol):
 
     image_dir: Path
     class_names: dict[int, str]
+    exif: bool  # images are turned upright by their orientation tag
 
     def records(self) -> Iterator[ImageRecord | Problem]:
         """All images and all problems, in one pass; an image whose mask was dropped says so (`complete`)."""

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe
+from sam2_lora_ext.data.decode import decode
+from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
 from sam2_lora_ext.data.records import (
     MOST_CLASSES,
     ImageRecord,
@@ -42,6 +43,7 @@ class SuperviselyReader:
         classes: class titles or their count; None takes them from `meta.json`: the number that each title ends with,
             or if they do not all have one then their order; without the file Severstal's four.
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class SuperviselyReader:
         split: str | None = None,
         classes: int | Sequence[str] | dict[int, str] | None = None,
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.root = Path(root)
         self.split = split
         self.full_check = full_check
+        self.exif = exif
         self.folders = self._folders()
         self.image_dir = self.folders[0] / "img" if len(self.folders) == 1 else self.root
         meta = next((path for path in (self.root / "meta.json", self.root.parent / "meta.json") if path.exists()), None)
@@ -92,11 +96,11 @@ class SuperviselyReader:
                 path = folder / "img" / name
                 shown = str(path.relative_to(self.image_dir))
                 try:
-                    height, width, deep = probe(path, self.full_check)
+                    height, width, special = probe(path, self.full_check, self.exif)
                 except ImageError as error:
                     yield Problem(str(path), None, error.cause, str(error), shown)
                     continue
-                record = ImageRecord(shown, height, width, deep=deep)
+                record = ImageRecord(shown, height, width, special=special)
                 for problem in self._read(folder / "ann" / f"{name}.json", record, numbers):
                     record.complete = False
                     yield problem
@@ -145,7 +149,8 @@ class SuperviselyReader:
             yield problem(
                 "image size",
                 f"the annotation is for {declared[1]}x{declared[0]}, the image is "
-                f"{record.width}x{record.height}; they must be equal",
+                f"{record.width}x{record.height}; they must be equal"
+                + turning(self.image_dir / record.name, exif=self.exif),
             )
             return
         for row, entry in enumerate(objects, 1):
@@ -198,7 +203,7 @@ def place_bitmap(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def decode_bitmap(data: str) -> np.ndarray:
-    """bool [h, w] of base64 text: what is not transparent, or where nothing is transparent what is not black."""
+    """bool [h, w] of base64 text, see `_shape`."""
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
@@ -206,17 +211,23 @@ def decode_bitmap(data: str) -> np.ndarray:
     try:
         if not raw.startswith(b"\x89PNG"):
             raw = zlib.decompressobj().decompress(raw, LARGEST)
-        with Image.open(io.BytesIO(raw)) as image:
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                pixels = np.asarray(image.convert("RGBA"))
-                opaque = pixels[..., 3] > 0
-                return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
-            pixels = np.asarray(image)
-    except (zlib.error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise BitmapError(
-            "bitmap damaged", f"its bitmap is no PNG, nor a zlib-compressed one{reason}; export it again"
-        ) from error
+    except zlib.error as error:
+        raise BitmapError("bitmap damaged", f"its bitmap is no zlib-compressed PNG ({error}); export it again") from error
+    try:
+        return decode(io.BytesIO(raw), exif=False, take=_shape)
+    except ImageError as error:
+        if error.cause == "image too large":
+            raise BitmapError("bitmap too large", f"of its bitmap: {error}") from error
+        raise BitmapError("bitmap damaged", f"its bitmap is no PNG ({error})") from error
+
+
+def _shape(image: Image.Image) -> np.ndarray:
+    """bool [h, w]: what is not transparent, or where nothing is transparent what is not black."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        pixels = np.asarray(image.convert("RGBA"))
+        opaque = pixels[..., 3] > 0
+        return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
+    pixels = np.asarray(image)
     return pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0
 
 
