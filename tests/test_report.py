@@ -18,7 +18,7 @@ from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.titles import details, headline
 from sam2_lora_ext.host import USER_CONFIG_DIR
 from sam2_lora_ext.report.collect import Run, read_evaluation, read_run, read_runs
-from sam2_lora_ext.report.commands import environment, evaluation_options, training_command
+from sam2_lora_ext.report.commands import data_of, environment, training_command
 from sam2_lora_ext.report.page import render
 from small_runs import environment as demo_environment, launch, write_config
 
@@ -35,9 +35,8 @@ def run(nano_base: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory)
     process = launch(config, demo_environment(nano_base, strips, folder))
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]
-    data = ["--data", str(strips), "--split-file", str(strips / "split.csv"), "--split", "val", "--crop", "256"]
     how = ["--max-clicks", "1", "--pictures", "1", "--out", str(folder / "evaluation")]
-    evaluate.main(["--compare", f"base={nano_base}", f"lora={folder}", *data, *how])
+    evaluate.main(["--compare", f"base={nano_base}", f"lora={folder}", *how])
     return folder
 
 
@@ -125,37 +124,41 @@ def test_the_training_command_composes_the_same_config(run, monkeypatch):
     assert OmegaConf.create(again.replace(f"{run}_again", str(run))) == OmegaConf.create(before)
 
 
-def test_commands_of_evaluation_and_merge_are_there_and_run(page, run, tmp_path, strips):
+def test_commands_of_evaluation_and_merge_are_there_and_run(page, run, tmp_path, nano_base):
     lines = [html.unescape(line) for line in re.findall("<pre>(.*?)</pre>", page, re.DOTALL)]
     assert environment(read_run(run))["SEVERSTAL_ROOT"] in lines[0]
     merge, measure = (shlex.split(next(line for line in lines if tool in line)) for tool in ("merge_lora", "evaluate"))
     assert merge[:3] == ["python", "tools/merge_lora.py", "--base"]
-    measure[measure.index("--out") + 1] = str(tmp_path / "again")
+    again = run / "evaluation_again"  # the page's own evaluation is in the other one
+    assert measure == ["python", "tools/evaluate.py", "--compare", f"base={nano_base}", str(run), "--out", str(again)]
+    measure[-1] = str(tmp_path / "again")
     evaluate.main([*measure[2:], "--max-clicks", "1", "--pictures", "0"])
     again = json.loads((tmp_path / "again/evaluation.json").read_text())
     before = json.loads((run / "evaluation/evaluation.json").read_text())
-    for one, other in zip(again["models"], before["models"], strict=True):  # that one was given with the folder alone
+    for one, other in zip(again["models"], before["models"], strict=True):
         assert [row["areas"]["box"] for row in one["objects"]] == [row["areas"]["box"] for row in other["objects"]]
 
 
 @pytest.mark.parametrize(
-    ("reader", "options"),
+    ("reader", "words"),
     [
-        ({"_target_": "a.COCOReader", "image_dir": "i", "json": "a.json"}, "--data a.json --images i"),
-        ({"_target_": "a.SuperviselyReader", "root": "r"}, "--data r"),
-        ({"_target_": "a.LabelPNGReader", "image_dir": "d/images", "label_dir": "d/annotations", "classes": ["a", "b"]},
-         "--data d --images d/images --classes a,b"),
-        ({"_target_": "a.KaggleReader", "image_dir": "i", "csv": "t.csv", "size": None},
-         "--data t.csv --images i --size any"),
-        ({"_target_": "someone.elses.Reader"}, "--data DATA"),
+        ({"_target_": "a.COCOReader", "image_dir": "i", "json": "a.json"}, "COCO a.json, images in i"),
+        ({"_target_": "a.SuperviselyReader", "root": "r"}, "Supervisely r"),
+        ({"_target_": "a.LabelPNGReader", "image_dir": "d/images", "label_dir": "d/annotations"},
+         "label images d/annotations, images in d/images"),
+        ({"_target_": "a.KaggleReader", "image_dir": "i", "csv": "t.csv"}, "Kaggle's csv t.csv, images in i"),
+        ({"_target_": "someone.elses.Reader"}, "Reader an unknown place"),
     ],
 )  # fmt: skip
-def test_the_evaluation_is_told_where_each_format_is(tmp_path, reader, options):
-    data = {"dataset": {"video_dataset": {"reader": reader, "split": "val", "group_width": 512}}}
-    config = {"trainer": {"data": {"val": {"datasets": [data]}}, "model": {"image_size": 512}}}
-    (tmp_path / "config_resolved.yaml").write_text(json.dumps(config))
-    found = evaluation_options(Run(tmp_path, "run", "run"))
-    assert " ".join(found) == f"{options} --split val --crop 512 --image-size 512"
+def test_the_page_says_what_each_run_reads_though_the_data_is_gone(tmp_path, reader, words):
+    data = {"dataset": {"video_dataset": {"reader": reader, "split": "val", "split_file": "s.csv"},
+                        "transforms": [{"_target_": "a.FixedStripCrop", "width": 512}]}}  # fmt: skip
+    config = {"trainer": {"data": {"val": {"datasets": [data]}}, "model": {"image_size": 128}}}
+    (tmp_path / "run_config.yaml").write_text(json.dumps(config))
+    assert data_of(Run(tmp_path, "run", "run")) == f"{words}, split by s.csv; crop 512, 128 px, 16 bits"
+    (tmp_path / "run_config.yaml").write_text("{")
+    assert "is damaged" in data_of(Run(tmp_path, "run", "run"))
+    assert data_of(Run(tmp_path / "gone", "run", "run")) == "-"
 
 
 # ---- what is missing or damaged -------------------------------------------------------------------------------------

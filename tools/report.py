@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Makes one HTML file about runs: facts, curves, tables, pictures, where adapters changed the model, commands.
 
-It needs no network and no other file. An evaluation in RUN_DIR/evaluation (tools/evaluate.py --out) is found by itself.
+It needs no network and no other file. An evaluation in RUN_DIR/evaluation (tools/evaluate.py --out) is found by itself,
+and a run by what lies in it. Data, crop and resolution are those that the run's record names.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.data.source import find_run
 from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import refuse_existing, write_atomic
 
@@ -25,12 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="what launcher.experiment_log_dir was")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR",
+                        help="what launcher.experiment_log_dir was, or something inside, such as adapters/best")
     parser.add_argument("--evaluation", type=Path, action="append", metavar="DIR",
                         help="an evaluation to show, several times for several (default: RUN_DIR/evaluation)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     parser.add_argument("--force", action="store_true", help="replace --out when it exists")
     args = parser.parse_args(argv)
+    args.runs = [find_run(path) or path for path in args.runs]
     out = args.out or args.runs[0] / "report.html"
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file in it")

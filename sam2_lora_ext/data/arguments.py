@@ -29,7 +29,7 @@ def add_source(parser: Any, positional: bool) -> None:
     else:
         add("words", nargs="*", metavar="key=value", help=OVERRIDE)
         add("--data", type=Path, metavar="PATH", help=DATA)
-    add("-c", "--training-config", metavar="CONFIG", help="a training config: its data, as training would read it")
+    add_config(parser)
     add("--images", type=Path, metavar="DIR", help="the image folder, where it is not beside the annotations")
     add("--classes", type=classes, metavar="A,B,..|N=A,..",
         help="class names, numbered from 1, or by number such as 255=defect; by default those of the format, or "
@@ -37,6 +37,18 @@ def add_source(parser: Any, positional: bool) -> None:
     add("--colors", type=colors, metavar="N=R/G/B,..", help="of coloured label images: 1=250/50/83,2=51/221/255")
     add("--size", type=size, metavar="WxH|any", help="of every image, for a Kaggle csv (default: 1600x256)")
     add("--split-folder", metavar="NAME", help="one split of a Supervisely project, such as train")
+    add_pixels(parser)
+
+
+def add_config(parser: Any) -> None:
+    """Adds the training config, whose overrides are the positional `words`."""
+    described = "a training config: its data, as training would read it"
+    parser.add_argument("-c", "--training-config", metavar="CONFIG", help=described)
+
+
+def add_pixels(parser: Any) -> None:
+    """Adds how images are decoded."""
+    add = parser.add_argument
     add("--bits", type=bits, metavar="N", help="depth of images of more than 8 bits a channel (default: 16)")
     add("--as-stored", action="store_true", help="do not turn images upright by their EXIF orientation")
 
@@ -79,6 +91,26 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: Source | None 
     if args.size is not None:
         given["size"] = None if args.size == "any" else args.size
     return guessed(data, args.images, args.split_folder, given, like, **more)
+
+
+def source_of_model(args: argparse.Namespace, weights: Path) -> Source | None:
+    """How the model behind weights was trained: by `-c`, by `--run`, or by the run that the weights lie in.
+
+    Args:
+        args: `words`, `training_config` and `run`.
+        weights: a file or folder; None is the answer where it lies in no run and nothing else is named.
+
+    Raises:
+        UserError: the arguments contradict each other, or the run or config cannot be read.
+    """
+    if args.words and not args.training_config:
+        raise UserError(f"{args.words[0]!r} is one too many: key=value belongs to a training config, which -c names")
+    if args.training_config and args.run:
+        raise UserError(f"-c {args.training_config} and --run {args.run} say the same: give one of them")
+    if args.training_config:
+        return from_config(args.training_config, args.words)
+    run = args.run or find_run(weights)
+    return None if run is None else from_run(run)
 
 
 def classes(text: str) -> list[str] | dict[int, str]:

@@ -62,7 +62,7 @@ def guessed(
         same = like.settings if like.format == kind.__name__ else {}
         settings = {**same, "classes": like.class_names(), **settings}
     return Source(
-        origin=f"{path}, its format told by what is there",
+        origin=f"{path} (format guessed)",
         data=describe({"_target_": kind.__name__, **places}),
         make_reader=cache(lambda: kind(**places, **settings)),
         settings=settings,

@@ -6,7 +6,7 @@ was moved still says how the run was trained.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class Source:
         split_file: csv of splits; None takes all images, or the split folders.
         split: of it.
         crop: columns of the window that the model sees in validation; None for whole images.
-        video: whether `crop` is the width of the windows of a strip as a video.
+        stride: of the windows of a strip as a video, whose width is `crop`; None for single images.
         max_objects: of one item, where it is cropped.
         group_width: columns that the objects of an item span, where it is cropped; None: `crop`.
         resolution: pixels of a side of the model's input; None leaves it to the model's config.
@@ -66,7 +66,7 @@ class Source:
     split_file: str | Path | None = None
     split: str | Sequence[str] | None = None
     crop: int | None = None
-    video: bool = False
+    stride: int | None = None
     max_objects: int | None = None
     group_width: int | None = None
     resolution: int | None = None
@@ -160,7 +160,14 @@ def from_run(run: str | Path, phase: str = "val", **reader: Any) -> Source:
     folder = find_run(run)
     if folder is None:
         raise UserError(f"{run} is no run and not in one: a run's folder has a {NAME} (before version 0.2 {OLD_NAME})")
-    return from_trainer(read_run_config(folder)["trainer"], phase, f"the run {folder}", **reader)
+    changed = max((folder / name).stat().st_mtime_ns for name in (NAME, OLD_NAME) if (folder / name).is_file())
+    return from_trainer(_trainer(folder.resolve(), changed), phase, f"the run {folder}", **reader)
+
+
+@lru_cache
+def _trainer(folder: Path, changed: int) -> Mapping[str, Any]:
+    """The `trainer` section of a run's record, read once (a record of an old version is read with a warning)."""
+    return read_run_config(folder)["trainer"]
 
 
 def find_run(path: str | Path) -> Path | None:
@@ -214,7 +221,7 @@ def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str, **reader: 
         format=config["_target_"].rpartition(".")[2],
         phase=phase,
         crop=windows["width"] if windows else crop_width(transforms),
-        video=bool(windows),
+        stride=windows["stride"] if windows else None,
         max_objects=seen.get("max_objects"),
         group_width=seen.get("group_width"),
         resolution=(trainer.get("model") or {}).get("image_size"),

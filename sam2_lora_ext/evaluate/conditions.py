@@ -16,7 +16,7 @@ from sam2_lora_ext.data.source import Source, from_run
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.models import Candidate
 
-VIEW = ("crop", "video", "max_objects", "group_width", "resolution")  # how a model looks at images
+VIEW = ("crop", "stride", "max_objects", "group_width", "resolution")  # how a model looks at images
 HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # how other data is read for a run
 
 
@@ -53,8 +53,8 @@ class Conditions:
         said = []
         if self.tile is not None or own.crop != used.crop:
             trained = f"trained at crop {own.crop}" if own.crop else "trained on whole images"
-            said.append(f"{trained}{' as video' if own.video else ''}, evaluated {self._view()}")
-        elif own.video:
+            said.append(f"{trained}{' as video' if own.stride else ''}, evaluated {self._view()}")
+        elif own.stride:
             said.append(f"trained on windows of {own.crop} columns as video, evaluated window by window")
         if used.resolution is not None and own.resolution != used.resolution:
             said.append(f"trained at {own.resolution} px, evaluated at {used.resolution} px")
@@ -166,7 +166,7 @@ def changed(source: Source, args: argparse.Namespace) -> Source:
         values |= {"split_file": args.split_file, "split": values.get("split")}
     crop = None if args.tile or args.crop == "none" else args.crop or source.crop
     if crop != source.crop:
-        values |= {"crop": crop, "group_width": None, "video": False}
+        values |= {"crop": crop, "group_width": None, "stride": None}
     return replace(source, **values)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sam2_lora_ext.data.source import find_run, from_run
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.report.collect import Run
 
 VARIABLE = re.compile(
@@ -44,7 +46,7 @@ def environment(run: Run) -> dict[str, str]:
 
 
 def use_commands(run: Run) -> list[str]:
-    """Merging the adapter, and measuring it against its base on the run's own validation data."""
+    """Merging the adapter, and measuring it against its base under the run's own conditions, which its record holds."""
     base, config = run.lora.get("base_path"), run.lora.get("model_config")
     if not base:
         return []
@@ -53,49 +55,33 @@ def use_commands(run: Run) -> list[str]:
         merge = ["--base", base, "--adapter", str(run.path), "--out", f"{run.path.name}_merged.pt"]
         words.append(["python", "tools/merge_lora.py", *merge, *(["--verify", config] if config else [])])
     if (run.path / "adapters").is_dir() or (run.path / "weights").is_dir():
-        compared, out = ["--compare", f"base={base}", str(run.path)], ["--out", str(run.path / "evaluation")]
-        words.append(["python", "tools/evaluate.py", *compared, *evaluation_options(run), *out])
+        out = run.path / "evaluation"
+        out = out.with_name("evaluation_again") if out.exists() else out
+        compared = ["--compare", f"base={base}", str(run.path), *([] if knows_data(run) else ["--data", "DATA"])]
+        words.append(["python", "tools/evaluate.py", *compared, "--out", str(out)])
     return [shlex.join(line) for line in words]
 
 
-def evaluation_options(run: Run) -> list[str]:
-    """What tools/evaluate.py needs to ask about the run's validation data in the run's own way."""
-    trainer = _resolved(run).get("trainer") or {}
-    video = validation_data(run)
-    reader = video.get("reader") or {}
-    labels = Path(str(reader.get("label_dir")))
-    sources = {
-        "KaggleReader": ["--data", reader.get("csv"), "--images", reader.get("image_dir"), "--size", _size(reader)],
-        "COCOReader": ["--data", reader.get("json"), "--images", reader.get("image_dir")],
-        "SuperviselyReader": ["--data", reader.get("root")],
-        "LabelPNGReader": ["--data", labels.parent, "--images", reader.get("image_dir")],
-    }
-    options = sources.get(str(reader.get("_target_")).rpartition(".")[2], ["--data", "DATA"])
-    if isinstance(reader.get("classes"), list):
-        options += ["--classes", ",".join(map(str, reader["classes"]))]
-    named = {"split_file": "--split-file", "split": "--split", "objects": "--objects", "min_area": "--min-area",
-             "group_width": "--crop"}  # fmt: skip
-    for key, option in named.items():
-        options += [option, video[key]] if video.get(key) is not None else []
-    size = (trainer.get("model") or {}).get("image_size")
-    return list(map(str, [*options, *(["--image-size", size] if size else [])]))
-
-
-def validation_data(run: Run) -> dict[str, Any]:
-    """The config of the data set that the run validates on; empty where it is not one of ours."""
-    sets = _at(_resolved(run), "trainer", "data", "val", "datasets")
-    data = sets[0] if isinstance(sets, list) and sets else {}
-    while "video_dataset" not in data and isinstance(data.get("dataset"), dict):
-        data = data["dataset"]
-    return data.get("video_dataset") or {}
+def knows_data(run: Run) -> bool:
+    """Whether the run's record names a data set that tools can read."""
+    try:
+        from_run(run.path)
+    except UserError:
+        return False
+    return True
 
 
 def data_of(run: Run) -> str:
-    """Where the run's images and splits are."""
-    video = validation_data(run)
-    reader = video.get("reader") or {}
-    images = reader.get("image_dir") or reader.get("root")
-    return "-" if not images else f"{images}" + (f", split by {video['split_file']}" if video.get("split_file") else "")
+    """Where the run's images and splits are, and how it looks at them; the reason where that is not known."""
+    if find_run(run.path) is None:
+        return "-"
+    try:
+        source = from_run(run.path)
+    except UserError as error:
+        return f"not known: {error}"
+    split = f", split by {source.split_file}" if source.split_file else ""
+    view = f"crop {source.crop}" if source.crop else "whole images"
+    return f"{source.data}{split}; {view}, {source.resolution} px, {source.bits} bits"
 
 
 def _resolved(run: Run) -> Any:
@@ -103,11 +89,6 @@ def _resolved(run: Run) -> Any:
 
     file = run.path / "config_resolved.yaml"
     return OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.exists() else {}
-
-
-def _size(reader: dict[str, Any]) -> str:
-    size = reader.get("size", (256, 1600))
-    return "any" if size is None else f"{size[1]}x{size[0]}"
 
 
 def _pairs(raw: Any, resolved: Any) -> Iterator[tuple[str, Any]]:
