@@ -28,6 +28,8 @@ class COCOReader:
         full_check: decode every image instead of looking at its header and end.
     """
 
+    instances = True
+
     def __init__(
         self,
         image_dir: str | Path,

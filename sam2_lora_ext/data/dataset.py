@@ -35,7 +35,7 @@ class SeverstalRawDataset(VOSRawDataset):
     Args:
         reader: the annotation format, e.g. `sam2_lora_ext.data.kaggle.KaggleReader`.
         training: the behaviour above.
-        objects: "components", "classes" or "all", see `make_objects`.
+        objects: "instances", "components", "classes", "all", or None for what the format has; see `make_objects`.
         min_area: the fewest pixels of an object; smaller ones are left out (their image is not clean for that).
         include_clean: whether clean images take part.
         clean_share: training only: the share of clean samples, 0 <= share < 1; None takes each clean image once.
@@ -59,7 +59,7 @@ class SeverstalRawDataset(VOSRawDataset):
         self,
         reader: Reader,
         training: bool = True,
-        objects: ObjectMode = "components",
+        objects: ObjectMode | None = None,
         min_area: int = 1,
         include_clean: bool = True,
         clean_share: float | None = None,

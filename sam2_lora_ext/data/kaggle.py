@@ -27,6 +27,8 @@ class KaggleReader:
         full_check: decode every image instead of looking at its header and end.
     """
 
+    instances = False
+
     def __init__(
         self,
         image_dir: str | Path,

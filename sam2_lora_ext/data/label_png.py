@@ -24,6 +24,8 @@ class LabelPNGReader:
         full_check: decode every image instead of looking at its header and end.
     """
 
+    instances = False
+
     def __init__(
         self,
         image_dir: str | Path,

@@ -1,4 +1,4 @@
-"""What every reader yields: one `ImageRecord` per image, one `Problem` per thing that cannot be used."""
+"""What every reader yields: one `ImageRecord` per image, one `Problem` per thing that cannot be used; notes beside."""
 
 import logging
 from collections import Counter
@@ -27,6 +27,15 @@ class ImageRecord:
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
     deep: bool = False  # more than 8 bits a channel
     complete: bool = True  # False: a mask of it was dropped, so nothing here may be called clean
+    ids: list[int] = field(default_factory=list)  # the file's annotation id of each mask, -1: none; [] where it has none
+    crowd: list[bool] = field(default_factory=list)  # COCO's iscrowd of each mask; [] where the format has none
+    source_id: int = -1  # the file's image id, -1 where it has none
+
+    def add(self, class_id: int, runs: np.ndarray, annotation: int = -1, crowd: bool = False) -> None:
+        """Adds the mask of one annotation."""
+        self.masks.append((class_id, runs))
+        self.ids.append(annotation)
+        self.crowd.append(crowd)
 
 
 @dataclass(frozen=True)
@@ -43,15 +52,34 @@ class Problem:
         return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.sentence}"
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something in the data that a user should know and that is no problem."""
+
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file or folder beside the data that the reader did not take."""
+
+    path: str
+
+
 class Reader(Protocol):
     """One annotation format. No image is looked at before `records` is called; what names the classes (COCO's file,
     Supervisely's `meta.json`) is read when the reader is made."""
 
     image_dir: Path
     class_names: dict[int, str]
+    instances: bool  # the format says which pixels are one object: a mask is one annotation of the file
 
-    def records(self) -> Iterator[ImageRecord | Problem]:
-        """All images and all problems, in one pass; an image whose mask was dropped says so (`complete`)."""
+    def records(self) -> Iterator[ImageRecord | Problem | Note | Unread]:
+        """All images, all problems and what else is to be said, in one pass.
+
+        An image of which anything could not be read is either not among the records, or says so (`complete`): no reader
+        may take what it could not read for the absence of a defect.
+        """
         ...
 
     def files(self) -> list[Path]:
@@ -108,6 +136,22 @@ def describe_classes(class_names: dict[int, str]) -> str:
     return ", ".join(f"{number} ({name})" for number, name in sorted(class_names.items()))
 
 
+def compare_class_tables(a: dict[int, str], b: dict[int, str], where_a: str, where_b: str) -> None:
+    """Whether two data sets mean the same by a class number; classes that only one of them has do not matter.
+
+    Raises:
+        UserError: a name has two numbers, or a number two names.
+    """
+    numbers = {name: number for number, name in b.items()}
+    wrong = [number for number, name in a.items() if numbers.get(name, number) != number or b.get(number, name) != name]
+    if wrong:
+        raise UserError(
+            f"the classes of {where_a} are {describe_classes(a)}, but those of {where_b} are {describe_classes(b)}, so "
+            f"class {min(wrong)} is not the same in both: give both readers one table, such as classes: "
+            f"[{', '.join(dict.fromkeys([*a.values(), *b.values()]))}]"
+        )
+
+
 def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path) -> None:
     """Ends the reading: one error that lists all problems (beyond `LISTED`: says where they are listed), or with `skip`
     one summary line in the log.
@@ -131,7 +175,7 @@ def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path
     raise UserError(
         "\n".join(
             [
-                f"{where} has {len(problems)} invalid entries ({counts}); mend them, or set "
+                f"{where} has {len(problems)} invalid entries ({counts}); correct them, or set "
                 "on_invalid: skip to leave them out:",
                 *lines,
             ]

@@ -44,6 +44,8 @@ class SuperviselyReader:
         full_check: decode every image instead of looking at its header and end.
     """
 
+    instances = True
+
     def __init__(
         self,
         root: str | Path,
