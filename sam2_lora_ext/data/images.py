@@ -6,6 +6,7 @@ Legend: H W height and width in pixels.
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sam2_lora_ext.errors import UserError
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 DARK = 16  # a grey level at most so high (of 255) is unexposed, not steel
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
+LITTER = frozenset({"thumbs.db", "desktop.ini"})
 _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what an undamaged file of the kind ends with
 
 
@@ -38,6 +40,24 @@ def list_images(folder: str | Path) -> list[str]:
     if not names:
         raise UserError(f"the image folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); check the path")
     return names
+
+
+def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
+    """Paths of what lies right in a folder beside the names `taken`, sorted; a sub-folder ends with a slash.
+
+    Hidden files and what file managers leave behind (`Thumbs.db`, `desktop.ini`) are passed over; so is a folder that
+    cannot be listed, which is said elsewhere.
+    """
+    taken = set(taken)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.path + ("/" if entry.is_dir() else "")
+                for entry in entries
+                if entry.name not in taken and not entry.name.startswith(".") and entry.name.lower() not in LITTER
+            )
+    except OSError:
+        return []
 
 
 def probe(path: str | Path, full: bool = False) -> tuple[int, int, bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Reader, Unread, settle
+from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Reader, Unread, settle, shorten
 from sam2_lora_ext.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -183,11 +183,6 @@ def remarks(index: AnnotationIndex) -> list[str]:
     if index.unread:
         said.append(f"{_count(index.unread, 'file or folder was', 'files and folders were')} not read: {shorten(index.unread)}")
     return said + list(index.notes)
-
-
-def shorten(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many there are besides."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _count(names: Sequence[str], one: str, several: str) -> str:

@@ -1,13 +1,15 @@
 """Label images: one per image with the same stem, the class in each pixel (grey value, palette index or colour)."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe
-from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
+from sam2_lora_ext.data.images import ImageError, list_images, probe, unread
+from sam2_lora_ext.data.near_names import NearNames
+from sam2_lora_ext.data.records import ImageRecord, Problem, Unread, class_table, describe_classes, shorten
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
 
@@ -55,9 +57,11 @@ class LabelPNGReader:
     def inputs(self) -> list[Path]:
         return [self.image_dir, self.label_dir]
 
-    def records(self) -> Iterator[ImageRecord | Problem]:
+    def records(self) -> Iterator[ImageRecord | Problem | Unread]:
         labels, images = {}, set()
-        for name in list_images(self.label_dir):
+        label_names, image_names = list_images(self.label_dir), list_images(self.image_dir)
+        twice = {stem for names in (label_names, image_names) for stem, count in _stems(names).items() if count > 1}
+        for name in label_names:
             stem = Path(name).stem
             if stem in labels:
                 yield Problem(
@@ -67,7 +71,8 @@ class LabelPNGReader:
                     f"{labels[stem]} has the same stem; keep one of them",
                 )
             labels.setdefault(stem, name)
-        for name in list_images(self.image_dir):
+        near = NearNames(label_names)
+        for name in image_names:
             stem = Path(name).stem
             try:
                 if stem in images:
@@ -80,17 +85,22 @@ class LabelPNGReader:
                 yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)
                 continue
             if stem not in labels:
+                known = near.find(name)
+                advice = f"it has {shorten(known)}: give both one name" if known else "add it (all zeros for a clean image)"
                 yield Problem(
                     str(self.image_dir / name),
                     None,
                     "label missing",
-                    f"no label image {stem}.png in "
-                    f"{self.label_dir}; add it (all zeros for a clean image) or remove the image",
+                    f"no label image {stem}.png in {self.label_dir}; {advice} or remove the image",
                     name,
                 )
                 continue
             path = self.label_dir / labels[stem]
             record = ImageRecord(name, height, width, deep=deep)
+            if stem in twice:  # nobody knows whose the label is, or which label: reported with the second file
+                record.complete = False
+                yield record
+                continue
             try:
                 for problem in self._read(path, record):
                     record.complete = False
@@ -113,6 +123,7 @@ class LabelPNGReader:
                     "image missing",
                     f"no image {stem} in {self.image_dir}; add it or remove the label",
                 )
+        yield from map(Unread, [*unread(self.image_dir, image_names), *unread(self.label_dir, label_names)])
 
     def _read(self, path: Path, record: ImageRecord) -> Iterator[Problem]:
         """Adds the masks of one label image to its record; yields a problem for each value that is no class."""
@@ -151,6 +162,9 @@ def read_label(path: Path, color: bool = False) -> np.ndarray:
     probe(path)
     try:
         with Image.open(path) as image:
+            if image.format == "PNG":
+                image.verify()  # the checksums, which decoding alone does not look at
+        with Image.open(path) as image:
             if color:
                 red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
                 return red << 16 | green << 8 | blue
@@ -164,6 +178,10 @@ def read_label(path: Path, color: bool = False) -> np.ndarray:
         f"the label has the mode {mode}, but grey values or a palette are expected; save it with one "
         "number per pixel, or give the reader its colors",
     )
+
+
+def _stems(names: Sequence[str]) -> Counter[str]:
+    return Counter(Path(name).stem for name in names)
 
 
 def _packed(color: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.rle import decode_runs, format_rle, to_coco_counts
-from sam2_lora_ext.data.supervisely import encode_bitmap
+from sam2_lora_ext.data.supervisely_bitmap import encode_bitmap
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import refuse_existing
 
