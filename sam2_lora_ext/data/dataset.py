@@ -13,7 +13,7 @@ from training.dataset.vos_raw_dataset import VOSFrame, VOSRawDataset, VOSVideo
 from sam2_lora_ext.data.cache import cached_index
 from sam2_lora_ext.data.ids import CLEAN, class_of, object_id
 from sam2_lora_ext.data.items import Items, clean_part_rows, clean_rows, object_rows, read_split, select_images
-from sam2_lora_ext.data.objects import ObjectMode, make_objects
+from sam2_lora_ext.data.objects import ObjectMode, components_note, make_objects
 from sam2_lora_ext.data.records import OnInvalid, Reader
 from sam2_lora_ext.data.rle import NO_RUNS
 from sam2_lora_ext.data.segments import StripPixels, StripSegmentLoader, WindowFrame
@@ -82,6 +82,8 @@ class SeverstalRawDataset(VOSRawDataset):
             raise UserError(f"min_area is at least 1, got {min_area}")
         self.index = cached_index(reader, on_invalid, cache_dir)
         self.objects = make_objects(self.index, objects)
+        if self.objects.mode == "components" and (sentence := components_note(self.index)):
+            log.warning("%s: %s", self.index.image_dir, sentence)
         self.class_names = self.objects.class_names
         source = self.index.image_dir if split_file is None else split_file
         if split_file is not None:

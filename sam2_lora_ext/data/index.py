@@ -39,7 +39,7 @@ class AnnotationIndex:
     runs: np.ndarray  # int32 [R, 2] of (start, length)
     problems: tuple[Problem, ...] = ()  # what was left out
     instances: bool = False  # a mask is one annotation of the file, not all that a class covers
-    class_source: dict[int, int] = field(default_factory=dict)  # class number -> the file's category id, where it differs
+    class_source: dict[int, int] = field(default_factory=dict)  # class number -> category id of the file
     unknown: tuple[str, ...] = ()  # images of which something could not be read, and no mask was: not in the arrays
     unread: tuple[str, ...] = ()  # files and folders beside the data that the reader did not take
     notes: tuple[str, ...] = ()  # sentences to warn with that are no problems

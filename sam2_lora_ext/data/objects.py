@@ -39,6 +39,13 @@ class ObjectTable:
         """The runs of one object."""
         return self.runs[self.run_offsets[item] : self.run_offsets[item + 1]]
 
+    def place_of(self, image: int, object_id: int) -> int:
+        """The place of an image's object, whose identifiers ascend."""
+        low, high = self.offsets[image : image + 2]
+        place = int(low + np.searchsorted(self.ids[low:high], object_id))
+        assert place < high and self.ids[place] == object_id, (image, object_id)
+        return place
+
     def class_of(self, item: int) -> int:
         """The class of one object."""
         return int(class_of(self.ids[item]))
@@ -93,6 +100,17 @@ def make_objects(index: AnnotationIndex, mode: ObjectMode | None = None) -> Obje
         found.runs,
         index.mask_id[found.mask] if mode == "instances" else np.full(len(owner), -1, dtype=np.int64),
         mode,
+    )
+
+
+def components_note(index: AnnotationIndex) -> str | None:
+    """What choosing components does to the annotations of the data, as a sentence; None where it changes nothing."""
+    joined, split = components_differ(index)
+    if not joined and not split:
+        return None
+    return (
+        f"objects: components joins {joined} of {len(index.mask_class)} annotations with another one of their class that "
+        f"they touch, and splits {split} that have several parts; objects: instances keeps them"
     )
 
 

@@ -1,8 +1,9 @@
 """What every reader yields: one `ImageRecord` per image, one `Problem` per thing that cannot be used; notes beside."""
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -160,6 +161,18 @@ def compare_class_tables(a: dict[int, str], b: dict[int, str], where_a: str, whe
             f"class {min(wrong)} is not the same in both: give both readers one table, such as classes: "
             f"[{', '.join(dict.fromkeys([*a.values(), *b.values()]))}]"
         )
+
+
+def compare_datasets(phases: Mapping[str, Sequence[Any]]) -> None:
+    """`compare_class_tables` over all data sets of ours (others have no `class_names`), by the name of their phase."""
+    tables = [
+        (phase, dataset.class_names, dataset.index.image_dir)
+        for phase, datasets in phases.items()
+        for dataset in datasets
+        if hasattr(dataset, "class_names") and hasattr(dataset, "index")
+    ]
+    for (one, a, where_a), (other, b, where_b) in itertools.combinations(tables, 2):
+        compare_class_tables(a, b, f"{one} ({where_a})", f"{other} ({where_b})")
 
 
 def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path) -> None:

@@ -65,8 +65,10 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
     rows = [
         ("images", summary["images"]),
         ("clean", f"{summary['clean']} ({summary['clean_share']:.1%})"),
+        ("unknown", f"{summary['unknown']} (could not be read: neither defective nor clean)"),
+        ("may lack masks", len(summary["may_lack_masks"])),
         ("masks (image, class)", summary["masks"]),
-        ("objects (8-connected)", summary["objects"]),
+        (f"objects ({summary['objects_are']})", summary["objects"]),
         ("sizes", _counts(summary["sizes"])),
         ("modes", _counts(summary["modes"])),
         ("unexposed columns", f"mean {summary['black_share']['mean']:.1%}, most {summary['black_share']['max']:.1%}"),
@@ -76,6 +78,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
             f"({len(summary['duplicates']['exact_with_other_masks'])} with different masks), "
             f"{len(summary['duplicates']['near'])} nearly",
         ),
+        ("not read", f"{len(summary['unread'])} files and folders"),
         ("problems", _counts(summary["problems_per_cause"]) or "none"),
     ]
     facts = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
@@ -91,6 +94,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
             for p in summary["problems"]
         ]
     )
+    notes = _list([*summary["notes"], *(f"not read: {path}" for path in summary["unread"])])
     near = _list([", ".join(names) for names in summary["duplicates"]["near"]])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -109,6 +113,8 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
 <div class="sheet">{figures}</div>
 <h2>Problems</h2>
 {problems}
+<h2>Notes</h2>
+{notes}
 <h2>Same or nearly the same</h2>
 {near}
 </body></html>
