@@ -1,6 +1,6 @@
 """An image file decoded as viewers show it: within a limit of size, of one page only, turned by its orientation tag.
 
-PIL decodes; PNG's checksums, which it does not look at, are verified before. Colour images with 16 bits a channel, of
+PIL decodes; the checksums of PNG and TIFF, which it does not look at, are verified before. Colour images with 16 bits a channel, of
 which PIL keeps the high bytes, are decoded by OpenCV too.
 Legend: H W height and width in pixels.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from sam2_lora_ext.data import tiff
 from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.errors import UserError
 
@@ -23,8 +24,7 @@ DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 FLAT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 LIMIT = "SAM2_LORA_MAX_PIXELS"  # the environment variable
 MOST_PIXELS = 178_956_970  # by default: what PIL itself refuses to open
-ORIENTATION, SUBFILE, WIDTH, LENGTH, PHOTOMETRIC = 274, 254, 256, 257, 262  # tags of TIFF and EXIF
-PREVIEW = 0b101  # bits of SUBFILE: a smaller copy, a mask
+ORIENTATION = 274  # the tag, of EXIF and of TIFF
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what turns an image with this orientation upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -87,8 +87,10 @@ def _check_header(image: Image.Image, limit: int) -> None:
         )
     if image.mode not in DEEP_MODES | FLAT_MODES:
         raise ImageError("image mode", f"the image has the mode {image.mode}, which cannot be shown; save it as RGB")
-    if image.format == "TIFF" and image.mode in DEEP_MODES and image.tag_v2.get(PHOTOMETRIC) == 0:
-        raise ImageError("image mode", "in this TIFF 0 is white, at more than 8 bits; save it with 0 as black")
+    if image.format == "TIFF":
+        tiff.check_tags(image)
+        if image.mode in DEEP_MODES and image.tag_v2[tiff.PHOTOMETRIC] == 0:  # PIL turns only fewer bits round
+            raise ImageError("image mode", "in this TIFF 0 is white, at more than 8 bits; save it with 0 as black")
 
 
 def pages(image: Image.Image) -> int:
@@ -105,7 +107,7 @@ def pages(image: Image.Image) -> int:
     previews = []
     for page in range(count):
         image.seek(page)
-        previews.append(bool(image.tag_v2.get(SUBFILE, 0) & PREVIEW))
+        previews.append(tiff.is_preview(image))
     image.seek(0)
     return 1 if previews == [False] + [True] * (count - 1) else count
 
@@ -125,8 +127,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """(W, H) as stored; PIL gives a TIFF's size as it is after turning."""
-    return (image.tag_v2[WIDTH], image.tag_v2[LENGTH]) if image.format == "TIFF" else image.size
+    """(W, H) as stored."""
+    return tiff.stored_size(image) if image.format == "TIFF" else image.size
 
 
 def _late_exif(image: Image.Image) -> bytes:
@@ -181,6 +183,8 @@ def decode(
         tag, wide = orientation(image), whole and is_wide(image)
         if image.format == "PNG":
             image.verify()  # the checksums, which decoding alone does not look at
+        elif image.format == "TIFF":
+            tiff.check_sums(image)
     if isinstance(source, io.BytesIO):
         source.seek(0)
     with opened(source) as image:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sam2_lora_ext.data import tiff
 from sam2_lora_ext.data.decode import DEEP_MODES, decode, is_wide
 from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
 from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
@@ -13,7 +14,6 @@ from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
 
 LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
-COMPRESSION = 259  # the tag
 LOSSY_TIFF = {6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34892: "JPEG", 50001: "WebP"}
 
 
@@ -183,7 +183,7 @@ def _colours(image: Image.Image) -> np.ndarray:
 def _refuse_lossy(image: Image.Image) -> None:
     """Refuses a file whose values were changed when it was saved, whatever its suffix says."""
     form = image.format
-    if form == "TIFF" and (packing := LOSSY_TIFF.get(image.tag_v2.get(COMPRESSION))) is not None:
+    if form == "TIFF" and (packing := LOSSY_TIFF.get(image.tag_v2.get(tiff.COMPRESSION))) is not None:
         form = f"{packing} in TIFF"
     if form in LOSSY or form != image.format:
         raise ImageError(
