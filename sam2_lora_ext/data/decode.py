@@ -113,7 +113,7 @@ def pages(image: Image.Image) -> int:
 
 
 def orientation(image: Image.Image) -> int:
-    """The orientation tag of an opened image that is not decoded yet: 1..8, 1 for none; one that is damaged counts as none."""
+    """The orientation tag of an opened image that is not decoded yet, 1..8; 1 where there is none or it is damaged."""
     try:
         if image.format == "TIFF":
             tag = image.tag_v2.get(ORIENTATION, 1)
@@ -208,7 +208,8 @@ def _wide(source: Source, high: np.ndarray) -> np.ndarray:
         found = found[..., 0] if high.ndim == 2 else found[..., 2::-1]
     if found is None or found.dtype != np.uint16 or not np.array_equal(found >> 8, high):
         raise ImageError(
-            "image mode", "this kind of 16 bit colours cannot be read; save it as PNG, upright and without compression tricks"
+            "image mode",
+            "this kind of 16 bit colours cannot be read; save it as a PNG without an orientation tag",
         )
     return found
 

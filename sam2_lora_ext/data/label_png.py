@@ -14,7 +14,8 @@ from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
 
 LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
-LOSSY_TIFF = {6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34892: "JPEG", 50001: "WebP"}
+JPEG_2000 = dict.fromkeys((33003, 33005, 34712), "JPEG 2000")
+LOSSY_TIFF = {**dict.fromkeys((6, 7, 34892), "JPEG"), **JPEG_2000, 50001: "WebP"}  # by the tag Compression
 
 
 class LabelPNGReader:

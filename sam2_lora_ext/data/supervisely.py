@@ -18,14 +18,7 @@ from PIL import Image
 
 from sam2_lora_ext.data.decode import decode
 from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
-from sam2_lora_ext.data.records import (
-    MOST_CLASSES,
-    ImageRecord,
-    InvalidData,
-    Problem,
-    class_table,
-    describe_classes,
-)
+from sam2_lora_ext.data.records import MOST_CLASSES, ImageRecord, InvalidData, Problem, class_table, describe_classes
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
 
@@ -212,13 +205,12 @@ def decode_bitmap(data: str) -> np.ndarray:
         if not raw.startswith(b"\x89PNG"):
             raw = zlib.decompressobj().decompress(raw, LARGEST)
     except zlib.error as error:
-        raise BitmapError("bitmap damaged", f"its bitmap is no zlib-compressed PNG ({error}); export it again") from error
+        raise BitmapError("bitmap damaged", f"its bitmap is no PNG, zlib-compressed or not ({error})") from error
     try:
         return decode(io.BytesIO(raw), exif=False, take=_shape)
     except ImageError as error:
-        if error.cause == "image too large":
-            raise BitmapError("bitmap too large", f"of its bitmap: {error}") from error
-        raise BitmapError("bitmap damaged", f"its bitmap is no PNG ({error})") from error
+        cause = "bitmap too large" if error.cause == "image too large" else "bitmap damaged"
+        raise BitmapError(cause, f"its bitmap cannot be used: {error}") from error
 
 
 def _shape(image: Image.Image) -> np.ndarray:

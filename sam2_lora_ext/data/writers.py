@@ -5,6 +5,7 @@ A whole data set is written beside its place and then renamed, so a folder is th
 
 import csv
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
+from sam2_lora_ext.data.images import kind
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.rle import decode_runs, format_rle, to_coco_counts
@@ -22,6 +24,7 @@ from sam2_lora_ext.data.supervisely import encode_bitmap
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import refuse_existing
 
+log = logging.getLogger(__name__)
 Write = Callable[[AnnotationIndex, list[str], Path, bool], None]
 
 
@@ -185,6 +188,13 @@ def convert(
             shutil.copy2(index.path(image), folder / image_folder / name)
 
     write_folder(out, fill, force)
+    if not index.exif and (tagged := [name for image, name in enumerate(names) if kind(index.path(image))[1] != 1]):
+        log.warning(
+            "%d images (%s, ...) are copied with their EXIF orientation tag, but the masks are those of the images as "
+            "stored: read the copy with dataset.exif=false too, or remove the tags",
+            len(tagged),
+            tagged[0],
+        )
     return left_out
 
 

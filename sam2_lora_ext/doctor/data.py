@@ -82,7 +82,7 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
 
 
 def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
-    """Decodes a few images, spread evenly, and looks at their values; only headers are read when the data set is built."""
+    """Decodes a few images, spread evenly: of most, headers alone are read when the data set is built."""
     index, images = dataset.index, list(dataset.images)
     chosen = spread(images, LOOKED_AT)
     damaged, began = [], time.perf_counter()
