@@ -1,7 +1,7 @@
 """An image file decoded as viewers show it: within a limit of size, of one page only, turned by its orientation tag.
 
-PIL decodes; the checksums of PNG and TIFF, which it does not look at, are verified before. Colour images with 16 bits a channel, of
-which PIL keeps the high bytes, are decoded by OpenCV too.
+PIL decodes; the checksums of PNG and TIFF, which it does not look at, are verified before. Colour images with 16 bits
+a channel, of which PIL keeps the high bytes, are decoded by OpenCV too.
 Legend: H W height and width in pixels.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sam2_lora_ext.data import tiff
+from sam2_lora_ext.data.orientation import BACK, ORIENTATION, orientation, turned
 from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.errors import UserError
 
@@ -24,17 +25,6 @@ DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 FLAT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 LIMIT = "SAM2_LORA_MAX_PIXELS"  # the environment variable
 MOST_PIXELS = 178_956_970  # by default: what PIL itself refuses to open
-ORIENTATION = 274  # the tag, of EXIF and of TIFF
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what turns an image with this orientation upright
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: np.rot90,
-}
-BACK = {6: 8, 8: 6}  # the others undo themselves
 Source = str | Path | io.BytesIO
 
 
@@ -112,43 +102,9 @@ def pages(image: Image.Image) -> int:
     return 1 if previews == [False] + [True] * (count - 1) else count
 
 
-def orientation(image: Image.Image) -> int:
-    """The orientation tag of an opened image that is not decoded yet, 1..8; 1 where there is none or it is damaged."""
-    try:
-        if image.format == "TIFF":
-            tag = image.tag_v2.get(ORIENTATION, 1)
-        else:
-            exif = Image.Exif()
-            exif.load(_late_exif(image) if image.format == "PNG" else image.info.get("exif", b""))
-            tag = exif.get(ORIENTATION, 1)
-    except Exception:  # as `cv2.imread` and viewers do
-        return 1
-    return tag if tag in TURNS else 1
-
-
 def stored_size(image: Image.Image) -> tuple[int, int]:
     """(W, H) as stored."""
     return tiff.stored_size(image) if image.format == "TIFF" else image.size
-
-
-def _late_exif(image: Image.Image) -> bytes:
-    """EXIF of a PNG, in which it may stand behind the pixels; PIL would decode them to find it."""
-    file = image.fp
-    place, where = file.tell(), 8
-    try:
-        while len(head := _read(file, where, 8)) == 8:
-            length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind == b"eXIf":
-                return b"Exif\0\0" + file.read(length)
-            where += length + 12
-        return b""
-    finally:
-        file.seek(place)
-
-
-def _read(file: io.BufferedIOBase, where: int, count: int) -> bytes:
-    file.seek(where)
-    return file.read(count)
 
 
 def is_wide(image: Image.Image) -> bool:
@@ -193,8 +149,8 @@ def decode(
         done = image.format == "TIFF" and ORIENTATION not in image.tag_v2  # PIL turns TIFFs while it decodes them
         if wide:
             pixels = _wide(source, pixels)
-    if tag != 1 and exif != done:
-        pixels = TURNS[tag if exif else BACK.get(tag, tag)](pixels)
+    if exif != done:
+        pixels = turned(pixels, tag if exif else BACK.get(tag, tag))
     return np.ascontiguousarray(pixels)
 
 

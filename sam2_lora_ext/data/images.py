@@ -18,9 +18,9 @@ from sam2_lora_ext.data.decode import (
     explain,
     is_wide,
     opened,
-    orientation,
     stored_size,
 )
+from sam2_lora_ext.data.orientation import orientation
 from sam2_lora_ext.data.records import is_text
 from sam2_lora_ext.data.units import to_eight
 from sam2_lora_ext.errors import UserError

@@ -31,27 +31,19 @@ def check_tags(image: Tiff) -> None:
     """Looks at an opened TIFF.
 
     Raises:
-        ValueError: the tags contradict each other, or those that say what the numbers mean are missing.
+        ValueError: the tags contradict each other, or none says whether 0 is black.
     """
     tags = image.tag_v2
-    for tag, name in ((BITS, "BitsPerSample"), (PHOTOMETRIC, "PhotometricInterpretation")):
-        if tag not in tags:
-            raise ValueError(f"its tag {name} is missing")
-    width, height = stored_size(image)
+    if PHOTOMETRIC not in tags:
+        raise ValueError("its tag PhotometricInterpretation is missing")
+    height = stored_size(image)[1]
     offsets, counts = _places(image)
-    if TILE_WIDTH in tags:
-        across, rows = math.ceil(width / max(tags[TILE_WIDTH], 1)), tags.get(TILE_LENGTH, height)
-    else:
-        across, rows = 1, min(tags.get(ROWS, height), height)
-    layers = tags.get(SAMPLES, 1) if tags.get(PLANAR, 1) == 2 else 1
+    across, rows, layers, _ = _layout(image)
     pieces = across * math.ceil(height / max(rows, 1)) * layers
     if len(offsets) != pieces or len(counts) not in (0, pieces):
         raise ValueError(f"it has {len(offsets)} strips or tiles where its size takes {pieces}")
-    if tags.get(COMPRESSION, RAW) == RAW and TILE_WIDTH not in tags and counts:
-        bits = tags[BITS]
-        row = math.ceil(width * (bits[0] * tags.get(SAMPLES, 1) // layers) / 8)  # bytes
-        if not row * height * layers <= sum(counts) <= row * rows * pieces:
-            raise ValueError(f"its pixels are {sum(counts):,} bytes where its size takes {row * height * layers:,}")
+    if tags.get(COMPRESSION, RAW) == RAW and counts:
+        _check_bytes(image, sum(counts), pieces)
 
 
 def check_sums(image: Tiff) -> None:
@@ -59,17 +51,38 @@ def check_sums(image: Tiff) -> None:
 
     Raises:
         zlib.error: a checksum or the stream is wrong.
+        ValueError: it unpacks to more or less than its size takes.
     """
     if image.tag_v2.get(COMPRESSION, RAW) not in DEFLATE:
         return
-    for offset, count in zip(*_places(image), strict=True):
+    total, places = 0, list(zip(*_places(image), strict=True))
+    for offset, count in places:
         image.fp.seek(offset)
         stream, packed = zlib.decompressobj(), image.fp.read(count)
         while packed and not stream.eof:
-            stream.decompress(packed, CHUNK)
+            total += len(stream.decompress(packed, CHUNK))
             packed = stream.unconsumed_tail
         if not stream.eof:
             raise zlib.error("a strip is cut off")
+    _check_bytes(image, total, len(places))
+
+
+def _layout(image: Tiff) -> tuple[int, int, int, int]:
+    """Strips or tiles across the image, rows of each, layers of all, and bytes of a row of one."""
+    tags, (width, height) = image.tag_v2, stored_size(image)
+    layers = tags.get(SAMPLES, 1) if tags.get(PLANAR, 1) == 2 else 1
+    columns = tags.get(TILE_WIDTH, width)
+    rows = tags.get(TILE_LENGTH, height) if TILE_WIDTH in tags else min(tags.get(ROWS, height), height)
+    bits = tags.get(BITS, (1,))[0] * tags.get(SAMPLES, 1) // layers
+    return math.ceil(width / max(columns, 1)), rows, layers, math.ceil(columns * bits / 8)
+
+
+def _check_bytes(image: Tiff, found: int, pieces: int) -> None:
+    """Refuses pixels that are fewer bytes than an image's size takes, or more than whole strips or tiles hold."""
+    across, rows, layers, row = _layout(image)
+    needed = row * across * stored_size(image)[1] * layers
+    if not needed <= found <= row * rows * pieces:
+        raise ValueError(f"its pixels are {found:,} bytes where its size takes {needed:,}")
 
 
 def _places(image: Tiff) -> tuple[tuple[int, ...], tuple[int, ...]]:
