@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -44,7 +45,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
     limit = most_pixels()
     kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with _file(source) as file, Image.open(file, formats=FORMATS) as image:
             _check_header(image, limit)
             yield image
     except (UserError, InvalidData):
@@ -53,6 +54,11 @@ def opened(source: Source) -> Iterator[Image.Image]:
         raise explain(error, source) from error
     finally:
         Image.MAX_IMAGE_PIXELS = kept
+
+
+def _file(source: Source) -> BinaryIO:
+    """The opened file: given a path, PIL maps some TIFFs into memory and gets those wrong that it turns."""
+    return io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else open(source, "rb")
 
 
 def most_pixels() -> int:
@@ -141,8 +147,6 @@ def decode(
             image.verify()  # the checksums, which decoding alone does not look at
         elif image.format == "TIFF":
             tiff.check_sums(image)
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
     with opened(source) as image:
         image.load()
         pixels = take(image)
@@ -158,7 +162,8 @@ def _wide(source: Source, high: np.ndarray) -> np.ndarray:
     """uint16 [H, W] or [H, W, 3] by OpenCV, if its high bytes are what PIL found."""
     import cv2
 
-    content = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+    with _file(source) as file:
+        content = file.read()
     found = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if found is not None and found.ndim == 3:
         found = found[..., 0] if high.ndim == 2 else found[..., 2::-1]
@@ -189,11 +194,8 @@ def explain(error: Exception, source: Source) -> ImageError:
 
 def _unknown(source: Source) -> ImageError:
     """What stands in a file in which PIL sees no image."""
-    if isinstance(source, io.BytesIO):
-        content = source.getvalue()[:4]
-    else:
-        with open(source, "rb") as file:
-            content = file.read(4)
+    with _file(source) as file:
+        content = file.read(4)
     if not content:
         return ImageError("image empty", "the image file has zero bytes; fetch it again")
     if content in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):

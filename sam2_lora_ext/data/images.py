@@ -107,7 +107,7 @@ def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int,
     return height, width, mode in DEEP_MODES or wide or turned != 1 or width * height > MOST_PIXELS
 
 
-def kind(path: str | Path) -> tuple[str, int]:
+def mode_and_tag(path: str | Path) -> tuple[str, int]:
     """PIL's mode of an image file (`RGB;16`: 16 bits a channel), and its orientation tag, 1 for none."""
     with opened(path) as image:
         return image.mode + ";16" * is_wide(image), orientation(image)

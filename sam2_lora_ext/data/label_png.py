@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from sam2_lora_ext.data import tiff
-from sam2_lora_ext.data.decode import DEEP_MODES, decode, is_wide
-from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
+from sam2_lora_ext.data.decode import decode
+from sam2_lora_ext.data.images import ImageError, list_images, mode_and_tag, probe, turning
 from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
@@ -157,7 +157,9 @@ def read_label(path: Path, color: bool = False, exif: bool = True) -> np.ndarray
         ImageError: the file cannot be read, was saved with loss, or has colours where numbers are expected.
     """
     probe(path, exif=exif)
-    return decode(path, exif, _colours if color else _numbers)
+    if color and mode_and_tag(path)[0].endswith(";16"):  # of which PIL gives the high bytes: nothing, as a rule
+        raise ImageError("label mode", "the label has 16 bits a channel; save it with 8, as its colors are")
+    return decode(path, exif, _colours if color else _numbers, whole=False)
 
 
 def _numbers(image: Image.Image) -> np.ndarray:
@@ -175,8 +177,6 @@ def _numbers(image: Image.Image) -> np.ndarray:
 def _colours(image: Image.Image) -> np.ndarray:
     """0xRRGGBB of a decoded label image."""
     _refuse_lossy(image)
-    if image.mode in DEEP_MODES or is_wide(image):
-        raise ImageError("label mode", "the label has more than 8 bits a channel; save it with 8, as its colors are")
     red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
     return red << 16 | green << 8 | blue
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
 from sam2_lora_ext.data.ids import class_of
-from sam2_lora_ext.data.images import DARK, ImageError, decode, kind
+from sam2_lora_ext.data.images import DARK, ImageError, decode, mode_and_tag
 from sam2_lora_ext.data.index import AnnotationIndex, collect
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.records import Problem, Reader
@@ -64,7 +64,7 @@ def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16
     for number in tqdm(range(len(index)), desc="images", unit="image", disable=not progress):
         path = index.path(number)
         try:
-            mode, tag = kind(path)
+            mode, tag = mode_and_tag(path)
             values = decode(path, index.exif)
             digest = hashlib.sha256(f"{values.dtype}{values.shape}".encode() + values.tobytes()).digest()
             facts.turned += tag != 1

@@ -16,7 +16,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
-from sam2_lora_ext.data.images import kind
+from sam2_lora_ext.data.images import mode_and_tag
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.rle import decode_runs, format_rle, to_coco_counts
@@ -188,7 +188,8 @@ def convert(
             shutil.copy2(index.path(image), folder / image_folder / name)
 
     write_folder(out, fill, force)
-    if not index.exif and (tagged := [name for image, name in enumerate(names) if kind(index.path(image))[1] != 1]):
+    tagged = [name for image, name in enumerate(names) if not index.exif and mode_and_tag(index.path(image))[1] != 1]
+    if tagged:
         log.warning(
             "%d images (%s, ...) are copied with their EXIF orientation tag, but the masks are those of the images as "
             "stored: read the copy with dataset.exif=false too, or remove the tags",
