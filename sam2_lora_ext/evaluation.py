@@ -19,7 +19,6 @@ from training.utils.data_utils import Frame, Object, VideoDatapoint
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import CLEAN, class_of
-from sam2_lora_ext.data.images import explain
 from sam2_lora_ext.data.transforms import FixedStripCrop
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.metrics import dice, exact_mean, iou, mask_counts
@@ -61,17 +60,14 @@ def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None
     """One item of a data set, see `read_samples`.
 
     Raises:
-        UserError: its image cannot be decoded.
+        UserError: its image cannot be decoded, or a value does not fit into the data set's bits.
     """
     video, segments = dataset.get_video(index)
-    frame = video.frames[0]
-    try:
-        image = Image.open(frame.image_path) if frame.data is None else Image.fromarray(np.asarray(frame.data))
-        image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{frame.image_path}: {explain(error, frame.image_path)}") from error
-    masks = segments.load(frame.frame_idx)
-    objects = [Object(identifier, frame.frame_idx, masks[identifier]) for identifier in masks.keys()]
+    frame_idx = video.frames[0].frame_idx
+    start, stop = segments.windows[frame_idx]
+    image = Image.fromarray(dataset.index.read(video.video_id, dataset.bits)[:, start:stop])
+    masks = segments.load(frame_idx)
+    objects = [Object(identifier, frame_idx, masks[identifier]) for identifier in masks.keys()]
     point = FixedStripCrop(crop_width)(VideoDatapoint([Frame(image, objects)], video.video_id, (image.height, image.width)))
     objects = point.frames[0].objects
     return Sample(

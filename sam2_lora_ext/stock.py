@@ -88,15 +88,17 @@ def noise_image(size: int) -> Tensor:
 
 
 def read_pixels(path: str | Path, size: int) -> Tensor:
-    """An image file as RGB in [0, 1], (1, 3, H, W), squashed to `size` x `size`."""
+    """An image file as RGB in [0, 1], (1, 3, H, W), upright, squashed to `size` x `size`."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from sam2_lora_ext.data.images import ImageError, read_rgb
 
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UserError(f"cannot read the image {path}: {getattr(error, 'strerror', None) or error}") from error
+        image = Image.fromarray(read_rgb(path))
+    except ImageError as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 

@@ -9,7 +9,7 @@ from data_sets import HEIGHT, STRIPS, WIDTH, reader, write_image, write_kaggle
 from PIL import Image
 
 from sam2_lora_ext.data.coco import COCOReader
-from sam2_lora_ext.data.images import read_rgb
+from sam2_lora_ext.data.images import ImageError, read_rgb
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.label_png import LabelPNGReader
 
@@ -123,7 +123,7 @@ def test_image_kinds(tmp_path, suffix, mode):
     Image.open(tmp_path / "grey.png").convert(mode).save(tmp_path / f"images/x{suffix}")
     (tmp_path / "train.csv").write_text(f"ImageId,ClassId,EncodedPixels\nx{suffix},1,1 5\n")
     index = build_index(reader(tmp_path))
-    assert index.sizes.tolist() == [[HEIGHT, WIDTH]] and not index.deep[0]
+    assert index.sizes.tolist() == [[HEIGHT, WIDTH]] and not index.special[0]
     assert read_rgb(index.path(0)).shape == (HEIGHT, WIDTH, 3)
 
 
@@ -134,6 +134,7 @@ def test_sixteen_bit(tmp_path, suffix):
     Image.fromarray(values).save(tmp_path / f"images/x{suffix}")
     (tmp_path / "train.csv").write_text(f"ImageId,ClassId,EncodedPixels\nx{suffix},1,1 5\n")
     index = build_index(reader(tmp_path))
-    assert index.deep[0]
+    assert index.special[0]
     np.testing.assert_array_equal(read_rgb(index.path(0))[..., 1], values >> 8)
-    np.testing.assert_array_equal(read_rgb(index.path(0), bits=12)[..., 2], np.minimum(values >> 4, 255))
+    with pytest.raises(ImageError, match="63,992 does not fit into 12 bits"):
+        read_rgb(index.path(0), bits=12)

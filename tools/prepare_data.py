@@ -119,14 +119,14 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def add_bits(parser: argparse.ArgumentParser) -> None:
     """How to read deep pixels."""
     parser.add_argument(
-        "--bits", type=bits, default=16, metavar="N", help="depth of grey images of more than 8 bits (%(default)s)"
+        "--bits", type=bits, default=16, metavar="N", help="depth of images of more than 8 bits a channel, 8..16 (%(default)s)"
     )
 
 
 def bits(text: str) -> int:
     """A depth, for argparse."""
-    if text not in map(str, range(8, 33)):
-        raise argparse.ArgumentTypeError(f"a depth is in 8..32, got {text!r}")
+    if text not in map(str, range(8, 17)):
+        raise argparse.ArgumentTypeError(f"a depth is in 8..16, got {text!r}")
     return int(text)
 
 
@@ -169,7 +169,7 @@ def run_scan(args: argparse.Namespace) -> None:
     )
     for cause, count in summary["problems_per_cause"].items():
         print(f"  {count} {cause}")
-    for sentence in dict.fromkeys([*remarks(index), *summary["notes"]]):
+    for sentence in dict.fromkeys([*remarks(index), *summary["notes"], *summary["units"]]):
         print(f"  {sentence}")
     print(f"written to {args.out / 'scan.json'} and scan.html")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sam2_lora_ext.data.coco_masks import disagreement, read_segmentation
 from sam2_lora_ext.data.coco_names import ImageFinder, number_categories
-from sam2_lora_ext.data.images import probe, unread
+from sam2_lora_ext.data.images import not_taken, probe, turning
 from sam2_lora_ext.data.json_file import read_json
 from sam2_lora_ext.data.records import ImageRecord, InvalidData, Note, Problem, Unread, source_id
 from sam2_lora_ext.errors import UserError
@@ -23,6 +23,7 @@ class COCOReader:
             takes the file's categories: their ids as class numbers, or their order where an id is none.
         crowd: whether annotations with `iscrowd` are used; an image that has one which is not used is never clean.
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     instances = True
@@ -34,11 +35,13 @@ class COCOReader:
         classes: int | Sequence[str] | dict[int, str] | None = None,
         crowd: bool = True,
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.image_dir = Path(image_dir)
         self.json = Path(json)
         self.crowd = crowd
         self.full_check = full_check
+        self.exif = exif
         self._content = _load(self.json)
         self._finder = ImageFinder(self.image_dir)
         used = [_key(entry.get("category_id")) for entry in self._content["annotations"]]
@@ -97,7 +100,7 @@ class COCOReader:
         if repeated := len(twice) - len(set(twice)):
             yield Note(f"{self.json}: {repeated} annotations have the id of another one")
         yield from records.values()
-        yield from map(Unread, self._unread())
+        yield from self._unread()
 
     def _images(self, records: dict[int | str, ImageRecord], lost: set[int | str | None]) -> Iterator[Problem | ImageRecord]:
         """Fills `records` by image id, and `lost` with the ids of images that cannot be used."""
@@ -118,14 +121,15 @@ class COCOReader:
                         records[names[name]].complete = False
                     raise InvalidData("duplicate row", f"image {row} names {name} a second time; keep one of them")
                 names[name] = image_id
-                height, width, deep = probe(self.image_dir / name, self.full_check)
+                height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
                 if (entry.get("height", height), entry.get("width", width)) != (height, width):
                     raise InvalidData(
                         "image size",
                         f"{name} is {width}x{height}, but the table says "
-                        f"{entry.get('width')}x{entry.get('height')}; they must be equal",
+                        f"{entry.get('width')}x{entry.get('height')}; they must be equal"
+                        + turning(self.image_dir / name, exif=self.exif),
                     )
-                record = ImageRecord(name, height, width, deep=deep, source_id=source_id(image_id))
+                record = ImageRecord(name, height, width, special=special, source_id=source_id(image_id))
                 if times[image_id] > 1:  # nobody knows whose the annotations are
                     lost.add(image_id)
                     record.complete = False
@@ -155,7 +159,7 @@ class COCOReader:
         record.add(self._numbers[category], runs, source_id(entry.get("id")), bool(entry.get("iscrowd")))
         return bool(wrong)
 
-    def _unread(self) -> list[str]:
+    def _unread(self) -> list[Unread]:
         """What lies in the image folder, or in a folder of a listed image, and is not listed."""
         taken: dict[Path, set[str]] = {self.image_dir: {p.name for p in self.inputs() if p.parent == self.image_dir}}
         for entry in self._content["images"]:
@@ -165,7 +169,7 @@ class COCOReader:
                 continue
             for inner in (path, *path.parents[:-1]):
                 taken.setdefault(self.image_dir / inner.parent, set()).add(inner.name)
-        return [path for folder in sorted(taken) for path in unread(folder, taken[folder])]
+        return [item for folder in sorted(taken) for item in not_taken(folder, taken[folder])]
 
 
 def _key(value: Any) -> int | str | None:

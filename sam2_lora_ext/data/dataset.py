@@ -18,6 +18,7 @@ from sam2_lora_ext.data.records import OnInvalid, Reader
 from sam2_lora_ext.data.rle import NO_RUNS
 from sam2_lora_ext.data.segments import StripPixels, StripSegmentLoader, WindowFrame
 from sam2_lora_ext.data.splits import given_splits, take
+from sam2_lora_ext.data.units import check_bits, look_at_units
 from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.errors import UserError
 
@@ -48,7 +49,7 @@ class SeverstalRawDataset(VOSRawDataset):
         group_width: evaluation only: objects of one item span at most so many columns, for `FixedStripCrop`.
         windows: `{width, stride, num_frames}`: the strip as a video, see `Windows`; None makes it one frame.
         on_invalid: "error" or "skip".
-        bits: depth of images with more than 8 bits a channel.
+        bits: depth of images with more than 8 bits a channel, 8..16, see `units`; some are looked at at once.
         cache_dir: folder for the index, so that the next start does not read the data again; None does without.
 
     Raises:
@@ -74,7 +75,7 @@ class SeverstalRawDataset(VOSRawDataset):
         cache_dir: str | Path | None = None,
     ):
         self.training = training
-        self.bits = bits
+        self.bits = check_bits(bits)
         self.windows = None if windows is None else Windows(**windows)
         _check_clean(training, include_clean, clean_share, clean_part_width, self.windows)
         _check_evaluation(training, max_objects, group_width, self.windows)
@@ -96,6 +97,9 @@ class SeverstalRawDataset(VOSRawDataset):
         self.images = images = select_images(self.index, names, source)  # places in the index, without objects too
         if self.windows is not None:
             self._check_widths(images)
+        special = [self.index.path(image) for image in images if self.index.special[image]]
+        for sentence in look_at_units(special, self.bits, self.index.exif):
+            log.warning("%s: %s", source, sentence)
 
         keep = self.objects.areas >= min_area
         rows = object_rows(
@@ -157,10 +161,10 @@ class SeverstalRawDataset(VOSRawDataset):
             windows = self.windows.drawn(width, height, list(objects.values()))
         else:
             windows = self.windows.clip(width, row.first)
-        if windows == [(0, width)] and not self.index.deep[row.image]:
+        if windows == [(0, width)] and not self.index.special[row.image]:
             frames = [VOSFrame(0, path)]
         else:
-            pixels = StripPixels(path, self.bits)
+            pixels = StripPixels(self.index, row.image, self.bits)
             frames = [WindowFrame(frame, pixels, *window) for frame, window in enumerate(windows)]
         return VOSVideo(self.index.name(row.image), row.image, frames), StripSegmentLoader(
             objects, height, width, windows

@@ -1,40 +1,49 @@
 """Image files: which there are, whether they can be read, how large they are, and their pixels as 8-bit RGB.
 
-Legend: H W height and width in pixels.
+Legend: H W height and width in pixels, after an image is turned upright.
 """
 
-import errno
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from sam2_lora_ext.data.records import InvalidData, is_text
+from sam2_lora_ext.data.decode import (
+    DEEP_MODES,
+    MOST_PIXELS,
+    ImageError,
+    decode,
+    explain,
+    is_wide,
+    opened,
+    stored_size,
+)
+from sam2_lora_ext.data.orientation import orientation
+from sam2_lora_ext.data.records import Unread, is_text
+from sam2_lora_ext.data.units import to_eight
 from sam2_lora_ext.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 DARK = 16  # a grey level at most so high (of 255) is unexposed, not steel
-DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
-LITTER = frozenset({"thumbs.db", "desktop.ini"})
+LEFT_BY_SYSTEMS = frozenset({"thumbs.db", "desktop.ini"})
 _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what an undamaged file of the kind ends with
 
 
-class ImageError(InvalidData):
-    """An image file that cannot be used."""
-
-
 def list_images(folder: str | Path) -> list[str]:
-    """Sorted names of the image files (and links) right in a folder.
+    """Sorted names of the image files (and links) right in a folder; hidden ones, such as `._x.jpg`, are none.
 
     Raises:
         UserError: no such folder, no permission, or no image in it.
     """
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in SUFFIXES)
+            names = sorted(
+                entry.name
+                for entry in entries
+                if os.path.splitext(entry.name)[1].lower() in SUFFIXES and not ignored(entry.name)
+            )
     except OSError as error:
         raise UserError(f"cannot list the image folder {folder}: {error.strerror}; check the path") from error
     if not names:
@@ -42,104 +51,104 @@ def list_images(folder: str | Path) -> list[str]:
     return names
 
 
-def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
-    """Paths of what lies right in a folder beside the names `taken`, sorted; a sub-folder ends with a slash.
+def ignored(name: str) -> bool:
+    """Whether a file is none of the user's: hidden, or left by an operating system."""
+    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
 
-    Hidden files and what file managers leave behind (`Thumbs.db`, `desktop.ini`) are passed over; so is a folder that
-    cannot be listed, which is said elsewhere.
+
+def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
+    """Sorted names of what lies right in a folder and was not taken (`/` after a folder's), without ignored files.
+
+    Args:
+        folder: the folder; one that cannot be listed has nothing.
+        taken: names of files and folders in it that were read.
     """
     taken = set(taken)
     try:
         with os.scandir(folder) as entries:
-            return sorted(
-                entry.path + ("/" if entry.is_dir() else "")
-                for entry in entries
-                if entry.name not in taken and not entry.name.startswith(".") and entry.name.lower() not in LITTER
-            )
+            left = [entry for entry in entries if entry.name not in taken and not ignored(entry.name)]
+            return sorted(entry.name + "/" * entry.is_dir() for entry in left)
     except OSError:
         return []
 
 
-def probe(path: str | Path, full: bool = False) -> tuple[int, int, bool]:
+def not_taken(folder: str | Path, taken: Iterable[str]) -> list[Unread]:
+    """`unread` as readers yield it, with the folder's path."""
+    return [Unread(f"{folder}/{name}") for name in unread(folder, taken)]
+
+
+def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int, int, bool]:
     """Reads an image's header and looks whether the file is whole (its name too: it goes into csv and JSON).
 
     Args:
         path: the image file.
-        full: decode every pixel; otherwise a file is decoded only when its end does not look as it should.
+        full: decode every pixel; otherwise a file is decoded only when its end does not look as it should, or when it
+            holds floats, 32 bits or 16 bit colours, which may be out of range or of no known kind.
+        exif: turn the image upright by its orientation tag.
 
     Returns:
-        H, W, and whether it has more than 8 bits a channel.
+        H, W, and whether the image is special: `read_rgb` alone reads it right, and not PIL's `convert("RGB")`.
 
     Raises:
-        ImageError: the file cannot be opened, is empty, is no image, or is damaged.
+        ImageError: the file cannot be opened, is empty, is no image, is damaged, is too large, or has several pages.
     """
     if not is_text(os.path.basename(path)):
         raise ImageError("file name", "the file's name is not UTF-8 text, which no annotation can say; rename it")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise ImageError("not a file", "a folder, pipe or device stands where an image should be; remove it")
-        with open(path, "rb") as file, Image.open(file) as image:
-            width, height, kind, deep = *image.size, image.format, image.mode in DEEP_MODES
-            tail = _TAILS.get(kind)
-            if tail is not None and not full:
-                file.seek(-len(tail), os.SEEK_END)
-                full = file.read() != tail
-        if full or tail is None:
-            load(path)
-    except ImageError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise explain(error, path) from error
-    return height, width, deep
+    with opened(path) as image:
+        (width, height), turned, wide = stored_size(image), orientation(image), is_wide(image)
+        mode, tail = image.mode, _TAILS.get(image.format)
+        if tail is not None and not full:
+            image.fp.seek(-len(tail), os.SEEK_END)
+            full = image.fp.read() != tail
+    if full or tail is None or wide or mode in ("F", "I"):
+        to_eight(decode(path, exif))
+    if exif and turned > 4:
+        width, height = height, width
+    return height, width, mode in DEEP_MODES or wide or turned != 1 or width * height > MOST_PIXELS
 
 
-def load(path: str | Path) -> Image.Image:
-    """The decoded image; raises what PIL raises when anything in the file is damaged."""
-    with Image.open(path) as image:
-        if image.format == "PNG":
-            image.verify()  # the checksums, which decoding alone does not look at
-    with Image.open(path) as image:
-        image.load()
-    return image
+def mode_and_tag(path: str | Path) -> tuple[str, int]:
+    """PIL's mode of an image file (`RGB;16`: 16 bits a channel), and its orientation tag, 1 for none."""
+    with opened(path) as image:
+        return image.mode + ";16" * is_wide(image), orientation(image)
 
 
-def explain(error: Exception, path: str | Path) -> ImageError:
-    """What an error of opening or decoding an image means."""
-    if isinstance(error, UnidentifiedImageError):
-        if os.path.getsize(path) == 0:
-            return ImageError("image empty", "the image file has zero bytes; fetch it again")
-        return ImageError("not an image", "the file is no image in a known format; replace it")
-    return (
-        _refused(error)
-        if isinstance(error, OSError)
-        else ImageError("image damaged", f"the image cannot be decoded ({error}); fetch it again")
-    )
+def turning(*paths: str | Path, exif: bool = True) -> str:
+    """What the orientation tags of image files have to do with a wrong size: a clause to append, or nothing.
+
+    Args:
+        paths: the files; the first one that has a tag is told of.
+        exif: whether they were turned by it.
+    """
+    for path in paths:
+        try:
+            with opened(path) as image:
+                tag = orientation(image)
+        except ImageError:
+            continue
+        if tag != 1:
+            done = "which was not followed (dataset.exif: false)"
+            if exif:
+                done = "by which it was turned; if annotations were drawn on it as stored, set dataset.exif: false"
+            return f" ({os.path.basename(path)} has the EXIF orientation tag {tag}, {done})"
+    return ""
 
 
-def _refused(error: OSError) -> ImageError:
-    if error.errno == errno.ENOENT:
-        return ImageError("image missing", "the image does not exist (or is a link to nothing); add it")
-    if error.errno == errno.ELOOP:
-        return ImageError("link loop", "the image is a symbolic link that leads to itself; remove it")
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return ImageError("no permission", "the image may not be read; change its permissions")
-    return ImageError("image damaged", f"the image cannot be decoded ({error.strerror or error}); fetch it again")
-
-
-def read_rgb(path: str | Path, bits: int = 16) -> np.ndarray:
-    """The pixels as uint8 [H, W, 3].
+def read_rgb(path: str | Path, bits: int = 16, exif: bool = True) -> np.ndarray:
+    """The pixels as uint8 [H, W, 3]: the one way from an image file to 8-bit RGB.
 
     Args:
         path: the image file.
-        bits: the depth that images with more than 8 bits a channel use: the value is shifted right by `bits - 8`.
+        bits: the depth that images with more than 8 bits a channel use, see `units`.
+        exif: turn it upright by its orientation tag.
+
+    Raises:
+        ImageError: the file is damaged or cannot be used, or a value does not fit into `bits`.
     """
-    with Image.open(path) as image:
-        return np.asarray(shallow(image, bits).convert("RGB"))
-
-
-def shallow(image: Image.Image, bits: int = 16) -> Image.Image:
-    """An image of 8 bits a channel; see `read_rgb` (PIL's own conversion makes all above 255 white)."""
-    if image.mode not in DEEP_MODES:
-        return image
-    grey = np.clip(np.nan_to_num(np.asarray(image)), 0, 2**31).astype(np.int64) >> (bits - 8)
-    return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    pixels = to_eight(decode(path, exif, whole=bits != 16), bits)
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)

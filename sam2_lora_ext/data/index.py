@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from sam2_lora_ext.data.images import ImageError, read_rgb
 from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Reader, Unread, settle, shorten
 from sam2_lora_ext.errors import UserError
 
@@ -28,7 +29,7 @@ class AnnotationIndex:
     name_bytes: np.ndarray  # uint8: UTF-8 names without separators
     name_offsets: np.ndarray  # int64 [N + 1]
     sizes: np.ndarray  # int32 [N, 2] of (H, W)
-    deep: np.ndarray  # bool [N]: more than 8 bits a channel
+    special: np.ndarray  # bool [N]: only `images.read_rgb` reads it right
     complete: np.ndarray  # bool [N]: no mask of the image was dropped
     mask_offsets: np.ndarray  # int64 [N + 1]
     mask_class: np.ndarray  # int16 [M]
@@ -38,6 +39,7 @@ class AnnotationIndex:
     run_offsets: np.ndarray  # int64 [M + 1]
     runs: np.ndarray  # int32 [R, 2] of (start, length)
     problems: tuple[Problem, ...] = ()  # what was left out
+    exif: bool = True  # images are turned upright by their orientation tag; sizes are those after turning
     instances: bool = False  # a mask is one annotation of the file, not all that a class covers
     class_source: dict[int, int] = field(default_factory=dict)  # class number -> category id of the file
     unknown: tuple[str, ...] = ()  # images of which something could not be read, and no mask was: not in the arrays
@@ -65,6 +67,13 @@ class AnnotationIndex:
         """The path of an image."""
         return f"{self.image_dir}/{self.name(image)}"
 
+    def read(self, image: int, bits: int = 16) -> np.ndarray:
+        """The pixels of an image, uint8 [H, W, 3], see `images.read_rgb`; a `UserError` names the file."""
+        try:
+            return read_rgb(self.path(image), bits, self.exif)
+        except ImageError as error:
+            raise UserError(f"{self.path(image)}: {error}") from error
+
     def masks(self, image: int) -> list[tuple[int, np.ndarray]]:
         """(class, runs) of each mask of an image."""
         return [
@@ -90,19 +99,23 @@ class AnnotationIndex:
                     self.name(image),
                     *self.sizes[image].tolist(),
                     self.masks(image),
-                    bool(self.deep[image]),
+                    bool(self.special[image]),
                     bool(self.complete[image]),
                     self.mask_id[low:high].tolist(),
                     self.mask_crowd[low:high].tolist(),
                     int(self.image_id[image]),
                 )
             )
-        part = pack(records, self.image_dir, self.class_names)
+        part = pack(records, self.image_dir, self.class_names, exif=self.exif)
         return replace(part, instances=self.instances, class_source=dict(self.class_source))
 
 
 def pack(
-    records: Sequence[ImageRecord], image_dir: str | Path, class_names: dict[int, str], problems: Sequence[Problem] = ()
+    records: Sequence[ImageRecord],
+    image_dir: str | Path,
+    class_names: dict[int, str],
+    problems: Sequence[Problem] = (),
+    exif: bool = True,
 ) -> AnnotationIndex:
     """Packs records into arrays: images by name, the masks of an image by class (those of one class as they came)."""
     records = sorted(records, key=lambda record: record.name)
@@ -114,7 +127,7 @@ def pack(
         name_bytes=np.frombuffer(b"".join(names), dtype=np.uint8),
         name_offsets=_offsets(map(len, names)),
         sizes=np.array([(record.height, record.width) for record in records], dtype=np.int32).reshape(-1, 2),
-        deep=np.array([record.deep for record in records], dtype=bool),
+        special=np.array([record.special for record in records], dtype=bool),
         complete=np.array([record.complete for record in records], dtype=bool),
         mask_offsets=_offsets(len(record.masks) for record in records),
         mask_class=np.array([class_id for class_id, _, _, _ in masks], dtype=np.int16),
@@ -126,6 +139,7 @@ def pack(
             np.int32, copy=False
         ),
         problems=tuple(problems),
+        exif=exif,
     )
 
 
@@ -141,7 +155,7 @@ def collect(reader: Reader, progress: bool = False) -> AnnotationIndex:
     lost = {record.name for record in found[ImageRecord]} | {problem.image for problem in found[Problem]}
     lost -= {record.name for record in kept} | {None}
     return replace(
-        pack(kept, reader.image_dir, reader.class_names, found[Problem]),
+        pack(kept, reader.image_dir, reader.class_names, found[Problem], reader.exif),
         instances=getattr(reader, "instances", False),
         class_source=dict(getattr(reader, "class_source", {})),
         unknown=tuple(sorted(name for name in lost if os.path.lexists(os.path.join(reader.image_dir, name)))),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe, unread
+from sam2_lora_ext.data.images import ImageError, list_images, not_taken, probe, turning
 from sam2_lora_ext.data.kaggle_table import BadRow, KaggleTable, Row
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import (
@@ -34,6 +34,7 @@ class KaggleReader:
         classes: class names or their count; None for Severstal's four.
         size: [H, W] that every image must have, since an RLE does not tell its image's size; None takes each as it is.
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     instances = False
@@ -45,12 +46,14 @@ class KaggleReader:
         classes: int | Sequence[str] | dict[int, str] | None = None,
         size: Sequence[int] | None = (256, 1600),
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.image_dir = Path(image_dir)
         self.csv = Path(csv)
         self.class_names = class_table(classes)
         self.size = None if size is None else tuple(int(length) for length in size)
         self.full_check = full_check
+        self.exif = exif
 
     def files(self) -> list[Path]:
         return [self.csv]
@@ -63,14 +66,14 @@ class KaggleReader:
         records: dict[str, ImageRecord] = {}
         for name in names:
             try:
-                height, width, deep = probe(self.image_dir / name, self.full_check)
+                height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
                 if self.size is not None and (height, width) != self.size:
                     raise ImageError(
                         "image size",
                         f"the image is {width}x{height}, but {self.size[1]}x{self.size[0]} is "
-                        "expected; replace it or set the reader's size",
+                        "expected; replace it or set the reader's size" + turning(self.image_dir / name, exif=self.exif),
                     )
-                records[name] = ImageRecord(name, height, width, deep=deep)
+                records[name] = ImageRecord(name, height, width, special=special)
             except ImageError as error:
                 yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)
         table, rows = KaggleTable(self.csv), _Rows(self, names, records)
@@ -81,7 +84,7 @@ class KaggleReader:
         yield from rows.settle(table.old)
         yield from records.values()
         taken = {*names, *(path.name for path in self.inputs() if path.parent == self.image_dir)}
-        yield from map(Unread, unread(self.image_dir, taken))
+        yield from not_taken(self.image_dir, taken)
 
 
 class _Rows:

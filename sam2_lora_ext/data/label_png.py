@@ -7,11 +7,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe, unread
+from sam2_lora_ext.data import tiff
+from sam2_lora_ext.data.decode import decode
+from sam2_lora_ext.data.images import ImageError, list_images, mode_and_tag, not_taken, probe, turning
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import ImageRecord, Problem, Unread, class_table, describe_classes, shorten
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
+
+LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
+JPEG_2000 = dict.fromkeys((33003, 33005, 34712), "JPEG 2000")
+LOSSY_TIFF = {**dict.fromkeys((6, 7, 34892), "JPEG"), **JPEG_2000, 50001: "WebP"}  # by the tag Compression
 
 
 class LabelPNGReader:
@@ -24,6 +30,7 @@ class LabelPNGReader:
         colors: class number -> [r, g, b] for coloured labels; black is none. None takes grey values or palette indices
             (0 is none).
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     instances = False
@@ -35,6 +42,7 @@ class LabelPNGReader:
         classes: int | Sequence[str] | dict[int, str] | None = None,
         colors: Mapping[int, Sequence[int]] | None = None,
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.image_dir = Path(image_dir)
         self.label_dir = Path(label_dir)
@@ -50,6 +58,7 @@ class LabelPNGReader:
                 f"black, got {dict(colors)}"
             )
         self.full_check = full_check
+        self.exif = exif
 
     def files(self) -> list[Path]:
         return [self.label_dir / name for name in list_images(self.label_dir)]
@@ -80,7 +89,7 @@ class LabelPNGReader:
                         "duplicate image", f"another image has the stem {stem}, so they would share a label"
                     )
                 images.add(stem)
-                height, width, deep = probe(self.image_dir / name, self.full_check)
+                height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
             except ImageError as error:
                 yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)
                 continue
@@ -96,7 +105,7 @@ class LabelPNGReader:
                 )
                 continue
             path = self.label_dir / labels[stem]
-            record = ImageRecord(name, height, width, deep=deep)
+            record = ImageRecord(name, height, width, special=special)
             if stem in twice:  # nobody knows whose the label is, or which label: reported with the second file
                 record.complete = False
                 yield record
@@ -123,16 +132,21 @@ class LabelPNGReader:
                     "image missing",
                     f"no image {stem} in {self.image_dir}; add it or remove the label",
                 )
-        yield from map(Unread, [*unread(self.image_dir, image_names), *unread(self.label_dir, label_names)])
+        for folder, names, other in (
+            (self.image_dir, image_names, self.label_dir),
+            (self.label_dir, label_names, self.image_dir),
+        ):
+            yield from not_taken(folder, [*names, *([other.name] if other.parent == folder else ())])
 
     def _read(self, path: Path, record: ImageRecord) -> Iterator[Problem]:
         """Adds the masks of one label image to its record; yields a problem for each value that is no class."""
-        label = read_label(path, self.colors is not None)
+        label = read_label(path, self.colors is not None, self.exif)
         if label.shape != (record.height, record.width):
             raise ImageError(
                 "label size",
                 f"the label is {label.shape[1]}x{label.shape[0]}, its image "
-                f"{record.width}x{record.height}; they must be equal",
+                f"{record.width}x{record.height}; they must be equal"
+                + turning(self.image_dir / record.name, path, exif=self.exif),
             )
         values = {number: number for number in self.class_names} if self.colors is None else self.colors
         rest = label != 0
@@ -153,31 +167,48 @@ class LabelPNGReader:
             )
 
 
-def read_label(path: Path, color: bool = False) -> np.ndarray:
+def read_label(path: Path, color: bool = False, exif: bool = True) -> np.ndarray:
     """Integers [H, W] of a label image: grey values (1, 8 or 16 bit) or palette indices; with `color` 0xRRGGBB.
 
     Raises:
-        ImageError: the file cannot be read, or has colours where numbers are expected.
+        ImageError: the file cannot be read, was saved with loss, or has colours where numbers are expected.
     """
-    probe(path)
-    try:
-        with Image.open(path) as image:
-            if image.format == "PNG":
-                image.verify()  # the checksums, which decoding alone does not look at
-        with Image.open(path) as image:
-            if color:
-                red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
-                return red << 16 | green << 8 | blue
-            if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-                return np.asarray(image) * 1  # a bool becomes a number
-            mode = image.mode
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError("label damaged", f"the label cannot be decoded ({error}); write it again") from error
-    raise ImageError(
-        "label mode",
-        f"the label has the mode {mode}, but grey values or a palette are expected; save it with one "
-        "number per pixel, or give the reader its colors",
-    )
+    probe(path, exif=exif)
+    if color and mode_and_tag(path)[0].endswith(";16"):  # of which PIL gives the high bytes: nothing, as a rule
+        raise ImageError("label mode", "the label has 16 bits a channel; save it with 8, as its colors are")
+    return decode(path, exif, _colours if color else _numbers, whole=False)
+
+
+def _numbers(image: Image.Image) -> np.ndarray:
+    """Grey values or palette indices of a decoded label image."""
+    _refuse_lossy(image)
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"):
+        raise ImageError(
+            "label mode",
+            f"the label has the mode {image.mode}, but grey values or a palette are expected; save it with one "
+            "number per pixel, or give the reader its colors",
+        )
+    return np.asarray(image) * 1  # a bool becomes a number
+
+
+def _colours(image: Image.Image) -> np.ndarray:
+    """0xRRGGBB of a decoded label image."""
+    _refuse_lossy(image)
+    red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
+    return red << 16 | green << 8 | blue
+
+
+def _refuse_lossy(image: Image.Image) -> None:
+    """Refuses a file whose values were changed when it was saved, whatever its suffix says."""
+    form = image.format
+    if form == "TIFF" and (packing := LOSSY_TIFF.get(image.tag_v2.get(tiff.COMPRESSION))) is not None:
+        form = f"{packing} in TIFF"
+    if form in LOSSY or form != image.format:
+        raise ImageError(
+            "lossy label",
+            f"the file is {form}, a lossy label image whose values are not those that were drawn; save it as PNG from "
+            "where it was drawn",
+        )
 
 
 def _stems(names: Sequence[str]) -> Counter[str]:

@@ -26,7 +26,7 @@ class ImageRecord:
     height: int
     width: int
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
-    deep: bool = False  # more than 8 bits a channel
+    special: bool = False  # only `images.read_rgb` reads it right: more than 8 bits a channel, float, turned
     complete: bool = True  # False: a mask of it was dropped, so nothing here may be called clean
     ids: list[int] = field(default_factory=list)  # the file's annotation id of each mask, -1: none; [] where it has none
     crowd: list[bool] = field(default_factory=list)  # COCO's iscrowd of each mask; [] where the format has none
@@ -73,6 +73,7 @@ class Reader(Protocol):
 
     image_dir: Path
     class_names: dict[int, str]
+    exif: bool  # images are turned upright by their orientation tag
     instances: bool  # the format says which pixels are one object: a mask is one annotation of the file
 
     def records(self) -> Iterator[ImageRecord | Problem | Note | Unread]:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam2_lora_ext.data.images import read_rgb
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.rle import decode_runs
 from sam2_lora_ext.data.scan import class_sets, combination
+from sam2_lora_ext.errors import UserError
 
 COLORS = ((230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 49), (145, 30, 180))
 SHEET = 48  # images on the sheet
@@ -36,8 +36,8 @@ figcaption { font-size: 12px; color: #555; overflow-wrap: anywhere }
 
 
 def overlay(index: AnnotationIndex, image: int, bits: int = 16) -> Image.Image:
-    """An image with its masks tinted in the colour of their class; `bits` as in `read_rgb`."""
-    pixels = read_rgb(index.path(image), bits).copy()
+    """An image with its masks tinted in the colour of their class; `bits` as in `images.read_rgb`."""
+    pixels = index.read(image, bits).copy()
     for class_id, runs in index.masks(image):
         mask = decode_runs(runs, *index.sizes[image].tolist()) > 0
         pixels[mask] = (pixels[mask] * 0.55 + np.array(color(class_id)) * 0.45).astype(np.uint8)
@@ -61,7 +61,7 @@ def choose(index: AnnotationIndex, count: int = SHEET) -> list[int]:
 
 
 def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -> str:
-    """The page; `bits` as in `read_rgb`."""
+    """The page; `bits` as in `images.read_rgb`."""
     rows = [
         ("images", summary["images"]),
         ("clean", f"{summary['clean']} ({summary['clean_share']:.1%})"),
@@ -71,6 +71,8 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
         (f"objects ({summary['objects_are']})", summary["objects"]),
         ("sizes", _counts(summary["sizes"])),
         ("modes", _counts(summary["modes"])),
+        ("with an orientation tag", summary["turned"]),
+        ("units", "; ".join(summary["units"]) or "nothing odd"),
         ("unexposed columns", f"mean {summary['black_share']['mean']:.1%}, most {summary['black_share']['max']:.1%}"),
         (
             "duplicates",
@@ -136,7 +138,7 @@ def _figure(index: AnnotationIndex, image: int, bits: int) -> str:
     caption = f"{index.name(image)}: {combination(classes)}"
     try:
         picture = overlay(index, image, bits)
-    except (OSError, SyntaxError, ValueError) as error:
+    except UserError as error:
         return f"<figure><figcaption>{html.escape(f'{caption}: {error}')}</figcaption></figure>"
     picture.thumbnail((WIDTH, WIDTH))
     file = io.BytesIO()

@@ -9,26 +9,37 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
 from sam2_lora_ext.data.ids import class_of
-from sam2_lora_ext.data.images import DARK, explain, load, shallow
+from sam2_lora_ext.data.images import DARK, ImageError, decode, mode_and_tag
 from sam2_lora_ext.data.index import AnnotationIndex, collect
 from sam2_lora_ext.data.objects import ObjectMode, ObjectTable, components_differ, components_note, make_objects
 from sam2_lora_ext.data.records import Problem, Reader
+from sam2_lora_ext.data.units import is_deep, to_eight, unit_warning
 
 
 @dataclass
 class PixelFacts:
     """What the pixels of N images say."""
 
-    modes: list[str] = field(default_factory=list)  # of PIL, e.g. RGB
+    modes: list[str] = field(default_factory=list)  # of PIL, e.g. RGB; RGB;16 has 16 bits a channel
     black: list[float] = field(default_factory=list)  # share of columns that are unexposed
     digests: list[bytes] = field(default_factory=list)
     hashes: list[np.ndarray] = field(default_factory=list)
     thumbnails: list[np.ndarray] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    turned: int = 0  # images with an orientation tag
+    deep: int = 0  # images with integers of more than 8 bits a channel, and the largest of these
+    largest: int = 0
+    bits: int = 16  # as which they were read
+
+    def units(self) -> list[str]:
+        """What is odd about the values."""
+        warning = unit_warning(self.largest, self.deep, self.bits)
+        return [] if warning is None else [warning]
 
     def equal(self) -> np.ndarray:
         """Pairs of images with the same pixels."""
@@ -47,19 +58,22 @@ def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16
     Args:
         index: the images.
         progress: show a bar.
-        bits: depth of images with more than 8 bits a channel.
+        bits: depth of images with more than 8 bits a channel; a value that does not fit is a problem.
     """
-    facts = PixelFacts()
+    facts = PixelFacts(bits=bits)
     for number in tqdm(range(len(index)), desc="images", unit="image", disable=not progress):
         path = index.path(number)
         try:
-            image = load(path)
-            mode, digest = image.mode, hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).digest()
-            image = shallow(image, bits).convert("L")
+            mode, tag = mode_and_tag(path)
+            values = decode(path, index.exif)
+            digest = hashlib.sha256(f"{values.dtype}{values.shape}".encode() + values.tobytes()).digest()
+            facts.turned += tag != 1
+            if is_deep(values):
+                facts.deep, facts.largest = facts.deep + 1, max(facts.largest, int(values.max()))
+            image = Image.fromarray(to_eight(values, bits)).convert("L")
             grey, small, signs = np.asarray(image), thumbnail(image), difference_hash(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = explain(error, path)
-            facts.problems.append(Problem(path, None, reason.cause, str(reason), index.name(number)))
+        except ImageError as error:
+            facts.problems.append(Problem(path, None, error.cause, str(error), index.name(number)))
             mode, grey, digest = "unreadable", np.full((1, 1), 255), str(number).encode()
             small, signs = np.zeros((16, 64), np.uint8), np.zeros(256, bool)
         facts.modes.append(mode)
@@ -113,6 +127,8 @@ def summarise(index: AnnotationIndex, facts: PixelFacts, mode: ObjectMode | None
         },
         "sizes": dict(sizes.most_common()),
         "modes": dict(Counter(facts.modes).most_common()),
+        "turned": facts.turned,
+        "units": facts.units(),
         "black_share": {
             "mean": float(np.mean(facts.black)) if facts.black else 0.0,
             "max": max(facts.black, default=0.0),

@@ -5,13 +5,13 @@ Legend: H W height and width of the frame in pixels.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from training.dataset.vos_segment_loader import LazySegments
 
-from sam2_lora_ext.data.images import read_rgb
+from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.rle import crop_columns, decode_runs
 
 
@@ -63,16 +63,16 @@ class StripSegmentLoader:
 
 
 class StripPixels:
-    """The pixels of one strip, decoded once for all its frames."""
+    """The pixels of one strip of an index, decoded once for all its frames."""
 
-    def __init__(self, path: str, bits: int):
-        self.path = path
-        self.bits = bits
+    def __init__(self, index: AnnotationIndex, image: int, bits: int):
+        self.path = index.path(image)
+        self._read = partial(index.read, image, bits)
 
     @cached_property
     def rgb(self) -> np.ndarray:
         """uint8 [H, W, 3]."""
-        return read_rgb(self.path, self.bits)
+        return self._read()
 
 
 class WindowFrame:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe, unread
+from sam2_lora_ext.data.images import ImageError, list_images, not_taken, probe, turning
 from sam2_lora_ext.data.json_file import read_json
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import (
@@ -38,6 +38,7 @@ class SuperviselyReader:
         classes: class titles or their count; None takes them from `meta.json`: the number that each title ends with,
             or if they do not all have one then their order; without the file Severstal's four.
         full_check: decode every image instead of looking at its header and end.
+        exif: turn images upright by their orientation tag; False takes them as stored.
     """
 
     instances = True
@@ -48,10 +49,12 @@ class SuperviselyReader:
         split: str | None = None,
         classes: int | Sequence[str] | dict[int, str] | None = None,
         full_check: bool = False,
+        exif: bool = True,
     ):
         self.root = Path(root)
         self.split = split
         self.full_check = full_check
+        self.exif = exif
         self.folders = self._folders()
         self.image_dir = self.folders[0] / "img" if len(self.folders) == 1 else self.root
         meta = next((path for path in (self.root / "meta.json", self.root.parent / "meta.json") if path.exists()), None)
@@ -90,11 +93,11 @@ class SuperviselyReader:
                 path = folder / "img" / name
                 shown = str(path.relative_to(self.image_dir))
                 try:
-                    height, width, deep = probe(path, self.full_check)
+                    height, width, special = probe(path, self.full_check, self.exif)
                 except ImageError as error:
                     yield Problem(str(path), None, error.cause, str(error), shown)
                     continue
-                record = ImageRecord(shown, height, width, deep=deep)
+                record = ImageRecord(shown, height, width, special=special)
                 for problem in self._read(folder / "ann" / f"{name}.json", record, numbers):
                     record.complete = False
                     yield problem
@@ -109,11 +112,11 @@ class SuperviselyReader:
                     else:
                         sentence += "add it or remove the annotation"
                     yield Problem(str(path), None, "image missing", sentence)
-            yield from map(Unread, unread(folder / "img", names))
-            yield from map(Unread, unread(folder / "ann", [path.name for path in annotations]))
+            yield from not_taken(folder / "img", names)
+            yield from not_taken(folder / "ann", [path.name for path in annotations])
         if self.split is None and self.root not in self.folders:
             taken = {path.name for path in (*self._meta, *self.folders) if path.parent == self.root}
-            yield from map(Unread, unread(self.root, taken))
+            yield from not_taken(self.root, taken)
 
     def _read(self, path: Path, record: ImageRecord, numbers: dict[str, int]) -> Iterator[Problem]:
         """Adds the masks of one annotation file to its record."""
@@ -149,7 +152,8 @@ class SuperviselyReader:
             yield problem(
                 "image size",
                 f"the annotation is for {declared[1]}x{declared[0]}, the image is "
-                f"{record.width}x{record.height}; they must be equal",
+                f"{record.width}x{record.height}; they must be equal"
+                + turning(self.image_dir / record.name, exif=self.exif),
             )
             return
         for row, entry in enumerate(objects, 1):

@@ -7,8 +7,9 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from sam2_lora_ext.data.decode import ImageError, decode
 from sam2_lora_ext.data.records import InvalidData
 
 LARGEST = 1 << 26  # bytes of a bitmap's PNG: a few base64 letters can say that there are gigabytes
@@ -46,7 +47,7 @@ def place_bitmap(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
 
 
 def decode_bitmap(data: str) -> np.ndarray:
-    """bool [h, w] of base64 text: what is not transparent, or where nothing is transparent what is not black."""
+    """bool [h, w] of base64 text, see `_shape`."""
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
@@ -57,19 +58,22 @@ def decode_bitmap(data: str) -> np.ndarray:
             raw = unpack.decompress(raw, LARGEST)
             if not unpack.eof or unpack.unused_data:
                 raise zlib.error("its compressed data is cut off or too long")
-        with Image.open(io.BytesIO(raw)) as image:
-            image.verify()  # the checksums, which decoding alone does not look at
-        with Image.open(io.BytesIO(raw)) as image:
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                pixels = np.asarray(image.convert("RGBA"))
-                opaque = pixels[..., 3] > 0
-                return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
-            pixels = np.asarray(image)
-    except (zlib.error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise BitmapError(
-            "bitmap damaged", f"its bitmap is no PNG, nor a zlib-compressed one{reason}; export it again"
-        ) from error
+    except zlib.error as error:
+        raise BitmapError("bitmap damaged", f"its bitmap is no PNG, zlib-compressed or not ({error})") from error
+    try:
+        return decode(io.BytesIO(raw), exif=False, take=_shape)
+    except ImageError as error:
+        cause = "bitmap too large" if error.cause == "image too large" else "bitmap damaged"
+        raise BitmapError(cause, f"its bitmap cannot be used: {error}") from error
+
+
+def _shape(image: Image.Image) -> np.ndarray:
+    """bool [h, w]: what is not transparent, or where nothing is transparent what is not black."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        pixels = np.asarray(image.convert("RGBA"))
+        opaque = pixels[..., 3] > 0
+        return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
+    pixels = np.asarray(image)
     return pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0
 
 

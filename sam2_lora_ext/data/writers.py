@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
+from sam2_lora_ext.data.images import mode_and_tag
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.instance_writers import places, progress_bar, write_coco, write_supervisely
 from sam2_lora_ext.data.objects import make_objects
@@ -134,6 +135,14 @@ def convert(
             shutil.copy2(index.path(image), folder / image_folder / name)
 
     write_folder(out, fill, force)
+    tagged = [name for image, name in enumerate(names) if not index.exif and mode_and_tag(index.path(image))[1] != 1]
+    if tagged:
+        log.warning(
+            "%d images (%s, ...) are copied with their EXIF orientation tag, but the masks are those of the images as "
+            "stored: read the copy with dataset.exif=false too, or remove the tags",
+            len(tagged),
+            tagged[0],
+        )
     return left_out
 
 

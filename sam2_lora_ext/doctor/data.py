@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.data.images import ImageError, probe
 from sam2_lora_ext.data.index import remarks
 from sam2_lora_ext.data.objects import components_note
 from sam2_lora_ext.data.records import compare_datasets
+from sam2_lora_ext.data.units import look_at_units, spread
 from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
+from sam2_lora_ext.errors import UserError
 
 AREA = "data"
 LOOKED_AT = 16  # images of each phase that are decoded
@@ -93,21 +94,25 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
 
 
 def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
-    """Decodes a few images, spread evenly; headers are read when the data set is built, pixels are not."""
-    paths = sorted(image_paths(dataset))
-    chosen = [paths[place * len(paths) // LOOKED_AT] for place in range(LOOKED_AT)] if len(paths) > LOOKED_AT else paths
+    """Decodes a few images, spread evenly: of most, headers alone are read when the data set is built."""
+    index, images = dataset.index, list(dataset.images)
+    chosen = spread(images, LOOKED_AT)
     damaged, began = [], time.perf_counter()
-    for path in chosen:
+    for image in chosen:
         try:
-            probe(path, full=True)
-        except ImageError as error:
-            damaged.append(f"{path}: {error}")
+            index.read(int(image), dataset.bits)
+        except UserError as error:
+            damaged.append(str(error))
     if damaged:
         said = f"{phase}: {len(damaged)} of {len(chosen)} decoded images are damaged, the first: {damaged[0]}"
         yield red(AREA, said, "python tools/prepare_data.py scan DATA lists all")
-    else:
-        speed = 1000 * (time.perf_counter() - began) / len(chosen)
-        yield green(AREA, f"{phase}: {len(chosen)} images decode, {speed:.0f} ms each")
+        return
+    speed = 1000 * (time.perf_counter() - began) / len(chosen)
+    yield green(AREA, f"{phase}: {len(chosen)} images decode, {speed:.0f} ms each")
+    special = [index.path(int(image)) for image in images if index.special[image]]
+    for sentence in look_at_units(special, dataset.bits, index.exif):
+        said, _, todo = sentence.partition(": ")
+        yield yellow(AREA, f"{phase}: {said}", todo)
 
 
 def image_paths(dataset: Any) -> set[str]:
