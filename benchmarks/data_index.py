@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.data.cache import cached_index
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
@@ -32,14 +33,15 @@ def full_set(data: Path, folder: Path, images: int) -> None:
     (folder / "train_images").mkdir(parents=True)
     small = folder / "strip.jpg"
     Image.new("RGB", (1600, 256), (90, 90, 90)).save(small)
-    rows = ["ImageId,ClassId,EncodedPixels"]
+    rows: list[tuple[str, str, str]] = []
     annotations = list(groups.values())
     for number in range(images):
         name = f"{number:08x}.jpg"
         os.link(small, folder / "train_images" / name)
-        if len(rows) <= MASKS * images / IMAGES:
-            rows += [f"{name},{class_id},{rle}" for class_id, rle in annotations[number % len(annotations)]]
-    (folder / "train.csv").write_text("\n".join(rows) + "\n")
+        if len(rows) < MASKS * images / IMAGES:
+            rows += [(name, class_id, rle) for class_id, rle in annotations[number % len(annotations)]]
+    text = csv_text(["ImageId", "ClassId", "EncodedPixels"], rows)
+    (folder / "train.csv").write_text(text, encoding="utf-8")
 
 
 def index_figures(folder: Path) -> dict[str, float]:

@@ -20,6 +20,7 @@ import psutil
 import torch
 from sam2.build_sam import build_sam2
 
+from sam2_lora_ext.data.splits import write_split
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_json
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.save({"model": build_sam2(CONFIG, device="cpu").state_dict()}, base)
     table = write_strips(out / "data", 4, clean_share=0.0)
     names = sorted(path.name for path in (table.parent / "train_images").iterdir())
-    (out / "data/split.csv").write_text("image,split\n" + "".join(f"{n},{'val' if i == 3 else 'train'}\n" for i, n in enumerate(names)))
+    write_split(out / "data/split.csv", names, ["val" if i == 3 else "train" for i in range(len(names))], force=True)
     environment = {**os.environ, "SEVERSTAL_ROOT": str(out / "data"), "SAM2_CHECKPOINTS": str(base.parent), "SAM2_LORA_RUNS": str(out)}
     run = out / "severstal_lora"
     command = [sys.executable, "-m", "sam2_lora_ext.train", "-c", "severstal_lora", *OVERRIDES]

@@ -26,6 +26,7 @@ from PIL import Image
 from sam2.build_sam import build_sam2
 from tqdm import tqdm
 
+from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.adapter import load_adapter
 from sam2_lora_ext.bootstrap import bootstrap_interval
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
@@ -81,7 +82,7 @@ def write_split(data: Path, file: Path) -> None:
         raise UserError(f"{data}/images holds {len(names)} images, but {TRAIN + TEST + VAL} are needed: give NEU-Seg's training part")
     chosen = [names[i] for i in np.random.default_rng(SEED).permutation(len(names))[: TRAIN + TEST + VAL]]
     parts = ["train"] * TRAIN + ["test"] * TEST + ["val"] * VAL
-    file.write_text("image,split\n" + "".join(f"{name},{part}\n" for name, part in zip(chosen, parts, strict=True)))
+    file.write_text(csv_text(["image", "split"], zip(chosen, parts, strict=True)), encoding="utf-8")
 
 
 def train(run: Path, overrides: Sequence[str], data: Path, split: Path, steps: int) -> None:

@@ -21,6 +21,7 @@ from training.utils.train_utils import Phase
 from sam2_lora_ext.base_weights import base_path, load_base
 from sam2_lora_ext.checkpoint_files import prepare_resume, remove_temporaries, write_checkpoint
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, read_file, weights_id
+from sam2_lora_ext.data.records import compare_datasets
 from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
@@ -111,6 +112,7 @@ class LoRATrainer(Trainer):
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
+        compare_datasets({"train": raw_datasets(self.train_dataset), "val": raw_datasets(self.val_dataset)})
         self.max_epochs = getattr(self.train_dataset, "num_phases", self.max_epochs)
 
     def load_checkpoint(self) -> None:

@@ -7,7 +7,7 @@ from data_sets import HEIGHT, STRIPS, WIDTH, class_masks, write_image
 
 from sam2_lora_ext.data.objects import make_objects
 from sam2_lora_ext.data.rle import decode_runs
-from sam2_lora_ext.data.supervisely import encode_bitmap
+from sam2_lora_ext.data.supervisely_bitmap import encode_bitmap
 
 
 def truth(index):

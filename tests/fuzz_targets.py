@@ -16,7 +16,8 @@ from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.items import read_split
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.rle import RLEError, format_rle, parse_rle
-from sam2_lora_ext.data.supervisely import SuperviselyReader, encode_bitmap
+from sam2_lora_ext.data.supervisely import SuperviselyReader
+from sam2_lora_ext.data.supervisely_bitmap import encode_bitmap
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.logger import CSVFile, MetricsCSV
 

@@ -11,7 +11,7 @@ import pytest
 from data_sets import STRIPS, WIDTH, reader, rows_of, write_image, write_kaggle
 from PIL import Image
 
-from sam2_lora_ext.data.index import build_index, collect
+from sam2_lora_ext.data.index import build_index, collect, remarks
 from sam2_lora_ext.data.records import Problem
 from sam2_lora_ext.errors import UserError
 
@@ -32,6 +32,7 @@ class Case:
     file: str = "train.csv"  # what the place ends with
     lost: tuple[str, ...] = ()  # images that are left out
     kept_masks: int | None = None  # of a.jpg
+    doubt: bool = False  # any image may have lost a row: none is whole, and none without a good row is clean
 
 
 def table(*lines: str, header: str = HEADER, end: str = "\n") -> Callable[[Path], None]:
@@ -70,14 +71,35 @@ def picture(content: bytes | Callable[[Path], object] | None) -> Callable[[Path]
     return image("a.jpg", content)
 
 
+def latin(line: str) -> Callable[[Path], None]:
+    """Replaces the last row by one that is not UTF-8."""
+
+    def damage(folder: Path) -> None:
+        (folder / "train.csv").write_bytes("\n".join([HEADER, *ROWS[:5], line, ""]).encode("latin-1"))
+
+    return damage
+
+
+NO_ROW = {"lost": ("c.jpg", "e.jpg", "f.jpg"), "doubt": True}  # any image without a good row
 A = {"file": "a.jpg", "lost": ("a.jpg",)}  # said of the image, not of a row
 
 
 KAGGLE = [
     Case("cut off inside a run", row(7, ROWS[5].rsplit(" ", 1)[0]), "RLE odd", 7, lost=("f.jpg",)),
-    Case("cut off inside a row", table(*ROWS[:5], "f.jpg,3", end=""), "row length", 7),
-    Case("cut off inside quotes", table(*ROWS[:5], '"f.jpg,3,1 5', end=""), "csv syntax", 7),
-    Case("too many fields", row(3, ROWS[1] + ",x"), "row length", 3),
+    Case("cut off inside a row", table(*ROWS[:5], "f.jpg,3", end=""), "row length", 7, lost=("f.jpg",)),
+    Case("cut off inside quotes", table(*ROWS[:5], '"f.jpg,3,1 5', end=""), "csv syntax", 7, **NO_ROW),
+    Case("cut off inside a number", table(*ROWS[:5], "f.jpg,3,1 5", end=""), "row cut", 7, lost=("f.jpg",)),
+    Case("cut off before the mask", table(*ROWS[:5], "f.jpg,3,", end=""), "row cut", 7, lost=("f.jpg",)),
+    Case("cut off inside a name", table(*ROWS[:5], "f.j", end=""), "row length", 7, **NO_ROW),
+    Case("a quote that swallows a row", table(*ROWS[:5], 'f.jpg,3,"1 5', 'c.jpg,3,1 5"'), "csv syntax", 7, **NO_ROW),
+    Case("not UTF-8 in the name", latin("\xe9.jpg,3,1 5"), "not UTF-8", 7, **NO_ROW),
+    Case("not UTF-8 in the mask", latin("f.jpg,3,1 5\xe9"), "not UTF-8", 7, lost=("f.jpg",)),
+    Case("too many fields", row(3, ROWS[1] + ",x"), "row length", 3, kept_masks=1),
+    Case("id in another case", row(7, "F.JPG,3,1 5"), "image id", 7, lost=("f.jpg",)),
+    Case("id with another suffix", row(7, "f.png,3,1 5"), "image id", 7, lost=("f.jpg",)),
+    Case("id without a suffix", row(7, "f,3,1 5"), "image id", 7, lost=("f.jpg",)),
+    Case("cut by a spreadsheet", row(3, "a.jpg,3," + "1 5 " + "9" * 32763), "RLE cut by a spreadsheet", 3, kept_masks=1),
+    Case("rounded by a spreadsheet", row(3, "a.jpg,3,1.2E+05 5"), "RLE changed by a spreadsheet", 3, kept_masks=1),
     Case("quoted commas in the run-length code", row(3, 'a.jpg,3,"1,5"'), "RLE not integers", 3, kept_masks=1),
     Case("unknown class", row(3, "a.jpg,7,1 5"), "unknown class", 3, kept_masks=1),
     Case("class zero", row(3, "a.jpg,0,1 5"), "unknown class", 3, kept_masks=1),
@@ -94,11 +116,12 @@ KAGGLE = [
     Case("odd count", row(3, "a.jpg,3,5 4 7"), "RLE odd", 3, kept_masks=1),
     Case("letters", row(3, "a.jpg,3,abc"), "RLE not integers", 3, kept_masks=1),
     Case("a broken mask on an image with no other", row(4, "b.jpg,4,5 0"), "RLE length", 4, lost=("b.jpg",)),
-    Case("two rows for one pair", row(3, "a.jpg,1,1 5"), "duplicate row", 3, kept_masks=1),
+    Case("two rows for one pair", row(3, "a.jpg,1,85 2"), "rows overlap", 3, kept_masks=1),
+    Case("a mask and none for one pair", row(3, "a.jpg,1,"), "duplicate row", 3, kept_masks=1),
     Case("image missing", picture(None), "image missing", 2, lost=("a.jpg",)),
-    Case("path with ..", row(7, "../f.jpg,3,1 5"), "path in name", 7),
-    Case("absolute path", row(7, "/etc/f.jpg,3,1 5"), "path in name", 7),
-    Case("empty name", row(7, ",3,1 5"), "path in name", 7),
+    Case("path with ..", row(7, "../f.jpg,3,1 5"), "image id", 7, lost=("f.jpg",)),
+    Case("absolute path", row(7, "/etc/f.jpg,3,1 5"), "image id", 7, lost=("f.jpg",)),
+    Case("empty name", row(7, ",3,1 5"), "no image name", 7, **NO_ROW),
     Case("zero bytes", picture(b""), "image empty", **A),
     Case("text renamed", picture(b"hello, I am no picture\n" * 9), "not an image", **A),
     Case("truncated JPEG", picture(cut_short), "image damaged", **A),
@@ -125,16 +148,18 @@ def test_broken_kaggle_data(tmp_path, case, caplog):
     assert f"{case.file}{'' if case.row is None else f', row {case.row}'}: " in place
     with caplog.at_level(logging.WARNING):
         index = build_index(reader(folder), "skip")
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{folder / 'images'}: skipped 1 invalid entries: 1 {case.cause}"
-    ]
+    said = [record.getMessage().removeprefix(f"{folder / 'images'}: ") for record in caplog.records]
+    assert said[0] == f"skipped 1 invalid entries: 1 {case.cause}"
+    assert said[1:] == remarks(index)
     (problem,) = index.problems
     assert isinstance(problem, Problem) and problem.cause == case.cause and len(problem.sentence) > 20
-    lost = set(case.lost)
-    if case.row == 7 and "f.jpg" not in lost:  # the row of f.jpg is gone, nobody knows which image it was for
-        assert index.names() == whole.names()
-    else:
-        assert index.names() == [name for name in whole.names() if name not in lost]
+    assert index.names() == [name for name in whole.names() if name not in case.lost]
+    there = [name for name in case.lost if os.path.lexists(folder / "images" / name)]
+    assert list(index.unknown) == there and not set(there) & set(index.names())
+    if case.doubt:
+        assert not index.complete.any() and not index.clean().any()
+    elif case.kept_masks is None:
+        assert index.complete.all()
     if case.kept_masks is not None:
         assert len(index.masks(index.names().index("a.jpg"))) == case.kept_masks
         assert not index.complete[index.names().index("a.jpg")] and index.complete[1:].all()

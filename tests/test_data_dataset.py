@@ -139,7 +139,7 @@ def test_sixteen_bit_images_pass_through_stock(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"objects": "blobs"}, "components, classes or all"),
+        ({"objects": "blobs"}, "instances, components, classes, all or null"),
         ({"min_area": 0}, "min_area"),
         ({"min_area": 99999, "include_clean": False}, "leaves no sample"),
         ({"split": "train"}, "split file"),

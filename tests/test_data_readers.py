@@ -36,13 +36,13 @@ def test_every_way_of_saying_no_mask(tmp_path, absent):
         *rows_of(STRIPS),
         *(f"{name},{class_id},{absent}" for name in ("c.jpg", "e.jpg") for class_id in range(1, 5)),
     ]
-    (tmp_path / "train.csv").write_text("\n".join(["ImageId,ClassId,EncodedPixels", *lines]))
+    (tmp_path / "train.csv").write_text("\n".join(["ImageId,ClassId,EncodedPixels", *lines, ""]))
     assert (build_index(reader(tmp_path)).runs == new.runs).all()
     rows = {tuple(line.split(",")[:2]): line.split(",")[2] for line in rows_of(STRIPS)}
     old = [
         f"{name}_{class_id},{rows.get((name, str(class_id)), absent)}" for name in STRIPS for class_id in range(1, 5)
     ]
-    (tmp_path / "train.csv").write_text("\n".join(["ImageId_ClassId,EncodedPixels", *old]))
+    (tmp_path / "train.csv").write_text("\n".join(["ImageId_ClassId,EncodedPixels", *old, ""]))
     index = build_index(reader(tmp_path))
     assert (index.runs == new.runs).all() and index.clean().tolist() == new.clean().tolist()
 
@@ -52,7 +52,7 @@ def test_clean_rows_and_float_classes_as_pandas_writes_them(tmp_path):
     lines = [line.replace(",", ".0,", 2).replace(".0,", ",", 1) for line in rows_of(STRIPS)]
     assert ",1.0," in lines[0]
     (tmp_path / "train.csv").write_text(
-        "\n".join(["ImageId,ClassId,EncodedPixels", *lines, "c.jpg,,", "e.jpg,nan,nan"])
+        "\n".join(["ImageId,ClassId,EncodedPixels", *lines, "c.jpg,,", "e.jpg,nan,nan", ""])
     )
     index = build_index(reader(tmp_path))
     assert index.clean().tolist() == [False, False, True, False, True, False]
@@ -82,5 +82,5 @@ def test_table_dialects(tmp_path):
         for class_id, mask in expected.items():
             np.testing.assert_array_equal(found[name][class_id], mask)
     old = [f'"{name}_{class_id}",{rle}' for name, class_id, rle in plain]
-    (tmp_path / "train.csv").write_text("\n".join(["ImageId_ClassId,EncodedPixels", *old]), encoding="utf-8")
+    (tmp_path / "train.csv").write_text("\n".join(["ImageId_ClassId,EncodedPixels", *old, ""]), encoding="utf-8")
     assert set(truth(build_index(reader(tmp_path)))["鋼_1.png"]) == {4}

@@ -13,7 +13,8 @@ from PIL import Image
 
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.rle import decode_runs
-from sam2_lora_ext.data.supervisely import SuperviselyReader, decode_bitmap, encode_bitmap
+from sam2_lora_ext.data.supervisely import SuperviselyReader
+from sam2_lora_ext.data.supervisely_bitmap import decode_bitmap, encode_bitmap
 from sam2_lora_ext.errors import UserError
 
 

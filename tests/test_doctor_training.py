@@ -71,7 +71,7 @@ def own_strips(place: Path, strips: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_broken_annotations_are_named_with_their_row(own_strips):
     table = (own_strips / "train.csv").read_text().splitlines()
     name = table[1].split(",")[0]
-    (own_strips / "train.csv").write_text("\n".join([table[0], f"{name},3,1 2 3", *table[2:]]))
+    (own_strips / "train.csv").write_text("\n".join([table[0], f"{name},3,1 2 3", *table[2:], ""]))
     only(find(), "row 2", "pairs of start and length")
 
 

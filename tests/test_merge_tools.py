@@ -125,7 +125,7 @@ def test_a_failed_proof_is_an_error(folder, tmp_path, monkeypatch, repository):
     (["--weights", "0.5", "0.5"], "--weights has 2 numbers for 1 adapters"),
     (["--verify", "configs/nothing.yaml"], "there is no config 'configs/nothing.yaml'"),
     (["--verify", "configs/sam2/sam2_hiera_t.yaml"], "look like configs/sam2_nano.yaml, the model like configs/sam2/"),
-    (["--verify", NANO, "--image", "nothing.png"], "cannot read the image nothing.png: No such file"),
+    (["--verify", NANO, "--image", "nothing.png"], "cannot read the image nothing.png: the image does not exist"),
     (["--image", "strip.png"], "give --verify CONFIG too"),
     (["--dtype", "float8"], "invalid choice"), (["--format", "onnx"], "invalid choice"),
     (["--base", "nothing.pt"], "there is no file nothing.pt"), (["--alpha", "3"], "says itself what its alpha is"),

@@ -44,12 +44,12 @@ def clear(folder: Path) -> None:
 
 def write_data(folder: Path, strips: int, seed: int) -> None:
     """Synthetic strips in Kaggle's layout and split.csv: every fifth strip validates."""
+    from sam2_lora_ext.data.splits import write_split
     from sam2_lora_ext.data.synthetic import write_strips
 
     write_strips(folder, strips, seed)
     names = sorted(path.name for path in (folder / "train_images").iterdir())
-    rows = [f"{name},{'val' if index % 5 == 4 else 'train'}" for index, name in enumerate(names)]
-    (folder / "split.csv").write_text("\n".join(["image,split", *rows]) + "\n")
+    write_split(folder / "split.csv", names, ["val" if index % 5 == 4 else "train" for index in range(len(names))])
 
 
 def train(out: Path, data: Path) -> Path:

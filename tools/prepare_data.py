@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.data.arguments import add_source, source_of
 from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
-from sam2_lora_ext.data.index import build_index
-from sam2_lora_ext.data.records import Reader
+from sam2_lora_ext.data.index import build_index, remarks
+from sam2_lora_ext.data.records import Reader, shorten
 from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
 from sam2_lora_ext.data.source import Source
@@ -144,14 +144,14 @@ def run_scan(args: argparse.Namespace) -> None:
     write_json(args.out / "scan.json", summary, force=args.force)
     write_atomic(args.out / "scan.html", lambda path: path.write_bytes(page), force=args.force)
     print(
-        f"{summary['images']} images, {summary['clean']} clean, {summary['masks']} masks, "
-        f"{summary['objects']} objects, "
+        f"{summary['images']} images, {summary['clean']} clean, {summary['unknown']} unknown, {summary['masks']} masks, "
+        f"{summary['objects']} objects ({summary['objects_are']}), "
         f"{len(summary['duplicates']['near'])} groups of duplicates, "
         f"{len(summary['problems'])} problems"
     )
     for cause, count in summary["problems_per_cause"].items():
         print(f"  {count} {cause}")
-    for sentence in summary["units"]:
+    for sentence in dict.fromkeys([*remarks(index), *summary["notes"], *summary["units"]]):
         print(f"  {sentence}")
     print(f"written to {args.out / 'scan.json'} and scan.html")
 
@@ -180,6 +180,8 @@ def run_split(args: argparse.Namespace) -> None:
     for label in sorted(set(map(combination, classes))):
         print(f"{label:12}" + "".join(f"{counts[label, column]:>10}" for column in columns))
     print(f"{'all':12}" + "".join(f"{splits.count(column):>10}" for column in columns))
+    if index.unknown:
+        print(f"{len(index.unknown)} images are unknown and in no split: {shorten(index.unknown)}")
 
 
 def refuse_input_files(out: Path, reader: Reader) -> None:
@@ -198,6 +200,7 @@ def run_convert(args: argparse.Namespace) -> None:
     print(
         f"{len(index) - left_out} images written to {args.out} as {args.to}"
         + (f"; {left_out} left out because a mask of theirs is invalid" if left_out else "")
+        + (f"; {len(index.unknown)} left out as unknown" if index.unknown else "")
     )
 
 

@@ -10,10 +10,11 @@ import logging
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sam2_lora_ext.data.index import AnnotationIndex, build_index
+from sam2_lora_ext.data.index import AnnotationIndex, announce, build_index
 from sam2_lora_ext.data.records import OnInvalid, Problem, Reader
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
@@ -36,7 +37,9 @@ def cached_index(
         return build_index(reader, on_invalid)
     path = Path(cache_dir).expanduser() / f"index_{fingerprint(reader)[:24]}.npz"
     try:
-        return load_index(path)
+        index = load_index(path)
+        announce(index)
+        return index
     except FileNotFoundError:
         pass
     except Exception as error:  # numpy, zip and JSON fail in many ways on a damaged file, and a cache may not matter
@@ -76,12 +79,7 @@ def fingerprint(reader: Reader) -> str:
 def save_index(index: AnnotationIndex, path: Path) -> None:
     """Writes the arrays as an npz (no pickles)."""
     arrays = {key: value for key, value in vars(index).items() if isinstance(value, np.ndarray)}
-    other = {
-        "image_dir": index.image_dir,
-        "class_names": list(index.class_names.items()),
-        "problems": [asdict(problem) for problem in index.problems],
-        "exif": index.exif,
-    }
+    other = {key: _plain(value) for key, value in vars(index).items() if key not in arrays}
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
@@ -94,15 +92,26 @@ def load_index(path: Path) -> AnnotationIndex:
     """Reads what `save_index` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
         other = json.loads(arrays["other"].tobytes())
-        wanted = [
-            field.name
+        values = {
+            field.name: _value(field.name, other[field.name]) if field.name in other else arrays[field.name]
             for field in fields(AnnotationIndex)
-            if field.name not in ("image_dir", "class_names", "problems", "exif")
-        ]
-        return AnnotationIndex(
-            other["image_dir"],
-            {int(number): name for number, name in other["class_names"]},
-            **{name: arrays[name] for name in wanted},
-            problems=tuple(Problem(**problem) for problem in other["problems"]),
-            exif=other["exif"],
-        )
+        }
+    return AnnotationIndex(**values)
+
+
+def _plain(value: Any) -> Any:
+    """A field of an index that is no array, as JSON holds it: a dict as its items, since its keys are numbers."""
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, tuple):
+        return [asdict(entry) if isinstance(entry, Problem) else entry for entry in value]
+    return value
+
+
+def _value(name: str, stored: Any) -> Any:
+    """The field that `_plain` made `stored` of."""
+    if name in ("class_names", "class_source"):
+        return {int(key): value for key, value in stored}
+    if name == "problems":
+        return tuple(Problem(**problem) for problem in stored)
+    return tuple(stored) if isinstance(stored, list) else stored

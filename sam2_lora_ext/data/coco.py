@@ -1,33 +1,32 @@
 """COCO instances: one JSON with images, categories and annotations (polygons, compressed or plain RLE, crowd)."""
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as mask_utils
-
-from sam2_lora_ext.data.images import probe, turning
-from sam2_lora_ext.data.records import MOST_CLASSES, ImageRecord, InvalidData, Problem, class_table
-from sam2_lora_ext.data.rle import encode_mask, from_coco_counts, parse_coco_text
+from sam2_lora_ext.data.coco_masks import disagreement, read_segmentation
+from sam2_lora_ext.data.coco_names import ImageFinder, number_categories
+from sam2_lora_ext.data.images import not_taken, probe, turning
+from sam2_lora_ext.data.json_file import read_json
+from sam2_lora_ext.data.records import ImageRecord, InvalidData, Note, Problem, Unread, source_id
 from sam2_lora_ext.errors import UserError
-
-LONGEST = 4_000_000  # pixels around all polygons of a mask: pycocotools takes 60 bytes for each, and dies of too many
 
 
 class COCOReader:
-    """Reads the images that a COCO file lists; other files in the folder do not matter.
+    """Reads the images that a COCO file lists; an annotation is an instance. Other files are named as not read.
 
     Args:
         image_dir: the folder that `file_name` is relative to.
         json: the annotations.
-        classes: class names or their count, in the order of the category ids; None takes the file's categories: their
-            ids as class numbers, or their order where an id is none.
+        classes: class names (a list, or a table with numbers) or their count: a category is the class of its name; None
+            takes the file's categories: their ids as class numbers, or their order where an id is none.
         crowd: whether annotations with `iscrowd` are used; an image that has one which is not used is never clean.
         full_check: decode every image instead of looking at its header and end.
         exif: turn images upright by their orientation tag; False takes them as stored.
     """
+
+    instances = True
 
     def __init__(
         self,
@@ -44,18 +43,11 @@ class COCOReader:
         self.full_check = full_check
         self.exif = exif
         self._content = _load(self.json)
-        categories = sorted((entry["id"], str(entry["name"])) for entry in self._content["categories"])
-        ids = [category for category, _ in categories]
-        if len(set(ids)) < len(ids):
-            twice = next(category for category in ids if ids.count(category) > 1)
-            raise UserError(f"{self.json} has two categories with the id {twice}; give each its own")
-        if classes is None and ids and 1 <= ids[0] and ids[-1] <= MOST_CLASSES:
-            classes = dict(categories)
-        self.class_names = class_table([name for _, name in categories] if classes is None else classes)
-        order = sorted(self.class_names)
-        if len(order) < len(categories):
-            raise UserError(f"{self.json} has {len(categories)} categories, but {len(order)} classes are given")
-        self._numbers = {category: number for (category, _), number in zip(categories, order)}
+        self._finder = ImageFinder(self.image_dir)
+        used = [_key(entry.get("category_id")) for entry in self._content["annotations"]]
+        self.class_names, self._numbers = number_categories(self._content["categories"], used, classes, self.json)
+        self._category_names = {entry["id"]: str(entry["name"]) for entry in self._content["categories"]}
+        self.class_source = {number: category for category, number in self._numbers.items()}
 
     def files(self) -> list[Path]:
         return [self.json]
@@ -63,18 +55,72 @@ class COCOReader:
     def inputs(self) -> list[Path]:
         return [self.image_dir, self.json]
 
-    def records(self) -> Iterator[ImageRecord | Problem]:
-        records, bad, names = {}, set(), set()
+    def records(self) -> Iterator[ImageRecord | Problem | Note | Unread]:
+        records: dict[int | str, ImageRecord] = {}
+        lost: set[int | str | None] = set()  # image ids whose image is reported
+        yield from self._images(records, lost)
+        as_text = {str(key): record for key, record in records.items()}
+        doubt, odd, odd_row = False, 0, 0
+        for row, entry in enumerate(self._content["annotations"], 1):
+            image_id = _key(entry.get("image_id"))
+            if image_id in lost:
+                continue
+            if image_id not in records:
+                said = f"annotation {row} is for image id {entry.get('image_id')!r}, which the list of images does not have"
+                if alike := as_text.get(_text(entry.get("image_id"))):
+                    alike.complete = False
+                    said += f" in this form: write it as {alike.name} has it"
+                    yield Problem(str(self.json), row, "image id", said, alike.name)
+                else:
+                    doubt = True
+                    said += ", so no image without an annotation counts as clean; add the image or remove the annotation"
+                    yield Problem(str(self.json), row, "image missing", said)
+                continue
+            record = records[image_id]
+            if entry.get("iscrowd") and not self.crowd:
+                record.complete = False
+                continue
+            try:
+                if self._take(entry, record):
+                    odd, odd_row = odd + 1, odd_row or row
+            except InvalidData as error:
+                record.complete = False
+                yield Problem(
+                    str(self.json), row, error.cause, f"annotation {row} of {record.name}: {error}", record.name
+                )
+        if doubt:
+            for record in records.values():
+                record.complete = False
+        if odd:
+            yield Note(
+                f"{self.json}: {odd} polygons have an area or bbox that is not that of their pixels, the first is "
+                f"annotation {odd_row}; the pixels are used"
+            )
+        twice = [number for record in records.values() for number in record.ids if number >= 0]
+        if repeated := len(twice) - len(set(twice)):
+            yield Note(f"{self.json}: {repeated} annotations have the id of another one")
+        yield from records.values()
+        yield from self._unread()
+
+    def _images(self, records: dict[int | str, ImageRecord], lost: set[int | str | None]) -> Iterator[Problem | ImageRecord]:
+        """Fills `records` by image id, and `lost` with the ids of images that cannot be used."""
+        times = Counter(_key(entry.get("id")) for entry in self._content["images"])
+        first: dict[int | str, str] = {}  # the name of the first image of an id
+        names: dict[str, int | str] = {}
         for row, entry in enumerate(self._content["images"], 1):
             image_id, name = _key(entry.get("id")), str(entry.get("file_name"))
             try:
-                if image_id is None or image_id in records or image_id in bad:
-                    raise InvalidData("duplicate row", f"image {row} has no id of its own (id {image_id})")
-                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-                    raise InvalidData("path in name", f"{name!r} of image {row} leads out of {self.image_dir}")
+                if image_id is None:
+                    raise InvalidData("duplicate row", f"image {row} has no id (id {entry.get('id')!r})")
+                name = self._finder.find(entry.get("file_name"))
+                if image_id in first:
+                    raise InvalidData("duplicate row", f"image {row} has the id {image_id} of {first[image_id]} too")
+                first[image_id] = name
                 if name in names:
+                    if names[name] in records:
+                        records[names[name]].complete = False
                     raise InvalidData("duplicate row", f"image {row} names {name} a second time; keep one of them")
-                names.add(name)
+                names[name] = image_id
                 height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
                 if (entry.get("height", height), entry.get("width", width)) != (height, width):
                     raise InvalidData(
@@ -83,99 +129,71 @@ class COCOReader:
                         f"{entry.get('width')}x{entry.get('height')}; they must be equal"
                         + turning(self.image_dir / name, exif=self.exif),
                     )
-                records[image_id] = ImageRecord(name, height, width, special=special)
+                record = ImageRecord(name, height, width, special=special, source_id=source_id(image_id))
+                if times[image_id] > 1:  # nobody knows whose the annotations are
+                    lost.add(image_id)
+                    record.complete = False
+                    yield record
+                else:
+                    records[image_id] = record
             except InvalidData as error:
-                bad.add(image_id)
+                lost.add(image_id)
                 yield Problem(str(self.json), row, error.cause, f"{name}: {error}", name)
-        for row, entry in enumerate(self._content["annotations"], 1):
-            image_id = _key(entry.get("image_id"))
-            if image_id in bad and image_id not in records:
-                continue  # the image itself is reported
-            if image_id not in records:
-                yield Problem(
-                    str(self.json),
-                    row,
-                    "image missing",
-                    f"annotation {row} is for image id {image_id}, which the list of images does not have",
-                )
-                continue
-            record = records[image_id]
-            if entry.get("iscrowd") and not self.crowd:
-                record.complete = False
-                continue
+
+    def _take(self, entry: dict[str, Any], record: ImageRecord) -> bool:
+        """Adds the mask of an annotation; returns whether a polygon's area or bbox is not its own.
+
+        Raises:
+            InvalidData: it cannot be used.
+        """
+        category = _key(entry.get("category_id"))
+        if category not in self._numbers:
+            known = ", ".join(f"{key} ({self._category_names[key]})" for key in self._numbers)
+            raise InvalidData(
+                "unknown class", f"the category {entry.get('category_id')!r} is unknown; the categories are {known}"
+            )
+        runs = read_segmentation(entry.get("segmentation"), record.height, record.width)
+        wrong = disagreement(entry, runs, record.height)
+        if wrong and isinstance(entry["segmentation"], dict):
+            raise InvalidData("RLE disagrees", f"{wrong}, so one of them is damaged; export it again")
+        record.add(self._numbers[category], runs, source_id(entry.get("id")), bool(entry.get("iscrowd")))
+        return bool(wrong)
+
+    def _unread(self) -> list[Unread]:
+        """What lies in the image folder, or in a folder of a listed image, and is not listed."""
+        taken: dict[Path, set[str]] = {self.image_dir: {p.name for p in self.inputs() if p.parent == self.image_dir}}
+        for entry in self._content["images"]:
             try:
-                if _key(entry.get("category_id")) not in self._numbers:
-                    raise InvalidData(
-                        "unknown class",
-                        f"the category {entry.get('category_id')!r} is unknown; the categories are "
-                        f"{', '.join(f'{key} ({self.class_names[n]})' for key, n in self._numbers.items())}",
-                    )
-                runs = read_segmentation(entry.get("segmentation"), record.height, record.width)
-                record.masks.append((self._numbers[entry["category_id"]], runs))
-            except InvalidData as error:
-                record.complete = False
-                yield Problem(
-                    str(self.json), row, error.cause, f"annotation {row} of {record.name}: {error}", record.name
-                )
-        yield from records.values()
+                path = PurePosixPath(self._finder.find(entry.get("file_name")))
+            except InvalidData:
+                continue
+            for inner in (path, *path.parents[:-1]):
+                taken.setdefault(self.image_dir / inner.parent, set()).add(inner.name)
+        return [item for folder in sorted(taken) for item in not_taken(folder, taken[folder])]
 
 
 def _key(value: Any) -> int | str | None:
     """What can be an id, else None."""
-    return value if isinstance(value, int | str) else None
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
-def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Runs of polygons (list of [x, y, x, y, ...]) or of an RLE (`counts` as list or compressed text).
-
-    Raises:
-        InvalidData: neither of these, another size, or no pixel.
-    """
-    try:
-        if isinstance(segmentation, dict):
-            counts, size = segmentation["counts"], [int(length) for length in segmentation["size"]]
-            if size != [height, width]:
-                raise InvalidData("RLE size", f"its RLE is for {size[1]}x{size[0]}, the image is {width}x{height}")
-            counts = counts if isinstance(counts, list) else parse_coco_text(counts)
-            if any(not isinstance(count, int) or count < 0 for count in counts) or sum(counts) != height * width:
-                raise InvalidData("RLE out of range", f"its RLE counts must be at least 0 and sum to {height * width}")
-            runs = from_coco_counts(counts)
-        else:
-            polygons = [np.asarray(polygon, dtype=float).ravel() for polygon in segmentation]
-            if not polygons or any(
-                len(polygon) < 6 or len(polygon) % 2 or not np.isfinite(polygon).all() for polygon in polygons
-            ):
-                raise InvalidData("polygon", "each of its polygons must be at least three finite x, y pairs")
-            if not sum(map(_outline, polygons)) < LONGEST:
-                raise InvalidData("polygon", f"its polygons are {LONGEST} pixels around or more; are they in pixels?")
-            shapes = mask_utils.frPyObjects([polygon.tolist() for polygon in polygons], height, width)
-            runs = encode_mask(mask_utils.decode(mask_utils.merge(shapes)))
-    except InvalidData:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise InvalidData("segmentation", f"its segmentation is neither polygons nor RLE ({error!r})") from error
-    if not len(runs):
-        raise InvalidData("mask empty", f"its segmentation has no pixel inside the {width}x{height} image; remove it")
-    return runs
-
-
-def _outline(polygon: np.ndarray) -> float:
-    """The way around a polygon [x, y, x, y, ...] from and back to the corner of the image, in columns or rows."""
-    corners = np.concatenate([[(0, 0)], polygon.reshape(-1, 2), [(0, 0)]])
-    return float(np.abs(np.diff(corners, axis=0)).max(axis=1).sum())
+def _text(value: Any) -> str:
+    """An id as text, a whole float as its integer."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}); is it cut off?") from error
+    except InvalidData as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
     for key in ("images", "categories", "annotations"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(f"{path} is no COCO file: it must have a list of objects named {key}")
-    if not all(isinstance(entry.get("id"), int) and "name" in entry for entry in content["categories"]):
+    categories = content["categories"]
+    if not all(isinstance(_key(entry.get("id")), int) and "name" in entry for entry in categories):
         raise UserError(f"{path}: each category must have an integer id and a name")
     return content

@@ -13,7 +13,7 @@ from training.dataset.vos_raw_dataset import VOSFrame, VOSRawDataset, VOSVideo
 from sam2_lora_ext.data.cache import cached_index
 from sam2_lora_ext.data.ids import CLEAN, class_of, object_id
 from sam2_lora_ext.data.items import Items, clean_part_rows, clean_rows, object_rows, read_split, select_images
-from sam2_lora_ext.data.objects import ObjectMode, make_objects
+from sam2_lora_ext.data.objects import ObjectMode, components_note, make_objects
 from sam2_lora_ext.data.records import OnInvalid, Reader
 from sam2_lora_ext.data.rle import NO_RUNS
 from sam2_lora_ext.data.segments import StripPixels, StripSegmentLoader, WindowFrame
@@ -36,7 +36,7 @@ class SeverstalRawDataset(VOSRawDataset):
     Args:
         reader: the annotation format, e.g. `sam2_lora_ext.data.kaggle.KaggleReader`.
         training: the behaviour above.
-        objects: "components", "classes" or "all", see `make_objects`.
+        objects: "instances", "components", "classes", "all", or None for what the format has; see `make_objects`.
         min_area: the fewest pixels of an object; smaller ones are left out (their image is not clean for that).
         include_clean: whether clean images take part.
         clean_share: training only: the share of clean samples, 0 <= share < 1; None takes each clean image once.
@@ -60,7 +60,7 @@ class SeverstalRawDataset(VOSRawDataset):
         self,
         reader: Reader,
         training: bool = True,
-        objects: ObjectMode = "components",
+        objects: ObjectMode | None = None,
         min_area: int = 1,
         include_clean: bool = True,
         clean_share: float | None = None,
@@ -83,6 +83,8 @@ class SeverstalRawDataset(VOSRawDataset):
             raise UserError(f"min_area is at least 1, got {min_area}")
         self.index = cached_index(reader, on_invalid, cache_dir)
         self.objects = make_objects(self.index, objects)
+        if self.objects.mode == "components" and (sentence := components_note(self.index)):
+            log.warning("%s: %s", self.index.image_dir, sentence)
         self.class_names = self.objects.class_names
         source = self.index.image_dir if split_file is None else split_file
         if split_file is not None:

@@ -1,7 +1,7 @@
 """An image file decoded as viewers show it: within a limit of size, of one page only, turned by its orientation tag.
 
-PIL decodes; PNG's checksums, which it does not look at, are verified before. Colour images with 16 bits a channel, of
-which PIL keeps the high bytes, are decoded by OpenCV too.
+PIL decodes; the checksums of PNG and TIFF, which it does not look at, are verified before. Colour images with 16 bits
+a channel, of which PIL keeps the high bytes, are decoded by OpenCV too.
 Legend: H W height and width in pixels.
 """
 
@@ -11,10 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from sam2_lora_ext.data import tiff
+from sam2_lora_ext.data.orientation import BACK, ORIENTATION, orientation, turned
 from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.errors import UserError
 
@@ -23,18 +26,6 @@ DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 FLAT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 LIMIT = "SAM2_LORA_MAX_PIXELS"  # the environment variable
 MOST_PIXELS = 178_956_970  # by default: what PIL itself refuses to open
-ORIENTATION, SUBFILE, WIDTH, LENGTH, PHOTOMETRIC = 274, 254, 256, 257, 262  # tags of TIFF and EXIF
-PREVIEW = 0b101  # bits of SUBFILE: a smaller copy, a mask
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what turns an image with this orientation upright
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: np.rot90,
-}
-BACK = {6: 8, 8: 6}  # the others undo themselves
 Source = str | Path | io.BytesIO
 
 
@@ -54,7 +45,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
     limit = most_pixels()
     kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with _file(source) as file, Image.open(file, formats=FORMATS) as image:
             _check_header(image, limit)
             yield image
     except (UserError, InvalidData):
@@ -63,6 +54,11 @@ def opened(source: Source) -> Iterator[Image.Image]:
         raise explain(error, source) from error
     finally:
         Image.MAX_IMAGE_PIXELS = kept
+
+
+def _file(source: Source) -> BinaryIO:
+    """The opened file: given a path, PIL maps some TIFFs into memory and gets those wrong that it turns."""
+    return io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else open(source, "rb")
 
 
 def most_pixels() -> int:
@@ -87,8 +83,10 @@ def _check_header(image: Image.Image, limit: int) -> None:
         )
     if image.mode not in DEEP_MODES | FLAT_MODES:
         raise ImageError("image mode", f"the image has the mode {image.mode}, which cannot be shown; save it as RGB")
-    if image.format == "TIFF" and image.mode in DEEP_MODES and image.tag_v2.get(PHOTOMETRIC) == 0:
-        raise ImageError("image mode", "in this TIFF 0 is white, at more than 8 bits; save it with 0 as black")
+    if image.format == "TIFF":
+        tiff.check_tags(image)
+        if image.mode in DEEP_MODES and image.tag_v2[tiff.PHOTOMETRIC] == 0:  # PIL turns only fewer bits round
+            raise ImageError("image mode", "in this TIFF 0 is white, at more than 8 bits; save it with 0 as black")
 
 
 def pages(image: Image.Image) -> int:
@@ -105,48 +103,14 @@ def pages(image: Image.Image) -> int:
     previews = []
     for page in range(count):
         image.seek(page)
-        previews.append(bool(image.tag_v2.get(SUBFILE, 0) & PREVIEW))
+        previews.append(tiff.is_preview(image))
     image.seek(0)
     return 1 if previews == [False] + [True] * (count - 1) else count
 
 
-def orientation(image: Image.Image) -> int:
-    """The orientation tag of an opened image that is not decoded yet: 1..8, 1 for none; one that is damaged counts as none."""
-    try:
-        if image.format == "TIFF":
-            tag = image.tag_v2.get(ORIENTATION, 1)
-        else:
-            exif = Image.Exif()
-            exif.load(_late_exif(image) if image.format == "PNG" else image.info.get("exif", b""))
-            tag = exif.get(ORIENTATION, 1)
-    except Exception:  # as `cv2.imread` and viewers do
-        return 1
-    return tag if tag in TURNS else 1
-
-
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """(W, H) as stored; PIL gives a TIFF's size as it is after turning."""
-    return (image.tag_v2[WIDTH], image.tag_v2[LENGTH]) if image.format == "TIFF" else image.size
-
-
-def _late_exif(image: Image.Image) -> bytes:
-    """EXIF of a PNG, in which it may stand behind the pixels; PIL would decode them to find it."""
-    file = image.fp
-    place, where = file.tell(), 8
-    try:
-        while len(head := _read(file, where, 8)) == 8:
-            length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind == b"eXIf":
-                return b"Exif\0\0" + file.read(length)
-            where += length + 12
-        return b""
-    finally:
-        file.seek(place)
-
-
-def _read(file: io.BufferedIOBase, where: int, count: int) -> bytes:
-    file.seek(where)
-    return file.read(count)
+    """(W, H) as stored."""
+    return tiff.stored_size(image) if image.format == "TIFF" else image.size
 
 
 def is_wide(image: Image.Image) -> bool:
@@ -181,16 +145,16 @@ def decode(
         tag, wide = orientation(image), whole and is_wide(image)
         if image.format == "PNG":
             image.verify()  # the checksums, which decoding alone does not look at
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
+        elif image.format == "TIFF":
+            tiff.check_sums(image)
     with opened(source) as image:
         image.load()
         pixels = take(image)
         done = image.format == "TIFF" and ORIENTATION not in image.tag_v2  # PIL turns TIFFs while it decodes them
         if wide:
             pixels = _wide(source, pixels)
-    if tag != 1 and exif != done:
-        pixels = TURNS[tag if exif else BACK.get(tag, tag)](pixels)
+    if exif != done:
+        pixels = turned(pixels, tag if exif else BACK.get(tag, tag))
     return np.ascontiguousarray(pixels)
 
 
@@ -198,13 +162,15 @@ def _wide(source: Source, high: np.ndarray) -> np.ndarray:
     """uint16 [H, W] or [H, W, 3] by OpenCV, if its high bytes are what PIL found."""
     import cv2
 
-    content = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+    with _file(source) as file:
+        content = file.read()
     found = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if found is not None and found.ndim == 3:
         found = found[..., 0] if high.ndim == 2 else found[..., 2::-1]
     if found is None or found.dtype != np.uint16 or not np.array_equal(found >> 8, high):
         raise ImageError(
-            "image mode", "this kind of 16 bit colours cannot be read; save it as PNG, upright and without compression tricks"
+            "image mode",
+            "this kind of 16 bit colours cannot be read; save it as a PNG without an orientation tag",
         )
     return found
 
@@ -228,11 +194,8 @@ def explain(error: Exception, source: Source) -> ImageError:
 
 def _unknown(source: Source) -> ImageError:
     """What stands in a file in which PIL sees no image."""
-    if isinstance(source, io.BytesIO):
-        content = source.getvalue()[:4]
-    else:
-        with open(source, "rb") as file:
-            content = file.read(4)
+    with _file(source) as file:
+        content = file.read(4)
     if not content:
         return ImageError("image empty", "the image file has zero bytes; fetch it again")
     if content in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):

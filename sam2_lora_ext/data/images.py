@@ -18,10 +18,10 @@ from sam2_lora_ext.data.decode import (
     explain,
     is_wide,
     opened,
-    orientation,
     stored_size,
 )
-from sam2_lora_ext.data.records import is_text
+from sam2_lora_ext.data.orientation import orientation
+from sam2_lora_ext.data.records import Unread, is_text
 from sam2_lora_ext.data.units import to_eight
 from sam2_lora_ext.errors import UserError
 
@@ -32,7 +32,7 @@ _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what an undamaged fi
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Sorted names of the image files (and links) right in a folder, without hidden ones (macOS's `._x.jpg` is no image).
+    """Sorted names of the image files (and links) right in a folder; hidden ones, such as `._x.jpg`, are none.
 
     Raises:
         UserError: no such folder, no permission, or no image in it.
@@ -72,13 +72,18 @@ def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
         return []
 
 
+def not_taken(folder: str | Path, taken: Iterable[str]) -> list[Unread]:
+    """`unread` as readers yield it, with the folder's path."""
+    return [Unread(f"{folder}/{name}") for name in unread(folder, taken)]
+
+
 def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int, int, bool]:
     """Reads an image's header and looks whether the file is whole (its name too: it goes into csv and JSON).
 
     Args:
         path: the image file.
         full: decode every pixel; otherwise a file is decoded only when its end does not look as it should, or when it
-            holds floats or 32 bits, which may be out of range.
+            holds floats, 32 bits or 16 bit colours, which may be out of range or of no known kind.
         exif: turn the image upright by its orientation tag.
 
     Returns:
@@ -95,19 +100,19 @@ def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int,
     except OSError as error:
         raise explain(error, path) from error
     with opened(path) as image:
-        (width, height), form, mode, turned = stored_size(image), image.format, image.mode, orientation(image)
-        special = mode in DEEP_MODES or is_wide(image) or turned != 1 or width * height > MOST_PIXELS
-        if exif and turned > 4:
-            width, height = height, width
-        if not full and (tail := _TAILS.get(form)) is not None:
+        (width, height), turned, wide = stored_size(image), orientation(image), is_wide(image)
+        mode, tail = image.mode, _TAILS.get(image.format)
+        if tail is not None and not full:
             image.fp.seek(-len(tail), os.SEEK_END)
             full = image.fp.read() != tail
-    if full or tail is None or mode in ("F", "I"):
+    if full or tail is None or wide or mode in ("F", "I"):
         to_eight(decode(path, exif))
-    return height, width, special
+    if exif and turned > 4:
+        width, height = height, width
+    return height, width, mode in DEEP_MODES or wide or turned != 1 or width * height > MOST_PIXELS
 
 
-def kind(path: str | Path) -> tuple[str, int]:
+def mode_and_tag(path: str | Path) -> tuple[str, int]:
     """PIL's mode of an image file (`RGB;16`: 16 bits a channel), and its orientation tag, 1 for none."""
     with opened(path) as image:
         return image.mode + ";16" * is_wide(image), orientation(image)
@@ -127,9 +132,9 @@ def turning(*paths: str | Path, exif: bool = True) -> str:
         except ImageError:
             continue
         if tag != 1:
-            done = "which was not followed (dataset.exif: false)" if not exif else (
-                "by which it was turned; if annotations were drawn on it as it is stored, set dataset.exif: false"
-            )
+            done = "which was not followed (dataset.exif: false)"
+            if exif:
+                done = "by which it was turned; if annotations were drawn on it as stored, set dataset.exif: false"
             return f" ({os.path.basename(path)} has the EXIF orientation tag {tag}, {done})"
     return ""
 

@@ -3,16 +3,20 @@
 Legend: N images, M masks, R runs of all masks.
 """
 
+import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from sam2_lora_ext.data.images import ImageError, read_rgb
-from sam2_lora_ext.data.records import ImageRecord, OnInvalid, Problem, Reader, settle
+from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Reader, Unread, settle, shorten
 from sam2_lora_ext.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,10 +33,18 @@ class AnnotationIndex:
     complete: np.ndarray  # bool [N]: no mask of the image was dropped
     mask_offsets: np.ndarray  # int64 [N + 1]
     mask_class: np.ndarray  # int16 [M]
+    mask_id: np.ndarray  # int64 [M]: the file's annotation id; -1 where it has none
+    mask_crowd: np.ndarray  # bool [M]: COCO's iscrowd
+    image_id: np.ndarray  # int64 [N]: the file's image id; -1 where it has none
     run_offsets: np.ndarray  # int64 [M + 1]
     runs: np.ndarray  # int32 [R, 2] of (start, length)
     problems: tuple[Problem, ...] = ()  # what was left out
     exif: bool = True  # images are turned upright by their orientation tag; sizes are those after turning
+    instances: bool = False  # a mask is one annotation of the file, not all that a class covers
+    class_source: dict[int, int] = field(default_factory=dict)  # class number -> category id of the file
+    unknown: tuple[str, ...] = ()  # images of which something could not be read, and no mask was: not in the arrays
+    unread: tuple[str, ...] = ()  # files and folders beside the data that the reader did not take
+    notes: tuple[str, ...] = ()  # sentences to warn with that are no problems
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -79,17 +91,23 @@ class AnnotationIndex:
 
     def subset(self, images: np.ndarray) -> "AnnotationIndex":
         """The index of these images alone; problems are not carried over."""
-        records = [
-            ImageRecord(
-                self.name(image),
-                *self.sizes[image].tolist(),
-                self.masks(image),
-                bool(self.special[image]),
-                bool(self.complete[image]),
+        records = []
+        for image in images:
+            low, high = self.mask_offsets[image : image + 2]
+            records.append(
+                ImageRecord(
+                    self.name(image),
+                    *self.sizes[image].tolist(),
+                    self.masks(image),
+                    bool(self.special[image]),
+                    bool(self.complete[image]),
+                    self.mask_id[low:high].tolist(),
+                    self.mask_crowd[low:high].tolist(),
+                    int(self.image_id[image]),
+                )
             )
-            for image in images
-        ]
-        return pack(records, self.image_dir, self.class_names, exif=self.exif)
+        part = pack(records, self.image_dir, self.class_names, exif=self.exif)
+        return replace(part, instances=self.instances, class_source=dict(self.class_source))
 
 
 def pack(
@@ -101,7 +119,7 @@ def pack(
 ) -> AnnotationIndex:
     """Packs records into arrays: images by name, the masks of an image by class (those of one class as they came)."""
     records = sorted(records, key=lambda record: record.name)
-    masks = [mask for record in records for mask in sorted(record.masks, key=lambda mask: mask[0])]
+    masks = [mask for record in records for mask in _by_class(record)]
     names = [record.name.encode("utf-8", "surrogateescape") for record in records]
     return AnnotationIndex(
         image_dir=str(image_dir),
@@ -112,9 +130,14 @@ def pack(
         special=np.array([record.special for record in records], dtype=bool),
         complete=np.array([record.complete for record in records], dtype=bool),
         mask_offsets=_offsets(len(record.masks) for record in records),
-        mask_class=np.array([class_id for class_id, _ in masks], dtype=np.int16),
-        run_offsets=_offsets(len(runs) for _, runs in masks),
-        runs=np.concatenate([np.zeros((0, 2), np.int32), *(runs for _, runs in masks)]).astype(np.int32, copy=False),
+        mask_class=np.array([class_id for class_id, _, _, _ in masks], dtype=np.int16),
+        mask_id=np.array([annotation for _, _, annotation, _ in masks], dtype=np.int64),
+        mask_crowd=np.array([crowd for _, _, _, crowd in masks], dtype=bool),
+        image_id=np.array([record.source_id for record in records], dtype=np.int64),
+        run_offsets=_offsets(len(runs) for _, runs, _, _ in masks),
+        runs=np.concatenate([np.zeros((0, 2), np.int32), *(runs for _, runs, _, _ in masks)]).astype(
+            np.int32, copy=False
+        ),
         problems=tuple(problems),
         exif=exif,
     )
@@ -123,13 +146,22 @@ def pack(
 def collect(reader: Reader, progress: bool = False) -> AnnotationIndex:
     """Reads and checks everything in one pass; what cannot be used is in `problems`.
 
-    An image that lost a mask keeps its others (but is never clean); one that lost all its masks is left out.
+    An image that lost a mask keeps its others (but is never clean); one that kept none is left out, and `unknown`.
     """
-    records, problems = [], []
+    found = {kind: [] for kind in (ImageRecord, Problem, Note, Unread)}
     for item in tqdm(reader.records(), desc="annotations", unit="image", disable=not progress):
-        (problems if isinstance(item, Problem) else records).append(item)
-    records = [record for record in records if record.masks or record.complete]
-    return pack(records, reader.image_dir, reader.class_names, problems, reader.exif)
+        found[type(item)].append(item)
+    kept = [record for record in found[ImageRecord] if record.masks or record.complete]
+    lost = {record.name for record in found[ImageRecord]} | {problem.image for problem in found[Problem]}
+    lost -= {record.name for record in kept} | {None}
+    return replace(
+        pack(kept, reader.image_dir, reader.class_names, found[Problem], reader.exif),
+        instances=getattr(reader, "instances", False),
+        class_source=dict(getattr(reader, "class_source", {})),
+        unknown=tuple(sorted(name for name in lost if os.path.lexists(os.path.join(reader.image_dir, name)))),
+        unread=tuple(item.path for item in found[Unread]),
+        notes=tuple(item.sentence for item in found[Note]),
+    )
 
 
 def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool = False) -> AnnotationIndex:
@@ -142,7 +174,40 @@ def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool 
     settle(index.problems, on_invalid if len(index) else "error", reader.image_dir)
     if not len(index):
         raise UserError(f"{reader.image_dir} has no image; check the path")
+    announce(index)
     return index
+
+
+def announce(index: AnnotationIndex) -> None:
+    """Says in the log what a user should know of an index beyond its problems, a line for each kind."""
+    for sentence in remarks(index):
+        log.warning("%s: %s", index.image_dir, sentence)
+
+
+def remarks(index: AnnotationIndex) -> list[str]:
+    """Unknown images, images that lost masks, what was not read, and the notes, as sentences."""
+    said = []
+    if index.unknown:
+        said.append(
+            f"{_count(index.unknown, 'image is', 'images are')} unknown, neither defective nor clean, and left out: "
+            f"{shorten(index.unknown)}"
+        )
+    if partial := [index.name(image) for image in np.flatnonzero(~index.complete)]:
+        said.append(f"{_count(partial, 'image', 'images')} may lack masks: {shorten(partial)}")
+    if index.unread:
+        said.append(f"{_count(index.unread, 'file or folder was', 'files and folders were')} not read: {shorten(index.unread)}")
+    return said + list(index.notes)
+
+
+def _count(names: Sequence[str], one: str, several: str) -> str:
+    return f"{len(names)} {one if len(names) == 1 else several}"
+
+
+def _by_class(record: ImageRecord) -> list[tuple[int, np.ndarray, int, bool]]:
+    """(class, runs, annotation id, crowd) of each mask of a record, by class."""
+    count = len(record.masks)
+    columns = zip(record.masks, record.ids or [-1] * count, record.crowd or [False] * count, strict=True)
+    return sorted(((*mask, annotation, crowd) for mask, annotation, crowd in columns), key=lambda mask: mask[0])
 
 
 def _offsets(lengths) -> np.ndarray:

@@ -5,7 +5,7 @@ Legend: N images, L items, P objects.
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -75,13 +75,7 @@ def read_split(path: str | Path, split: str | Sequence[str] | None) -> list[str]
             if split is None:
                 names = [line.strip() for line in file if line.strip()]
             else:
-                table = csv.DictReader(file)
-                if not {"image", "split"} <= set(table.fieldnames or ()):
-                    raise UserError(
-                        f"the split file {path} must have the columns image and split, it has "
-                        f"{', '.join(table.fieldnames or ()) or 'none'}"
-                    )
-                names = take([(row["image"], row["split"]) for row in table], split, f"the split file {path}")
+                names = take(_split_rows(csv.reader(file, strict=True), path), split, f"the split file {path}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the split file {path}: {error}") from error
     if not names:
@@ -90,6 +84,30 @@ def read_split(path: str | Path, split: str | Sequence[str] | None) -> list[str]
         twice = Counter(names).most_common(1)[0][0]
         raise UserError(f"{path} names the image {twice} twice; keep one of the lines")
     return names
+
+
+def _split_rows(lines: Iterator[list[str]], path: str | Path) -> list[tuple[str, str]]:
+    """(image, split) of each row of a split file, without blanks around them.
+
+    Raises:
+        UserError: no such columns, or a row that lacks a field or has one too many.
+    """
+    header = [field.strip() for field in next(lines, [])]
+    if header.count("image") != 1 or header.count("split") != 1:
+        raise UserError(
+            f"the split file {path} must have the columns image and split, it has {', '.join(header) or 'none'}"
+        )
+    rows = []
+    for fields in lines:
+        if not any(field.strip() for field in fields):
+            continue
+        if len(fields) != len(header) or not all(fields[header.index(name)].strip() for name in ("image", "split")):
+            raise UserError(
+                f"the split file {path}, row {lines.line_num}: the row has {len(fields)} fields, {len(header)} with an image "
+                "and a split are expected; correct it (a name with a comma needs quotes)"
+            )
+        rows.append((fields[header.index("image")].strip(), fields[header.index("split")].strip()))
+    return rows
 
 
 def select_images(index: AnnotationIndex, names: list[str] | None, where: str | Path | None = None) -> np.ndarray:
@@ -103,7 +121,7 @@ def select_images(index: AnnotationIndex, names: list[str] | None, where: str | 
     if names is None:
         return np.arange(len(index))
     place = {name: image for image, name in enumerate(index.names())}
-    dropped = {problem.image for problem in index.problems}
+    dropped = {problem.image for problem in index.problems} | set(index.unknown)
     unknown = [name for name in names if name not in place and name not in dropped]
     if unknown:
         raise UserError(

@@ -1,19 +1,28 @@
 """Kaggle's Severstal tables, new (`ImageId,ClassId,EncodedPixels`) and old (`ImageId_ClassId,EncodedPixels`).
 
-An image of the folder without a mask in the table is clean. A field that says "no mask" may be empty, NaN, -1, `0 0`
-or `1 1`. Columns are found by name.
+An image of the folder without a mask in the table is clean, unless a row that may be its own could not be read. In an
+old table that says where there is no mask, an image must have all its rows. A field that says "no mask" may be empty,
+NaN, -1, `0 0` or `1 1`. Several rows of one image and class are united where they do not overlap.
 """
 
-import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
-from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
-from sam2_lora_ext.data.rle import RLEError, is_absent, parse_rle
-from sam2_lora_ext.errors import UserError
+import numpy as np
 
-FIELD_LIMIT = 1 << 26  # characters of one RLE
+from sam2_lora_ext.data.images import ImageError, list_images, not_taken, probe, turning
+from sam2_lora_ext.data.kaggle_table import BadRow, KaggleTable, Row
+from sam2_lora_ext.data.near_names import NearNames
+from sam2_lora_ext.data.records import (
+    ImageRecord,
+    Note,
+    Problem,
+    Unread,
+    class_table,
+    describe_classes,
+    shorten,
+)
+from sam2_lora_ext.data.rle import NO_RUNS, RLEError, is_absent, parse_rle, union_runs
 
 
 class KaggleReader:
@@ -27,6 +36,8 @@ class KaggleReader:
         full_check: decode every image instead of looking at its header and end.
         exif: turn images upright by their orientation tag; False takes them as stored.
     """
+
+    instances = False
 
     def __init__(
         self,
@@ -50,142 +61,142 @@ class KaggleReader:
     def inputs(self) -> list[Path]:
         return [self.image_dir, self.csv]
 
-    def records(self) -> Iterator[ImageRecord | Problem]:
-        records = {}
-        bad = set()
-        for name in list_images(self.image_dir):
+    def records(self) -> Iterator[ImageRecord | Problem | Note | Unread]:
+        names = list_images(self.image_dir)
+        records: dict[str, ImageRecord] = {}
+        for name in names:
             try:
                 height, width, special = probe(self.image_dir / name, self.full_check, self.exif)
                 if self.size is not None and (height, width) != self.size:
                     raise ImageError(
                         "image size",
                         f"the image is {width}x{height}, but {self.size[1]}x{self.size[0]} is "
-                        "expected; replace it or set the reader's size"
-                        + turning(self.image_dir / name, exif=self.exif),
+                        "expected; replace it or set the reader's size" + turning(self.image_dir / name, exif=self.exif),
                     )
                 records[name] = ImageRecord(name, height, width, special=special)
             except ImageError as error:
-                bad.add(name)
                 yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)
-        seen = {}
-        for row, name, class_text, rle in self._rows():
-            if isinstance(name, Problem):
-                yield name
-                continue
-            problem = self._take(row, name, class_text, rle, records, bad, seen)
+        table, rows = KaggleTable(self.csv), _Rows(self, names, records)
+        for row in table.rows():
+            problem = rows.spoil(row) if isinstance(row, BadRow) else rows.take(row)
             if problem is not None:
-                if name in records:
-                    records[name].complete = False
                 yield problem
+        yield from rows.settle(table.old)
         yield from records.values()
+        taken = {*names, *(path.name for path in self.inputs() if path.parent == self.image_dir)}
+        yield from not_taken(self.image_dir, taken)
 
-    def _take(
-        self,
-        row: int,
-        name: str,
-        class_text: str,
-        rle: str,
-        records: dict[str, ImageRecord],
-        bad: set[str],
-        seen: dict[tuple[str, int | None], int],
-    ) -> Problem | None:
-        """Adds the mask of one row to its record, or says why not."""
 
-        def problem(cause: str, sentence: str) -> Problem:
-            return Problem(str(self.csv), row, cause, sentence, name)
+class _Rows:
+    """What the rows say of the images, and what of that cannot be known.
 
-        absent = is_absent(rle)
-        if absent and is_absent(class_text):  # a clean image written as a row of its own
-            number = None
-        elif (number := _class_number(class_text)) not in self.class_names:
-            return problem(
-                "unknown class",
-                f"class {class_text!r} of {name} is unknown; the classes are {describe_classes(self.class_names)}",
-            )
-        if (name, number) in seen:
-            what = "without a class" if number is None else f"class {number}"
-            return problem(
-                "duplicate row", f"{name} {what} stands in row {seen[name, number]} already; keep one of them"
-            )
-        seen[name, number] = row
-        if name in bad:
-            return None  # the image itself is reported
-        if name not in records:
-            if "/" in name or "\\" in name or name in ("", ".", ".."):
-                return problem("path in name", f"{name!r} is no plain file name; images lie right in {self.image_dir}")
-            bad.add(name)
-            return problem("image missing", f"the image {name} is not in {self.image_dir}; add it or remove the row")
-        if absent:
+    Args:
+        reader: whose table it is.
+        names: all images of the folder.
+        records: those that can be read; their masks are added here.
+    """
+
+    def __init__(self, reader: KaggleReader, names: Sequence[str], records: dict[str, ImageRecord]):
+        self.csv, self.folder, self.class_names = str(reader.csv), reader.image_dir, reader.class_names
+        self.names, self.records, self.near = set(names), records, NearNames(names)
+        self.missing: set[str] = set()  # named by the table, not in the folder
+        self.seen: dict[tuple[str, int | None], list[tuple[int, np.ndarray]]] = {}  # (row, runs) of image and class
+        self.doubt = False  # any image may have lost a row
+
+    def spoil(self, row: BadRow) -> Problem:
+        """Takes notice of a row that cannot be used: its image is not whole, or no image is where it names none."""
+        images = sorted({image for name in row.names for image in self.near.find(name)})
+        self.doubt = self.doubt or row.last or not images
+        self._not_whole(images)
+        where = f"; its image is {shorten(images)}" if images else "; no image without a good row counts as clean"
+        return Problem(self.csv, row.line, row.cause, row.sentence + where, images[0] if images else None)
+
+    def take(self, row: Row) -> Problem | None:
+        """Adds the mask of a row to its record, or says why not."""
+        name = row.name
+        if name in self.names:
+            cause, sentence = self._add(row) if name in self.records else (None, "")  # the image itself is reported
+            if cause is None:
+                return None
+            self._not_whole([name])
+            return Problem(self.csv, row.line, cause, sentence, name)
+        if images := self.near.find(name):
+            self._not_whole(images)
+            sentence = f"the row names {name}, the folder has {shorten(images)}: correct the id"
+            return Problem(self.csv, row.line, "image id", sentence, images[0])
+        if name in self.missing:
             return None
-        record = records[name]
+        self.missing.add(name)
+        if "/" in name or "\\" in name or name in (".", ".."):
+            sentence = f"{name!r} is no plain file name; images lie right in {self.folder}"
+            return Problem(self.csv, row.line, "path in name", sentence)
+        sentence = f"the image {name} is not in {self.folder}; add it or remove the row"
+        return Problem(self.csv, row.line, "image missing", sentence, name)
+
+    def _add(self, row: Row) -> tuple[str | None, str]:
+        """Keeps a row of an image that there is; the cause and the sentence where it cannot be used, or None."""
+        record, name = self.records[row.name], row.name
+        absent = is_absent(row.rle)
+        number = None
+        if not (absent and is_absent(row.class_text)):  # else a clean image, written as a row of its own
+            number = _class_number(row.class_text)
+            if number not in self.class_names:
+                known = describe_classes(self.class_names)
+                return "unknown class", f"class {row.class_text!r} of {name} is unknown; the classes are {known}"
+        earlier = self.seen.setdefault((name, number), [])
+        what = f"{name} {'without a class' if number is None else f'class {number}'}"
+        if earlier and (absent or not len(earlier[0][1])):
+            return "duplicate row", f"{what} stands in row {earlier[0][0]} already; keep one of them"
         try:
-            runs = parse_rle(rle, record.height, record.width)
+            runs = NO_RUNS if absent else parse_rle(row.rle, record.height, record.width)
         except RLEError as error:
-            return problem(error.cause, f"{name} class {class_text}: {error}")
-        record.masks.append((number, runs))
-        return None
+            return error.cause, f"{name} class {row.class_text}: {error}"
+        for line, other in earlier:
+            if union_runs([runs, other])[:, 1].sum() < runs[:, 1].sum() + other[:, 1].sum():
+                return (
+                    "rows overlap",
+                    f"the mask of {what} overlaps that of row {line}; rows of one image and class are united only where "
+                    "they do not overlap: keep one of them, or write their union",
+                )
+        earlier.append((row.line, runs))
+        return None, ""
 
-    def _rows(self) -> Iterator[tuple[int, str | Problem, str, str]]:
-        """(row, image, class, RLE) of each line, or (row, problem, "", "")."""
-        limit = csv.field_size_limit(FIELD_LIMIT)
-        try:
-            with open(self.csv, encoding="utf-8-sig", newline="") as file:
-                lines = csv.reader(file, strict=True)
-                header = [field.strip() for field in next(lines, [])]
-                places = self._places(header)
-                for fields in lines:
-                    if not any(field.strip() for field in fields):
-                        continue
-                    if len(fields) != len(header):
-                        yield (
-                            lines.line_num,
-                            Problem(
-                                str(self.csv),
-                                lines.line_num,
-                                "row length",
-                                f"the row has {len(fields)} fields, the header "
-                                f"has {len(header)} (is the file cut off?)",
-                            ),
-                            "",
-                            "",
-                        )
-                        continue
-                    name, class_text, rle = (fields[place] for place in places)
-                    if len(places) == 3 and places[0] == places[1]:  # old format: `name_class`
-                        name, _, class_text = name.rpartition("_")
-                    yield lines.line_num, name.strip(), class_text.strip(), rle
-        except OSError as error:
-            raise UserError(f"cannot read the table {self.csv}: {error.strerror}; check the path") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"the table {self.csv} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8 csv"
-            ) from error
-        except csv.Error as error:
-            yield (
-                lines.line_num,
-                Problem(
-                    str(self.csv),
-                    lines.line_num,
-                    "csv syntax",
-                    f"the table cannot be read on from here ({error}); is it cut off?",
-                ),
-                "",
-                "",
-            )
-        finally:
-            csv.field_size_limit(limit)
+    def settle(self, old: bool) -> Iterator[Problem | Note]:
+        """Unites the rows of an image and class, and says which images are not whole."""
+        united = 0
+        stated: dict[str, set[int]] = {}  # image -> classes with a good row
+        cleared = {name for (name, number), rows in self.seen.items() if number is None and rows}
+        absences = False
+        for (name, number), rows in self.seen.items():
+            if number is None or not rows:
+                continue
+            stated.setdefault(name, set()).add(number)
+            absences = absences or not len(rows[0][1])
+            united += len(rows) > 1
+            if len(rows[0][1]):
+                self.records[name].masks.append((number, union_runs([runs for _, runs in rows])))
+        if united:
+            yield Note(f"{self.csv}: {united} masks are the union of several rows of one image and class")
+        expected = set().union(*stated.values()) if old and absences else None
+        for name, record in self.records.items():
+            lacking = set() if expected is None else expected - stated.get(name, set())
+            if lacking and record.complete and name not in cleared:
+                record.complete = False
+                yield Problem(
+                    self.csv,
+                    None,
+                    "row missing",
+                    f"{name} has no row for class {', '.join(map(str, sorted(lacking)))}, but the table says where there "
+                    "is no mask; add the rows, or fetch the table again if it is cut off",
+                    name,
+                )
+            elif self.doubt and (lacking or expected is None) and not (name in cleared and not record.masks):
+                record.complete = False
 
-    def _places(self, header: list[str]) -> tuple[int, int, int]:
-        for wanted in (
-            ("ImageId", "ClassId", "EncodedPixels"),
-            ("ImageId_ClassId", "ImageId_ClassId", "EncodedPixels"),
-        ):
-            if all(header.count(column) == 1 for column in wanted):
-                return tuple(header.index(column) for column in wanted)
-        raise UserError(
-            f"the header of {self.csv} is {','.join(header)[:200]!r}, but ImageId,ClassId,EncodedPixels or "
-            "ImageId_ClassId,EncodedPixels is expected; rename the columns"
-        )
+    def _not_whole(self, images: Iterable[str]) -> None:
+        for name in images:
+            if name in self.records:
+                self.records[name].complete = False
 
 
 def _class_number(text: str) -> int | None:

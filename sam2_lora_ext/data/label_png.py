@@ -1,20 +1,23 @@
 """Label images: one per image with the same stem, the class in each pixel (grey value, palette index or colour)."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from sam2_lora_ext.data.decode import DEEP_MODES, decode, is_wide
-from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
-from sam2_lora_ext.data.records import ImageRecord, Problem, class_table, describe_classes
+from sam2_lora_ext.data import tiff
+from sam2_lora_ext.data.decode import decode
+from sam2_lora_ext.data.images import ImageError, list_images, mode_and_tag, not_taken, probe, turning
+from sam2_lora_ext.data.near_names import NearNames
+from sam2_lora_ext.data.records import ImageRecord, Problem, Unread, class_table, describe_classes, shorten
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
 
 LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
-COMPRESSION = 259  # the tag
-LOSSY_TIFF = {6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34892: "JPEG", 50001: "WebP"}
+JPEG_2000 = dict.fromkeys((33003, 33005, 34712), "JPEG 2000")
+LOSSY_TIFF = {**dict.fromkeys((6, 7, 34892), "JPEG"), **JPEG_2000, 50001: "WebP"}  # by the tag Compression
 
 
 class LabelPNGReader:
@@ -29,6 +32,8 @@ class LabelPNGReader:
         full_check: decode every image instead of looking at its header and end.
         exif: turn images upright by their orientation tag; False takes them as stored.
     """
+
+    instances = False
 
     def __init__(
         self,
@@ -61,9 +66,11 @@ class LabelPNGReader:
     def inputs(self) -> list[Path]:
         return [self.image_dir, self.label_dir]
 
-    def records(self) -> Iterator[ImageRecord | Problem]:
+    def records(self) -> Iterator[ImageRecord | Problem | Unread]:
         labels, images = {}, set()
-        for name in list_images(self.label_dir):
+        label_names, image_names = list_images(self.label_dir), list_images(self.image_dir)
+        twice = {stem for names in (label_names, image_names) for stem, count in _stems(names).items() if count > 1}
+        for name in label_names:
             stem = Path(name).stem
             if stem in labels:
                 yield Problem(
@@ -73,7 +80,8 @@ class LabelPNGReader:
                     f"{labels[stem]} has the same stem; keep one of them",
                 )
             labels.setdefault(stem, name)
-        for name in list_images(self.image_dir):
+        near = NearNames(label_names)
+        for name in image_names:
             stem = Path(name).stem
             try:
                 if stem in images:
@@ -86,17 +94,22 @@ class LabelPNGReader:
                 yield Problem(str(self.image_dir / name), None, error.cause, str(error), name)
                 continue
             if stem not in labels:
+                known = near.find(name)
+                advice = f"it has {shorten(known)}: give both one name" if known else "add it (all zeros for a clean image)"
                 yield Problem(
                     str(self.image_dir / name),
                     None,
                     "label missing",
-                    f"no label image {stem}.png in "
-                    f"{self.label_dir}; add it (all zeros for a clean image) or remove the image",
+                    f"no label image {stem}.png in {self.label_dir}; {advice} or remove the image",
                     name,
                 )
                 continue
             path = self.label_dir / labels[stem]
             record = ImageRecord(name, height, width, special=special)
+            if stem in twice:  # nobody knows whose the label is, or which label: reported with the second file
+                record.complete = False
+                yield record
+                continue
             try:
                 for problem in self._read(path, record):
                     record.complete = False
@@ -119,6 +132,11 @@ class LabelPNGReader:
                     "image missing",
                     f"no image {stem} in {self.image_dir}; add it or remove the label",
                 )
+        for folder, names, other in (
+            (self.image_dir, image_names, self.label_dir),
+            (self.label_dir, label_names, self.image_dir),
+        ):
+            yield from not_taken(folder, [*names, *([other.name] if other.parent == folder else ())])
 
     def _read(self, path: Path, record: ImageRecord) -> Iterator[Problem]:
         """Adds the masks of one label image to its record; yields a problem for each value that is no class."""
@@ -156,7 +174,9 @@ def read_label(path: Path, color: bool = False, exif: bool = True) -> np.ndarray
         ImageError: the file cannot be read, was saved with loss, or has colours where numbers are expected.
     """
     probe(path, exif=exif)
-    return decode(path, exif, _colours if color else _numbers)
+    if color and mode_and_tag(path)[0].endswith(";16"):  # of which PIL gives the high bytes: nothing, as a rule
+        raise ImageError("label mode", "the label has 16 bits a channel; save it with 8, as its colors are")
+    return decode(path, exif, _colours if color else _numbers, whole=False)
 
 
 def _numbers(image: Image.Image) -> np.ndarray:
@@ -174,8 +194,6 @@ def _numbers(image: Image.Image) -> np.ndarray:
 def _colours(image: Image.Image) -> np.ndarray:
     """0xRRGGBB of a decoded label image."""
     _refuse_lossy(image)
-    if image.mode in DEEP_MODES or is_wide(image):
-        raise ImageError("label mode", "the label has more than 8 bits a channel; save it with 8, as its colors are")
     red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
     return red << 16 | green << 8 | blue
 
@@ -183,7 +201,7 @@ def _colours(image: Image.Image) -> np.ndarray:
 def _refuse_lossy(image: Image.Image) -> None:
     """Refuses a file whose values were changed when it was saved, whatever its suffix says."""
     form = image.format
-    if form == "TIFF" and (packing := LOSSY_TIFF.get(image.tag_v2.get(COMPRESSION))) is not None:
+    if form == "TIFF" and (packing := LOSSY_TIFF.get(image.tag_v2.get(tiff.COMPRESSION))) is not None:
         form = f"{packing} in TIFF"
     if form in LOSSY or form != image.format:
         raise ImageError(
@@ -191,6 +209,10 @@ def _refuse_lossy(image: Image.Image) -> None:
             f"the file is {form}, a lossy label image whose values are not those that were drawn; save it as PNG from "
             "where it was drawn",
         )
+
+
+def _stems(names: Sequence[str]) -> Counter[str]:
+    return Counter(Path(name).stem for name in names)
 
 
 def _packed(color: Sequence[int]) -> int:

@@ -1,10 +1,10 @@
-"""What is prompted and scored: the masks of an index as objects (components, classes, or one for all).
+"""What is prompted and scored: the masks of an index as objects (instances, components, classes, or one for all).
 
 Legend: N images, P objects, K runs of all objects.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.rle import union_runs
 from sam2_lora_ext.errors import UserError
 
-ObjectMode = Literal["components", "classes", "all"]
+ObjectMode = Literal["instances", "components", "classes", "all"]
+MODES: tuple[str, ...] = get_args(ObjectMode)
 
 
 @dataclass
@@ -28,6 +29,8 @@ class ObjectTable:
     boxes: np.ndarray  # int32 [P, 4]: x0, y0, x1, y1, half open
     run_offsets: np.ndarray  # int64 [P + 1]
     runs: np.ndarray  # int32 [K, 2] of (start, length)
+    annotation: np.ndarray  # int64 [P]: the file's annotation id of an instance, -1 otherwise
+    mode: ObjectMode  # what an object is
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,22 +39,50 @@ class ObjectTable:
         """The runs of one object."""
         return self.runs[self.run_offsets[item] : self.run_offsets[item + 1]]
 
+    def place_of(self, image: int, object_id: int) -> int:
+        """The place of an image's object, whose identifiers ascend."""
+        low, high = self.offsets[image : image + 2]
+        place = int(low + np.searchsorted(self.ids[low:high], object_id))
+        assert place < high and self.ids[place] == object_id, (image, object_id)
+        return place
+
     def class_of(self, item: int) -> int:
         """The class of one object."""
         return int(class_of(self.ids[item]))
 
 
-def make_objects(index: AnnotationIndex, mode: ObjectMode = "components") -> ObjectTable:
+def resolve_mode(index: AnnotationIndex, mode: ObjectMode | None) -> ObjectMode:
+    """What an object is: None means instances where the format has them, components elsewhere.
+
+    Raises:
+        UserError: no such mode, or instances of a format without them.
+    """
+    if mode is None:
+        return "instances" if index.instances else "components"
+    if mode not in MODES:
+        raise UserError(f"objects must be {', '.join(MODES)} or null, got {mode!r}")
+    if mode == "instances" and not index.instances:
+        raise UserError(
+            f"objects is instances, but the format of {index.image_dir} does not say which pixels are one object (COCO and "
+            "Supervisely do); choose components, classes or all, or null for what the format has"
+        )
+    return mode
+
+
+def make_objects(index: AnnotationIndex, mode: ObjectMode | None = None) -> ObjectTable:
     """Objects of all images.
 
     Args:
         index: the annotations.
-        mode: "components": each 8-connected part of a class is an object; "classes": each class of an image is one;
-            "all": whatever is defective in an image is one object, of a single class 1, "defect".
+        mode: "instances": each annotation of the file is an object, in parts or touching another; "components": each
+            8-connected part of what a class covers is an object; "classes": each class of an image is one; "all":
+            whatever is defective in an image is one object, of a single class 1, "defect"; None: see `resolve_mode`.
     """
-    if mode not in ("components", "classes", "all"):
-        raise UserError(f"objects must be components, classes or all, got {mode!r}")
-    image, class_id, run_offsets, runs = _masks(index, union_classes=mode == "all")
+    mode = resolve_mode(index, mode)
+    if mode == "instances":
+        image, class_id, run_offsets, runs = index.mask_image(), index.mask_class, index.run_offsets, index.runs
+    else:
+        image, class_id, run_offsets, runs = _masks(index, union_classes=mode == "all")
     class_names = {1: "defect"} if mode == "all" else dict(index.class_names)
     found = find_components(runs, run_offsets, index.sizes[image, 0], index.sizes[image, 1], split=mode == "components")
     owner = image[found.mask]
@@ -67,7 +98,51 @@ def make_objects(index: AnnotationIndex, mode: ObjectMode = "components") -> Obj
         found.boxes,
         found.run_offsets,
         found.runs,
+        index.mask_id[found.mask] if mode == "instances" else np.full(len(owner), -1, dtype=np.int64),
+        mode,
     )
+
+
+def components_note(index: AnnotationIndex) -> str | None:
+    """What choosing components does to the annotations of the data, as a sentence; None where it changes nothing."""
+    joined, split = components_differ(index)
+    if not joined and not split:
+        return None
+    return (
+        f"objects: components joins {joined} of {len(index.mask_class)} annotations with another one of their class that "
+        f"they touch, and splits {split} that have several parts; objects: instances keeps them"
+    )
+
+
+def components_differ(index: AnnotationIndex) -> tuple[int, int]:
+    """How many annotations components would join with another one, and how many they would split.
+
+    Each 8-connected piece of an annotation lies within one component of its class: an annotation is joined when one of
+    these components has a piece of another annotation too, and split when its pieces lie in several components.
+    """
+    if not index.instances or not len(index.mask_class):
+        return 0, 0
+    image = index.mask_image()
+    heights, widths = index.sizes[:, 0], index.sizes[:, 1]
+    pieces = find_components(index.runs, index.run_offsets, heights[image], widths[image])
+    whole_image, whole_class, offsets, runs = _masks(index, union_classes=False)
+    wholes = find_components(runs, offsets, heights[whole_image], widths[whole_image])
+
+    def keys(images: np.ndarray, classes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """A number for a pixel of a class of an image, ascending by image, class and pixel."""
+        pixels = int(heights.max().astype(np.int64) * widths.max()) + 1
+        return (images.astype(np.int64) * (int(classes.max()) + 1) + classes) * pixels + starts
+
+    counts = np.diff(wholes.run_offsets)
+    owner = np.repeat(wholes.mask, counts)
+    run_keys = keys(whole_image[owner], whole_class[owner], wholes.runs[:, 0])
+    order = np.argsort(run_keys)
+    piece_keys = keys(image[pieces.mask], index.mask_class[pieces.mask], pieces.runs[pieces.run_offsets[:-1], 0])
+    place = order[np.searchsorted(run_keys[order], piece_keys, side="right") - 1]
+    component = np.repeat(np.arange(len(counts)), counts)[place]
+    pairs = np.unique(np.stack([component, pieces.mask], axis=1), axis=0)  # which component has which annotation
+    shared = np.bincount(pairs[:, 0])[pairs[:, 0]] > 1
+    return len(np.unique(pairs[shared, 1])), int((np.bincount(pairs[:, 1]) > 1).sum())
 
 
 def _masks(index: AnnotationIndex, union_classes: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

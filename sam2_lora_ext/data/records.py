@@ -1,11 +1,12 @@
-"""What every reader yields: one `ImageRecord` per image, one `Problem` per thing that cannot be used."""
+"""What every reader yields: one `ImageRecord` per image, one `Problem` per thing that cannot be used; notes beside."""
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -27,6 +28,15 @@ class ImageRecord:
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
     special: bool = False  # only `images.read_rgb` reads it right: more than 8 bits a channel, float, turned
     complete: bool = True  # False: a mask of it was dropped, so nothing here may be called clean
+    ids: list[int] = field(default_factory=list)  # the file's annotation id of each mask, -1: none; [] where it has none
+    crowd: list[bool] = field(default_factory=list)  # COCO's iscrowd of each mask; [] where the format has none
+    source_id: int = -1  # the file's image id, -1 where it has none
+
+    def add(self, class_id: int, runs: np.ndarray, annotation: int = -1, crowd: bool = False) -> None:
+        """Adds the mask of one annotation."""
+        self.masks.append((class_id, runs))
+        self.ids.append(annotation)
+        self.crowd.append(crowd)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,20 @@ class Problem:
         return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.sentence}"
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something in the data that a user should know and that is no problem."""
+
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file or folder beside the data that the reader did not take."""
+
+    path: str
+
+
 class Reader(Protocol):
     """One annotation format. No image is looked at before `records` is called; what names the classes (COCO's file,
     Supervisely's `meta.json`) is read when the reader is made."""
@@ -50,9 +74,14 @@ class Reader(Protocol):
     image_dir: Path
     class_names: dict[int, str]
     exif: bool  # images are turned upright by their orientation tag
+    instances: bool  # the format says which pixels are one object: a mask is one annotation of the file
 
-    def records(self) -> Iterator[ImageRecord | Problem]:
-        """All images and all problems, in one pass; an image whose mask was dropped says so (`complete`)."""
+    def records(self) -> Iterator[ImageRecord | Problem | Note | Unread]:
+        """All images, all problems and what else is to be said, in one pass.
+
+        An image of which anything could not be read is either not among the records, or says so (`complete`): no reader
+        may take what it could not read for the absence of a defect.
+        """
         ...
 
     def files(self) -> list[Path]:
@@ -104,9 +133,47 @@ def is_text(name: str) -> bool:
     return True
 
 
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def source_id(value: Any) -> int:
+    """An id of a file as the index keeps it: -1 for what is no integer of 0..2^63-1."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else -1
+
+
 def describe_classes(class_names: dict[int, str]) -> str:
     """The known classes for a message: `1 (patches), 2 (scratches)`."""
     return ", ".join(f"{number} ({name})" for number, name in sorted(class_names.items()))
+
+
+def compare_class_tables(a: dict[int, str], b: dict[int, str], where_a: str, where_b: str) -> None:
+    """Whether two data sets mean the same by a class number; classes that only one of them has do not matter.
+
+    Raises:
+        UserError: a name has two numbers, or a number two names.
+    """
+    numbers = {name: number for number, name in b.items()}
+    wrong = [number for number, name in a.items() if numbers.get(name, number) != number or b.get(number, name) != name]
+    if wrong:
+        raise UserError(
+            f"the classes of {where_a} are {describe_classes(a)}, but those of {where_b} are {describe_classes(b)}, so "
+            f"class {min(wrong)} is not the same in both: give both readers one table, such as classes: "
+            f"[{', '.join(dict.fromkeys([*a.values(), *b.values()]))}]"
+        )
+
+
+def compare_datasets(phases: Mapping[str, Sequence[Any]]) -> None:
+    """`compare_class_tables` over all data sets of ours (others have no `class_names`), by the name of their phase."""
+    tables = [
+        (phase, dataset.class_names, dataset.index.image_dir)
+        for phase, datasets in phases.items()
+        for dataset in datasets
+        if hasattr(dataset, "class_names") and hasattr(dataset, "index")
+    ]
+    for (one, a, where_a), (other, b, where_b) in itertools.combinations(tables, 2):
+        compare_class_tables(a, b, f"{one} ({where_a})", f"{other} ({where_b})")
 
 
 def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path) -> None:
@@ -132,7 +199,7 @@ def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path
     raise UserError(
         "\n".join(
             [
-                f"{where} has {len(problems)} invalid entries ({counts}); mend them, or set "
+                f"{where} has {len(problems)} invalid entries ({counts}); correct them, or set "
                 "on_invalid: skip to leave them out:",
                 *lines,
             ]

@@ -65,8 +65,10 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
     rows = [
         ("images", summary["images"]),
         ("clean", f"{summary['clean']} ({summary['clean_share']:.1%})"),
+        ("unknown", f"{summary['unknown']} (could not be read: neither defective nor clean)"),
+        ("may lack masks", len(summary["may_lack_masks"])),
         ("masks (image, class)", summary["masks"]),
-        ("objects (8-connected)", summary["objects"]),
+        (f"objects ({summary['objects_are']})", summary["objects"]),
         ("sizes", _counts(summary["sizes"])),
         ("modes", _counts(summary["modes"])),
         ("with an orientation tag", summary["turned"]),
@@ -78,6 +80,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
             f"({len(summary['duplicates']['exact_with_other_masks'])} with different masks), "
             f"{len(summary['duplicates']['near'])} nearly",
         ),
+        ("not read", f"{len(summary['unread'])} files and folders"),
         ("problems", _counts(summary["problems_per_cause"]) or "none"),
     ]
     facts = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
@@ -93,6 +96,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
             for p in summary["problems"]
         ]
     )
+    notes = _list([*summary["notes"], *(f"not read: {path}" for path in summary["unread"])])
     near = _list([", ".join(names) for names in summary["duplicates"]["near"]])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -111,6 +115,8 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
 <div class="sheet">{figures}</div>
 <h2>Problems</h2>
 {problems}
+<h2>Notes</h2>
+{notes}
 <h2>Same or nearly the same</h2>
 {near}
 </body></html>

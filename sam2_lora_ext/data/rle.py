@@ -12,6 +12,8 @@ from sam2_lora_ext.data.records import InvalidData
 
 ABSENT = frozenset({"", "nan", "none", "null", "na", "n/a", "-1", "-1.0", "0 0", "1 1"})
 NO_RUNS = np.zeros((0, 2), dtype=np.int32)
+CELL = 32767  # characters that a spreadsheet's cell holds
+_SCIENTIFIC = re.compile(r"[0-9][eE][+-]?[0-9]", re.ASCII)
 _INTEGERS = re.compile(r"-?[0-9]+(?:\s+-?[0-9]+)*", re.ASCII)
 
 
@@ -38,6 +40,18 @@ def parse_rle(text: str, height: int, width: int) -> np.ndarray:
     Raises:
         RLEError: no integers, an odd count, a length below 1, a run outside the image, runs that overlap or go back.
     """
+    if len(text) == CELL:
+        raise RLEError(
+            "RLE cut by a spreadsheet",
+            f"the RLE has exactly {CELL:,} characters, the most that a spreadsheet's cell holds, so its end is lost; take "
+            "the table from before the spreadsheet",
+        )
+    if _SCIENTIFIC.search(text):
+        raise RLEError(
+            "RLE changed by a spreadsheet",
+            f"the RLE has a number in scientific notation, got {_shorten(text)!r}: a spreadsheet rounded it; take the table "
+            "from before the spreadsheet",
+        )
     if not _INTEGERS.fullmatch(text.strip()):
         raise RLEError("RLE not integers", f"the RLE must be integers with spaces between them, got {_shorten(text)!r}")
     numbers = np.fromstring(text, dtype=np.int64, sep=" ")  # the text mode, which stays; huge numbers saturate

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
 from sam2_lora_ext.data.ids import class_of
-from sam2_lora_ext.data.images import DARK, ImageError, decode, kind
+from sam2_lora_ext.data.images import DARK, ImageError, decode, mode_and_tag
 from sam2_lora_ext.data.index import AnnotationIndex, collect
-from sam2_lora_ext.data.objects import ObjectTable, make_objects
+from sam2_lora_ext.data.objects import ObjectMode, ObjectTable, components_differ, components_note, make_objects
 from sam2_lora_ext.data.records import Problem, Reader
 from sam2_lora_ext.data.units import is_deep, to_eight, unit_warning
 
@@ -64,7 +64,7 @@ def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16
     for number in tqdm(range(len(index)), desc="images", unit="image", disable=not progress):
         path = index.path(number)
         try:
-            mode, tag = kind(path)
+            mode, tag = mode_and_tag(path)
             values = decode(path, index.exif)
             digest = hashlib.sha256(f"{values.dtype}{values.shape}".encode() + values.tobytes()).digest()
             facts.turned += tag != 1
@@ -84,16 +84,20 @@ def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16
     return facts
 
 
-def scan(reader: Reader, progress: bool = True, bits: int = 16) -> tuple[dict[str, Any], AnnotationIndex]:
-    """Everything `scan.json` says, and the index it was found with; see `look_at_pixels`."""
+def scan(
+    reader: Reader, progress: bool = True, bits: int = 16, objects: ObjectMode | None = None
+) -> tuple[dict[str, Any], AnnotationIndex]:
+    """Everything `scan.json` says, and the index it was found with; see `look_at_pixels` and `make_objects`."""
     index = collect(reader, progress)
     facts = look_at_pixels(index, progress, bits)
-    return summarise(index, facts), index
+    return summarise(index, facts, objects), index
 
 
-def summarise(index: AnnotationIndex, facts: PixelFacts) -> dict[str, Any]:
-    """The content of `scan.json`; a mask is what one class covers of one image."""
-    masks, objects = make_objects(index, "classes"), make_objects(index, "components")
+def summarise(index: AnnotationIndex, facts: PixelFacts, mode: ObjectMode | None = None) -> dict[str, Any]:
+    """The content of `scan.json`; a mask is what one class covers of one image, an object what `mode` makes one."""
+    masks, objects = make_objects(index, "classes"), make_objects(index, mode)
+    joined, split = components_differ(index)
+    notes = [*index.notes, components_note(index)] if objects.mode == "components" else index.notes
     sizes = Counter(f"{width}x{height}" for height, width in index.sizes.tolist())
     present = class_sets(index)
     problems = [*index.problems, *facts.problems]
@@ -102,10 +106,19 @@ def summarise(index: AnnotationIndex, facts: PixelFacts) -> dict[str, Any]:
     return {
         "images": len(index),
         "clean": int(index.clean().sum()),
+        "unknown": len(index.unknown),
+        "unknown_images": list(index.unknown),
+        "may_lack_masks": [index.name(image) for image in np.flatnonzero(~index.complete)],
         "clean_share": float(index.clean().mean()) if len(index) else 0.0,
         "masks": len(masks),
         "masks_per_class": _per_class(index, masks),
         "objects": len(objects),
+        "objects_are": objects.mode,
+        "annotations": (
+            {"count": len(index.mask_class), "joined_by_components": joined, "split_by_components": split}
+            if index.instances
+            else None
+        ),
         "objects_per_class": _per_class(index, objects),
         "class_names": {str(number): name for number, name in sorted(index.class_names.items())},
         "combinations": {label: count for label, count in sorted(Counter(map(combination, present)).items())},
@@ -126,13 +139,15 @@ def summarise(index: AnnotationIndex, facts: PixelFacts) -> dict[str, Any]:
             "near": _named(index, near),
             "exact_with_other_masks": _named(index, [images for images in same if _masks_differ(masks, images)]),
         },
+        "unread": list(index.unread),
+        "notes": [note for note in notes if note],
         "problems_per_cause": dict(Counter(problem.cause for problem in problems).most_common()),
         "problems": [asdict(problem) for problem in problems],
     }
 
 
 def class_sets(index: AnnotationIndex) -> list[tuple[int, ...]]:
-    """The classes of each image, ascending; empty for a clean one."""
+    """The classes of each image, ascending; empty for one without masks."""
     return [tuple(sorted({class_id for class_id, _ in index.masks(image)})) for image in range(len(index))]
 
 

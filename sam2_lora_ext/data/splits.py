@@ -1,12 +1,11 @@
 """Train, validation and test, or k folds: the same for a seed anywhere, duplicates together, classes spread evenly."""
 
-import csv
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
 
@@ -133,8 +132,5 @@ def _order(seed: int, name: str) -> bytes:
 
 def write_split(path: str | Path, names: Sequence[str], splits: Sequence[str], force: bool = False) -> None:
     """Writes the csv (`image,split`) that `SeverstalRawDataset` takes as `split_file`."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "split"])
-    table.writerows(sorted(zip(names, splits, strict=True)))
-    write_atomic(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"), force=force)
+    text = csv_text(["image", "split"], sorted(zip(names, splits, strict=True)))
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)

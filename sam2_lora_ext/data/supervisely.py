@@ -1,35 +1,30 @@
 """Supervisely (Dataset Ninja) folders: `{split}/img/X.jpg` with `{split}/ann/X.jpg.json`, classes in `meta.json`.
 
-An object is a bitmap: base64 of a PNG (zlib-compressed or not) whose top left corner stands at `origin` = [x, y].
+An object of an annotation file is an instance.
 """
 
-import base64
-import binascii
-import io
-import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from sam2_lora_ext.data.decode import decode
-from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
+from sam2_lora_ext.data.images import ImageError, list_images, not_taken, probe, turning
+from sam2_lora_ext.data.json_file import read_json
+from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import (
     MOST_CLASSES,
     ImageRecord,
     InvalidData,
     Problem,
+    Unread,
     class_table,
     describe_classes,
+    shorten,
+    source_id,
 )
 from sam2_lora_ext.data.rle import encode_mask
+from sam2_lora_ext.data.supervisely_bitmap import BitmapError, place_bitmap
 from sam2_lora_ext.errors import UserError
 
-LARGEST = 1 << 26  # bytes of a bitmap's PNG: a few base64 letters can say that there are gigabytes
 SPLIT_SUFFIXES = ("", "_images", "_split")  # `train`, `train_images`, `train_split`
 
 
@@ -45,6 +40,8 @@ class SuperviselyReader:
         full_check: decode every image instead of looking at its header and end.
         exif: turn images upright by their orientation tag; False takes them as stored.
     """
+
+    instances = True
 
     def __init__(
         self,
@@ -88,7 +85,7 @@ class SuperviselyReader:
     def inputs(self) -> list[Path]:
         return [*self._meta, *self.folders]
 
-    def records(self) -> Iterator[ImageRecord | Problem]:
+    def records(self) -> Iterator[ImageRecord | Problem | Unread]:
         numbers = {title: number for number, title in self.class_names.items()}
         for folder in self.folders:
             names = list_images(folder / "img")
@@ -105,15 +102,21 @@ class SuperviselyReader:
                     record.complete = False
                     yield problem
                 yield record
-            for path in sorted((folder / "ann").glob("*.json")):
-                if path.name.removesuffix(".json") not in names:
-                    yield Problem(
-                        str(path),
-                        None,
-                        "image missing",
-                        f"there is no image {path.name.removesuffix('.json')} in "
-                        f"{folder / 'img'}; add it or remove the annotation",
-                    )
+            known, near = set(names), NearNames(names)
+            annotations = sorted((folder / "ann").glob("*.json"))
+            for path in annotations:
+                if (name := path.name.removesuffix(".json")) not in known:
+                    sentence = f"there is no image {name} in {folder / 'img'}; "
+                    if images := near.find(name):
+                        sentence += f"it has {shorten(images)}: name the annotation {images[0]}.json if it is that one's"
+                    else:
+                        sentence += "add it or remove the annotation"
+                    yield Problem(str(path), None, "image missing", sentence)
+            yield from not_taken(folder / "img", names)
+            yield from not_taken(folder / "ann", [path.name for path in annotations])
+        if self.split is None and self.root not in self.folders:
+            taken = {path.name for path in (*self._meta, *self.folders) if path.parent == self.root}
+            yield from not_taken(self.root, taken)
 
     def _read(self, path: Path, record: ImageRecord, numbers: dict[str, int]) -> Iterator[Problem]:
         """Adds the masks of one annotation file to its record."""
@@ -122,7 +125,7 @@ class SuperviselyReader:
             return Problem(str(path), row, cause, sentence, record.name)
 
         try:
-            annotation = json.loads(path.read_text(encoding="utf-8-sig"))
+            annotation = read_json(path)
             objects, size = annotation["objects"], annotation.get("size")
             declared = (int(size["height"]), int(size["width"])) if size else (record.height, record.width)
             if not isinstance(objects, list):
@@ -136,10 +139,10 @@ class SuperviselyReader:
         except OSError as error:
             yield problem("annotation unreadable", f"the file cannot be read ({error.strerror}); check its permissions")
             return
-        except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-            yield problem("not JSON", f"the file is no JSON ({error}); is it cut off?")
+        except InvalidData as error:
+            yield problem(error.cause, f"the file cannot be used: {error}")
             return
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             yield problem(
                 "JSON without objects",
                 f"the annotation has no list `objects` or a wrong `size` ({error!r}); export it again",
@@ -162,7 +165,7 @@ class SuperviselyReader:
                         f"the class {title!r} is unknown; the classes are {describe_classes(self.class_names)}",
                     )
                 mask = place_bitmap(entry, record.height, record.width)
-                record.masks.append((numbers[title], encode_mask(mask)))
+                record.add(numbers[title], encode_mask(mask), source_id(entry.get("id")))
             except BitmapError as error:
                 yield problem(error.cause, f"object {row}: {error}", row)
             except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -171,84 +174,12 @@ class SuperviselyReader:
                 )
 
 
-class BitmapError(InvalidData):
-    """A bitmap that cannot be used."""
-
-
-def place_bitmap(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """The mask bool [height, width] of one object; what reaches over the border is cut.
-
-    Raises:
-        BitmapError: another geometry, invalid base64, no PNG, or no pixel inside the image.
-    """
-    if "bitmap" not in entry:
-        raise BitmapError(
-            "geometry",
-            f"its geometry is {entry.get('geometryType')!r}, but a bitmap is expected; convert it to "
-            "a bitmap in Supervisely",
-        )
-    bitmap = decode_bitmap(entry["bitmap"]["data"])
-    x, y = (int(value) for value in entry["bitmap"]["origin"])
-    mask = np.zeros((height, width), dtype=bool)
-    top, left = max(y, 0), max(x, 0)
-    part = bitmap[top - y : height - y if height > y else 0, left - x : width - x if width > x else 0]
-    mask[top : top + part.shape[0], left : left + part.shape[1]] = part
-    if not mask.any():
-        raise BitmapError(
-            "bitmap outside",
-            f"the {bitmap.shape[1]}x{bitmap.shape[0]} bitmap at ({x}, {y}) has no pixel inside the "
-            f"{width}x{height} image; correct its origin",
-        )
-    return mask
-
-
-def decode_bitmap(data: str) -> np.ndarray:
-    """bool [h, w] of base64 text, see `_shape`."""
-    try:
-        raw = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise BitmapError("invalid base64", f"its bitmap is no base64 ({error}); export it again") from error
-    try:
-        if not raw.startswith(b"\x89PNG"):
-            raw = zlib.decompressobj().decompress(raw, LARGEST)
-    except zlib.error as error:
-        raise BitmapError("bitmap damaged", f"its bitmap is no zlib-compressed PNG ({error}); export it again") from error
-    try:
-        return decode(io.BytesIO(raw), exif=False, take=_shape)
-    except ImageError as error:
-        if error.cause == "image too large":
-            raise BitmapError("bitmap too large", f"of its bitmap: {error}") from error
-        raise BitmapError("bitmap damaged", f"its bitmap is no PNG ({error})") from error
-
-
-def _shape(image: Image.Image) -> np.ndarray:
-    """bool [h, w]: what is not transparent, or where nothing is transparent what is not black."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        pixels = np.asarray(image.convert("RGBA"))
-        opaque = pixels[..., 3] > 0
-        return pixels[..., :3].any(axis=2) if opaque.all() and pixels[..., :3].any() else opaque
-    pixels = np.asarray(image)
-    return pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0
-
-
-def encode_bitmap(mask: np.ndarray) -> dict[str, Any]:
-    """The `bitmap` of an object: base64(zlib(palette PNG with transparency)) of its box, and the box's corner."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    image = Image.fromarray(part.astype(np.uint8)).convert("P")
-    image.putpalette([0, 0, 0, 255, 255, 255])
-    file = io.BytesIO()
-    image.save(file, format="PNG", transparency=0, bits=1)
-    data = base64.b64encode(zlib.compress(file.getvalue())).decode("ascii")
-    return {"data": data, "origin": [int(columns[0]), int(rows[0])]}
-
-
 def meta_classes(path: Path) -> dict[int, str]:
     """Class number -> title of a `meta.json`."""
     try:
-        titles = [str(entry["title"]) for entry in json.loads(path.read_text(encoding="utf-8-sig"))["classes"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} lists no classes ({error}); mend it, or give the reader its classes") from error
+        titles = [str(entry["title"]) for entry in read_json(path)["classes"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} lists no classes ({error}); correct it, or give the reader its classes") from error
     numbers = [re.search(r"(?<![0-9])0*([1-9][0-9]{0,4})$", title) for title in titles]
     table = {int(match[1]): title for match, title in zip(numbers, titles) if match is not None}
     return class_table(table if len(table) == len(titles) and max(table, default=1) <= MOST_CLASSES else titles)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.data.rle import encode_mask, format_rle
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
@@ -153,12 +154,13 @@ def write_strips(folder: str | Path, count: int, seed: int = 42, clean_share: fl
         if old.exists():
             raise UserError(f"{old} exists already: choose an empty folder for the synthetic strips")
     images.mkdir(parents=True, exist_ok=True)
-    rows = ["ImageId,ClassId,EncodedPixels"]
+    rows = []
     for index in tqdm(range(count), desc="synthetic strips", unit="strip", disable=not progress):
         rng = np.random.default_rng((seed, index))
         image, masks = strip(rng, clean=rng.random() < clean_share)
         name = f"syn{seed:04d}{index:05d}.jpg"
         Image.fromarray(image).convert("RGB").save(images / name, quality=95)
-        rows += [f"{name},{class_id},{format_rle(encode_mask(masks[class_id]))}" for class_id in sorted(masks)]
-    write_atomic(table, lambda path: path.write_text("\n".join(rows) + "\n"))
+        rows += [(name, class_id, format_rle(encode_mask(masks[class_id]))) for class_id in sorted(masks)]
+    text = csv_text(["ImageId", "ClassId", "EncodedPixels"], rows)
+    write_atomic(table, lambda path: path.write_text(text, encoding="utf-8"))
     return table

@@ -24,7 +24,7 @@ def check_bits(bits: Any) -> int:
         UserError: it is not an integer in 8..16.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 8 <= bits <= 16:
-        raise UserError(f"bits is the depth of images with more than 8 bits a channel, an integer in 8..16, got {bits!r}")
+        raise UserError(f"bits, the depth of images with more than 8 bits a channel, is in 8..16, got {bits!r}")
     return bits
 
 

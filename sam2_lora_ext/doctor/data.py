@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sam2_lora_ext.data.index import remarks
+from sam2_lora_ext.data.objects import components_note
+from sam2_lora_ext.data.records import compare_datasets
 from sam2_lora_ext.data.units import look_at_units, spread
 from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
 from sam2_lora_ext.errors import UserError
@@ -50,6 +53,11 @@ class DataSets:
             said = f"{len(shared)} of {len(paths['val'])} images of validation are trained on too, such as {shared[0]}"
             yield yellow(AREA, said, "give dataset.split_file, made by tools/prepare_data.py split")
 
+    def check_classes(self) -> list[Finding]:
+        """A class number must mean the same in training and in validation: raises the `UserError` that training would."""
+        compare_datasets(self.built)
+        return []
+
 
 def raw_configs(data: Any) -> Iterator[Mapping[str, Any]]:
     """The configs of raw data sets inside wrappers: each `video_dataset` below."""
@@ -73,6 +81,10 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
     if skipped := dataset.index.problems:
         said = f"{phase}: {len(skipped)} entries are skipped, the first: {skipped[0]}"
         yield yellow(AREA, said, "python tools/prepare_data.py scan DATA lists all")
+    for sentence in remarks(dataset.index):
+        yield yellow(AREA, f"{phase}: {sentence}", "python tools/prepare_data.py scan DATA lists all")
+    if dataset.objects.mode == "components" and (sentence := components_note(dataset.index)):
+        yield yellow(AREA, f"{phase}: {sentence}", "set dataset.objects=null")
     absent = [name for number, name in sorted(dataset.class_names.items()) if not counts[number]]
     if not counts:
         yield red(AREA, f"{phase}: no sample has a defect", "look at split_file and min_area")
@@ -82,7 +94,7 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
 
 
 def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
-    """Decodes a few images, spread evenly, and looks at their values; only headers are read when the data set is built."""
+    """Decodes a few images, spread evenly: of most, headers alone are read when the data set is built."""
     index, images = dataset.index, list(dataset.images)
     chosen = spread(images, LOOKED_AT)
     damaged, began = [], time.perf_counter()

@@ -14,7 +14,7 @@ from sam2_lora_ext.evaluate.gallery import write_gallery
 from sam2_lora_ext.evaluate.kaggle import KaggleTally
 from sam2_lora_ext.evaluate.models import Candidate, build
 from sam2_lora_ext.evaluate.protocol import Protocol
-from sam2_lora_ext.evaluate.run import ModelResult, run_model
+from sam2_lora_ext.evaluate.run import ModelResult, ObjectResult, run_model
 from sam2_lora_ext.evaluate.tables import differences, summarize
 from sam2_lora_ext.evaluation import Sample, read_sample
 from sam2_lora_ext.summary import versions
@@ -95,7 +95,7 @@ def compare(
             **summarize(result, protocol, dataset.class_names),
             "kaggle": tally and tally.summary(),
             "gallery": [{**entry, "file": f"{wanted.name}/{entry['file']}"} for entry in gallery],
-            "objects": _rows(result),
+            "objects": _rows(result, samples),
         })  # fmt: skip
         results.append(result)
     changes = {}
@@ -121,6 +121,16 @@ def compare(
     }
 
 
-def _rows(result: ModelResult) -> list[dict[str, Any]]:
+def _rows(result: ModelResult, samples: Samples) -> list[dict[str, Any]]:
+    """What came out for each object, and `annotation`, the id of an instance in the annotation file (null: none)."""
+    items, objects = samples.dataset.items, samples.dataset.objects
+
+    def annotation(row: ObjectResult) -> int | None:
+        image = items[samples.items[row.item]].image
+        number = int(objects.annotation[objects.place_of(image, row.object_id)])
+        return None if number < 0 else number
+
     kept = ("image", "object_id", "by_clicks", "clicks", "areas", "boundary", "score", "automatic")
-    return [{name: getattr(row, name) for name in kept} for row in result.objects]
+    return [
+        {**{name: getattr(row, name) for name in kept}, "annotation": annotation(row)} for row in result.objects
+    ]

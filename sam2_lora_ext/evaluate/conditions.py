@@ -110,10 +110,9 @@ class Conditions:
         Raises:
             UserError: see `training_images`.
         """
-        mode = getattr(dataset.objects, "mode", None) or self.source.objects or "components"
         return {
             "origin": self.source.origin,
-            "used": self.source.conditions() | {"objects": mode, "tile": self.tile, "overlap": self.overlap},
+            "used": self.source.conditions() | {"objects": dataset.objects.mode, "tile": self.tile, "overlap": self.overlap},
             "own": {name: own.conditions() for name, own in self.own.items()},
             "sentences": [*self.sentences(), *self.training_images(dataset), *self.notes],
         }

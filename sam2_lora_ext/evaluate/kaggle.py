@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sam2_lora_ext.bootstrap import bootstrap_interval
+from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.rle import NO_RUNS, decode_runs, encode_mask, format_rle, union_runs
@@ -22,7 +23,7 @@ from sam2_lora_ext.evaluation import Sample
 from sam2_lora_ext.files import write_atomic
 from sam2_lora_ext.metrics import dice, mask_counts
 
-HEADER = "ImageId,ClassId,EncodedPixels"
+HEADER = ("ImageId", "ClassId", "EncodedPixels")
 
 
 class KaggleTally:
@@ -98,12 +99,10 @@ class KaggleTally:
 
     def write(self, path: str | Path, force: bool) -> None:
         """Writes a row for every image and class, with an empty field where nothing was segmented."""
-        rows = [HEADER]
-        for name in sorted(self.places):
-            rows += [
-                f"{name},{number},{format_rle(self.runs.get((name, number), NO_RUNS))}"
-                for number in sorted(self.index.class_names)
-            ]
-        write_atomic(
-            path, lambda temporary: temporary.write_text("\n".join(rows) + "\n", encoding="utf-8"), force=force
-        )
+        rows = [
+            (name, number, format_rle(self.runs.get((name, number), NO_RUNS)))
+            for name in sorted(self.places)
+            for number in sorted(self.index.class_names)
+        ]
+        text = csv_text(HEADER, rows)
+        write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)

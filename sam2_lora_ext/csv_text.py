@@ -1,0 +1,15 @@
+"""A csv as text, for what is written whole: fields are quoted where they must be, such as a name with a comma."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The header and the rows, each line with its end."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows(rows)
+    return text.getvalue()

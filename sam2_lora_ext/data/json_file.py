@@ -1,0 +1,33 @@
+"""JSON files of annotations: read whole or not at all, no key twice (one value would hide the other)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.data.records import InvalidData
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8, with or without a BOM; NaN and Infinity come as floats.
+
+    Raises:
+        OSError: the file cannot be read.
+        InvalidData: it is no JSON, goes on behind its end, or an object has a key twice; a clause for a sentence.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except InvalidData:
+        raise
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        if str(error).startswith("Extra data"):
+            raise InvalidData("not JSON", f"it goes on behind the end of its JSON ({error}); are two files joined?") from error
+        raise InvalidData("not JSON", f"it is no JSON ({error}); is it cut off?") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InvalidData("key twice", f"one of its objects has the key {twice!r} twice, so one hides the other; keep one")
+    return table

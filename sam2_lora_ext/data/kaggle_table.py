@@ -1,0 +1,160 @@
+"""The rows of Kaggle's csv, new and old, and what of it cannot be read: a row at a time, for as long as that is sound.
+
+Columns are found by name. A quote that is not closed may swallow rows, so nothing behind a syntax error, or behind a
+field with a line break in it, is read; a last row without a line break at its end may be cut off inside.
+"""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sam2_lora_ext.data.records import is_text
+from sam2_lora_ext.errors import UserError
+
+FIELD_LIMIT = 1 << 26  # characters of one RLE
+LONGEST_NAME = 16  # fields that an image's name with commas may be torn into
+TAIL = 4096  # bytes in which the last line break is looked for
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    line: int  # of the file, from 1
+    name: str
+    class_text: str
+    rle: str
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used."""
+
+    line: int
+    cause: str
+    sentence: str
+    names: tuple[str, ...] = ()  # texts of it that may name its image
+    last: bool = False  # nothing behind it was read
+    alone: bool = False  # it has one field, which may be a part of a name where the file is cut off
+
+
+class KaggleTable:
+    """A csv whose header says its format.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.old = False  # one column `image_class`; known once `rows` has begun
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """The rows in order, blank ones left out.
+
+        Raises:
+            UserError: the file cannot be opened, or its header is not Kaggle's.
+        """
+        limit = csv.field_size_limit(FIELD_LIMIT)
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+                yield from self._mark_cut(self._parse(csv.reader(file, strict=True)))
+        except OSError as error:
+            raise UserError(f"cannot read the table {self.path}: {error.strerror}; check the path") from error
+        finally:
+            csv.field_size_limit(limit)
+
+    def _parse(self, lines: Iterator[list[str]]) -> Iterator[Row | BadRow]:
+        try:
+            header = [field.strip() for field in next(lines, [])]
+        except csv.Error as error:
+            raise UserError(f"the header of {self.path} cannot be read ({error}); is it a csv?") from error
+        places = self._places(header)
+        while True:
+            line = lines.line_num + 1
+            try:
+                fields = next(lines, None)
+            except csv.Error as error:
+                yield BadRow(
+                    line, "csv syntax", f"the table cannot be read on from here ({error}); is it cut off?", last=True
+                )
+                return
+            if fields is None:
+                return
+            if any("\n" in field or "\r" in field for field in fields):
+                yield BadRow(
+                    line,
+                    "csv syntax",
+                    f"a field goes on over the line's end to line {lines.line_num}, so a quote is missing and rows may be "
+                    "swallowed; correct the quotes (nothing behind it is read)",
+                    last=True,
+                )
+                return
+            if any(field.strip() for field in fields):
+                yield self._row(line, fields, len(header), places)
+
+    def _row(self, line: int, fields: list[str], length: int, places: tuple[int, int, int]) -> Row | BadRow:
+        first = places[0]
+        names = tuple(fields) + tuple(",".join(fields[first:stop]) for stop in range(first + 2, first + LONGEST_NAME))
+        if self.old:
+            names += tuple(name.rpartition("_")[0] for name in names)
+        if len(fields) != length:
+            sentence = f"the row has {len(fields)} fields, the header has {length} (is the file cut off?)"
+            return BadRow(line, "row length", sentence, names, alone=len(fields) == 1)
+        name, class_text, rle = (fields[place] for place in places)
+        if self.old:
+            name, _, class_text = name.rpartition("_")
+        if not all(map(is_text, fields)):
+            sentence = "the row is not UTF-8 text; save the table as UTF-8 csv"
+            return BadRow(line, "not UTF-8", sentence, (name,) if is_text(name) else ())
+        if not name.strip():
+            sentence = "the row does not say its image (image_class is expected); complete or remove it"
+            if not self.old:
+                sentence = "the row does not say its image; complete or remove it"
+            return BadRow(line, "no image name", sentence, names if self.old else ())
+        return Row(line, name.strip(), class_text.strip(), rle)
+
+    def _mark_cut(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """The rows, the last one bad when the file's last line has no end."""
+        before: Row | BadRow | None = None
+        for row in rows:
+            if before is not None:
+                yield before
+            before = row
+        if self._ends_with_a_line():
+            yield from () if before is None else (before,)
+        elif isinstance(before, BadRow):
+            yield replace(before, names=()) if before.alone else before
+        elif before is None:
+            yield BadRow(1, "row cut", "the table ends inside its header's line; fetch it again")
+        else:
+            sentence = (
+                "the last row has no line break at its end, so the file may be cut off inside it; fetch it again, or end "
+                "the row with a line break if it is whole"
+            )
+            yield BadRow(before.line, "row cut", sentence, (before.name,))
+
+    def _ends_with_a_line(self) -> bool:
+        """Whether nothing but blanks stands behind the last line break."""
+        with open(self.path, "rb") as file:
+            file.seek(max(0, os.path.getsize(self.path) - TAIL))
+            tail = file.read()
+        return not tail[max(tail.rfind(b"\n"), tail.rfind(b"\r")) + 1 :].strip(b" \t,")
+
+    def _places(self, header: list[str]) -> tuple[int, int, int]:
+        for wanted in (
+            ("ImageId", "ClassId", "EncodedPixels"),
+            ("ImageId_ClassId", "ImageId_ClassId", "EncodedPixels"),
+        ):
+            if all(header.count(column) == 1 for column in wanted):
+                self.old = wanted[0] == wanted[1]
+                return tuple(header.index(column) for column in wanted)
+        shown = ",".join(header)[:200]
+        if not is_text(shown):
+            raise UserError(f"the table {self.path} is not UTF-8 text in its header; save it as UTF-8 csv")
+        raise UserError(
+            f"the header of {self.path} is {shown!r}, but ImageId,ClassId,EncodedPixels or "
+            "ImageId_ClassId,EncodedPixels is expected; rename the columns"
+        )

@@ -1,0 +1,35 @@
+"""Which images an id may mean that names none as it stands: another case, suffix or folder, or cut behind its stem."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from sam2_lora_ext.data.images import SUFFIXES
+
+
+class NearNames:
+    """Looks ids up by stem and without regard to case.
+
+    Args:
+        names: of the images.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self._images: dict[str, list[str]] = {}
+        for name in names:
+            for key in _keys(name):
+                self._images.setdefault(key, []).append(name)
+
+    def find(self, text: str) -> list[str]:
+        """The images that `text` may mean, sorted; none for text without a name in it."""
+        return sorted({name for key in _keys(text) for name in self._images.get(key, ())})
+
+
+def _keys(text: str) -> set[str]:
+    """The last part of a path, folded in case and composed as Unicode, with and without what stands behind its dots."""
+    name = unicodedata.normalize("NFC", re.split(r"[/\\]", text.strip())[-1].strip()).casefold()
+    keys = {name, name.rpartition(".")[0]}
+    while name.endswith(tuple(SUFFIXES)):
+        name = name.rpartition(".")[0]
+        keys.add(name)
+    return keys - {""}
