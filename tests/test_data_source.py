@@ -149,6 +149,21 @@ def test_other_data_takes_the_run_s_classes_and_settings(tmp_path):
     assert given.size is None and given.class_names[1] == "defect_1"
 
 
+def test_other_data_gets_its_class_numbers_by_name(shared_cases, tmp_path):
+    """The run's file numbers 0 steel, 1 crack, 2 pit; the other has 1 crack, 2 pit: crack is one class in both."""
+    train = shared_cases / "sep/train"
+    places = {"image_dir": str(train), "json": str(train / "_annotations.coco.json")}
+    like = from_run(write_run(tmp_path / "r8", [{"_target_": "sam2_lora_ext.data.coco.COCOReader", **places}]))
+    other = guessed(shared_cases / "sep/valid", like=like)
+    assert like.class_names() == other.class_names()
+    numbers = {name: number for number, name in like.class_names().items()}
+    index = build_index(other.make_reader())
+    content = json.loads((shared_cases / "sep/valid/_annotations.coco.json").read_text())
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    wanted = sorted(numbers[names[entry["category_id"]]] for entry in content["annotations"])
+    assert sorted(index.mask_class.tolist()) == wanted and len(wanted) > 0
+
+
 def test_texts_of_options():
     assert classes("a, b") == ["a", "b"] and classes("255=defect,7=scale") == {255: "defect", 7: "scale"}
     assert colors("1=250/50/83,2=51/221/255") == {1: [250, 50, 83], 2: [51, 221, 255]}

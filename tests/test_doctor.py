@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam2_lora_ext.doctor.config import check_keys, check_targets, load, resolve
+from sam2_lora_ext.compose import load
+from sam2_lora_ext.doctor.config import check_keys, check_targets, resolve
 from sam2_lora_ext.doctor.examine import examine
 from sam2_lora_ext.doctor.findings import green, guarded, red, root_cause, to_json, yellow
 from sam2_lora_ext.errors import UserError

@@ -51,18 +51,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.submission_prompt not in protocol.prompts:
         raise UserError(f"--submission-prompt is one of {', '.join(protocol.prompts)}, got {args.submission_prompt!r}")
     samples, said = prepare(wanted, conditions, args.out, args.limit, args.force)
-    print("\n".join(conditions_lines(said)), flush=True)
+    print(shown("\n".join(conditions_lines(said))), flush=True)
     record = compare(
         wanted, samples, protocol, args.out, device=args.device, submitted=args.submission_prompt,
         pictures=args.pictures, conditions=said, force=args.force,
     )  # fmt: skip
     record["command"] = ["python", "tools/evaluate.py", *(sys.argv[1:] if argv is None else argv)]
-    text = describe(record)
+    text = shown(describe(record))
     write_json(args.out / "evaluation.json", record, force=args.force)
     write_atomic(args.out / "evaluation.md", lambda path: path.write_text(text, encoding="utf-8"), force=args.force)
     further = {"galleries": args.pictures, "submission.csv of each model": record["models"][0]["kaggle"]}
     written = ["evaluation.md", *[name for name, there in further.items() if there]]
     print(f"\n{text}\nwritten  {args.out / 'evaluation.json'}, {', '.join(written)}")
+
+
+def shown(text: str) -> str:
+    """The text with names that are no UTF-8, as the system may have them, in escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = [path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()]
     folders = args.evaluation or found
     text = render(runs, [read_evaluation(folder) for folder in folders])
-    write_atomic(out, lambda path: path.write_text(text, encoding="utf-8"), force=args.force)
+    page = text.encode("utf-8", "backslashreplace")  # a file name that is no UTF-8 is shown, not fatal
+    write_atomic(out, lambda path: path.write_bytes(page), force=args.force)
     print(f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations")
 
 

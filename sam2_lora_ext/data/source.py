@@ -109,13 +109,11 @@ class Source:
         """
         from sam2_lora_ext.data.dataset import SeverstalRawDataset  # needs SAM 2's training code
 
-        more = {} if self.objects is None else {"objects": self.objects}
-        if self.crop is not None:
-            more |= {"max_objects": self.max_objects, "group_width": self.group_width or self.crop}
+        grouped = {"max_objects": self.max_objects, "group_width": self.group_width or self.crop}
         return SeverstalRawDataset(
-            self.make_reader(), training=False, min_area=self.min_area, include_clean=self.include_clean,
+            self.make_reader(), training=False, objects=self.objects, min_area=self.min_area, include_clean=self.include_clean,
             split_file=self.split_file, split=self.split, on_invalid=self.on_invalid, bits=self.bits,
-            cache_dir=self.cache_dir, **more,
+            cache_dir=self.cache_dir, **(grouped if self.crop is not None else {}),
         )  # fmt: skip
 
     def image_paths(self) -> set[str]:

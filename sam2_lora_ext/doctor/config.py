@@ -3,7 +3,7 @@
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,6 @@ from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yello
 
 AREA = "config"
 ANOTHER = "choose another launcher.experiment_log_dir for a new run"
-
-
-def load(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed and resolved config as plain containers.
-
-    Raises:
-        UserError: there is none, or it cannot be composed.
-    """
-    from omegaconf import OmegaConf
-
-    from sam2_lora_ext.compose import compose, locate
-    from sam2_lora_ext.host import USER_CONFIG_DIR
-
-    found, folder = locate(name)
-    if folder is not None:
-        os.environ[USER_CONFIG_DIR] = str(folder)
-    return OmegaConf.to_container(compose(found, overrides), resolve=True)
 
 
 def walk(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:

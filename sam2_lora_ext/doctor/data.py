@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sam2_lora_ext.data.blocks import raw_blocks
 from sam2_lora_ext.data.index import remarks
 from sam2_lora_ext.data.objects import components_note
 from sam2_lora_ext.data.records import compare_datasets
@@ -33,7 +34,7 @@ class DataSets:
         from hydra.utils import instantiate
 
         for data in (self.data.get(phase) or {}).get("datasets", []):
-            configs = list(raw_configs(data))
+            configs = [config for config, _ in raw_blocks(data)]
             if not configs:
                 said = f"{phase}: {data.get('_target_')} has no video_dataset, so it was not looked at"
                 yield yellow(AREA, said, "check it yourself")
@@ -57,18 +58,6 @@ class DataSets:
         """A class number must mean the same in training and in validation: raises the `UserError` that training would."""
         compare_datasets(self.built)
         return []
-
-
-def raw_configs(data: Any) -> Iterator[Mapping[str, Any]]:
-    """The configs of raw data sets inside wrappers: each `video_dataset` below."""
-    if isinstance(data, Mapping):
-        if isinstance(data.get("video_dataset"), Mapping):
-            yield data["video_dataset"]
-            return
-        data = list(data.values())
-    if isinstance(data, list):
-        for inner in data:
-            yield from raw_configs(inner)
 
 
 def describe(phase: str, dataset: Any) -> Iterator[Finding]:

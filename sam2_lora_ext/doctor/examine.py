@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sam2_lora_ext.compose import load
 from sam2_lora_ext.doctor import config as configs
 from sam2_lora_ext.doctor import environment
 from sam2_lora_ext.doctor.findings import Finding, green, guarded, red, yellow
@@ -38,7 +39,7 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
         yield green("disk", said)
         return
     try:
-        config = configs.load(name, overrides)
+        config = load(name, overrides)
     except UserError as error:
         yield red("config", str(error), "python -m sam2_lora_ext.train --help lists the configs")
         return
