@@ -15,8 +15,9 @@ import prepare_data  # noqa: E402
 from sam2_lora_ext.data.arguments import bits, classes, colors, size  # noqa: E402
 from sam2_lora_ext.data.guess import guess_reader, guessed  # noqa: E402
 from sam2_lora_ext.data.index import build_index  # noqa: E402
-from sam2_lora_ext.data.source import Source, find_run, from_config, from_run  # noqa: E402
+from sam2_lora_ext.data.source import Source, from_config, from_run  # noqa: E402
 from sam2_lora_ext.errors import UserError  # noqa: E402
+from sam2_lora_ext.run_paths import find_run  # noqa: E402
 
 
 def run(*arguments: object) -> None:
@@ -114,6 +115,26 @@ def test_a_run_whose_data_cannot_be_read_is_a_sentence(tmp_path):
     for number, readers in enumerate(([], [kaggle(tmp_path)] * 2)):
         with pytest.raises(UserError, match=f"has {len(readers)} data sets"):
             from_run(write_run(tmp_path / f"other{number}", readers))
+
+
+def test_relative_paths_are_those_of_the_folder_that_the_run_was_started_in(tmp_path, monkeypatch):
+    """Not those of the folder that a tool is started in, which may have a data set of the same name."""
+    for place in ("desk", "elsewhere"):
+        write_kaggle(tmp_path / place / "data")
+    folder = write_run(tmp_path / "desk/runs/r8", [kaggle(Path("data"))], split_file="data/split.csv", split="val")
+    record = json.loads((folder / "run_config.yaml").read_text())
+    record["trainer"]["run_dir"] = "runs/r8"
+    (folder / "run_config.yaml").write_text(json.dumps(record))
+    (tmp_path / "desk/data/split.csv").write_text("image,split\na.jpg,val\nb.jpg,train\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    source = from_run("../desk/runs/r8/adapters/best")
+    assert source.make_reader().csv == tmp_path / "desk/data/train.csv" and source.other_data is None
+    assert source.image_paths() == {str(tmp_path / "desk/data/images/a.jpg")}
+    monkeypatch.chdir(tmp_path / "desk")
+    here = from_run("runs/r8")
+    assert str(here.make_reader().csv) == "data/train.csv" and here.split_file == "data/split.csv"
+    assert here.same_data(source) and not here.same_data(guessed(tmp_path / "elsewhere/data"))
+    assert here.same_data(guessed("data"))
 
 
 def test_the_other_phase_is_named_where_it_reads_other_data(tmp_path, capsys):

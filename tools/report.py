@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sam2_lora_ext.data.source import find_run
 from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.run_paths import find_run
 
 EXAMPLES = """\
 examples:

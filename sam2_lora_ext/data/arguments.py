@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.data.guess import guessed
-from sam2_lora_ext.data.source import Source, find_run, from_config, from_run
+from sam2_lora_ext.data.source import Source, from_config, from_run
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.run_paths import find_run
 
 DATA = "the data set's folder, its csv or its json; or a run, which knows its data"
 OVERRIDE = "overrides of -c, as training takes them"

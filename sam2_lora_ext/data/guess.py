@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.data.blocks import FORMATS, describe
+from sam2_lora_ext.data.blocks import FORMATS, PLACES, describe
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.images import SUFFIXES
 from sam2_lora_ext.data.kaggle import KaggleReader
@@ -64,6 +64,7 @@ def guessed(
     return Source(
         origin=f"{path} (format guessed)",
         data=describe({"_target_": kind.__name__, **places}),
+        places={key: place for key, place in places.items() if key in PLACES},
         make_reader=cache(lambda: kind(**places, **settings)),
         settings=settings,
         format=kind.__name__,

@@ -4,9 +4,10 @@ Tools get their readers from a `Source` alone. Nothing is read before it is aske
 was moved still says how the run was trained.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,12 @@ from sam2_lora_ext.data.items import read_split
 from sam2_lora_ext.data.records import OnInvalid, Reader, class_table
 from sam2_lora_ext.data.splits import given_splits, take
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.run_config import NAME, OLD_NAME, read_run_config
+from sam2_lora_ext.run_config import NAME, OLD_NAME
+from sam2_lora_ext.run_paths import find_run, started_in, trainer_of
 
 if TYPE_CHECKING:
     from sam2_lora_ext.data.dataset import SeverstalRawDataset
 
-INSIDE = ("adapters", "checkpoints", "weights")  # folders of a run that a user may name instead of it
 MIN_AREA = 16  # pixels, where nothing says it
 
 
@@ -32,6 +33,7 @@ class Source:
     Args:
         origin: where this comes from, in words, such as "the validation data of the run runs/r8".
         data: format and places, in words.
+        places: the reader's arguments that say where the data is.
         make_reader: makes the reader, one for all copies of this source; raises `UserError` where the data is gone.
         settings: the reader's own arguments beside its places: classes, colors, size, exif ...
         format: name of the reader's class.
@@ -54,6 +56,7 @@ class Source:
 
     origin: str
     data: str
+    places: Mapping[str, str | Path]
     make_reader: Callable[[], Reader]
     settings: Mapping[str, Any]
     format: str
@@ -92,6 +95,14 @@ class Source:
             "min_area": self.min_area,
         }
 
+    def same_data(self, other: "Source") -> bool:
+        """Whether both read the same files, however their paths are written."""
+
+        def found(source: Source) -> tuple[str, dict[str, str]]:
+            return source.format, {key: os.path.realpath(place) for key, place in source.places.items()}
+
+        return found(self) == found(other)
+
     def class_names(self) -> dict[int, str] | None:
         """Class number -> name; of data that is gone what the settings say, None where only the data said it."""
         try:
@@ -111,9 +122,9 @@ class Source:
 
         grouped = {"max_objects": self.max_objects, "group_width": self.group_width or self.crop}
         return SeverstalRawDataset(
-            self.make_reader(), training=False, objects=self.objects, min_area=self.min_area, include_clean=self.include_clean,
-            split_file=self.split_file, split=self.split, on_invalid=self.on_invalid, bits=self.bits,
-            cache_dir=self.cache_dir, **(grouped if self.crop is not None else {}),
+            self.make_reader(), training=False, objects=self.objects, min_area=self.min_area,
+            include_clean=self.include_clean, split_file=self.split_file, split=self.split, on_invalid=self.on_invalid,
+            bits=self.bits, cache_dir=self.cache_dir, **(grouped if self.crop is not None else {}),
         )  # fmt: skip
 
     def image_paths(self) -> set[str]:
@@ -158,31 +169,23 @@ def from_run(run: str | Path, phase: str = "val", **reader: Any) -> Source:
     folder = find_run(run)
     if folder is None:
         raise UserError(f"{run} is no run and not in one: a run's folder has a {NAME} (before version 0.2 {OLD_NAME})")
-    changed = max((folder / name).stat().st_mtime_ns for name in (NAME, OLD_NAME) if (folder / name).is_file())
-    return from_trainer(_trainer(folder.resolve(), changed), phase, f"the run {folder}", **reader)
+    trainer = trainer_of(folder)
+    return from_trainer(trainer, phase, f"the run {folder}", started_in(folder, trainer), **reader)
 
 
-@lru_cache
-def _trainer(folder: Path, changed: int) -> Mapping[str, Any]:
-    """The `trainer` section of a run's record, read once (a record of an old version is read with a warning)."""
-    return read_run_config(folder)["trainer"]
-
-
-def find_run(path: str | Path) -> Path | None:
-    """The run that a path means: a run's folder, or what training wrote into one (adapters/best, checkpoint.pt ...)."""
-    path = Path(path)
-    for folder in (path, *path.parents)[:4]:
-        if any((folder / name).is_file() for name in (NAME, OLD_NAME)):
-            inner = path.relative_to(folder).parts
-            return folder if not inner or inner[0] in INSIDE or len(inner) <= 2 and path.is_file() else None
-    return None
-
-
-def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str, **reader: Any) -> Source:
+def from_trainer(
+    trainer: Mapping[str, Any], phase: str, origin: str, root: Path | None = None, **reader: Any
+) -> Source:
     """The data of a `trainer` section; see `from_config`, `from_run`.
 
-    Crop and resolution are those of validation in both phases: they say how the model is to be looked at.
+    Crop and resolution are those of validation in both phases: they say how the model is to be looked at. A relative
+    path is taken from `root`, or where there is no such file from the working directory.
     """
+
+    def at(path: str | None) -> str | None:
+        there = root is not None and path is not None and root != Path.cwd() and (root / path).exists()
+        return str(root / path) if there else path
+
     data = trainer.get("data") or {}
     blocks = list(raw_blocks(data.get(phase)))
     if len(blocks) != 1 or not isinstance(blocks[0][0].get("reader"), Mapping):
@@ -195,13 +198,14 @@ def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str, **reader: 
     seen, transforms = next(iter(raw_blocks(data.get("val"))), blocks[0])
     windows = seen.get("windows")
     config = {**block["reader"], **reader}
-    files = [config[key] for key in PLACES if key in config]
+    places = {key: at(config[key]) for key in PLACES if config.get(key) is not None}
+    config |= places
 
     @cache
     def make_reader() -> Reader:
         from hydra.utils import instantiate
 
-        if gone := next((file for file in files if not Path(file).exists()), None):
+        if gone := next((file for file in places.values() if not Path(file).exists()), None):
             raise UserError(
                 f"{origin} reads {gone}, which is not there (from {Path.cwd()}): start from the folder that training "
                 "starts in, or name the data by its folder"
@@ -210,19 +214,21 @@ def from_trainer(trainer: Mapping[str, Any], phase: str, origin: str, **reader: 
 
     others = [describe(other["reader"]) for other, _ in raw_blocks(data.get("val" if phase == "train" else "train"))
               if isinstance(other.get("reader"), Mapping)]  # fmt: skip
-    kept = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split_file", "split", "cache_dir")
+    kept = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split", "cache_dir")
     return Source(
         origin=f"the {'training' if phase == 'train' else 'validation'} data of {origin}",
         data=describe(config),
+        places=places,
         make_reader=make_reader,
         settings={key: value for key, value in config.items() if key not in (*PLACES, "_target_")},
         format=config["_target_"].rpartition(".")[2],
         phase=phase,
+        split_file=at(block.get("split_file")),
         crop=windows["width"] if windows else crop_width(transforms),
         stride=windows["stride"] if windows else None,
         max_objects=seen.get("max_objects"),
         group_width=seen.get("group_width"),
         resolution=(trainer.get("model") or {}).get("image_size"),
-        other_data=next((other for other in others if other != describe(config)), None),
+        other_data=next((other for other in others if other != describe(block["reader"])), None),
         **{"min_area": 1} | {key: block[key] for key in kept if key in block},
     )

@@ -5,6 +5,7 @@ differs from a run's own conditions is a sentence in every result.
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,14 +66,16 @@ class Conditions:
         if own.exif != used.exif:
             ways = {True: "upright", False: "as stored"}
             said.append(f"trained on images {ways[own.exif]}, evaluated on images {ways[used.exif]}")
-        if own.data != used.data:
+        other = not own.same_data(used)
+        if other:
             said.append(f"validated on {own.data}, evaluated on {used.data}")
+        if other or own.settings != used.settings:
             before, now = own.class_names(), used.class_names()
             if before is not None and now is not None and before != now:
                 tables = describe_classes(before), describe_classes(now)
                 said.append("trained with the classes {}, evaluated with {}".format(*tables))
-        if (before := _split(own)) != (now := _split(used)):
-            said.append(f"validated on {before}, evaluated on {now}")
+        if (own.split, os.path.realpath(own.split_file or "")) != (used.split, os.path.realpath(used.split_file or "")):
+            said.append(f"validated on {_split(own)}, evaluated on {_split(used)}")
         return said
 
     def _view(self) -> str:
@@ -110,9 +113,10 @@ class Conditions:
         Raises:
             UserError: see `training_images`.
         """
+        view = {"objects": dataset.objects.mode, "tile": self.tile, "overlap": self.overlap}
         return {
             "origin": self.source.origin,
-            "used": self.source.conditions() | {"objects": dataset.objects.mode, "tile": self.tile, "overlap": self.overlap},
+            "used": self.source.conditions() | view,
             "own": {name: own.conditions() for name, own in self.own.items()},
             "sentences": [*self.sentences(), *self.training_images(dataset), *self.notes],
         }
@@ -146,7 +150,8 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
         source = from_run(runs[first], phase, **({"exif": False} if args.as_stored else {}))
     elif first is not None and not args.training_config:
         keys = VIEW if source.phase else VIEW + HABITS
-        source = replace(source, **{key: getattr(own[first], key) for key in keys})
+        origin = f"{source.origin}, looked at as in the run {runs[first]}"
+        source = replace(source, origin=origin, **{key: getattr(own[first], key) for key in keys})
     return Conditions(
         changed(source, args), own, runs, args.tile, args.overlap, notes=notes,
         chosen=bool(known or args.split_file or args.split), train="train" in (args.split or "").split(","),

@@ -13,9 +13,9 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter
 from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter, source_files
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights
-from sam2_lora_ext.data.source import find_run
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.adapter import attach_adapter
+from sam2_lora_ext.run_paths import find_run
 from sam2_lora_ext.stock import check_inputs
 
 SUFFIXES = (".pt", ".safetensors", ".torch")

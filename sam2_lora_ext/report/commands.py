@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.data.source import find_run, from_run
+from sam2_lora_ext.data.source import from_run
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.report.collect import Run
+from sam2_lora_ext.run_paths import find_run
 
 VARIABLE = re.compile(
     r"^(?P<before>[^$]*)(?:\$\{oc\.decode:)?\$\{oc\.env:(?P<name>\w+)[^}]*(?:\{[^}]*\}[^}]*)?\}\}?(?P<after>[^$}]*)$"
