@@ -19,6 +19,9 @@ from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.evaluate.arguments import parse
+from sam2_lora_ext.evaluate.conditions import settle
+from sam2_lora_ext.evaluate.models import candidates
 
 FOUR_FRAMES = (
     "scratch.crop_width=256",
@@ -120,6 +123,27 @@ def test_stock_video_predictor_follows_a_defect_and_draws_it(merged, strips, tmp
         with pytest.raises(UserError, match=words):
             track_strip.main([*arguments, *wrong])
     assert np.array_equal(np.asarray(Image.open(tmp_path / "tracked.png")), picture)  # still the old one
+
+
+def test_the_run_says_how_its_strips_are_seen(merged, strips, tmp_path, capsys):
+    """Windows, bits and resolution come from the run; its own evaluation looks at single windows, and says so."""
+    image = str(next((strips / "train_images").iterdir()))
+    words = ["--checkpoint", str(merged[1]), "--image", image, "--click", "800,128", "--device", "cpu"]
+    track_strip.main([*words, "--run", str(merged[0]), "--out", str(tmp_path / "a.png")])
+    said = capsys.readouterr().out
+    assert "windows of 256 columns at every 128, 16 bits (from the validation data of the run" in said
+    assert "12 windows" in said
+    inside = str(merged[0] / "adapters/final")
+    track_strip.main([*words, "--run", inside, "--width", "400", "--out", str(tmp_path / "b.png")])
+    assert "windows of 400 columns at every 200" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is read, so it cannot be the picture"):
+        track_strip.main([*words, "--out", image, "--force"])
+    compared = [str(merged[0])]
+    found = settle(parse("", ["--compare", *compared]), candidates(compared))
+    assert found.source.crop == 256 and found.source.dataset().windows is None
+    assert found.sentences() == ["run: trained on windows of 256 columns as video, evaluated window by window"]
+    whole = settle(parse("", ["--crop", "none", "--compare", *compared]), candidates(compared))
+    assert whole.sentences() == ["run: trained at crop 256 as video, evaluated whole"]
 
 
 class CopyingPredictor:

@@ -138,6 +138,8 @@ def test_of_two_runs_the_first_one_s_conditions_hold(run, nano_base, tmp_path):
                            "other: bits was 16 in its validation, evaluated with 12"]  # fmt: skip
     found = conditions(models=[other, run])
     assert found.source.crop == 200 and "r8: trained at crop 320, evaluated at crop 200" in said(found)
+    found = conditions("--data", other, models=[run])  # the other's data, looked at as the first
+    assert found.source.crop == 320 and found.source.bits == 16
     tool.main(["--compare", str(run), str(other), *QUICK, "--limit", "2", "--out", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert "other: trained at crop 200, evaluated at crop 320" in record["conditions"]["sentences"]
@@ -177,12 +179,14 @@ def test_data_that_moved_does_not_end_a_comparison(run, tmp_path):
     assert "moved: whether it was trained on these images is not known" in said(conditions(models=[moved]))[0]
 
 
-def test_a_config_says_how_models_without_a_run_are_asked(nano_base, strips, tmp_path, monkeypatch):
+def test_a_config_says_how_models_are_asked(run, nano_base, strips, tmp_path, monkeypatch):
     for name, value in environment(nano_base, strips, tmp_path / "run").items():
         monkeypatch.setenv(name, value)
     found = conditions("-c", "demo", "dataset.bits=12", models=[nano_base])
     assert (found.source.crop, found.source.resolution, found.source.bits) == (256, 128, 12) and said(found) == []
     assert conditions("-c", "demo", "--split", "train", models=[nano_base]).source.split == "train"
+    with_run = said(conditions("-c", "demo", models=[nano_base, run]))
+    assert "r8: trained at crop 320, evaluated at crop 256" in with_run and len(with_run) == 4
     with pytest.raises(UserError, match="say which data"):
         conditions(models=[nano_base])
 
