@@ -112,6 +112,10 @@ def test_a_run_whose_data_cannot_be_read_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"the run .*r8 reads .*train.csv, which is not there \(from"):
         source.make_reader()
     assert source.class_names() == {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
+    write_kaggle(tmp_path / "k")
+    for number, target in enumerate(("os.system", "no.such.Reader", "sam2_lora_ext.data.coco.COCOReader")):
+        with pytest.raises(UserError, match="the reader of the run .* cannot be made"):
+            from_run(write_run(tmp_path / str(number), [{**kaggle(tmp_path / "k"), "_target_": target}])).make_reader()
     for number, readers in enumerate(([], [kaggle(tmp_path)] * 2)):
         with pytest.raises(UserError, match=f"has {len(readers)} data sets"):
             from_run(write_run(tmp_path / f"other{number}", readers))

@@ -31,6 +31,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--split", "tset"], "has no split 'tset'"),
         (["--min-area", "9999999"], "look at --limit"),
         (["--data", "gone"], "there is no gone"),
+        (["--out", "o/" + "x" * 201], "too long for a file system"),
         (["--device", "cuda:77"], "is not there"),
     ],
 )
@@ -39,7 +40,7 @@ def test_mistakes_are_found_before_a_model_is_asked(nano_base, strips, tmp_path,
     model = [] if "--compare" in filled else ["--checkpoint", str(nano_base)]
     splits = ["--data", str(strips), "--split-file", str(strips / "split.csv"), "--split", "val"]
     with pytest.raises(UserError, match=match):
-        tool.main([*model, *splits, *filled, "--out", str(tmp_path / "out")])
+        tool.main([*model, "--out", str(tmp_path / "out"), *splits, *filled])
     assert not (tmp_path / "out").exists()
 
 

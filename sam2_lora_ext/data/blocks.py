@@ -1,7 +1,11 @@
-"""The data set blocks of a training config: which there are, how their images are cropped, what they read, in words."""
+"""The data set blocks of a training config: which there are, how they are cropped, their readers, also in words."""
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
+
+from sam2_lora_ext.data.records import Reader
+from sam2_lora_ext.errors import UserError
 
 PLACES = ("csv", "json", "label_dir", "root", "image_dir")  # a reader's arguments that say where its data is
 FORMATS = {
@@ -30,6 +34,27 @@ def crop_width(transforms: Any) -> int | None:
         if isinstance(transform, Mapping) and str(transform.get("_target_")).endswith("StripCrop"):
             return transform.get("width")
     return None
+
+
+def build_reader(config: Mapping[str, Any], origin: str) -> Reader:
+    """The reader of a config; a record comes from anywhere, so only what has `records` is called, with plain values.
+
+    Args:
+        config: `_target_` and the reader's arguments.
+        origin: of it, for messages.
+
+    Raises:
+        UserError: there is no such class, it is no reader, or does not take these arguments; or the data is wrong.
+    """
+    module, _, name = str(config["_target_"]).rpartition(".")
+    arguments = {key: value for key, value in config.items() if key != "_target_"}
+    try:
+        kind = getattr(import_module(module), name, None)
+        if not isinstance(kind, type) or not hasattr(kind, "records"):
+            raise TypeError(f"{config['_target_']} is no reader")
+        return kind(**arguments)
+    except (ImportError, TypeError) as error:
+        raise UserError(f"the reader of {origin} cannot be made ({error}): name the data by its folder") from error
 
 
 def describe(reader: Mapping[str, Any]) -> str:

@@ -60,6 +60,7 @@ def guessed(
         settings["classes"] = {number: f"defect_{number}" for number in settings["colors"]}
     if like is not None:
         same = like.settings if like.format == kind.__name__ else {}
+        same = {key: value for key, value in same.items() if key not in places}
         settings = {**same, "classes": like.class_names(), **settings}
     return Source(
         origin=f"{path} (format guessed)",

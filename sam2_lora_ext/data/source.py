@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam2_lora_ext.data.blocks import PLACES, crop_width, describe, raw_blocks
+from sam2_lora_ext.data.blocks import PLACES, build_reader, crop_width, describe, raw_blocks
 from sam2_lora_ext.data.index import collect
 from sam2_lora_ext.data.items import read_split
 from sam2_lora_ext.data.records import OnInvalid, Reader, class_table
@@ -168,7 +168,7 @@ def from_run(run: str | Path, phase: str = "val", **reader: Any) -> Source:
     """
     folder = find_run(run)
     if folder is None:
-        raise UserError(f"{run} is no run and not in one: a run's folder has a {NAME} (before version 0.2 {OLD_NAME})")
+        raise UserError(f"{run} is no run and not in one: a run's folder has a {NAME}, of version 0.1.0 {OLD_NAME}")
     trainer = trainer_of(folder)
     return from_trainer(trainer, phase, f"the run {folder}", started_in(folder, trainer), **reader)
 
@@ -203,17 +203,15 @@ def from_trainer(
 
     @cache
     def make_reader() -> Reader:
-        from hydra.utils import instantiate
-
         if gone := next((file for file in places.values() if not Path(file).exists()), None):
             raise UserError(
                 f"{origin} reads {gone}, which is not there (from {Path.cwd()}): start from the folder that training "
                 "starts in, or name the data by its folder"
             )
-        return instantiate(config, _convert_="all")
+        return build_reader(config, origin)
 
-    others = [describe(other["reader"]) for other, _ in raw_blocks(data.get("val" if phase == "train" else "train"))
-              if isinstance(other.get("reader"), Mapping)]  # fmt: skip
+    others = [other.get("reader") for other, _ in raw_blocks(data.get("val" if phase == "train" else "train"))]
+    others = [describe(other) for other in others if isinstance(other, Mapping)]
     kept = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split", "cache_dir")
     return Source(
         origin=f"the {'training' if phase == 'train' else 'validation'} data of {origin}",

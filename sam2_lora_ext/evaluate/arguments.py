@@ -84,8 +84,6 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--overlap needs --tile and is below it, got {args.overlap} and {args.tile}")
     if not all(0 <= threshold <= 1 for threshold in args.automatic_thresholds):
         raise UserError(f"--automatic-thresholds are two numbers in 0..1, got {args.automatic_thresholds}")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file: name a folder")
     return args
 
 

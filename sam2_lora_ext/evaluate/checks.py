@@ -15,7 +15,8 @@ from sam2_lora_ext.files import refuse_existing
 
 RECORDS = ("evaluation.json", "evaluation.md")  # in the output folder
 GALLERY = "gallery"  # in the folder of each model
-LONGEST = 200  # bytes of a model's name: file systems end at 255
+LONGEST = 200  # bytes of a folder's name: file systems end at 255
+DEEPEST = 3500  # bytes of the output folder's path: Linux ends at 4096
 
 
 def prepare(
@@ -72,6 +73,8 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
     Raises:
         UserError: one is there already, cannot be written, or is an input.
     """
+    if any(len(os.fsencode(part)) > LONGEST for part in out.parts) or len(os.fsencode(out.absolute())) > DEEPEST:
+        raise UserError(f"the path of --out {str(out)[:60]}... is too long for a file system: choose a shorter one")
     files = [out / name for name in RECORDS] + [out / name / SUBMISSION for name in names]
     for folder in (out, *[path for name in names for path in (out / name, out / name / GALLERY)]):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))

@@ -152,9 +152,10 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
         keys = VIEW if source.phase else VIEW + HABITS
         origin = f"{source.origin}, looked at as in the run {runs[first]}"
         source = replace(source, origin=origin, **{key: getattr(own[first], key) for key in keys})
+    chosen = known or args.split_file or args.split not in (None, "val")
     return Conditions(
-        changed(source, args), own, runs, args.tile, args.overlap, notes=notes,
-        chosen=bool(known or args.split_file or args.split), train="train" in (args.split or "").split(","),
+        changed(source, args), own, runs, args.tile, args.overlap, chosen=bool(chosen),
+        train="train" in (args.split or "").split(","), notes=notes,
     )  # fmt: skip
 
 
