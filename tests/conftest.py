@@ -82,6 +82,18 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """Small inputs that once went wrong, never part of the repository; without them: skipped, or a failure in CI."""
+    folder = Path(os.environ.get("SAM2_LORA_CASES") or REPOSITORY.parent / "shared" / "cases")
+    if not (folder / "README.md").is_file():
+        missing = f"no cases in {folder} (environment variable SAM2_LORA_CASES)"
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def nano_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised small SAM 2, where the quality of the base does not matter."""
     from small_runs import make_base

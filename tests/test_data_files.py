@@ -14,7 +14,7 @@ from PIL import Image, TiffImagePlugin
 from sam2_lora_ext.data.images import ImageError, list_images, probe, read_rgb, unread
 from sam2_lora_ext.data.index import build_index, collect
 from sam2_lora_ext.data.label_png import LabelPNGReader
-from sam2_lora_ext.data.supervisely import BitmapError, decode_bitmap
+from sam2_lora_ext.data.supervisely_bitmap import BitmapError, decode_bitmap
 from sam2_lora_ext.errors import UserError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)

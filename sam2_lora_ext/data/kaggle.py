@@ -106,7 +106,7 @@ class _Rows:
     def spoil(self, row: BadRow) -> Problem:
         """Takes notice of a row that cannot be used: its image is not whole, or no image is where it names none."""
         images = sorted({image for name in row.names for image in self.near.find(name)})
-        self.doubt = self.doubt or row.last or not images
+        self.doubt = self.doubt or row.doubt or not images
         self._not_whole(images)
         where = f"; its image is {shorten(images)}" if images else "; no image without a good row counts as clean"
         return Problem(self.csv, row.line, row.cause, row.sentence + where, images[0] if images else None)

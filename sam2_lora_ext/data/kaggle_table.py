@@ -36,7 +36,7 @@ class BadRow:
     cause: str
     sentence: str
     names: tuple[str, ...] = ()  # texts of it that may name its image
-    last: bool = False  # nothing behind it was read
+    doubt: bool = False  # other images may have lost a row with it
     alone: bool = False  # it has one field, which may be a part of a name where the file is cut off
 
 
@@ -78,7 +78,7 @@ class KaggleTable:
                 fields = next(lines, None)
             except csv.Error as error:
                 yield BadRow(
-                    line, "csv syntax", f"the table cannot be read on from here ({error}); is it cut off?", last=True
+                    line, "csv syntax", f"the table cannot be read on from here ({error}); is it cut off?", doubt=True
                 )
                 return
             if fields is None:
@@ -89,7 +89,7 @@ class KaggleTable:
                     "csv syntax",
                     f"a field goes on over the line's end to line {lines.line_num}, so a quote is missing and rows may be "
                     "swallowed; correct the quotes (nothing behind it is read)",
-                    last=True,
+                    doubt=True,
                 )
                 return
             if any(field.strip() for field in fields):
@@ -102,7 +102,8 @@ class KaggleTable:
             names += tuple(name.rpartition("_")[0] for name in names)
         if len(fields) != length:
             sentence = f"the row has {len(fields)} fields, the header has {length} (is the file cut off?)"
-            return BadRow(line, "row length", sentence, names, alone=len(fields) == 1)
+            joined = len(fields) >= 2 * length - 1  # two rows, whose line break is lost
+            return BadRow(line, "row length", sentence, names, joined, alone=len(fields) == 1)
         name, class_text, rle = (fields[place] for place in places)
         if self.old:
             name, _, class_text = name.rpartition("_")
