@@ -210,6 +210,7 @@ def test_scan_counts_what_components_would_do(tmp_path, capsys):
     assert (summary["objects"], summary["objects_are"], summary["masks"]) == (5, "instances", 3)
     assert summary["annotations"] == {"count": 5, "joined_by_components": 2, "split_by_components": 1}
     assert "5 objects (instances)" in capsys.readouterr().out
+    assert "5 (components would join 2 and split 1 of them)" in (tmp_path / "out/scan.html").read_text()
     assert "objects (instances)" in (tmp_path / "out/scan.html").read_text()
 
 

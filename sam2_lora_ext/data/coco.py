@@ -59,7 +59,7 @@ class COCOReader:
         records: dict[int | str, ImageRecord] = {}
         lost: set[int | str | None] = set()  # image ids whose image is reported
         yield from self._images(records, lost)
-        as_text = {str(key): record for key, record in records.items()}
+        as_text = {str(key): key for key in records}
         doubt, odd, odd_row = False, 0, 0
         for row, entry in enumerate(self._content["annotations"], 1):
             image_id = _key(entry.get("image_id"))
@@ -67,10 +67,10 @@ class COCOReader:
                 continue
             if image_id not in records:
                 said = f"annotation {row} is for image id {entry.get('image_id')!r}, which the list of images does not have"
-                if alike := as_text.get(_text(entry.get("image_id"))):
-                    alike.complete = False
-                    said += f" in this form: write it as {alike.name} has it"
-                    yield Problem(str(self.json), row, "image id", said, alike.name)
+                if (alike := as_text.get(_text(entry.get("image_id")))) is not None:
+                    records[alike].complete = False
+                    name = records[alike].name
+                    yield Problem(str(self.json), row, "image id", f"{said}, but {name} has {alike!r}: write both alike", name)
                 else:
                     doubt = True
                     said += ", so no image without an annotation counts as clean; add the image or remove the annotation"

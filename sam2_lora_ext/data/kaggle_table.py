@@ -36,8 +36,7 @@ class BadRow:
     cause: str
     sentence: str
     names: tuple[str, ...] = ()  # texts of it that may name its image
-    doubt: bool = False  # other images may have lost a row with it
-    alone: bool = False  # it has one field, which may be a part of a name where the file is cut off
+    doubt: bool = False  # other images may have lost rows with it
 
 
 class KaggleTable:
@@ -103,7 +102,7 @@ class KaggleTable:
         if len(fields) != length:
             sentence = f"the row has {len(fields)} fields, the header has {length} (is the file cut off?)"
             joined = len(fields) >= 2 * length - 1  # two rows, whose line break is lost
-            return BadRow(line, "row length", sentence, names, joined, alone=len(fields) == 1)
+            return BadRow(line, "row length", sentence, names, joined)
         name, class_text, rle = (fields[place] for place in places)
         if self.old:
             name, _, class_text = name.rpartition("_")
@@ -118,7 +117,7 @@ class KaggleTable:
         return Row(line, name.strip(), class_text.strip(), rle)
 
     def _mark_cut(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The rows, the last one bad when the file's last line has no end."""
+        """The rows, the last one bad when the file's last line has no end, since what followed it is lost too."""
         before: Row | BadRow | None = None
         for row in rows:
             if before is not None:
@@ -127,7 +126,7 @@ class KaggleTable:
         if self._ends_with_a_line():
             yield from () if before is None else (before,)
         elif isinstance(before, BadRow):
-            yield replace(before, names=()) if before.alone else before
+            yield replace(before, doubt=True)
         elif before is None:
             yield BadRow(1, "row cut", "the table ends inside its header's line; fetch it again")
         else:
@@ -135,7 +134,7 @@ class KaggleTable:
                 "the last row has no line break at its end, so the file may be cut off inside it; fetch it again, or end "
                 "the row with a line break if it is whole"
             )
-            yield BadRow(before.line, "row cut", sentence, (before.name,))
+            yield BadRow(before.line, "row cut", sentence, (before.name,), doubt=True)
 
     def _ends_with_a_line(self) -> bool:
         """Whether nothing but blanks stands behind the last line break."""
