@@ -63,7 +63,7 @@ class COCOReader:
         doubt, odd, odd_row = False, 0, 0
         for row, entry in enumerate(self._content["annotations"], 1):
             image_id = _key(entry.get("image_id"))
-            if image_id in lost:
+            if image_id is not None and image_id in lost:
                 continue
             if image_id not in records:
                 said = f"annotation {row} is for image id {entry.get('image_id')!r}, which the list of images does not have"
@@ -161,7 +161,7 @@ class COCOReader:
 
     def _unread(self) -> list[Unread]:
         """What lies in the image folder, or in a folder of a listed image, and is not listed."""
-        taken: dict[Path, set[str]] = {self.image_dir: {p.name for p in self.inputs() if p.parent == self.image_dir}}
+        taken: dict[Path, set[str]] = {self.image_dir: set()}
         for entry in self._content["images"]:
             try:
                 path = PurePosixPath(self._finder.find(entry.get("file_name")))
@@ -169,7 +169,7 @@ class COCOReader:
                 continue
             for inner in (path, *path.parents[:-1]):
                 taken.setdefault(self.image_dir / inner.parent, set()).add(inner.name)
-        return [item for folder in sorted(taken) for item in not_taken(folder, taken[folder])]
+        return [item for folder in sorted(taken) for item in not_taken(folder, taken[folder], [self.json])]
 
 
 def _key(value: Any) -> int | str | None:

@@ -72,9 +72,11 @@ def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
         return []
 
 
-def not_taken(folder: str | Path, taken: Iterable[str]) -> list[Unread]:
-    """`unread` as readers yield it, with the folder's path."""
-    return [Unread(f"{folder}/{name}") for name in unread(folder, taken)]
+def not_taken(folder: str | Path, taken: Iterable[str], inputs: Iterable[str | Path] = ()) -> list[Unread]:
+    """`unread` as readers yield it, with the folder's path; `inputs`, if they lie in the folder, were read too."""
+    above = os.path.abspath(folder)
+    inner = (os.path.relpath(os.path.abspath(path), above).split(os.sep)[0] for path in inputs)
+    return [Unread(f"{folder}/{name}") for name in unread(folder, {*taken, *inner})]
 
 
 def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int, int, bool]:

@@ -83,8 +83,7 @@ class KaggleReader:
                 yield problem
         yield from rows.settle(table.old)
         yield from records.values()
-        taken = {*names, *(path.name for path in self.inputs() if path.parent == self.image_dir)}
-        yield from not_taken(self.image_dir, taken)
+        yield from not_taken(self.image_dir, names, [self.csv])
 
 
 class _Rows:
@@ -106,7 +105,8 @@ class _Rows:
 
     def spoil(self, row: BadRow) -> Problem:
         """Takes notice of a row that cannot be used: its image is not whole, or no image is where it names none."""
-        images = sorted({image for name in row.names for image in self.near.find(name)})
+        images = sorted({name.strip() for name in row.names} & self.names)
+        images = images or next(filter(None, map(self.near.find, row.names)), [])
         self.doubt = self.doubt or row.doubt or not images
         self._not_whole(images or self.before)  # without a name it may be the torn end of the row before
         where = f"; its image is {shorten(images)}" if images else "; no image without a good row counts as clean"

@@ -35,7 +35,7 @@ class BadRow:
     line: int
     cause: str
     sentence: str
-    names: tuple[str, ...] = ()  # texts of it that may name its image
+    names: tuple[str, ...] = ()  # texts of it that may name its image, the likeliest first
     doubt: bool = False  # other images may have lost rows with it
 
 
@@ -96,9 +96,9 @@ class KaggleTable:
 
     def _row(self, line: int, fields: list[str], length: int, places: tuple[int, int, int]) -> Row | BadRow:
         first = places[0]
-        names = tuple(fields) + tuple(",".join(fields[first:stop]) for stop in range(first + 2, first + LONGEST_NAME))
+        names = (*(",".join(fields[first:stop]) for stop in range(first + 1, first + LONGEST_NAME)), *fields)
         if self.old:
-            names += tuple(name.rpartition("_")[0] for name in names)
+            names = tuple(part for name in names for part in (name.rpartition("_")[0], name))
         if len(fields) != length:
             sentence = f"the row has {len(fields)} fields, the header has {length} (is the file cut off?)"
             joined = len(fields) >= 2 * length - 1  # two rows, whose line break is lost

@@ -115,8 +115,7 @@ class SuperviselyReader:
             yield from not_taken(folder / "img", names)
             yield from not_taken(folder / "ann", [path.name for path in annotations])
         if self.split is None and self.root not in self.folders:
-            taken = {path.name for path in (*self._meta, *self.folders) if path.parent == self.root}
-            yield from not_taken(self.root, taken)
+            yield from not_taken(self.root, (), [*self._meta, *self.folders])
 
     def _read(self, path: Path, record: ImageRecord, numbers: dict[str, int]) -> Iterator[Problem]:
         """Adds the masks of one annotation file to its record."""
