@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sam2_lora_ext.data.decode import decode
-from sam2_lora_ext.data.images import ImageError, list_images, probe, turning
+from sam2_lora_ext.data.images import ImageError, ignored, list_images, probe, turning
 from sam2_lora_ext.data.records import MOST_CLASSES, ImageRecord, InvalidData, Problem, class_table, describe_classes
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.errors import UserError
@@ -99,7 +99,7 @@ class SuperviselyReader:
                     yield problem
                 yield record
             for path in sorted((folder / "ann").glob("*.json")):
-                if path.name.removesuffix(".json") not in names:
+                if path.name.removesuffix(".json") not in names and not ignored(path.name):
                     yield Problem(
                         str(path),
                         None,
