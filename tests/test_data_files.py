@@ -159,6 +159,13 @@ def test_a_data_set_unpacked_from_a_mac(tmp_path):
     assert guess_reader(tmp_path / "k").image_dir == tmp_path / "k/pictures"
 
 
+@pytest.mark.parametrize(("name", "cause"), [("a" * 300, "image unreadable"), ("a\0b", "file name")])
+def test_a_name_that_no_file_can_have(tmp_path, name, cause):
+    with pytest.raises(ImageError) as caught:
+        probe(tmp_path / name)
+    assert caught.value.cause == cause and "fetch it again" not in str(caught.value)
+
+
 def test_a_format_that_no_other_tool_shows_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # PIL would start a program
     with pytest.raises(ImageError, match="the file is none of JPEG, PNG, BMP, TIFF"):
