@@ -15,7 +15,7 @@ from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index, remarks
-from sam2_lora_ext.data.records import Reader, shorten
+from sam2_lora_ext.data.records import Reader, settle, shorten
 from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
 from sam2_lora_ext.data.splits import fold_shares, given_splits, parse_shares, stratified_split, write_split
@@ -187,6 +187,7 @@ def run_split(args: argparse.Namespace) -> None:
         pairs = []
         if not args.ignore_duplicates:
             facts = look_at_pixels(index, not args.quiet, args.bits)
+            settle(facts.problems, args.on_invalid, index.image_dir)
             pairs = [facts.equal(), facts.near()]
         splits = stratified_split(names, classes, groups(len(names), *pairs).tolist(), shares, args.seed)
     write_split(args.out, names, splits, args.force)

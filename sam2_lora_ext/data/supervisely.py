@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.data.images import ImageError, list_images, not_taken, probe, turning
+from sam2_lora_ext.data.images import ImageError, ignored, list_images, not_taken, probe, turning
 from sam2_lora_ext.data.json_file import read_json
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import (
@@ -103,7 +103,7 @@ class SuperviselyReader:
                     yield problem
                 yield record
             known, near = set(names), NearNames(names)
-            annotations = sorted((folder / "ann").glob("*.json"))
+            annotations = [path for path in sorted((folder / "ann").glob("*.json")) if not ignored(path.name)]
             for path in annotations:
                 if (name := path.name.removesuffix(".json")) not in known:
                     sentence = f"there is no image {name} in {folder / 'img'}; "
