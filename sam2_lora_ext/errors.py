@@ -31,8 +31,27 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
+def system_sentence(error: BaseException | None) -> str | None:
+    """What the system refused about a file, or for want of memory, as a sentence; None for other errors."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MemoryError):
+            return f"memory does not suffice{f': {error}' if str(error) else ''}; give smaller inputs, or a larger machine"
+        if isinstance(error, OSError) and error.filename is not None:
+            name = str(error.filename)
+            name = name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
+            return f"cannot use {name!r}: {error.strerror or type(error).__name__}; check the name, the folder and its rights"
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command line and exits: 0 (or what `main` returns), 2 with one sentence on a `UserError`, 130 on Ctrl-C."""
+    """Runs a command line and exits: 0 (or what `main` returns), 130 on Ctrl-C, 2 with one sentence on a mistake.
+
+    A mistake is a `UserError`, or a file that the system refuses. Imports that take long belong into `main` or below:
+    Ctrl-C is a sentence only from here on.
+    """
     try:
         sys.exit(main(argv) or 0)
     except KeyboardInterrupt:
@@ -42,7 +61,7 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[s
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        mistake = find_user_error(error)
+        mistake = find_user_error(error) or system_sentence(error)
         if mistake is None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
