@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one sentence that says what was wrong, where, and what to do."""
+    """A mistake that the user can correct: one sentence that says what was wrong, where, and what to do."""
 
 
 def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -42,7 +42,7 @@ def system_sentence(error: BaseException | None) -> str | None:
             name = name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
             return f"cannot use {name!r}: {error.strerror or type(error).__name__}; check the name, the folder and its rights"
         seen.add(id(error))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__  # what was raised while another error was handled may be a fault of ours
     return None
 
 
