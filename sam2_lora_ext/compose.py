@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.host import USER_CONFIG_DIR, config_root, import_launcher, known_configs, sam2_root
-from sam2_lora_ext.settings import check
+from sam2_lora_ext.settings import check, check_literals
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,6 +79,7 @@ def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
     try:
         config = hydra.compose(config_name=name, overrides=list(overrides))
         OmegaConf.to_container(config, throw_on_missing=True)
+        check_literals(config)
         OmegaConf.to_container(config, resolve=True)
     except MissingMandatoryValue as error:
         missing = error.full_key

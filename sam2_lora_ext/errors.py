@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 
+LISTED = 20  # choices in a sentence, at most
+
+
 class UserError(ValueError):
     """A mistake that the user can correct: one sentence that says what was wrong, where, and what to do."""
 
@@ -16,8 +19,10 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     choices = list(known)
     for key in given:
         if key not in choices:
-            near = difflib.get_close_matches(str(key), choices, 1, cutoff=0)[0]
-            raise UserError(f"{where} has no setting {key!r}, did you mean {near!r}? There are {', '.join(choices)}")
+            near = difflib.get_close_matches(str(key)[:100], choices, LISTED, cutoff=0)
+            more = f" and {len(choices) - len(near)} more" if len(choices) > len(near) else ""
+            listed = ", ".join(near if more else choices)
+            raise UserError(f"{where} has no setting {str(key)[:100]!r}, did you mean {near[0]!r}? There are {listed}{more}")
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:

@@ -22,7 +22,7 @@ def check(config: Mapping[str, Any], whole: bool = True) -> None:
     Raises:
         UserError: a value is out of its range or of a wrong type, or a key is unknown.
     """
-    plain, text = _plain(config)
+    plain = _plain(config)
     if not whole:
         check_trainer(plain)
         return
@@ -33,9 +33,28 @@ def check(config: Mapping[str, Any], whole: bool = True) -> None:
             continue
         value = plain[name]
         if name in USERS and isinstance(value, Mapping):
-            value = {key: entry for key, entry in value.items() if key in section.rows or not _read(name, key, text)}
+            INSIDE.check(name, value)
+            value = {key: entry for key, entry in value.items() if key in section.rows or not _read(key, config)}
         section.check(name, value)
     INSIDE.check("trainer", trainer)
+
+
+def check_literals(config: Mapping[str, Any]) -> None:
+    """Checks what a user wrote as it stands, before interpolations compute with it: they know no name for a fault.
+
+    Raises:
+        UserError: a value is out of its range or of a wrong type.
+    """
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_config(config) or "lora" not in config:
+        return
+    for name, section in SECTIONS.items():
+        given = None if OmegaConf.is_interpolation(config, name) else config.get(name)
+        for key, row in getattr(section, "kind", section).rows.items() if OmegaConf.is_dict(given) else ():
+            if key in given and not OmegaConf.is_interpolation(given, key) and not OmegaConf.is_missing(given, key):
+                if not OmegaConf.is_config(value := given[key]):
+                    row.check(f"{name}.{key}", value)
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
@@ -44,7 +63,7 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: as `check`.
     """
-    plain, _ = _plain({key: value for key, value in settings.items() if key not in ("self", "stock", "__class__")})
+    plain = _plain({key: value for key, value in settings.items() if key not in ("self", "stock", "__class__")})
     TARGETS[TRAINER].check("trainer", plain)
 
 
@@ -69,18 +88,22 @@ def check_class_ids(losses: Mapping[str, Any], datasets: Iterable[Any]) -> None:
             )
 
 
-def _plain(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The resolved values, and the text of the config with its interpolations; None for what is resolved already."""
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved values as plain containers."""
     from omegaconf import OmegaConf
 
     if OmegaConf.is_config(config):
-        return OmegaConf.to_container(config, resolve=True), OmegaConf.to_yaml(config)
+        return OmegaConf.to_container(config, resolve=True)
     return {
         key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for key, value in config.items()
-    }, None
+    }
 
 
-def _read(section: str, key: Any, text: str | None) -> bool:
-    """Whether an interpolation of the config reads the key; yes where its text is not known."""
-    return text is None or re.search(rf"\$\{{[^{{}}]*\b{re.escape(str(key))}\b", text) is not None
+def _read(key: Any, config: Mapping[str, Any]) -> bool:
+    """Whether an interpolation of the config reads the key; taken to be so where they are resolved already."""
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_config(config):
+        return True
+    return re.search(rf"\$\{{[^{{}}]*\b{re.escape(str(key))}\b", OmegaConf.to_yaml(config)) is not None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sam2_lora_ext.errors import UserError, check_keys
-from sam2_lora_ext.settings.kinds import Kind, Text, accepts, shown
+from sam2_lora_ext.settings.kinds import Kind, Text, accepts, recordable, shown
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -134,19 +134,26 @@ class Section(Kind):
 
 @dataclass(frozen=True)
 class Inside(Kind):
-    """Any value, in which every mapping whose `_target_` has a table is checked by it."""
+    """Any value that can be recorded, in which every mapping whose `_target_` has a table is checked by it."""
+
+    @property
+    def says(self) -> str:
+        return "null, a flag, a number, a text, a list, or a mapping with texts or whole numbers for keys"
+
+    def takes(self, value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(type(key) in (str, int) and recordable(key) for key in value)
+        return isinstance(value, list) or recordable(value)
 
     def check(self, where: str, value: Any) -> None:
         from sam2_lora_ext.settings.table import TARGETS  # its rows are kinds of this file
 
-        if isinstance(value, Mapping):
-            section = TARGETS.get(value["_target_"]) if isinstance(value.get("_target_"), str) else None
-            if section is not None:
-                section.check(where, value)
-                return
-            entries = value.items()
-        else:
-            entries = enumerate(value) if isinstance(value, (list, tuple)) else ()
+        super().check(where, value)
+        target = value.get("_target_") if isinstance(value, Mapping) else None
+        if isinstance(target, str) and target in TARGETS:
+            TARGETS[target].check(where, value)
+            return
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
         for key, entry in entries:
             INSIDE.check(f"{where}.{key}", entry)
 
@@ -164,8 +171,4 @@ class Part(Inside):
 
     def takes(self, value: Any) -> bool:
         target = value.get("_target_") if isinstance(value, Mapping) else None
-        return isinstance(target, str) and all(part.isidentifier() for part in target.split("."))
-
-    def check(self, where: str, value: Any) -> None:
-        Kind.check(self, where, value)
-        super().check(where, value)
+        return super().takes(value) and isinstance(target, str) and all(part.isidentifier() for part in target.split("."))

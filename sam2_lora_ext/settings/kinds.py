@@ -85,7 +85,7 @@ class Number(Kind):
         return f"a number {low} and {'below' if self.below else 'at most'} {self.high:g}"
 
     def takes(self, value: Any) -> bool:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or isinstance(value, float) and not math.isfinite(value):
             return False
         over = value > self.low if self.above else value >= self.low
         return over and (value < self.high if self.below else value <= self.high)
@@ -131,13 +131,22 @@ class Text(Kind):
 
     @property
     def says(self) -> str:
-        return f"a text of {0 if self.empty else 1} to {self.longest} characters without line breaks"
+        return f"a text of {0 if self.empty else 1} to {self.longest} characters without line breaks and ${{"
 
     def takes(self, value: Any) -> bool:
         if type(value) is not str or not (self.empty or value.strip()) or len(value) > self.longest:
             return False
-        surrogate = any("\ud800" <= character <= "\udfff" for character in value)
-        return not surrogate and all(ord(character) >= 32 and character not in "\x7f\x85\u2028\u2029" for character in value)
+        return recordable(value) and all(ord(one) >= 32 and one != "\x7f" for one in value)
+
+
+def recordable(value: Any) -> bool:
+    """Whether a value that holds no others can be written into a config and read back as it is."""
+    if not isinstance(value, str):
+        return value is None or type(value) in (bool, int, float)
+    if value == "???" or "${" in value:  # OmegaConf's marks for what is missing and for interpolations
+        return False
+    return not any("\ud800" <= one <= "\udfff" or one in "\x85\u2028\u2029" for one in value)  # YAML folds the last three
+
 
 
 def accepts(kind: Kind, value: Any) -> bool:

@@ -8,7 +8,7 @@ from sam2_lora_ext.settings.data import CLASS, PATH, RESOLUTION, SEED, SHARE
 from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of
 
 GLOBS = ListOf(Text(longest=300))
-RANK, ALPHA = Whole(1, 65_536), Number(0, 1e6, above=True)
+RANK, ALPHA = Whole(1, 4096), Number(0, 1e6, above=True)
 WEIGHT = Number(0, 1e6)  # of a term of the loss, or of a class
 
 
@@ -92,7 +92,7 @@ TERMS = Section(dict.fromkeys(("loss_mask", "loss_dice", "loss_iou", "loss_class
 
 TARGETS = {
     "sam2_lora_ext.model.LoRASAM2Train": Section({
-        **MODEL, "lora": Nullable(LORA), "memory": MEMORY, "prompt_seed": Nullable(SEED), "feature_cache": Nullable(CACHE),
+        **MODEL, "lora": Nullable(LORA), "memory": MEMORY, "prompt_seed": Nullable(SEED).called("trainer.seed_value"), "feature_cache": Nullable(CACHE),
     }, required=("image_encoder",), rules=(corrects_prompted,)),
     "training.model.sam2.SAM2Train": Section(MODEL, required=("image_encoder",), rules=(corrects_prompted,)),
     "sam2_lora_ext.losses.SeverstalLoss": Section({
