@@ -185,8 +185,6 @@ def _text(value: Any) -> str:
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         content = read_json(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except InvalidData as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     for key in ("images", "categories", "annotations"):

@@ -5,6 +5,7 @@ field with a line break in it, is read; a last row without a line break at its e
 """
 
 import csv
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from sam2_lora_ext.data.records import is_text
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import open_regular
 
 FIELD_LIMIT = 1 << 26  # characters of one RLE
 LONGEST_NAME = 16  # fields that an image's name with commas may be torn into
@@ -58,7 +60,7 @@ class KaggleTable:
         """
         limit = csv.field_size_limit(FIELD_LIMIT)
         try:
-            with open(self.path, encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+            with io.TextIOWrapper(open_regular(self.path), "utf-8-sig", "surrogateescape", newline="") as file:
                 yield from self._mark_cut(self._parse(csv.reader(file, strict=True)))
         except OSError as error:
             raise UserError(f"cannot read the table {self.path}: {error.strerror}; check the path") from error

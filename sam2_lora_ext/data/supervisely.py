@@ -123,20 +123,20 @@ class SuperviselyReader:
         def problem(cause: str, sentence: str, row: int | None = None) -> Problem:
             return Problem(str(path), row, cause, sentence, record.name)
 
+        if not path.exists():
+            yield problem(
+                "annotation missing",
+                f"the image {record.name} has no annotation; add one (objects: [] if it is clean) or remove the image",
+            )
+            return
         try:
             annotation = read_json(path)
             objects, size = annotation["objects"], annotation.get("size")
             declared = (int(size["height"]), int(size["width"])) if size else (record.height, record.width)
             if not isinstance(objects, list):
                 raise TypeError("objects is no list")
-        except FileNotFoundError:
-            yield problem(
-                "annotation missing",
-                f"the image {record.name} has no annotation; add one (objects: [] if it is clean) or remove the image",
-            )
-            return
-        except OSError as error:
-            yield problem("annotation unreadable", f"the file cannot be read ({error.strerror}); check its permissions")
+        except UserError as error:
+            yield problem("annotation unreadable", str(error))
             return
         except InvalidData as error:
             yield problem(error.cause, f"the file cannot be used: {error}")
@@ -177,7 +177,7 @@ def meta_classes(path: Path) -> dict[int, str]:
     """Class number -> title of a `meta.json`."""
     try:
         titles = [str(entry["title"]) for entry in read_json(path)["classes"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} lists no classes ({error}); correct it, or give the reader its classes") from error
     numbers = [re.search(r"(?<![0-9])0*([1-9][0-9]{0,4})$", title) for title in titles]
     table = {int(match[1]): title for match, title in zip(numbers, titles) if match is not None}
