@@ -13,6 +13,7 @@ from sam2_lora_ext.errors import UserError
 
 LARGEST_TEXT = 1 << 30
 """Bytes of the largest text file that is read: annotations of a large data set; a note of ours has far fewer."""
+PIECE = 1 << 20  # bytes that are read at a time
 LARGEST_NOTE = 1 << 26
 """Bytes of the largest file of ours (notes of a run, configs, adapter_config.json)."""
 
@@ -90,12 +91,15 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
     """The content of a regular file of at most `limit` bytes; raises `UserError` as `open_regular` does."""
     try:
         with open_regular(path, limit) as file:
-            content = file.read(limit + 1)  # a file may grow, and /proc says 0 for all of its own
+            pieces, size = [], 0  # a file may grow, and /proc says 0 for all of its own; read(limit) takes so much at once
+            while size <= limit and (piece := file.read(PIECE)):
+                pieces.append(piece)
+                size += len(piece)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(content) > limit:
+    if size > limit:
         raise UserError(f"cannot read {path}: it has more than {limit:,} bytes; give another file")
-    return content
+    return b"".join(pieces)
 
 
 def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:

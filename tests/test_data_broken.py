@@ -191,7 +191,7 @@ def test_wrong_header(tmp_path, header, words):
 def test_folders_and_files_that_are_not_there(tmp_path):
     folder = write_kaggle(tmp_path / "k")
     (folder / "train.csv").rename(folder / "away.csv")
-    with pytest.raises(UserError, match="cannot read the table .*train.csv"):
+    with pytest.raises(UserError, match="cannot read .*train.csv"):
         build_index(reader(folder))
     (folder / "train.csv").write_bytes("ImageId,ClassId,EncodedPixels\né.jpg,1,1 5\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
