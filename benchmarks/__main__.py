@@ -4,11 +4,15 @@ Each is a module of its own with options of its own: `python -m benchmarks.NAME 
 `benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB, four minutes) and `benchmarks.estimate` (of a config of yours).
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import subprocess
 import sys
 
-from sam2_lora_ext.errors import UserError, run_cli
 
 NAMES = ("train_step", "features", "traffic", "merge", "data")
 

@@ -6,6 +6,11 @@ Needs the real data (`SAM2_LORA_REAL_DATA`, default `../shared/data` beside the 
 writes `runs/bench/data.json`.
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import os
 import tempfile
@@ -20,7 +25,7 @@ from benchmarks.data_index import IMAGES, full_set, index_figures
 from benchmarks.data_masks import mask_figures
 from benchmarks.data_samples import sample_figures
 from benchmarks.data_workers import worker_figures
-from sam2_lora_ext.errors import UserError, run_cli
+from sam2_lora_ext.arguments import COUNT, number
 from sam2_lora_ext.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -84,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(LINES), choices=list(LINES), metavar="PART", help="(all)")
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help="of the full-size set (%(default)s)")
-    parser.add_argument("--samples", type=int, default=120, metavar="N", help="per loader and run (%(default)s)")
+    parser.add_argument("--images", type=number(COUNT), default=IMAGES, metavar="N", help="of the full-size set (%(default)s)")
+    parser.add_argument("--samples", type=number(COUNT), default=120, metavar="N", help="per loader and run (%(default)s)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs/bench/data.json", metavar="FILE")
     args = parser.parse_args(argv)
     data = Path(os.environ.get("SAM2_LORA_REAL_DATA", REPOSITORY.parent / "shared/data")) / "severstal"

@@ -8,6 +8,11 @@ cuDNN and the allocator take for themselves, about 1 GB, for which --reserve sta
 backward.
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,9 +25,10 @@ from training.trainer import CORE_LOSS_KEY
 from benchmarks.fake import convert, fake_tensors
 from benchmarks.measure import LiveBytes
 from benchmarks.methods import make_batch
+from sam2_lora_ext.arguments import number
 from sam2_lora_ext.compose import compose, locate
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.model import LoRASAM2Train
+from sam2_lora_ext.settings.kinds import Number, Whole
 
 GPUS = (12, 16, 24, 40, 80)  # GB (10^9 bytes)
 
@@ -64,8 +70,8 @@ def main(argv: Sequence[str]) -> None:
     """Prints the estimate of a config; see the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimate", description=__doc__.splitlines()[0])
     parser.add_argument("-c", "--config", required=True)
-    parser.add_argument("--objects", type=int, help="per image; default: the config's scratch.max_num_objects")
-    parser.add_argument("--reserve", type=float, default=1.0, metavar="GB", help="what the GPU's libraries take")
+    parser.add_argument("--objects", type=number(Whole(1, 10_000)), help="per image; default: the config's scratch.max_num_objects")
+    parser.add_argument("--reserve", type=number(Number(0, 10_000)), default=1.0, metavar="GB", help="what the GPU's libraries take")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     name, folder = locate(args.config)

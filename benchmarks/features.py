@@ -6,6 +6,11 @@ Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed imag
 not counted. Prints a table and writes `runs/bench/features.json`.
 """
 
+from sam2_lora_ext.errors import catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import statistics
 import tempfile
@@ -16,7 +21,7 @@ import torch
 
 from benchmarks.methods import CONFIGS
 from benchmarks.train_step import step_times
-from sam2_lora_ext.errors import run_cli
+from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
 from sam2_lora_ext.files import write_json
 
 METHODS = {"decoder": "stock", "decoder_lean": "ours", "decoder_cached": "ours, features from disk"}
@@ -26,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints; see the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.features", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=CONFIGS, default="large")
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resolution", type=number(RESOLUTION), default=1024)
+    parser.add_argument("--rounds", type=number(COUNT), default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/features.json"))
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

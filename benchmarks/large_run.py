@@ -6,6 +6,11 @@ Without --base, weights with Meta's key names are made by stock `build_sam2` (ra
 large_run.json, seconds and peak resident memory of each stage. Needs about 7 GB of memory and four minutes.
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import os
 import shutil
@@ -22,7 +27,6 @@ from sam2.build_sam import build_sam2
 
 from sam2_lora_ext.data.splits import write_split
 from sam2_lora_ext.data.synthetic import write_strips
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,11 @@ base's identity and the record with its hashes. Both run in processes of their o
 Python's start.
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import statistics
 import subprocess
@@ -17,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.errors import UserError, run_cli
+from sam2_lora_ext.arguments import COUNT, number
 from sam2_lora_ext.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sam2.1/sam2.1_hiera_l.yaml", help="a stock inference config")
     parser.add_argument("--targets", nargs="*", default=[], metavar="GLOB", help="default: the package's own")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each, after one that is not counted")
+    parser.add_argument("--rounds", type=number(COUNT), default=5, help="runs of each, after one that is not counted")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/merge.json")
     args = parser.parse_args(argv)
     if args.rounds < 1:

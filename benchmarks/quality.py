@@ -7,6 +7,11 @@ stock predictor. Methods that are already there (same settings) are not trained 
 Writes quality.json, quality.md and quality.png into --out.
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import hashlib
 import json
@@ -26,13 +31,13 @@ from PIL import Image
 from sam2.build_sam import build_sam2
 from tqdm import tqdm
 
-from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.adapter import load_adapter
+from sam2_lora_ext.arguments import COUNT, number
 from sam2_lora_ext.bootstrap import bootstrap_interval
+from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
 from sam2_lora_ext.data.label_png import LabelPNGReader
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.evaluation import Row, averages, evaluate, read_samples
 from sam2_lora_ext.files import write_json
 from sam2_lora_ext.lora.adapter import attach_adapter
@@ -185,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, default=default, help="NEU-Seg: images/ and annotations/")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/quality")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=number(COUNT), default=300)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args(argv)
     data, out = args.data.resolve(), args.out.resolve()

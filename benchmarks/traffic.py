@@ -5,6 +5,11 @@
 Counted in DDP's own communication hook while one backward pass runs, on SAM 2.1 large by default, with random weights.
 """
 
+from sam2_lora_ext.errors import catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +20,6 @@ from hydra.utils import instantiate
 from torch.nn.parallel import DistributedDataParallel
 
 from sam2_lora_ext.compose import compose, locate
-from sam2_lora_ext.errors import run_cli
 from sam2_lora_ext.files import write_json
 
 

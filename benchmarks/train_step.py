@@ -10,6 +10,11 @@ in another. Of one process all steps may be some percent faster than of the next
 of times are medians of the ratios in each round. Resident memory comes from one more child process each.
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import gc
 import json
@@ -30,7 +35,7 @@ from tqdm import tqdm
 from benchmarks.fake import convert, fake_tensors
 from benchmarks.measure import Cost, run_step, step_cost
 from benchmarks.methods import CONFIGS, METHODS, build, make_batch, make_optimizer, tensors_of
-from sam2_lora_ext.errors import UserError, run_cli
+from sam2_lora_ext.arguments import COUNT, THREADS, number
 from sam2_lora_ext.files import write_json
 
 CASES = ("tiny:1024", "tiny:512", "base_plus:512", "large:1024")
@@ -49,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:RESOLUTION", help=f"of {', '.join(CONFIGS)}")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--timed", nargs="*", default=("tiny:512",), metavar="MODEL:RESOLUTION", help="cases to run for real")
-    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each method")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=number(COUNT), default=12, help="timed steps of each method")
+    parser.add_argument("--threads", type=number(THREADS), default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/bench/train_step.json"))
     args = parser.parse_args(argv)
     rows = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.host import USER_CONFIG_DIR, config_root, import_launcher, known_configs, sam2_root
+from sam2_lora_ext.settings import check, check_literals
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -50,12 +51,15 @@ def locate(name: str) -> tuple[str, Path | None]:
 def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
     """Composes a config from SAM 2's, this project's and the user's folders, as the launcher does, and checks it.
 
+    What it holds is checked against the table of settings.
+
     Args:
         name: as `locate` returns it.
         overrides: in Hydra's grammar.
 
     Raises:
-        UserError: a file or key is missing, an override cannot be read, or the config is not one to train with.
+        UserError: a file or key is missing, an override cannot be read, a setting has a wrong value, or the config is
+            not one to train with.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -64,21 +68,27 @@ def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     from yaml import YAMLError
 
+    from sam2_lora_ext.yaml_files import check_config
+
     if not OmegaConf.has_resolver("times"):  # one of SAM 2's own, which cannot be registered twice
         import_launcher().register_omegaconf_resolvers()
     GlobalHydra.instance().clear()  # `import sam2` initialised it, perhaps before the user's folder was known
     hydra.initialize_config_module("sam2", version_base="1.2")
+    if folder := os.environ.get(USER_CONFIG_DIR):
+        check_config(name, Path(folder))
     try:
         config = hydra.compose(config_name=name, overrides=list(overrides))
         OmegaConf.to_container(config, throw_on_missing=True)
+        check_literals(config)
         OmegaConf.to_container(config, resolve=True)
     except MissingMandatoryValue as error:
         missing = error.full_key
         raise UserError(f"{name} leaves {missing} for you to set: add {missing}=VALUE to the command") from error
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise UserError(f"cannot compose {name}: {_sentence(error)}{_likely_key(name, error)}") from error
     if absent := [section for section in LAUNCHER_SECTIONS if not OmegaConf.is_dict(config.get(section))]:
         raise UserError(f"{name} is not a config to train with: it has no {', '.join(absent)}; {_choices(name)}")
+    check(config)
     return config
 
 

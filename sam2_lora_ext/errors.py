@@ -1,23 +1,29 @@
 """The one error type that users see, and the way a command line ends with it."""
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
+
+
+LISTED = 20  # choices in a sentence, at most
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one sentence that says what was wrong, where, and what to do."""
+    """A mistake that the user can correct: one sentence that says what was wrong, where, and what to do."""
 
 
 def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises a `UserError` that names the first of the `given` keys of a setting that is not among the `known` ones."""
+    import difflib  # not above: command lines import this file first, see `catch_interrupts`
+
     choices = list(known)
     for key in given:
         if key not in choices:
-            near = difflib.get_close_matches(str(key), choices, 1, cutoff=0)[0]
-            raise UserError(f"{where} has no setting {key!r}, did you mean {near!r}? There are {', '.join(choices)}")
+            near = difflib.get_close_matches(str(key)[:100], choices, LISTED, cutoff=0)
+            more = f" and {len(choices) - len(near)} more" if len(choices) > len(near) else ""
+            listed = ", ".join(near if more else choices)
+            raise UserError(f"{where} has no setting {str(key)[:100]!r}, did you mean {near[0]!r}? There are {listed}{more}")
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
@@ -31,8 +37,58 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
+def system_sentence(error: BaseException | None) -> str | None:
+    """What the system refused about a file, or for want of memory, as a sentence; None for other errors."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MemoryError):
+            return f"memory does not suffice{f': {error}' if str(error) else ''}; give smaller inputs, or a larger machine"
+        if isinstance(error, OSError) and error.filename is not None:
+            name = str(error.filename)
+            name = name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
+            return f"cannot use {name!r}: {error.strerror or type(error).__name__}; check the name, the folder and its rights"
+        seen.add(id(error))
+        error = error.__cause__  # what was raised while another error was handled may be a fault of ours
+    return None
+
+
+def catch_interrupts() -> None:
+    """Makes Ctrl-C a sentence with exit code 130 from here on, wherever it strikes.
+
+    A command line calls this in its first lines, when it is run as a program: its imports take seconds. Those of
+    compiled modules wrap the interrupt into errors of their own, and in a finaliser Python would print and forget it.
+    """
+    usual, unraisable = sys.excepthook, sys.unraisablehook
+
+    def stop() -> NoReturn:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        stop() if _interrupted(error) else usual(kind, error, trace)
+
+    def on_unraisable(found: Any) -> None:
+        stop() if _interrupted(found.exc_value) else unraisable(found)
+
+    sys.excepthook, sys.unraisablehook = on_exception, on_unraisable
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is at the bottom of an error."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command line and exits: 0 (or what `main` returns), 2 with one sentence on a `UserError`, 130 on Ctrl-C."""
+    """Runs a command line and exits: 0 (or what `main` returns), 130 on Ctrl-C, 2 with one sentence on a mistake.
+
+    A mistake is a `UserError`, or a file that the system refuses.
+    """
     try:
         sys.exit(main(argv) or 0)
     except KeyboardInterrupt:
@@ -42,7 +98,10 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[s
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        mistake = find_user_error(error)
+        if _interrupted(error):
+            print("stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
+        mistake = find_user_error(error) or system_sentence(error)
         if mistake is None:
             raise
         print(f"error: {mistake}", file=sys.stderr)

@@ -4,11 +4,18 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sam2_lora_ext.errors import UserError
+
+LARGEST_TEXT = 1 << 30
+"""Bytes of the largest text file that is read: annotations of a large data set; a note of ours has far fewer."""
+PIECE = 1 << 20  # bytes that are read at a time
+LARGEST_NOTE = 1 << 26
+"""Bytes of the largest file of ours (notes of a run, configs, adapter_config.json)."""
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
@@ -50,10 +57,81 @@ def write_json(path: str | Path, value: Any, *, force: bool = True) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)
 
 
+def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
+    """Opens a regular file for reading; what is no file (a folder, a pipe, a device) is refused, and never waited for.
+
+    Args:
+        path: the file.
+        limit: the most bytes that it may have; None for no bound.
+
+    Raises:
+        UserError: it is missing, cannot be read, is no regular file, or is larger than `limit`.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have, such as one with a null
+        raise UserError(f"cannot read {_short(path)}: {getattr(error, 'strerror', None) or error}") from error
+    state = os.fstat(number)
+    if stat.S_ISREG(state.st_mode) and (limit is None or state.st_size <= limit):
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if not stat.S_ISREG(state.st_mode):
+        kind = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe, a socket or a device"
+        raise UserError(f"cannot read {path}: it is {kind}, not a file; give the file itself")
+    raise UserError(f"cannot read {path}: it has {state.st_size:,} bytes, expected at most {limit:,}; give another file")
+
+
+def _short(path: str | Path) -> str:
+    """The path for a sentence: its ends alone, where it is longer than any system takes."""
+    text = str(path)
+    return text if len(text) <= 500 else f"{text[:200]}...{text[-100:]}"
+
+
+def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
+    """The content of a regular file of at most `limit` bytes; raises `UserError` as `open_regular` does."""
+    try:
+        with open_regular(path, limit) as file:
+            pieces, size = [], 0  # a file may grow, and /proc says 0 for all of its own; read(limit) takes so much at once
+            while size <= limit and (piece := file.read(PIECE)):
+                pieces.append(piece)
+                size += len(piece)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if size > limit:
+        raise UserError(f"cannot read {path}: it has more than {limit:,} bytes; give another file")
+    return b"".join(pieces)
+
+
+def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
+    """The text of a regular UTF-8 file, with or without a byte order mark, line ends as they are.
+
+    Raises:
+        UserError: as `open_regular`, or the content is no UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is no UTF-8 text (byte {error.start:,}); save it as UTF-8") from error
+
+
+def read_json(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
+    """The value of a JSON file; raises `UserError` where `read_text` does, and for what is no JSON or nested too deep."""
+    return parse_json(read_text(path, limit), path)
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """The value of a JSON text; `where` names it in the `UserError` for what is no JSON or nested too deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        cause = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where} is no JSON that can be read: {cause}") from error
+
+
 def sha256_of(file: str | Path | BinaryIO) -> str:
     """The SHA-256 of a file as `sha256sum` prints it; raises `UserError` when it cannot be read."""
     try:
-        with open(file, "rb") if isinstance(file, (str, Path)) else file as opened:
+        with open_regular(file) if isinstance(file, (str, Path)) else file as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error

@@ -7,6 +7,11 @@ Exit codes, with one rank or several: 0; 2 on a mistake that the user can mend; 
 once the running step is finished and `latest` is written (on a first signal; a second one ends everything at once).
 """
 
+if __name__ == "__main__":  # Ctrl-C is a sentence from here on
+    from sam2_lora_ext.errors import catch_interrupts
+
+    catch_interrupts()
+
 import argparse
 import contextlib
 import errno
@@ -16,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sam2_lora_ext.arguments import GPUS, NODES, number
 from sam2_lora_ext.compose import compose, locate
 from sam2_lora_ext.errors import UserError, find_user_error, run_cli
 from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher, known_configs
@@ -114,18 +120,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     slurm.add_argument("--partition", help="SLURM partition")
     slurm.add_argument("--account", help="SLURM account")
     slurm.add_argument("--qos", help="SLURM quality of service")
-    slurm.add_argument("--num-gpus", type=_positive, help="GPUs (processes) per node")
-    slurm.add_argument("--num-nodes", type=_positive, help="nodes, on a cluster")
+    slurm.add_argument("--num-gpus", type=number(GPUS), help="GPUs (processes) per node")
+    slurm.add_argument("--num-nodes", type=number(NODES), help="nodes, on a cluster")
     args = parser.parse_intermixed_args(argv)
     args.use_cluster = None if args.use_cluster is None else bool(args.use_cluster)
     return args
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ from sam2_lora_ext.base_weights import base_path, load_base
 from sam2_lora_ext.checkpoint_files import prepare_resume, remove_temporaries, write_checkpoint
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, read_file, weights_id
 from sam2_lora_ext.data.records import compare_datasets
-from sam2_lora_ext.errors import UserError, check_keys
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
 from sam2_lora_ext.meters import SegmentationMeter
 from sam2_lora_ext.run_lock import lock_run
 from sam2_lora_ext.run_record import RunRecord
 from sam2_lora_ext.seeding import derive_seed, seed_everything
+from sam2_lora_ext.settings import check_class_ids, check_trainer
 from sam2_lora_ext.step_guard import StepGuard, raw_datasets
 from sam2_lora_ext.summary import peak_rate
 
@@ -67,18 +68,16 @@ class LoRATrainer(Trainer):
         accelerator: str = "cuda",
         **stock: Any,
     ):
+        with at_work(accelerator):
+            check_trainer({**locals(), **stock})
         self.run_dir, self.model_config, self.keep_previous = Path(run_dir), model_config, bool(keep_previous)
         self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
         self.export_conf = {"merged": False, "flat_files": False, **(export or {})}
         self.base_id: str | None = None
-        self.window = SegmentationMeter(distinct=False)
-        self.guard = StepGuard(self.run_dir / "debug")
+        self.window, self.guard = SegmentationMeter(distinct=False), StepGuard(self.run_dir / "debug")
         with at_work(self.accelerator):
             if accelerator == "cuda" and not torch.cuda.is_available():
                 raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
-            check_keys("trainer.export", self.export_conf, ("merged", "flat_files"))
-            if metrics_every < 1:
-                raise UserError(f"trainer.metrics_every must be at least 1 step, got {metrics_every}")
             self.history = History.of(monitor, monitor_mode, early_stop)
             self.lock: IO[str] | None = None
             try:
@@ -113,6 +112,7 @@ class LoRATrainer(Trainer):
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
         compare_datasets({"train": raw_datasets(self.train_dataset), "val": raw_datasets(self.val_dataset)})
+        check_class_ids(self.loss, raw_datasets(self.train_dataset))
         self.max_epochs = getattr(self.train_dataset, "num_phases", self.max_epochs)
 
     def load_checkpoint(self) -> None:

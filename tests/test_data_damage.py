@@ -20,7 +20,7 @@ from sam2_lora_ext.data.decode import decode
 from sam2_lora_ext.data.images import ImageError, probe, read_rgb
 from sam2_lora_ext.data.index import collect
 from sam2_lora_ext.data.label_png import LabelPNGReader
-from sam2_lora_ext.data.supervisely import BitmapError, decode_bitmap, encode_bitmap
+from sam2_lora_ext.data.supervisely_bitmap import BitmapError, decode_bitmap, encode_bitmap
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of what it reads over in damaged TIFFs
 GREY = np.random.default_rng(0).integers(0, 256, (11, 17), dtype=np.uint8)

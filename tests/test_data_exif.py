@@ -138,6 +138,13 @@ def test_a_damaged_tag_counts_as_none(tmp_path):
     assert probe(tmp_path / "b.jpg") == (40, 60, False)
 
 
+def test_xmp_does_not_turn(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    for name, how in (("a.tif", {"tiffinfo": {700: xmp}}), ("a.jpg", {"xmp": xmp, "quality": 100})):
+        Image.fromarray(scene()).save(tmp_path / name, **how)
+        assert probe(tmp_path / name) == (40, 60, False) and read_rgb(tmp_path / name).shape == (40, 60, 3)
+
+
 def test_where_sizes_differ_the_tag_is_named(tmp_path):
     """The annotations are for the image as it is stored; `exif: false` then reads them."""
     labelled(tmp_path, None, np.rot90(square()))

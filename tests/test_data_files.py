@@ -7,14 +7,16 @@ import zlib
 
 import numpy as np
 import pytest
-from data_sets import write_image
+from data_formats import make_supervisely
+from data_sets import STRIPS, write_image, write_kaggle
 from image_files import case, labelled, square
 from PIL import Image, TiffImagePlugin
 
+from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.images import ImageError, list_images, probe, read_rgb, unread
 from sam2_lora_ext.data.index import build_index, collect
 from sam2_lora_ext.data.label_png import LabelPNGReader
-from sam2_lora_ext.data.supervisely import BitmapError, decode_bitmap
+from sam2_lora_ext.data.supervisely_bitmap import BitmapError, decode_bitmap
 from sam2_lora_ext.errors import UserError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)
@@ -142,6 +144,26 @@ def test_hidden_files_and_those_of_systems_are_no_images(tmp_path):
     assert list_images(tmp_path / "images") == ["a.png"]
     assert unread(tmp_path / "images", ["a.png"]) == ["c.webp", "more/", "notes.txt"]
     assert unread(tmp_path / "nowhere", []) == []
+
+
+def test_a_data_set_unpacked_from_a_mac(tmp_path):
+    make_supervisely(tmp_path / "s")
+    (tmp_path / "s/train/ann/._a.jpg.json").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "s/train/img/._a.jpg").write_bytes(b"\0\5\x16\7")
+    index = collect(guess_reader(tmp_path / "s"))
+    assert len(index) == len(STRIPS) and not index.problems
+    write_kaggle(tmp_path / "k")
+    (tmp_path / "k/images").rename(tmp_path / "k/pictures")
+    (tmp_path / "k/__MACOSX").mkdir()
+    (tmp_path / "k/__MACOSX/._a.jpg").write_bytes(b"\0\5\x16\7")
+    assert guess_reader(tmp_path / "k").image_dir == tmp_path / "k/pictures"
+
+
+@pytest.mark.parametrize(("name", "cause"), [("a" * 300, "image unreadable"), ("a\0b", "file name")])
+def test_a_name_that_no_file_can_have(tmp_path, name, cause):
+    with pytest.raises(ImageError) as caught:
+        probe(tmp_path / name)
+    assert caught.value.cause == cause and "fetch it again" not in str(caught.value)
 
 
 def test_a_format_that_no_other_tool_shows_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from data_sets import video_dataset
 from hydra.utils import instantiate
 from image_files import case, labelled, square
 from omegaconf import OmegaConf
@@ -117,6 +118,16 @@ def test_a_value_that_does_not_fit_is_named_and_not_clipped(tmp_path):
         build_index(reader(tmp_path)).read(0, 12)
 
 
+def test_a_value_that_turns_up_in_training_stops_it(tmp_path):
+    """SAM 2's data set answers many errors with another sample; this one must come through, with the file's name."""
+    twelve_bits(tmp_path, most=4095)
+    samples = video_dataset(SeverstalRawDataset(reader(tmp_path), bits=12), num_frames=1)
+    assert samples[0].frames[0].data.size == (60, 40)
+    twelve_bits(tmp_path, most=4200)
+    with pytest.raises(UserError, match=r"000\.png: its value 4,200"):
+        samples[0]
+
+
 @pytest.mark.parametrize("bits", [7, 17, 0, -1, 12.0, True, "12", None])
 def test_a_depth_is_in_8_to_16(tmp_path, bits):
     with pytest.raises(UserError, match="bits, .* is in 8..16, got"):
@@ -158,6 +169,9 @@ def test_other_modes_look_as_opencv_shows_them(tmp_path, mode, suffix):
     Image.fromarray(cv2.resize(small, (90, 60))).convert(mode).save(path)
     shown = cv2.imread(str(path))[..., ::-1].astype(int)
     assert np.abs(read_rgb(path) - shown).max() <= 1  # rounding of CMYK and YCbCr
+    assert probe(path) == (60, 90, False)  # so SAM 2's data set, which uses PIL, may read it
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(read_rgb(path), np.asarray(image.convert("RGB")))
 
 
 def test_sixteen_bits_evaluated_are_their_eight_bit_twin(tmp_path):

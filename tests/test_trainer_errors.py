@@ -49,7 +49,7 @@ def tiny_files(tmp_path_factory) -> dict[str, Path]:
         (["lora.targets=[]"], "nothing to train"),
         (["trainer.accelerator=cuda"], "no GPU is visible: set it to cpu"),
         (["trainer.monitor=iou_9clicks"], r"trainer.monitor is 'iou_9clicks'.*choose from iou_1click"),
-        (["trainer.early_stop.patience=0"], "patience of at least 1"),
+        (["trainer.early_stop.patience=0"], "trainer.early_stop.patience must be a whole number of at least 1, got 0"),
         (["dataset.split_file=/nowhere/split.csv"], "/nowhere/split.csv"),
         (["dataset.root=/nowhere"], "/nowhere"),
         (
@@ -57,7 +57,7 @@ def tiny_files(tmp_path_factory) -> dict[str, Path]:
             "no base checkpoint /nowhere/base.pt: .*header",
         ),
         (["trainer.checkpoint.model_weight_initializer=null", "trainer.export.merged=true"], "export.merged needs"),
-        (["scratch.steps=0"], "steps must be a whole number, at least 1"),
+        (["scratch.steps=0"], "scratch.steps must be null or a whole number of at least 1, got 0"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")

@@ -1,22 +1,29 @@
 #!/usr/bin/env python
 """Trains every member of a grid of settings, one after another or as a Slurm job array, and compares them."""
 
-import argparse
-import contextlib
 import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.ablation import (
     best_of, collect, finished, members_of, metrics_of, parse_grid, plot, to_csv, to_markdown,
 )  # fmt: skip
 from sam2_lora_ext.ablation_jobs import Task, run_here, run_on_slurm
+from sam2_lora_ext.arguments import GPUS, number
 from sam2_lora_ext.compose import compose, locate
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_atomic
 from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher
+from sam2_lora_ext.settings.kinds import Whole
 
 EXAMPLES = """\
 examples:
@@ -60,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the members' run folders go")
     parser.add_argument("--metric", help="decides about the best (default: the config's trainer.monitor)")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes of each member (default: 1)")
+    parser.add_argument("--num-gpus", type=number(GPUS), default=1, help="processes of each member (default: 1)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for all members (before --grid, or after --)"
     )
@@ -69,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     slurm.add_argument("--partition", help="Slurm partition")
     slurm.add_argument("--account", help="Slurm account")
     slurm.add_argument("--qos", help="Slurm quality of service")
-    slurm.add_argument("--hours", type=int, default=24, help="time limit of a member (default: 24)")
-    slurm.add_argument("--cpus", type=int, default=6, help="of each member (default: 6)")
-    slurm.add_argument("--parallel", type=int, default=16, help="members at a time, at most (default: 16)")
+    slurm.add_argument("--hours", type=number(Whole(1, 100_000)), default=24, help="time limit of a member (default: 24)")
+    slurm.add_argument("--cpus", type=number(Whole(1, 10_000)), default=6, help="of each member (default: 6)")
+    slurm.add_argument("--parallel", type=number(Whole(1, 10_000)), default=16, help="members at a time, at most (default: 16)")
     slurm.add_argument("--no-gpus", dest="gpus", action="store_false", help="ask for no GPU")
     args = parser.parse_intermixed_args(argv)
     import_launcher()

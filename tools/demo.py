@@ -6,13 +6,20 @@
 Trains with SAM 2's unmodified launcher; everything it writes is below --out, which it clears first.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import csv
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +27,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from sam2_lora_ext.errors import UserError, run_cli
+from sam2_lora_ext.arguments import SEED, number
 from sam2_lora_ext.files import write_json
 from sam2_lora_ext.host import import_launcher
+from sam2_lora_ext.settings.kinds import Whole
 
 CONFIG = "configs/sam2_nano.yaml"
 BASE = ROOT / "assets/sam2_nano.pt"
@@ -103,8 +110,8 @@ def tool(*arguments: str | Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/demo", help="cleared first (default: runs/demo)")
-    parser.add_argument("--strips", type=int, default=200, help="synthetic strips to draw (default: 200)")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--strips", type=number(Whole(5, 100_000)), default=200, help="synthetic strips to draw (default: 200)")
+    parser.add_argument("--seed", type=number(SEED), default=42)
     args = parser.parse_args(argv)
     import_launcher()  # one sentence now rather than a traceback later
     import torch

@@ -4,20 +4,26 @@
 Green lines are fine, yellow ones deserve a look, red ones will not work and say what to do. Exit code 1 with a red one.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import contextlib
 import io
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.doctor.examine import examine
 from sam2_lora_ext.doctor.findings import show, to_json
-from sam2_lora_ext.errors import run_cli
 
 EXAMPLES = """\
 examples:

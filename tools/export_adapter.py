@@ -1,16 +1,23 @@
 #!/usr/bin/env python
 """Makes an adapter folder in PEFT's format from a training run or from a checkpoint of SAM 2's Trainer."""
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.adapter import save_adapter
 from sam2_lora_ext.adapter_sources import check_base, read_adapter
+from sam2_lora_ext.arguments import ALPHA, number
 from sam2_lora_ext.checkpoints import identify, read_weights, weights_id
-from sam2_lora_ext.errors import run_cli
 
 EXAMPLES = """\
 examples:
@@ -32,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the adapter folder to write")
     parser.add_argument("--base", type=Path, metavar="FILE",
                         help="the weights that training began with: checked, or noted where the run did not")
-    parser.add_argument("--alpha", type=float, help="only for a checkpoint.pt whose run has no lora.json")
+    parser.add_argument("--alpha", type=number(ALPHA), help="only for a checkpoint.pt whose run has no lora.json")
     parser.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     args = parser.parse_args(argv)
 

@@ -1,14 +1,21 @@
 #!/usr/bin/env python
 """Exports a merged SAM 2 as two ONNX files, compares their masks with PyTorch's under onnxruntime, and times both."""
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.arguments import RESOLUTION, number
 from sam2_lora_ext.checkpoints import read_weights, weights_id
-from sam2_lora_ext.errors import UserError, run_cli
 
 EXAMPLES = """\
 examples:
@@ -39,12 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="what merge_lora.py wrote, or any weights of stock SAM 2")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder of the ONNX files")
     parser.add_argument("--image", type=Path, metavar="FILE", help="what to compare on (default: smooth noise)")
-    parser.add_argument("--image-size", type=int, metavar="S",
+    parser.add_argument("--image-size", type=number(RESOLUTION), metavar="S",
                         help="pixels of a side, a multiple of 32 (default: the config's)")
     parser.add_argument("--force", action="store_true", help="replace ONNX files in --out")
     args = parser.parse_args(argv)
-    if args.image_size is not None and (args.image_size < 32 or args.image_size % 32):
-        raise UserError(f"--image-size must be a multiple of 32 pixels, at least 32, got {args.image_size}")
     try:
         import hydra, sam2  # noqa: E401, F401
     except ModuleNotFoundError as error:

@@ -7,10 +7,18 @@ Takes about 75 minutes on one core. Deterministic for a seed and a number of thr
 the same command goes on from the last checkpoint in --work. Legend: T frames, B images, O objects.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +32,11 @@ from tqdm import tqdm
 from training.loss_fns import MultiStepMultiMasksAndIous
 from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.arguments import COUNT, SEED, THREADS, number
 from sam2_lora_ext.data import shapes
 from sam2_lora_ext.data.ids import CLEAN, object_id
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.settings.kinds import Number, Whole
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 128
@@ -149,14 +157,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "assets/sam2_nano.pt", help="half-precision weights to write")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/sam2_nano.yaml")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/demo_base", help="checkpoint, log and curve")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--polish", type=int, default=2000, help="steps after that, with few clicks, at a restarted rate")
-    parser.add_argument("--batch", type=int, default=16, help="images a step")
-    parser.add_argument("--objects", type=int, default=2, help="objects an image, at most")
-    parser.add_argument("--scenes", type=int, default=12000, help="different training images; clips are a tenth as many")
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=number(COUNT), default=6000)
+    parser.add_argument("--polish", type=number(Whole(0, 10**9)), default=2000, help="steps after that, with few clicks, at a restarted rate")
+    parser.add_argument("--batch", type=number(Whole(1, 100_000)), default=16, help="images a step")
+    parser.add_argument("--objects", type=number(Whole(1, 1000)), default=2, help="objects an image, at most")
+    parser.add_argument("--scenes", type=number(Whole(10, 10**7)), default=12000, help="different training images; clips are a tenth as many")
+    parser.add_argument("--lr", type=number(Number(0, 100, above=True)), default=8e-4)
+    parser.add_argument("--seed", type=number(SEED), default=42)
+    parser.add_argument("--threads", type=number(THREADS), default=1)
     parser.add_argument("--force", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
     refuse_existing(args.out, args.force)

@@ -4,20 +4,28 @@
 The merge itself needs torch and safetensors only; --verify builds stock SAM 2 and compares masks.
 """
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.arguments import ALPHA, number
 from sam2_lora_ext.checkpoints import FORMATS
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import refuse_existing, write_json
 from sam2_lora_ext.merge import DTYPES, Merged, merge_files
 from sam2_lora_ext.merge_record import describe, record_path, with_proof
+from sam2_lora_ext.settings.kinds import Number
 
 EXAMPLES = """\
 examples:
@@ -45,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that training began with")
     parser.add_argument("--adapter", type=Path, required=True, nargs="+", metavar="PATH",
                         help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W",
+    parser.add_argument("--weights", type=number(Number(-1e6, 1e6)), nargs="+", metavar="W",
                         help="of several adapters, how much of each update is added (default for a single one: 1)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the merged file to write")
     parser.add_argument("--format", choices=FORMATS, help="default: what the suffix of --out says; build_sam2 loads pt")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: that of the base, or float32 if that is a half")
-    parser.add_argument("--alpha", type=float, help="only for a checkpoint.pt whose run has no lora.json")
+    parser.add_argument("--alpha", type=number(ALPHA), help="only for a checkpoint.pt whose run has no lora.json")
     parser.add_argument("--verify", metavar="CONFIG",
                         help="build this stock config from the result and compare its masks with the live adapter's")
     parser.add_argument("--image", type=Path, metavar="FILE", help="what --verify segments (default: smooth noise)")

@@ -16,7 +16,7 @@ from sam2_lora_ext.data.arguments import add_source, source_of
 from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.index import build_index, remarks
-from sam2_lora_ext.data.records import Reader, shorten
+from sam2_lora_ext.data.records import Reader, settle, shorten
 from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
 from sam2_lora_ext.data.source import Source
@@ -163,7 +163,8 @@ def run_split(args: argparse.Namespace) -> None:
     source = open_source(args)
     reader = source.make_reader()
     refuse_input_files(args.out, reader)
-    index = build_index(reader, args.on_invalid or source.on_invalid, not args.quiet)
+    on_invalid = args.on_invalid or source.on_invalid
+    index = build_index(reader, on_invalid, not args.quiet)
     names, classes = index.names(), class_sets(index)
     if args.as_given:
         splits = given_splits(names)
@@ -171,6 +172,7 @@ def run_split(args: argparse.Namespace) -> None:
         pairs = []
         if not args.ignore_duplicates:
             facts = look_at_pixels(index, not args.quiet, source.bits)
+            settle(facts.problems, on_invalid, index.image_dir)
             pairs = [facts.equal(), facts.near()]
         splits = stratified_split(names, classes, groups(len(names), *pairs).tolist(), shares, args.seed)
     write_split(args.out, names, splits, args.force)

@@ -5,13 +5,19 @@ It needs no network and no other file. An evaluation in RUN_DIR/evaluation (tool
 and a run by what lies in it. Data, crop and resolution are those that the run's record names.
 """
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import refuse_existing, write_atomic
 from sam2_lora_ext.run_paths import find_run
 

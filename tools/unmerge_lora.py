@@ -1,17 +1,25 @@
 #!/usr/bin/env python
 """Recovers the adapter from a merged file and its base, by truncated singular value decomposition of what changed."""
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.adapter import CONFIG, WEIGHTS, save_adapter
+from sam2_lora_ext.arguments import RANK, number
 from sam2_lora_ext.checkpoints import identify, read_weights, weights_id
-from sam2_lora_ext.errors import run_cli
 from sam2_lora_ext.files import refuse_existing
+from sam2_lora_ext.settings.kinds import Number
 from sam2_lora_ext.unmerge import BOUND, Change, unmerge
 
 EXAMPLES = """\
@@ -34,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that were merged into")
     parser.add_argument("--merged", type=Path, required=True, metavar="FILE", help="the result, in any precision")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
-    parser.add_argument("--rank", type=int, metavar="R", help="of every layer (default: what rounding lets be seen)")
-    parser.add_argument("--bound", type=float, default=BOUND, metavar="SHARE",
+    parser.add_argument("--rank", type=number(RANK), metavar="R", help="of every layer (default: what rounding lets be seen)")
+    parser.add_argument("--bound", type=number(Number(0, 1)), default=BOUND, metavar="SHARE",
                         help="largest error of a layer as a share of its change (default: %(default)g)")
     parser.add_argument("--full", action="store_true", help="keep what is not low-rank as modules trained in full")
     parser.add_argument("--force", action="store_true", help="replace an adapter in --out")

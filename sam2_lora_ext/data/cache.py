@@ -17,7 +17,7 @@ import numpy as np
 from sam2_lora_ext.data.index import AnnotationIndex, announce, build_index
 from sam2_lora_ext.data.records import OnInvalid, Problem, Reader
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.files import read_bytes, write_atomic
 
 VERSION = 2  # of the arrays' layout and of the checks; raise it when either changes
 log = logging.getLogger(__name__)
@@ -58,12 +58,9 @@ def fingerprint(reader: Reader) -> str:
     digest = hashlib.sha256()
     settings = {key: str(value) for key, value in vars(reader).items() if not key.startswith("_")}
     digest.update(json.dumps([VERSION, type(reader).__qualname__, settings], sort_keys=True).encode())
-    try:
-        for path in reader.files():
-            digest.update(str(path).encode("utf-8", "surrogateescape"))
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; check the path") from error
+    for path in reader.files():
+        digest.update(str(path).encode("utf-8", "surrogateescape"))
+        digest.update(hashlib.sha256(read_bytes(path)).digest())
     for folder, folders, names in os.walk(reader.image_dir):
         folders.sort()
         for name in sorted(names):

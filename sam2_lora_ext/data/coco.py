@@ -59,18 +59,18 @@ class COCOReader:
         records: dict[int | str, ImageRecord] = {}
         lost: set[int | str | None] = set()  # image ids whose image is reported
         yield from self._images(records, lost)
-        as_text = {str(key): record for key, record in records.items()}
+        as_text = {str(key): key for key in records}
         doubt, odd, odd_row = False, 0, 0
         for row, entry in enumerate(self._content["annotations"], 1):
             image_id = _key(entry.get("image_id"))
-            if image_id in lost:
+            if image_id is not None and image_id in lost:
                 continue
             if image_id not in records:
                 said = f"annotation {row} is for image id {entry.get('image_id')!r}, which the list of images does not have"
-                if alike := as_text.get(_text(entry.get("image_id"))):
-                    alike.complete = False
-                    said += f" in this form: write it as {alike.name} has it"
-                    yield Problem(str(self.json), row, "image id", said, alike.name)
+                if (alike := as_text.get(_text(entry.get("image_id")))) is not None:
+                    records[alike].complete = False
+                    name = records[alike].name
+                    yield Problem(str(self.json), row, "image id", f"{said}, but {name} has {alike!r}: write both alike", name)
                 else:
                     doubt = True
                     said += ", so no image without an annotation counts as clean; add the image or remove the annotation"
@@ -161,7 +161,7 @@ class COCOReader:
 
     def _unread(self) -> list[Unread]:
         """What lies in the image folder, or in a folder of a listed image, and is not listed."""
-        taken: dict[Path, set[str]] = {self.image_dir: {p.name for p in self.inputs() if p.parent == self.image_dir}}
+        taken: dict[Path, set[str]] = {self.image_dir: set()}
         for entry in self._content["images"]:
             try:
                 path = PurePosixPath(self._finder.find(entry.get("file_name")))
@@ -169,7 +169,7 @@ class COCOReader:
                 continue
             for inner in (path, *path.parents[:-1]):
                 taken.setdefault(self.image_dir / inner.parent, set()).add(inner.name)
-        return [item for folder in sorted(taken) for item in not_taken(folder, taken[folder])]
+        return [item for folder in sorted(taken) for item in not_taken(folder, taken[folder], [self.json])]
 
 
 def _key(value: Any) -> int | str | None:
@@ -185,8 +185,6 @@ def _text(value: Any) -> str:
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         content = read_json(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except InvalidData as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     for key in ("images", "categories", "annotations"):

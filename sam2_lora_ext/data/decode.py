@@ -85,7 +85,7 @@ def _check_header(image: Image.Image, limit: int) -> None:
         raise ImageError("image mode", f"the image has the mode {image.mode}, which cannot be shown; save it as RGB")
     if image.format == "TIFF":
         tiff.check_tags(image)
-        if image.mode in DEEP_MODES and image.tag_v2[tiff.PHOTOMETRIC] == 0:  # PIL turns only fewer bits round
+        if image.mode in DEEP_MODES and image.tag_v2[tiff.PHOTOMETRIC] == 0:  # PIL inverts only fewer bits
             raise ImageError("image mode", "in this TIFF 0 is white, at more than 8 bits; save it with 0 as black")
 
 
@@ -148,6 +148,7 @@ def decode(
         elif image.format == "TIFF":
             tiff.check_sums(image)
     with opened(source) as image:
+        image.info.pop("xmp", None)  # PIL would turn a TIFF by what XMP says too, which `cv2.imread` does not read
         image.load()
         pixels = take(image)
         done = image.format == "TIFF" and ORIENTATION not in image.tag_v2  # PIL turns TIFFs while it decodes them
@@ -189,6 +190,8 @@ def explain(error: Exception, source: Source) -> ImageError:
             return ImageError("link loop", "the image is a symbolic link that leads to itself; remove it")
         if error.errno in (errno.EACCES, errno.EPERM):
             return ImageError("no permission", "the image may not be read; change its permissions")
+        if error.errno is not None:  # PIL's own errors have none
+            return ImageError("image unreadable", f"the image cannot be opened ({text}); check its path and the disk")
     return ImageError("image damaged", f"the image cannot be decoded ({text}); fetch it again")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sam2_lora_ext.data.blocks import FORMATS, PLACES, describe
 from sam2_lora_ext.data.coco import COCOReader
-from sam2_lora_ext.data.images import SUFFIXES
+from sam2_lora_ext.data.images import SUFFIXES, ignored
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.label_png import LabelPNGReader
 from sam2_lora_ext.data.records import Reader
@@ -147,7 +147,7 @@ def image_folder(parent: Path, *others: Path) -> Path:
 
 def _holds_images(folder: Path) -> bool:
     try:
-        return any(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
+        return any(entry.suffix.lower() in SUFFIXES and not ignored(entry.name) for entry in folder.iterdir())
     except OSError:  # what may not be read is not it
         return False
 

@@ -72,9 +72,11 @@ def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
         return []
 
 
-def not_taken(folder: str | Path, taken: Iterable[str]) -> list[Unread]:
-    """`unread` as readers yield it, with the folder's path."""
-    return [Unread(f"{folder}/{name}") for name in unread(folder, taken)]
+def not_taken(folder: str | Path, taken: Iterable[str], inputs: Iterable[str | Path] = ()) -> list[Unread]:
+    """`unread` as readers yield it, with the folder's path; `inputs`, if they lie in the folder, were read too."""
+    above = os.path.abspath(folder)
+    inner = (os.path.relpath(os.path.abspath(path), above).split(os.sep)[0] for path in inputs)
+    return [Unread(f"{folder}/{name}") for name in unread(folder, {*taken, *inner})]
 
 
 def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int, int, bool]:
@@ -95,10 +97,13 @@ def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int,
     if not is_text(os.path.basename(path)):
         raise ImageError("file name", "the file's name is not UTF-8 text, which no annotation can say; rename it")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise ImageError("not a file", "a folder, pipe or device stands where an image should be; remove it")
+        regular = stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
         raise explain(error, path) from error
+    except ValueError as error:  # a null byte
+        raise ImageError("file name", f"no file can have this name ({error}); rename it") from error
+    if not regular:  # opening a pipe would wait for ever
+        raise ImageError("not a file", "a folder, pipe or device stands where an image should be; remove it")
     with opened(path) as image:
         (width, height), turned, wide = stored_size(image), orientation(image), is_wide(image)
         mode, tail = image.mode, _TAILS.get(image.format)

@@ -4,6 +4,7 @@ Legend: N images, L items, P objects.
 """
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sam2_lora_ext.data.objects import ObjectTable
 from sam2_lora_ext.data.splits import take
 from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import open_regular
 
 NO_OBJECTS = np.zeros(0, dtype=np.int64)
 MARGIN = 16  # columns between a clean part and the nearest defect: borders of masks are vague
@@ -71,7 +73,7 @@ def read_split(path: str | Path, split: str | Sequence[str] | None) -> list[str]
         split: the value or values of the column `split` to take; `!fold0` takes all others.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), "utf-8-sig", newline="") as file:
             if split is None:
                 names = [line.strip() for line in file if line.strip()]
             else:

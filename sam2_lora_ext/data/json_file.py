@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.data.records import InvalidData
+from sam2_lora_ext.files import read_bytes
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file in UTF-8, with or without a BOM; NaN and Infinity come as floats.
 
     Raises:
-        OSError: the file cannot be read.
+        UserError: the file cannot be read, or is none.
         InvalidData: it is no JSON, goes on behind its end, or an object has a key twice; a clause for a sentence.
     """
+    content = read_bytes(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
     except InvalidData:
         raise
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8

@@ -83,8 +83,7 @@ class KaggleReader:
                 yield problem
         yield from rows.settle(table.old)
         yield from records.values()
-        taken = {*names, *(path.name for path in self.inputs() if path.parent == self.image_dir)}
-        yield from not_taken(self.image_dir, taken)
+        yield from not_taken(self.image_dir, names, [self.csv])
 
 
 class _Rows:
@@ -101,19 +100,22 @@ class _Rows:
         self.names, self.records, self.near = set(names), records, NearNames(names)
         self.missing: set[str] = set()  # named by the table, not in the folder
         self.seen: dict[tuple[str, int | None], list[tuple[int, np.ndarray]]] = {}  # (row, runs) of image and class
+        self.before: list[str] = []  # the image of the last good row
         self.doubt = False  # any image may have lost a row
 
     def spoil(self, row: BadRow) -> Problem:
         """Takes notice of a row that cannot be used: its image is not whole, or no image is where it names none."""
-        images = sorted({image for name in row.names for image in self.near.find(name)})
-        self.doubt = self.doubt or row.last or not images
-        self._not_whole(images)
+        images = sorted({name.strip() for name in row.names} & self.names)
+        images = images or next(filter(None, map(self.near.find, row.names)), [])
+        self.doubt = self.doubt or row.doubt or not images
+        self._not_whole(images or self.before)  # without a name it may be the torn end of the row before
         where = f"; its image is {shorten(images)}" if images else "; no image without a good row counts as clean"
         return Problem(self.csv, row.line, row.cause, row.sentence + where, images[0] if images else None)
 
     def take(self, row: Row) -> Problem | None:
         """Adds the mask of a row to its record, or says why not."""
         name = row.name
+        self.before = [name]
         if name in self.names:
             cause, sentence = self._add(row) if name in self.records else (None, "")  # the image itself is reported
             if cause is None:
@@ -127,6 +129,10 @@ class _Rows:
         if name in self.missing:
             return None
         self.missing.add(name)
+        if any(sign < " " or sign == '"' for sign in name):
+            self.doubt = True
+            sentence = f"{name!r} is no image's name; correct it (no image without a good row counts as clean)"
+            return Problem(self.csv, row.line, "image id", sentence)
         if "/" in name or "\\" in name or name in (".", ".."):
             sentence = f"{name!r} is no plain file name; images lie right in {self.folder}"
             return Problem(self.csv, row.line, "path in name", sentence)

@@ -5,6 +5,7 @@ field with a line break in it, is read; a last row without a line break at its e
 """
 
 import csv
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from sam2_lora_ext.data.records import is_text
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import open_regular
 
 FIELD_LIMIT = 1 << 26  # characters of one RLE
 LONGEST_NAME = 16  # fields that an image's name with commas may be torn into
@@ -35,9 +37,8 @@ class BadRow:
     line: int
     cause: str
     sentence: str
-    names: tuple[str, ...] = ()  # texts of it that may name its image
-    last: bool = False  # nothing behind it was read
-    alone: bool = False  # it has one field, which may be a part of a name where the file is cut off
+    names: tuple[str, ...] = ()  # texts of it that may name its image, the likeliest first
+    doubt: bool = False  # other images may have lost rows with it
 
 
 class KaggleTable:
@@ -59,7 +60,7 @@ class KaggleTable:
         """
         limit = csv.field_size_limit(FIELD_LIMIT)
         try:
-            with open(self.path, encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+            with io.TextIOWrapper(open_regular(self.path), "utf-8-sig", "surrogateescape", newline="") as file:
                 yield from self._mark_cut(self._parse(csv.reader(file, strict=True)))
         except OSError as error:
             raise UserError(f"cannot read the table {self.path}: {error.strerror}; check the path") from error
@@ -78,7 +79,7 @@ class KaggleTable:
                 fields = next(lines, None)
             except csv.Error as error:
                 yield BadRow(
-                    line, "csv syntax", f"the table cannot be read on from here ({error}); is it cut off?", last=True
+                    line, "csv syntax", f"the table cannot be read on from here ({error}); is it cut off?", doubt=True
                 )
                 return
             if fields is None:
@@ -89,7 +90,7 @@ class KaggleTable:
                     "csv syntax",
                     f"a field goes on over the line's end to line {lines.line_num}, so a quote is missing and rows may be "
                     "swallowed; correct the quotes (nothing behind it is read)",
-                    last=True,
+                    doubt=True,
                 )
                 return
             if any(field.strip() for field in fields):
@@ -97,12 +98,13 @@ class KaggleTable:
 
     def _row(self, line: int, fields: list[str], length: int, places: tuple[int, int, int]) -> Row | BadRow:
         first = places[0]
-        names = tuple(fields) + tuple(",".join(fields[first:stop]) for stop in range(first + 2, first + LONGEST_NAME))
+        names = (*(",".join(fields[first:stop]) for stop in range(first + 1, first + LONGEST_NAME)), *fields)
         if self.old:
-            names += tuple(name.rpartition("_")[0] for name in names)
+            names = tuple(part for name in names for part in (name.rpartition("_")[0], name))
         if len(fields) != length:
             sentence = f"the row has {len(fields)} fields, the header has {length} (is the file cut off?)"
-            return BadRow(line, "row length", sentence, names, alone=len(fields) == 1)
+            joined = len(fields) >= 2 * length - 1  # two rows, whose line break is lost
+            return BadRow(line, "row length", sentence, names, joined)
         name, class_text, rle = (fields[place] for place in places)
         if self.old:
             name, _, class_text = name.rpartition("_")
@@ -117,7 +119,7 @@ class KaggleTable:
         return Row(line, name.strip(), class_text.strip(), rle)
 
     def _mark_cut(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The rows, the last one bad when the file's last line has no end."""
+        """The rows, the last one bad when the file's last line has no end, since what followed it is lost too."""
         before: Row | BadRow | None = None
         for row in rows:
             if before is not None:
@@ -126,7 +128,7 @@ class KaggleTable:
         if self._ends_with_a_line():
             yield from () if before is None else (before,)
         elif isinstance(before, BadRow):
-            yield replace(before, names=()) if before.alone else before
+            yield replace(before, doubt=True)
         elif before is None:
             yield BadRow(1, "row cut", "the table ends inside its header's line; fetch it again")
         else:
@@ -134,7 +136,7 @@ class KaggleTable:
                 "the last row has no line break at its end, so the file may be cut off inside it; fetch it again, or end "
                 "the row with a line break if it is whole"
             )
-            yield BadRow(before.line, "row cut", sentence, (before.name,))
+            yield BadRow(before.line, "row cut", sentence, (before.name,), doubt=True)
 
     def _ends_with_a_line(self) -> bool:
         """Whether nothing but blanks stands behind the last line break."""

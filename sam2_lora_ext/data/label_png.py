@@ -136,7 +136,7 @@ class LabelPNGReader:
             (self.image_dir, image_names, self.label_dir),
             (self.label_dir, label_names, self.image_dir),
         ):
-            yield from not_taken(folder, [*names, *([other.name] if other.parent == folder else ())])
+            yield from not_taken(folder, names, [other])
 
     def _read(self, path: Path, record: ImageRecord) -> Iterator[Problem]:
         """Adds the masks of one label image to its record; yields a problem for each value that is no class."""

@@ -69,6 +69,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
         ("may lack masks", len(summary["may_lack_masks"])),
         ("masks (image, class)", summary["masks"]),
         (f"objects ({summary['objects_are']})", summary["objects"]),
+        *_annotation_rows(summary["annotations"]),
         ("sizes", _counts(summary["sizes"])),
         ("modes", _counts(summary["modes"])),
         ("with an orientation tag", summary["turned"]),
@@ -121,6 +122,14 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
 {near}
 </body></html>
 """
+
+
+def _annotation_rows(counts: Mapping[str, int] | None) -> list[tuple[str, str]]:
+    """What components would do to the annotations of a format with instances."""
+    if counts is None:
+        return []
+    joined, split = counts["joined_by_components"], counts["split_by_components"]
+    return [("annotations", f"{counts['count']} (components would join {joined} and split {split} of them)")]
 
 
 def _class_row(number: str, name: str, summary: Mapping[str, Any]) -> str:

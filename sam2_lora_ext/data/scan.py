@@ -67,10 +67,10 @@ def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16
             mode, tag = mode_and_tag(path)
             values = decode(path, index.exif)
             digest = hashlib.sha256(f"{values.dtype}{values.shape}".encode() + values.tobytes()).digest()
+            image = Image.fromarray(to_eight(values, bits)).convert("L")
             facts.turned += tag != 1
             if is_deep(values):
                 facts.deep, facts.largest = facts.deep + 1, max(facts.largest, int(values.max()))
-            image = Image.fromarray(to_eight(values, bits)).convert("L")
             grey, small, signs = np.asarray(image), thumbnail(image), difference_hash(image)
         except ImageError as error:
             facts.problems.append(Problem(path, None, error.cause, str(error), index.name(number)))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.data.images import ImageError, list_images, not_taken, probe, turning
+from sam2_lora_ext.data.images import ImageError, ignored, list_images, not_taken, probe, turning
 from sam2_lora_ext.data.json_file import read_json
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import (
@@ -103,7 +103,7 @@ class SuperviselyReader:
                     yield problem
                 yield record
             known, near = set(names), NearNames(names)
-            annotations = sorted((folder / "ann").glob("*.json"))
+            annotations = [path for path in sorted((folder / "ann").glob("*.json")) if not ignored(path.name)]
             for path in annotations:
                 if (name := path.name.removesuffix(".json")) not in known:
                     sentence = f"there is no image {name} in {folder / 'img'}; "
@@ -115,8 +115,7 @@ class SuperviselyReader:
             yield from not_taken(folder / "img", names)
             yield from not_taken(folder / "ann", [path.name for path in annotations])
         if self.split is None and self.root not in self.folders:
-            taken = {path.name for path in (*self._meta, *self.folders) if path.parent == self.root}
-            yield from not_taken(self.root, taken)
+            yield from not_taken(self.root, (), [*self._meta, *self.folders])
 
     def _read(self, path: Path, record: ImageRecord, numbers: dict[str, int]) -> Iterator[Problem]:
         """Adds the masks of one annotation file to its record."""
@@ -124,20 +123,20 @@ class SuperviselyReader:
         def problem(cause: str, sentence: str, row: int | None = None) -> Problem:
             return Problem(str(path), row, cause, sentence, record.name)
 
+        if not path.exists():
+            yield problem(
+                "annotation missing",
+                f"the image {record.name} has no annotation; add one (objects: [] if it is clean) or remove the image",
+            )
+            return
         try:
             annotation = read_json(path)
             objects, size = annotation["objects"], annotation.get("size")
             declared = (int(size["height"]), int(size["width"])) if size else (record.height, record.width)
             if not isinstance(objects, list):
                 raise TypeError("objects is no list")
-        except FileNotFoundError:
-            yield problem(
-                "annotation missing",
-                f"the image {record.name} has no annotation; add one (objects: [] if it is clean) or remove the image",
-            )
-            return
-        except OSError as error:
-            yield problem("annotation unreadable", f"the file cannot be read ({error.strerror}); check its permissions")
+        except UserError as error:
+            yield problem("annotation unreadable", str(error))
             return
         except InvalidData as error:
             yield problem(error.cause, f"the file cannot be used: {error}")
@@ -178,7 +177,7 @@ def meta_classes(path: Path) -> dict[int, str]:
     """Class number -> title of a `meta.json`."""
     try:
         titles = [str(entry["title"]) for entry in read_json(path)["classes"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} lists no classes ({error}); correct it, or give the reader its classes") from error
     numbers = [re.search(r"(?<![0-9])0*([1-9][0-9]{0,4})$", title) for title in titles]
     table = {int(match[1]): title for match, title in zip(numbers, titles) if match is not None}

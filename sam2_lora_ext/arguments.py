@@ -1,0 +1,28 @@
+"""Numbers on a command line: each has its range, and is refused in one sentence before any work begins."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from sam2_lora_ext.settings.kinds import Kind, Number, Whole, shown
+
+GPUS, NODES, THREADS = Whole(1, 1024), Whole(1, 10_000), Whole(1, 1024)
+COUNT = Whole(1, 10**9)  # of images, steps, rounds
+SEED = Whole(0, 2**31 - 1)
+RANK, ALPHA = Whole(1, 4096), Number(0, 1e6, above=True)
+RESOLUTION = Whole(32, 8192, multiple=32)
+
+
+def number(kind: Kind) -> Callable[[str], Any]:
+    """The `type` of an argument that takes what a `Whole` or a `Number` takes: `type=number(RANK)`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = (int if isinstance(kind, Whole) else float)(text)
+        except ValueError:  # words, and numbers of more digits than Python reads
+            value = text
+        if not kind.takes(value):
+            raise argparse.ArgumentTypeError(f"must be {kind.says}, got {shown(value)}")
+        return value
+
+    return parse

@@ -1,0 +1,5 @@
+"""Settings have types and ranges: one table of them all (`table.py`), and its check before anything is built."""
+
+from sam2_lora_ext.settings.check import check, check_class_ids, check_literals, check_trainer
+
+__all__ = ["check", "check_class_ids", "check_literals", "check_trainer"]

@@ -1,0 +1,109 @@
+"""Checks a config against the table before anything is built; the first fault is one sentence."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.settings.containers import INSIDE
+from sam2_lora_ext.settings.table import SECTIONS, TARGETS, USERS
+
+TRAINER = "sam2_lora_ext.trainer.LoRATrainer"
+
+
+def check(config: Mapping[str, Any], whole: bool = True) -> None:
+    """Checks a config.
+
+    Args:
+        config: a whole config, or with `whole` off its trainer section; plain, or OmegaConf's with its interpolations.
+        whole: check `scratch`, `dataset`, `lora`, `launcher` and `submitit` too, the first three where the config is
+            one of ours: SAM 2's own have sections of these names with other keys.
+
+    Raises:
+        UserError: a value is out of its range or of a wrong type, or a key is unknown.
+    """
+    plain = _plain(config)
+    if not whole:
+        check_trainer(plain)
+        return
+    trainer = plain.get("trainer")
+    ours = "lora" in plain or isinstance(trainer, Mapping) and trainer.get("_target_") == TRAINER
+    for name, section in SECTIONS.items():
+        if name not in plain or not ours and name not in ("launcher", "submitit"):
+            continue
+        value = plain[name]
+        if name in USERS and isinstance(value, Mapping):
+            INSIDE.check(name, value)
+            value = {key: entry for key, entry in value.items() if key in section.rows or not _read(key, config)}
+        section.check(name, value)
+    INSIDE.check("trainer", trainer)
+
+
+def check_literals(config: Mapping[str, Any]) -> None:
+    """Checks what a user wrote as it stands, before interpolations compute with it: they know no name for a fault.
+
+    Raises:
+        UserError: a value is out of its range or of a wrong type.
+    """
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_config(config) or "lora" not in config:
+        return
+    for name, section in SECTIONS.items():
+        given = None if OmegaConf.is_interpolation(config, name) else config.get(name)
+        for key, row in getattr(section, "kind", section).rows.items() if OmegaConf.is_dict(given) else ():
+            if key in given and not OmegaConf.is_interpolation(given, key) and not OmegaConf.is_missing(given, key):
+                if not OmegaConf.is_config(value := given[key]):
+                    row.check(f"{name}.{key}", value)
+
+
+def check_trainer(settings: Mapping[str, Any]) -> None:
+    """Checks what `LoRATrainer` was given, by whatever name a user's own class of it has.
+
+    Raises:
+        UserError: as `check`.
+    """
+    plain = _plain({key: value for key, value in settings.items() if key not in ("self", "stock", "__class__")})
+    TARGETS[TRAINER].check("trainer", plain)
+
+
+def check_class_ids(losses: Mapping[str, Any], datasets: Iterable[Any]) -> None:
+    """Checks the classes that the losses weight against those that the data has; by now it is read.
+
+    Args:
+        losses: as the Trainer makes them; those without `class_weights` have none to check.
+        datasets: raw data sets; those without `class_names` are another's own.
+
+    Raises:
+        UserError: a weight is given to a class that no data set has.
+    """
+    tables = [dataset.class_names for dataset in datasets if hasattr(dataset, "class_names")]
+    known = {0: "clean strips"} | {number: name for table in tables for number, name in table.items()}
+    for key, loss in losses.items():
+        strange = sorted(set(getattr(loss, "class_weights", None) or ()) - set(known)) if tables else []
+        if strange:
+            raise UserError(
+                f"trainer.loss.{key}.class_weights weights class {strange[0]}, which the data does not have: it has "
+                f"{', '.join(f'{number} ({name})' for number, name in sorted(known.items()))}"
+            )
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved values as plain containers."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(config):
+        return OmegaConf.to_container(config, resolve=True)
+    return {
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in config.items()
+    }
+
+
+def _read(key: Any, config: Mapping[str, Any]) -> bool:
+    """Whether an interpolation of the config reads the key; taken to be so where they are resolved already."""
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_config(config):
+        return True
+    return re.search(rf"\$\{{[^{{}}]*\b{re.escape(str(key))}\b", OmegaConf.to_yaml(config)) is not None

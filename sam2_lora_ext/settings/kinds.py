@@ -1,0 +1,166 @@
+"""The kinds of single values that a setting may have; each says in words what it takes, and refuses the rest in one
+sentence. Those that hold others are in `containers.py`.
+
+A row of the tables is a kind. Values are plain: None, bool, int, float, str, lists, mappings. `True` is no number here,
+and 8.0 is no whole number: what is recorded has the type that was given.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from sam2_lora_ext.errors import UserError
+
+LARGEST = 2**31 - 1  # of whole numbers without a bound of their own: what torch and numpy take everywhere
+SHOWN = 80  # characters of a refused value in a sentence
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Any value; the base of the others.
+
+    Attributes:
+        name: the setting by which a user knows the row, such as `scratch.lr`, where it stands deep in `trainer`.
+    """
+
+    name: str = field(default="", kw_only=True)
+
+    def called(self, name: str) -> Self:
+        """The same row under a user's name."""
+        return replace(self, name=name)
+
+    @property
+    def says(self) -> str:
+        """What is taken, to be read after `must be`."""
+        return "any value"
+
+    def takes(self, value: Any) -> bool:
+        """Whether the value itself is right; containers look into theirs in `check`."""
+        return True
+
+    def check(self, where: str, value: Any) -> None:
+        """Raises a `UserError` that names the setting, what it must be, and what came."""
+        if not self.takes(value):
+            raise UserError(self.sentence(where, value))
+
+    def sentence(self, where: str, value: Any) -> str:
+        """What is wrong with the value at the dotted name `where`."""
+        said = f"{self.name} (here {where})" if self.name and self.name != where else where
+        hint = ""
+        if isinstance(value, str) and not isinstance(self, (Text, Choice)) and "number" in self.says:
+            hint = "; the text of an environment variable becomes a number with ${oc.decode:${oc.env:NAME}}"
+        return f"{said} must be {self.says}, got {shown(value)}{hint}"
+
+
+@dataclass(frozen=True)
+class Whole(Kind):
+    """A whole number from `low` to `high`, a multiple of `multiple`."""
+
+    low: int = 0
+    high: int = LARGEST
+    multiple: int = 1
+
+    @property
+    def says(self) -> str:
+        what = "a whole number" if self.multiple == 1 else f"a multiple of {self.multiple}"
+        bound = f"of at least {self.low}" if self.high == LARGEST else f"from {self.low} to {self.high}"
+        return f"{what} {bound}"
+
+    def takes(self, value: Any) -> bool:
+        return type(value) is int and self.low <= value <= self.high and value % self.multiple == 0
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number from `low` to `high`; `above` and `below` leave the ends out."""
+
+    low: float = 0.0
+    high: float = 1e9
+    above: bool = False
+    below: bool = False
+
+    @property
+    def says(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        return f"a number {low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+    def takes(self, value: Any) -> bool:
+        if type(value) not in (int, float) or isinstance(value, float) and not math.isfinite(value):
+            return False
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """true or false; 0 and 1 are numbers."""
+
+    @property
+    def says(self) -> str:
+        return "true or false"
+
+    def takes(self, value: Any) -> bool:
+        return type(value) is bool
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of some words."""
+
+    words: tuple[str, ...] = ()
+
+    @property
+    def says(self) -> str:
+        return f"one of {', '.join(self.words)}"
+
+    def takes(self, value: Any) -> bool:
+        return type(value) is str and value in self.words
+
+
+def one_of(*words: str) -> Choice:
+    """The row of a choice."""
+    return Choice(words)
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """A text on one line that a file can hold; with `empty` it may have no character."""
+
+    empty: bool = False
+    longest: int = 4096
+
+    @property
+    def says(self) -> str:
+        return f"a text of {0 if self.empty else 1} to {self.longest} characters without line breaks and ${{"
+
+    def takes(self, value: Any) -> bool:
+        if type(value) is not str or not (self.empty or value.strip()) or len(value) > self.longest:
+            return False
+        return recordable(value) and all(ord(one) >= 32 and one != "\x7f" for one in value)
+
+
+def recordable(value: Any) -> bool:
+    """Whether a value that holds no others can be written into a config and read back as it is."""
+    if not isinstance(value, str):
+        return value is None or type(value) in (bool, int, float)
+    if value == "???" or "${" in value:  # OmegaConf's marks for what is missing and for interpolations
+        return False
+    return not any("\ud800" <= one <= "\udfff" or one in "\x85\u2028\u2029" for one in value)  # YAML folds the last three
+
+
+
+def accepts(kind: Kind, value: Any) -> bool:
+    """Whether the kind takes a value with all that is in it."""
+    try:
+        kind.check("", value)
+    except UserError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value for a sentence, cut where it is long."""
+    if type(value) is int and abs(value) >= 10**30:
+        return f"a number of {int(math.log10(abs(value))) + 1 if abs(value) < 10**300 else 'over 300'} digits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
