@@ -24,10 +24,11 @@ from torch import Tensor
 
 from sam2_lora_ext.checkpoints import read_weights, write_weights
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import refuse_existing, write_json
+from sam2_lora_ext.files import LARGEST_NOTE, parse_json, read_json, refuse_existing, write_json
 from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
 from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN, block_diagonal
+from sam2_lora_ext.name_patterns import NamePatterns
 
 __all__ = ["Adapter", "LayerAdapter", "apply_adapter", "attach_adapter", "load_adapter", "save_adapter"]
 
@@ -119,7 +120,11 @@ def load_adapter(path: str | Path) -> Adapter:
             if kind not in entries:
                 present, missing = (f"lora_{word.removesuffix('.weight')}" for word in (next(iter(entries)), kind))
                 raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is not whole")
-    layers = {name: _layer(name, entries, config, fused.get(name)) for name, entries in found.items()}
+    ranks, alphas = (NamePatterns(config.get(f"{key}_pattern"), str(folder / CONFIG)) for key in ("rank", "alpha"))
+    layers = {
+        name: _layer(name, entries, config, fused.get(name), ranks.value(name, config.get("r")),
+                     alphas.value(name, config.get("lora_alpha"))) for name, entries in found.items()
+    }  # fmt: skip
     saved = config.get("modules_to_save") or []
     full_modules = []
     for key in full:
@@ -133,10 +138,10 @@ def load_adapter(path: str | Path) -> Adapter:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}: an adapter folder holds {CONFIG} and {WEIGHTS}") from error
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(path, LARGEST_NOTE)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UserError(f"there is no {path}: an adapter folder holds {CONFIG} and {WEIGHTS}") from error
         raise UserError(f"{path} is damaged or cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -158,20 +163,17 @@ def _read_metadata(weights: Path) -> dict[str, Any]:
         return {}
     with safe_open(weights, "pt") as file:
         text = (file.metadata() or {}).get(HEADER, "{}")
-    try:
-        metadata = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{weights} is damaged: its header entry {HEADER} is no JSON") from error
+    metadata = parse_json(text, f"the header entry {HEADER} of {weights}")
     if not isinstance(metadata, dict) or not isinstance(metadata.get(FUSED, {}), dict):
         raise UserError(f"{weights} is damaged: its header entry {HEADER} is not what this package writes")
     return metadata
 
 
-def _layer(name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused: dict[str, Any] | None) -> LayerAdapter:
+def _layer(
+    name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused: dict[str, Any] | None, rank: Any, alpha: Any
+) -> LayerAdapter:
     """One layer of a PEFT adapter; `fused` says which parts of its B are not zero, see `save_adapter`."""
     a, b = tensors[A], tensors[B]
-    rank = _pattern_value(config.get("rank_pattern"), name, config.get("r"))
-    alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     rslora = bool(config.get("use_rslora"))
     if rank != a.shape[0] or a.shape[0] != b.shape[1] or not isinstance(alpha, (int, float)):
         raise UserError(f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)}, its config says rank "
@@ -192,11 +194,3 @@ def _layer(name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused:
     if not fits:
         raise UserError(f"the adapter of {name} is damaged: its header does not fit its tensors and its config")
     return layer
-
-
-def _pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the name or its end after a dot."""
-    try:
-        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
-    except re.error as error:
-        raise UserError(f"the adapter's config is damaged: a pattern is no regular expression ({error})") from error

@@ -1,6 +1,5 @@
 """Where adapters are: what a path on a command line means, read from there, and whether it belongs to a base."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter, load_adapter
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, identify, read_weights, weights_id
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import LARGEST_NOTE, read_json
 from sam2_lora_ext.lora import LoRAConfig, adapter_from_state
 
 
@@ -57,7 +57,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     config, metadata = None, {}
     if notes := _notes(path):
         try:
-            facts = json.loads(notes[0].read_text(encoding="utf-8"))
+            facts = read_json(notes[0], LARGEST_NOTE)
             if facts["config"] is not None:
                 config = LoRAConfig.of(facts["config"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

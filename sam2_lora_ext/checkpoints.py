@@ -1,6 +1,7 @@
 """Weight files: reading them safely, writing them whole, and telling which SAM 2 they are."""
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,10 +35,11 @@ def read_file(path: str | Path) -> object:
         UserError: there is no such file, or it is empty, damaged, or would run code when it is loaded.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
         raise UserError(f"{path} is a folder: give the weight file in it")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: check the name")
+    if not os.path.isfile(path):
+        kind = "a pipe or a device stands there" if os.path.exists(path) else "check the name"
+        raise UserError(f"there is no file {str(path)[:500]}: {kind}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: copy or download it again")
     try:

@@ -30,15 +30,15 @@ def locate(name: str) -> tuple[str, Path | None]:
     if not (file.is_absolute() or name.startswith(("./", "../", "~"))):
         wanted = name if name.endswith(".yaml") else f"{name}.yaml"
         for root in (sam2_root(), config_root()):  # the order in which Hydra looks
-            if root and "configs" in Path(wanted).parts[:1] and (root / wanted).is_file():
+            if root and "configs" in Path(wanted).parts[:1] and os.path.isfile(root / wanted):
                 return wanted, None
         found = [known for known in known_configs() if f"/{known}".endswith(f"/{wanted}")]
         if len(found) == 1:
             return found[0], None
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path.is_file, no error for a name that is too long
         file = Path(f"{file}.yaml")
-    if not file.is_file():
-        raise UserError(f"there is no config {name!r}, neither installed nor as a file; {_choices(name)}")
+    if not os.path.isfile(file):
+        raise UserError(f"there is no config {name[:500]!r}, neither installed nor as a file; {_choices(name)}")
     file = file.resolve()
     for root in (sam2_root(), config_root()):
         if root and file.is_relative_to(root / "configs"):
@@ -124,10 +124,15 @@ def _sentence(error: Exception) -> str:
 def _likely_key(name: str, error: Exception) -> str:
     """` (did you mean ...?)` for an override whose key the config does not have, if one is like it."""
     import hydra
+    from hydra.errors import HydraException
 
     if not (unknown := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))):
         return ""
-    close = difflib.get_close_matches(unknown[1], list(_keys(hydra.compose(config_name=name))), n=1)
+    try:
+        known = list(_keys(hydra.compose(config_name=name)))
+    except HydraException:  # the file itself overrides what is not there
+        return ""
+    close = difflib.get_close_matches(unknown[1], known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

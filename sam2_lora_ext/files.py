@@ -128,6 +128,14 @@ def parse_json(text: str, where: str | Path) -> Any:
         raise UserError(f"{where} is no JSON that can be read: {cause}") from error
 
 
+def inside(folder: Path, name: object) -> Path:
+    """The file of a relative name in a folder; raises `UserError` where the name, or a link, leads out of it."""
+    path = folder / name if isinstance(name, str) and "\0" not in name else None
+    if path is None or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} names the file {str(name)[:200]!r}, which does not lie in that folder: it is not used")
+    return path
+
+
 def sha256_of(file: str | Path | BinaryIO) -> str:
     """The SHA-256 of a file as `sha256sum` prints it; raises `UserError` when it cannot be read."""
     try:

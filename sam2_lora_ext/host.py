@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import LARGEST_NOTE, read_text
 
 USER_CONFIG_DIR = "SAM2_LORA_CONFIG_DIR"
 """Environment variable: a folder of the user's own configs, searched by Hydra before SAM 2's and this project's."""
@@ -66,5 +67,12 @@ def import_launcher() -> ModuleType:
 
 def _yaml_names(root: Path, pattern: str) -> list[str]:
     """Files under `root`, without the inference files: those begin with the model, for `build_sam2`."""
-    found = (path for path in root.glob(pattern) if not re.search(r"^model:", path.read_text("utf-8"), re.MULTILINE))
-    return sorted(path.relative_to(root).as_posix() for path in found)
+    return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if _trains(path))
+
+
+def _trains(path: Path) -> bool:
+    """Whether a YAML file may be a config to train with, as far as its text tells; what cannot be read is none."""
+    try:
+        return not re.search(r"^model:", read_text(path, LARGEST_NOTE), re.MULTILINE)
+    except UserError:
+        return False

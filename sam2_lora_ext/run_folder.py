@@ -11,7 +11,6 @@ run_dir/
   training_summary.json   at the end
 """
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from sam2_lora_ext.adapter import save_adapter
 from sam2_lora_ext.checkpoint_files import write_checkpoint
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, read_weights, write_weights
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import write_json
+from sam2_lora_ext.files import LARGEST_NOTE, read_json, write_json
 from sam2_lora_ext.lora import lora_layers, report
 from sam2_lora_ext.lora.adapter import Adapter
 from sam2_lora_ext.merge import merge_state_dict
@@ -156,7 +155,7 @@ def _read(file: Path, fields: set[str]) -> Any:
     """The JSON in a file, an object or a list of objects that have these fields."""
     again = "mend it, or choose another launcher.experiment_log_dir"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, LARGEST_NOTE)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): {again}") from error
     entries = content if isinstance(content, list) else [content]

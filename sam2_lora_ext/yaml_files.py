@@ -79,7 +79,7 @@ def _names(node: yaml.Node) -> Iterator[str]:
             yield from _names(entry)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            group = next(iter(_names(key)), "").split(" ")[-1]
+            group = next(iter(_names(key)), "").split(" ")[-1].strip("/")
             yield from (f"{group}/{name}" for name in _names(value))
 
 

@@ -143,6 +143,7 @@ def test_shipped_configs_pass(name):
     ("trainer.loss.severstal.class_weights={true: 1.0}", "whole number from 0 to 32767, got "),
     ("trainer.loss.severstal.class_weights={-1: 1.0}", "each key of .*class_weights must be"),
     ("~trainer.loss.severstal.weight_dict.loss_iou", "lacks loss_iou"),
+    ("trainer.loss.severstal.weight_dict={loss_mask: 0, loss_dice: 0, loss_iou: 0, loss_class: 0}", "all weights are 0"),
     ("trainer.optim.amp.amp_dtype=int8", "one of bfloat16, float16"),
     ("trainer.optim.gradient_clip.max_norm=0", "max_norm must be a number above 0"),
     ("scratch.lr_schedule.lengths=[0.5,0.4]", "sum to 1"),

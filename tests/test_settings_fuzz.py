@@ -105,7 +105,7 @@ EDGES = {
     "all clean but a few": ["scratch.clean_share=0.99"],
     "a billionth of a pass": ["scratch.steps=null", "scratch.epochs=1e-9"],
     "the largest seed": ["trainer.seed_value=2147483647"],
-    "all weights zero": ["trainer.loss.severstal.weight_dict={loss_mask: 0, loss_dice: 0, loss_iou: 0, loss_class: 0}"],
+    "no weight but one": ["trainer.loss.severstal.weight_dict={loss_mask: 0, loss_dice: 0, loss_iou: 0, loss_class: 1e-300}"],
     "heavy weights": ["trainer.loss.severstal.weight_dict.loss_mask=1e6", "trainer.loss.severstal.class_weights={1: 1e6, 0: 0}"],
     "patience and delta": ["trainer.early_stop.patience=1", "trainer.early_stop.min_delta=1e6", "scratch.steps=4"],
     "no prompt but boxes": ["trainer.model.prob_to_use_box_input_for_train=1", "trainer.model.prob_to_use_box_input_for_eval=1"],

@@ -8,12 +8,18 @@ submission.csv. With several models, the same objects are asked of all and diffe
 A run is asked as it was trained: on its validation data, at its crop, resolution and bits. What options change is said.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.evaluate.arguments import parse
 from sam2_lora_ext.files import refuse_existing, write_atomic, write_json
 

@@ -5,13 +5,21 @@ The data is that of a training config (-c CONFIG key=value ...), of a run, or a 
 found: Kaggle's csv (new and old), Supervisely folders, label images, COCO. All of it is read, whatever its split.
 """
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.arguments import COUNT, SEED, number
 from sam2_lora_ext.data.arguments import add_source, source_of
 from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
@@ -23,8 +31,8 @@ from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.data.splits import fold_shares, given_splits, parse_shares, stratified_split, write_split
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.data.writers import FORMATS, convert
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import refuse_existing, write_atomic, write_json
+from sam2_lora_ext.settings.kinds import Number, Whole
 
 EXAMPLES = """\
 examples:
@@ -91,9 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ways.add_argument(
         "--shares", default="train=0.8,val=0.1,test=0.1", metavar="NAME=X,..", help="splits and shares (%(default)s)"
     )
-    ways.add_argument("--folds", type=int, metavar="K", help="K equal folds named fold0, fold1, ... instead")
+    folds = number(Whole(2, 1000))
+    ways.add_argument("--folds", type=folds, metavar="K", help="K equal folds named fold0, fold1, ... instead")
     ways.add_argument("--as-given", action="store_true", help="the split folders of a Supervisely project, as they are")
-    split.add_argument("--seed", type=int, default=42, metavar="N", help="another gives another split (%(default)s)")
+    seed = number(SEED)
+    split.add_argument("--seed", type=seed, default=42, metavar="N", help="another gives another split (%(default)s)")
     split.add_argument(
         "--ignore-duplicates", action="store_true", help="do not look for duplicates: quick, for pixels are not read"
     )
@@ -101,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_on_invalid(to)
     to.add_argument("--to", choices=FORMATS, required=True, metavar="FORMAT", help=", ".join(FORMATS))
     synth = command("synth", "the folder for the strips", run_synth, reads=False)
-    synth.add_argument("--count", type=int, default=100, metavar="N", help="how many strips (%(default)s)")
-    synth.add_argument("--seed", type=int, default=42, metavar="N", help="strip i depends on it and i (%(default)s)")
-    synth.add_argument("--clean-share", type=float, default=0.3, metavar="X", help="without a defect (%(default)s)")
+    share = number(Number(0, 1))
+    synth.add_argument("--count", type=number(COUNT), default=100, metavar="N", help="how many strips (%(default)s)")
+    synth.add_argument("--seed", type=seed, default=42, metavar="N", help="strip i depends on it and i (%(default)s)")
+    synth.add_argument("--clean-share", type=share, default=0.3, metavar="X", help="without a defect (%(default)s)")
 
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in known:  # key=value may stand anywhere among the options
@@ -208,11 +219,6 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_synth(args: argparse.Namespace) -> None:
     """Writes synthetic strips; with --force in the place of an old set, no image of which stays."""
-    if args.count < 1 or args.seed < 0 or not 0 <= args.clean_share <= 1:
-        raise UserError(
-            f"--count is at least 1, --seed at least 0 and --clean-share in 0..1, got {args.count}, {args.seed} and "
-            f"{args.clean_share}"
-        )
     empty = args.out.is_dir() and not any(args.out.iterdir())
     write_folder(
         args.out,

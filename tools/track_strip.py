@@ -6,8 +6,16 @@ trains it; what the windows say is stitched back to the strip and drawn into a p
 resolution are those of the run that the weights lie in or that --run names, or of a training config (-c).
 """
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
 from sam2_lora_ext.data.arguments import OVERRIDE, add_config, add_pixels, source_of_model
 from sam2_lora_ext.data.images import ImageError, probe, read_rgb
 from sam2_lora_ext.data.windows import Windows
-from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import refuse_existing, write_atomic
 from sam2_lora_ext.tiles import stitch
 
@@ -55,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_config(parser)
     add_pixels(parser)
-    parser.add_argument("--width", type=int, metavar="N", help="columns of a window (default: the run's, else 512)")
+    count, size = number(COUNT), number(RESOLUTION)
+    parser.add_argument("--width", type=count, metavar="N", help="columns of a window (default: the run's, else 512)")
     parser.add_argument(
-        "--stride", type=int, metavar="N", help="columns between windows (default: the run's, else half the width)"
+        "--stride", type=count, metavar="N", help="columns between windows (default: the run's, else half the width)"
     )
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="of the model's input (default: the run's)")
+    parser.add_argument("--image-size", type=size, metavar="PIXELS", help="of the model's input (default: the run's)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, metavar="NAME", help="where to compute (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")

@@ -4,8 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from sam2_lora_ext.arguments import COUNT, RESOLUTION, SEED, number
 from sam2_lora_ext.data.arguments import add_source
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.settings.kinds import Number, Whole
+
+FEW = Whole(1, 1000)  # clicks, or points of a side
 
 EXAMPLES = """\
 examples:
@@ -37,7 +41,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--adapter", type=Path, metavar="PATH", help="a run folder, an adapter folder or a Trainer's checkpoint.pt")
     add("--compare", nargs="+", metavar="[NAME=]PATH", help="several models; the others are compared with the first")
     add("--config", metavar="NAME", help="the stock config, as build_sam2 takes it (default: told from the weights)")
-    add("--image-size", type=_multiple, metavar="PIXELS",
+    add("--image-size", type=number(RESOLUTION), metavar="PIXELS",
         help="of the model's input, as scratch.resolution was (default: the run's, else the stock config's)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     data = parser.add_argument_group("data (default: the validation data of the first run among the models)")
@@ -48,28 +52,29 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the split file; of a run or config: val (default) or train, the data that it validates or trains on")
     add("--objects", choices=("instances", "components", "classes", "all"),
         help="what an object is (default: the run's, else instances where the format has them, else components)")
-    add("--min-area", type=_positive, metavar="PIXELS",
+    add("--min-area", type=number(COUNT), metavar="PIXELS",
         help="smaller specks are no objects (default: the run's, else 16)")
-    add("--limit", type=_positive, metavar="N", help="only N items, spread evenly (then without Kaggle's score)")
+    add("--limit", type=number(COUNT), metavar="N", help="only N items, spread evenly (then without Kaggle's score)")
     add = parser.add_argument_group("how it is asked").add_argument
-    add("--max-clicks", type=_positive, default=8, help="clicks that a user makes at most (default: 8)")
+    add("--max-clicks", type=number(FEW), default=8, help="clicks that a user makes at most (default: 8)")
     add("--same-clicks", action="store_true",
         help="all models get the clicks of the first one's errors (default: from the second click on, each its own)")
-    add("--clean-clicks", type=_positive, default=4, help="clicks on each clean image (default: 4)")
-    add("--tile", type=_positive, metavar="COLUMNS", help="look at the strip in tiles of this width")
-    add("--overlap", type=int, default=0, metavar="COLUMNS", help="columns that neighbouring tiles share at least")
+    add("--clean-clicks", type=number(FEW), default=4, help="clicks on each clean image (default: 4)")
+    add("--tile", type=number(COUNT), metavar="COLUMNS", help="look at the strip in tiles of this width")
+    add("--overlap", type=number(Whole(0, 10**6)), default=0, metavar="COLUMNS",
+        help="columns that neighbouring tiles share at least")
     add("--crop", type=_crop, metavar="COLUMNS|none",
         help="cut so many columns around the objects; none: whole images (default: as the run's own validation does)")
-    add("--automatic", type=_positive, metavar="POINTS",
+    add("--automatic", type=number(FEW), metavar="POINTS",
         help="also automatic masks, from POINTS x POINTS clicks (stock: 32)")
-    add("--automatic-thresholds", type=float, nargs=2, default=(0.8, 0.95), metavar=("IOU", "STABILITY"),
+    add("--automatic-thresholds", type=number(Number(0, 1)), nargs=2, default=(0.8, 0.95), metavar=("IOU", "STABILITY"),
         help="of automatic masks (default: stock's, 0.8 0.95)")
     add("--submission-prompt", default="1click", metavar="PROMPT",
         help="whose masks go into submission.csv (default: 1click)")
-    add("--seed", type=int, default=0, help="of shifted boxes and clicks on clean steel")
+    add("--seed", type=number(SEED), default=0, help="of shifted boxes and clicks on clean steel")
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: runs/evaluation")
-    add("--pictures", type=_count, default=4, metavar="N",
+    add("--pictures", type=number(Whole(0, 1000)), default=4, metavar="N",
         help="of each kind in the galleries (default: 4; 0 for none)")
     add("--force", action="store_true", help="replace an earlier evaluation in --out")
     args = parser.parse_intermixed_args(argv)
@@ -82,28 +87,8 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--crop and --tile are two ways to look at a strip: give one of them")
     if args.tile and not 0 <= args.overlap < args.tile or not args.tile and args.overlap:
         raise UserError(f"--overlap needs --tile and is below it, got {args.overlap} and {args.tile}")
-    if not all(0 <= threshold <= 1 for threshold in args.automatic_thresholds):
-        raise UserError(f"--automatic-thresholds are two numbers in 0..1, got {args.automatic_thresholds}")
     return args
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
-    return number
-
-
-def _multiple(text: str) -> int:
-    if (number := int(text)) < 64 or number % 32:
-        raise argparse.ArgumentTypeError(f"expected a multiple of 32 from 64, got {number}")
-    return number
-
-
 def _crop(text: str) -> int | str:
-    return text if text == "none" else _positive(text)
+    return text if text == "none" else number(COUNT)(text)

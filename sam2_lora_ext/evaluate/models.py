@@ -1,6 +1,5 @@
 """Which model a user means by a path: weights, an adapter on its base, or a run; built as in production."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter
 from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter, source_files
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import LARGEST_NOTE, read_json
 from sam2_lora_ext.lora.adapter import attach_adapter
 from sam2_lora_ext.run_paths import find_run
 from sam2_lora_ext.stock import check_inputs
@@ -164,7 +164,7 @@ def _is_whole(path: Path) -> bool:
 
 def _trained(run: Path) -> int | None:
     try:
-        return int(json.loads((run / "lora.json").read_text(encoding="utf-8"))["trained"])
+        return int(read_json(run / "lora.json", LARGEST_NOTE)["trained"])
     except (OSError, ValueError, LookupError, TypeError):
         return None  # weights alone can be evaluated too
 

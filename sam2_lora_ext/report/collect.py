@@ -1,7 +1,7 @@
 """Reads what runs and evaluations left on the disk, and says plainly what is missing or damaged."""
 
 import csv
-import json
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from typing import Any
 from sam2_lora_ext.adapter import CONFIG, load_adapter
 from sam2_lora_ext.checkpoints import read_weights
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import LARGEST_NOTE, read_json, read_text
 from sam2_lora_ext.lora.adapter import Adapter
 
 TABLE = "logs/metrics.csv"
@@ -133,7 +134,7 @@ def understood(what: str) -> Iterator[None]:
 
 def _rows(table: Path) -> list[dict[str, str]]:
     try:
-        with open(table, newline="", encoding="utf-8") as file:
+        with io.StringIO(read_text(table), newline="") as file:
             reader = csv.DictReader(file)
             if not {"step", "phase", "loss"} <= set(reader.fieldnames or ()):
                 raise UserError(f"{table} is damaged: its header lacks step, phase or loss")
@@ -144,7 +145,7 @@ def _rows(table: Path) -> list[dict[str, str]]:
 
 def _json(path: Path, kind: type) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, LARGEST_NOTE)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or cannot be read ({error}): restore it, or run again") from error
     if not isinstance(content, kind):

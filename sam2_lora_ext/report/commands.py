@@ -10,6 +10,7 @@ from sam2_lora_ext.data.source import from_run
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.report.collect import Run
 from sam2_lora_ext.run_paths import find_run
+from sam2_lora_ext.yaml_files import load_yaml
 
 VARIABLE = re.compile(
     r"^(?P<before>[^$]*)(?:\$\{oc\.decode:)?\$\{oc\.env:(?P<name>\w+)[^}]*(?:\{[^}]*\}[^}]*)?\}\}?(?P<after>[^$}]*)$"
@@ -33,7 +34,7 @@ def environment(run: Run) -> dict[str, str]:
     files = [run.path / "config.yaml", run.path / "config_resolved.yaml"]
     if not all(file.exists() for file in files):
         return {}
-    raw, resolved = OmegaConf.to_container(OmegaConf.load(files[0]), resolve=False), _resolved(run)
+    raw, resolved = OmegaConf.to_container(load_yaml(files[0]), resolve=False), _resolved(run)
     found: dict[str, str] = {}
     for text, value in _pairs(raw, resolved):
         if (match := VARIABLE.match(text)) and value is not None and "launcher.experiment_log_dir" not in text:
@@ -89,7 +90,7 @@ def _resolved(run: Run) -> Any:
     from omegaconf import OmegaConf
 
     file = run.path / "config_resolved.yaml"
-    return OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.exists() else {}
+    return OmegaConf.to_container(load_yaml(file), resolve=False) if file.exists() else {}
 
 
 def _pairs(raw: Any, resolved: Any) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """Small pieces of HTML: escaped text, tables that scroll on a phone, pictures inside the page, and its style."""
 
 import base64
+import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import read_bytes
 
 WIDE = 2.5  # width by height
+LARGEST_PICTURE = 1 << 26  # bytes; a page with larger ones opens nowhere
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5b6570; --line: #d9dee3; --panel: #f5f7f9;
@@ -71,11 +74,12 @@ def picture(file: Path, caption: str) -> str:
         UserError: the file is missing or no picture.
     """
     try:
-        with Image.open(file) as image:
+        content = read_bytes(file, LARGEST_PICTURE)
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
             kind, wide = image.format.lower(), image.width > WIDE * image.height
-        data = base64.b64encode(file.read_bytes()).decode("ascii")
-    except OSError as error:
-        raise UserError(f"cannot read the picture {file} ({error.strerror or error}): evaluate again") from error
+        data = base64.b64encode(content).decode("ascii")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {file} ({error}): evaluate again") from error
     source, words = f"data:image/{kind};base64,{data}", escape(caption)
     opening = '<figure class="wide">' if wide else "<figure>"
     return f'{opening}<img alt="{words}" src="{source}"><figcaption>{words}</figcaption></figure>'

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from sam2_lora_ext.files import inside
 from sam2_lora_ext.report.adapter_stats import Change, adapter_changes, by_block, weight_changes
 from sam2_lora_ext.report.collect import Evaluation, Run, understood
 from sam2_lora_ext.report.commands import data_of, training_command, use_commands
@@ -130,7 +131,7 @@ def galleries(evaluation: Evaluation) -> str:
     for number, model in enumerate(models):
         kinds: dict[str, list[str]] = {}
         for entry in model["gallery"]:
-            shown = picture(evaluation.folder / entry["file"], entry["caption"])
+            shown = picture(inside(evaluation.folder, entry["file"]), entry["caption"])
             kinds.setdefault(entry["kind"], []).append(shown)
         body = "".join(
             f'<h3>{escape(kind.capitalize())}</h3><div class="pictures">{"".join(shown)}</div>'

@@ -32,6 +32,11 @@ def selective_operations(section: Mapping[str, Any]) -> str | None:
     return "selective needs operations: true" if section.get("selective") and not section.get("operations") else None
 
 
+def some_weight(section: Mapping[str, Any]) -> str | None:
+    """A loss of nothing has no gradient."""
+    return None if any(section.values()) else "all weights are 0, so there is nothing to learn from; give one a weight"
+
+
 def corrects_prompted(section: Mapping[str, Any]) -> str | None:
     """Stock corrects the frames that have the prompts, and then others."""
     for phase in ("train", "eval"):
@@ -82,13 +87,14 @@ PROMPTS = {
 }  # fmt: skip
 MODEL = {"image_size": RESOLUTION, **PROMPTS, **ARCHITECTURE}
 CACHE = Section({"folder": PATH, "max_gb": Number(0, 1e6, above=True)}, required=("folder", "max_gb"))
+STOCK_TERMS = dict.fromkeys(("loss_mask", "loss_dice", "loss_iou", "loss_class"), WEIGHT)
+NEEDED = ("loss_mask", "loss_dice", "loss_iou")
 STOCK_LOSS = {
-    "weight_dict": MapOf(one_of("loss_mask", "loss_dice", "loss_iou", "loss_class"), WEIGHT), "focal_alpha": Number(-1, 1),
+    "weight_dict": Section(STOCK_TERMS, required=NEEDED, rules=(some_weight,)), "focal_alpha": Number(-1, 1),
     "focal_gamma": Number(0, 100), "supervise_all_iou": Flag(), "iou_use_l1_loss": Flag(), "pred_obj_scores": Flag(),
     "focal_gamma_obj_score": Number(0, 100), "focal_alpha_obj_score": Number(-1, 1),
 }  # fmt: skip
-TERMS = Section(dict.fromkeys(("loss_mask", "loss_dice", "loss_iou", "loss_class", "loss_tversky"), WEIGHT),
-                required=("loss_mask", "loss_dice", "loss_iou"))  # fmt: skip
+TERMS = Section({**STOCK_TERMS, "loss_tversky": WEIGHT}, required=NEEDED, rules=(some_weight,))
 
 TARGETS = {
     "sam2_lora_ext.model.LoRASAM2Train": Section({
