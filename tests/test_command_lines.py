@@ -19,7 +19,7 @@ RUN = {  # with arguments that make it import what it needs
     "tools/merge_lora.py": ["--base", "OUT/none.pt", "--adapter", "OUT/none", "--out", "OUT/merged.pt"],
     "tools/prepare_data.py": ["split", "OUT/none", "--out", "OUT/split.csv"],
     "tools/report.py": ["OUT/none"],
-    "tools/track_strip.py": ["--checkpoint", "OUT/a.pt", "--image", "OUT/a.png", "--click", "1,1", "--out", "OUT/b.png"],
+    "tools/track_strip.py": ["--checkpoint", "OUT/a", "--image", "OUT/a.png", "--click", "1,1", "--out", "OUT/b.png"],
     "tools/unmerge_lora.py": ["--base", "OUT/a.pt", "--merged", "OUT/b.pt", "--out", "OUT/adapter"],
     "-m sam2_lora_ext.train": ["-c", "demo", "launcher.experiment_log_dir=OUT/run"],
     "-m benchmarks.train_step": ["--out", "OUT/step.json"],
