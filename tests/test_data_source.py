@@ -77,8 +77,8 @@ def test_a_run_is_found_from_what_lies_in_it(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "r8", [kaggle(tmp_path)])
     for inside in ("checkpoints/checkpoint.pt", "merged_best.pt", "adapters/best/adapter_model.safetensors"):
         (folder / inside).touch()
-    for inside in ("", "adapters", "adapters/best", "checkpoints/checkpoint.pt", "merged_best.pt",
-                   "adapters/best/adapter_model.safetensors"):  # fmt: skip
+    files = ["checkpoints/checkpoint.pt", "merged_best.pt", "adapters/best/adapter_model.safetensors"]
+    for inside in ["", "adapters", "adapters/best", *files]:
         assert find_run(folder / inside) == folder
     monkeypatch.chdir(tmp_path)
     assert find_run("r8/adapters/best") == Path("r8")

@@ -43,11 +43,20 @@ def test_mistakes_are_found_before_a_model_is_asked(nano_base, strips, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["--automatic-thresholds", "0.8", "1.5"], ["--automatic-thresholds", "nan", "0.5"], ["--limit", "0"],
-     ["--overlap", "-1"], ["--image-size", "100"], ["--max-clicks", "0"], ["--crop", "some"], ["--seed", "-1"]],
-)  # fmt: skip
-def test_numbers_have_ranges(nano_base, strips, tmp_path, unasked, capsys, words):
+    "text",
+    [
+        "--automatic-thresholds 0.8 1.5",
+        "--automatic-thresholds nan 0.5",
+        "--limit 0",
+        "--overlap -1",
+        "--image-size 100",
+        "--max-clicks 0",
+        "--crop some",
+        "--seed -1",
+    ],
+)
+def test_numbers_have_ranges(nano_base, strips, tmp_path, unasked, capsys, text):
+    words = text.split()
     with pytest.raises(SystemExit) as ended:
         tool.main(["--checkpoint", str(nano_base), "--data", str(strips), *words, "--out", str(tmp_path / "out")])
     assert ended.value.code == 2 and f"argument {words[0]}: must be" in capsys.readouterr().err
@@ -55,10 +64,13 @@ def test_numbers_have_ranges(nano_base, strips, tmp_path, unasked, capsys, words
 
 def test_files_in_the_way_are_found_before_a_model_is_asked(nano_base, strips, tmp_path, unasked):
     model = ["--compare", f"m={nano_base}", "--data", str(strips)]
-    for number, (file, match) in enumerate((
-        ("evaluation.md", "exists already"), ("m/submission.csv", "exists already"),
-        ("m/gallery/best_0.jpg", "exists already"), ("m", "no folder that can be written to"),
-    )):  # fmt: skip
+    ways = {
+        "evaluation.md": "exists already",
+        "m/submission.csv": "exists already",
+        "m/gallery/best_0.jpg": "exists already",
+        "m": "no folder that can be written to",
+    }
+    for number, (file, match) in enumerate(ways.items()):
         out = tmp_path / str(number)
         (out / file).parent.mkdir(parents=True)
         (out / file).touch()

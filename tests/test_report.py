@@ -151,8 +151,9 @@ def test_commands_of_evaluation_and_merge_are_there_and_run(page, run, tmp_path,
     ],
 )  # fmt: skip
 def test_the_page_says_what_each_run_reads_though_the_data_is_gone(tmp_path, reader, words):
-    data = {"dataset": {"video_dataset": {"reader": reader, "split": "val", "split_file": "s.csv"},
-                        "transforms": [{"_target_": "a.FixedStripCrop", "width": 512}]}}  # fmt: skip
+    raw = {"reader": reader, "split": "val", "split_file": "s.csv"}
+    crop = {"_target_": "a.FixedStripCrop", "width": 512}
+    data = {"dataset": {"video_dataset": raw, "transforms": [crop]}}
     config = {"trainer": {"data": {"val": {"datasets": [data]}}, "model": {"image_size": 128}}}
     (tmp_path / "run_config.yaml").write_text(json.dumps(config))
     assert data_of(Run(tmp_path, "run", "run")) == f"{words}, split by s.csv; crop 512, 128 px, 16 bits"

@@ -25,16 +25,15 @@ def add_source(parser: Any, positional: bool) -> None:
     add = parser.add_argument
     if positional:
         add("words", nargs="*", metavar="DATA", help=f"{DATA}; with -c instead key=value, {OVERRIDE}")
-        add("--phase", choices=("train", "val"), default="train",
-            help="of a config or run whose training and validation read different data (%(default)s)")  # fmt: skip
+        which = "of a config or run whose training and validation read different data (%(default)s)"
+        add("--phase", choices=("train", "val"), default="train", help=which)
     else:
         add("words", nargs="*", metavar="key=value", help=OVERRIDE)
         add("--data", type=Path, metavar="PATH", help=DATA)
     add_config(parser)
     add("--images", type=Path, metavar="DIR", help="the image folder, where it is not beside the annotations")
-    add("--classes", type=classes, metavar="A,B,..|N=A,..",
-        help="class names, numbered from 1, or by number such as 255=defect; by default those of the format, or "
-        "Severstal's four")  # fmt: skip
+    names = "class names from 1 on, or by number: 255=defect,.. (default: those of the format, or Severstal's four)"
+    add("--classes", type=classes, metavar="A,B,..|N=A,..", help=names)
     add("--colors", type=colors, metavar="N=R/G/B,..", help="of coloured label images: 1=250/50/83,2=51/221/255")
     add("--size", type=size, metavar="WxH|any", help="of every image, for a Kaggle csv (default: 1600x256)")
     add("--split-folder", metavar="NAME", help="one split of a Supervisely project, such as train")
@@ -79,10 +78,10 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: Source | None 
     turned = {"exif": False} if args.as_stored else {}
     more = {} if args.bits is None else {"bits": args.bits}
     if args.training_config or data is not None and find_run(data) is not None:
-        options = {"classes": args.classes, "colors": args.colors, "size": args.size, "images": args.images,
-                   "split-folder": args.split_folder}  # fmt: skip
-        if extra := next((f"--{name}" for name, value in options.items() if value is not None), None):
-            raise UserError(f"{extra} is for a folder whose format is guessed: a config or a run says it itself")
+        for name in ("classes", "colors", "size", "images", "split_folder"):
+            if getattr(args, name) is not None:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is for a folder whose format is guessed: a config or a run says it itself")
         if args.training_config:
             return replace(from_config(args.training_config, words, phase, **turned), **more)
         return replace(from_run(data, phase, **turned), **more)

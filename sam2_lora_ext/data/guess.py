@@ -34,9 +34,13 @@ def guess_reader(
 
 
 def guessed(
-    path: str | Path, images: str | Path | None = None, split: str | None = None,
-    given: Mapping[str, Any] | None = None, like: Source | None = None, **more: Any,
-) -> Source:  # fmt: skip
+    path: str | Path,
+    images: str | Path | None = None,
+    split: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    like: Source | None = None,
+    **more: Any,
+) -> Source:
     """A data set on disk, whose format is told by what is there.
 
     Args:

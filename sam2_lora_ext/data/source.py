@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sam2_lora_ext.data.dataset import SeverstalRawDataset
 
 MIN_AREA = 16  # pixels, where nothing says it
+TAKEN = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split_file", "split", "cache_dir")
+"""Arguments of the data set that are fields of a source."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,14 @@ class Source:
         """
         from sam2_lora_ext.data.dataset import SeverstalRawDataset  # needs SAM 2's training code
 
-        grouped = {"max_objects": self.max_objects, "group_width": self.group_width or self.crop}
+        cropped = self.crop is not None
         return SeverstalRawDataset(
-            self.make_reader(), training=False, objects=self.objects, min_area=self.min_area,
-            include_clean=self.include_clean, split_file=self.split_file, split=self.split, on_invalid=self.on_invalid,
-            bits=self.bits, cache_dir=self.cache_dir, **(grouped if self.crop is not None else {}),
-        )  # fmt: skip
+            self.make_reader(),
+            training=False,
+            max_objects=self.max_objects if cropped else None,
+            group_width=self.group_width or self.crop if cropped else None,
+            **{key: getattr(self, key) for key in TAKEN},
+        )
 
     def image_paths(self) -> set[str]:
         """The image files of the split, with links followed.
@@ -212,7 +216,8 @@ def from_trainer(
 
     others = [other.get("reader") for other, _ in raw_blocks(data.get("val" if phase == "train" else "train"))]
     others = [describe(other) for other in others if isinstance(other, Mapping)]
-    kept = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split", "cache_dir")
+    taken = {"min_area": 1} | {key: block[key] for key in TAKEN if key in block}  # 1 is the data set's own default
+    taken["split_file"] = at(block.get("split_file"))
     return Source(
         origin=f"the {'training' if phase == 'train' else 'validation'} data of {origin}",
         data=describe(config),
@@ -221,12 +226,11 @@ def from_trainer(
         settings={key: value for key, value in config.items() if key not in (*PLACES, "_target_")},
         format=config["_target_"].rpartition(".")[2],
         phase=phase,
-        split_file=at(block.get("split_file")),
         crop=windows["width"] if windows else crop_width(transforms),
         stride=windows["stride"] if windows else None,
         max_objects=seen.get("max_objects"),
         group_width=seen.get("group_width"),
         resolution=(trainer.get("model") or {}).get("image_size"),
         other_data=next((other for other in others if other != describe(block["reader"])), None),
-        **{"min_area": 1} | {key: block[key] for key in kept if key in block},
+        **taken,
     )

@@ -153,10 +153,8 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
         origin = f"{source.origin}, looked at as in the run {runs[first]}"
         source = replace(source, origin=origin, **{key: getattr(own[first], key) for key in keys})
     chosen = known or args.split_file or args.split not in (None, "val")
-    return Conditions(
-        changed(source, args), own, runs, args.tile, args.overlap, chosen=bool(chosen),
-        train="train" in (args.split or "").split(","), notes=notes,
-    )  # fmt: skip
+    train = "train" in (args.split or "").split(",")
+    return Conditions(changed(source, args), own, runs, args.tile, args.overlap, bool(chosen), train, notes)
 
 
 def changed(source: Source, args: argparse.Namespace) -> Source:

@@ -6,8 +6,14 @@ from typing import Any
 
 from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.text import (
-    cell, conditions_lines, costs, groups, other_differences, other_rows, summary_line,
-)  # fmt: skip
+    cell,
+    conditions_lines,
+    costs,
+    groups,
+    other_differences,
+    other_rows,
+    summary_line,
+)
 from sam2_lora_ext.evaluate.titles import (
     FEWER_IS_BETTER, OTHER_TITLE, SIZES_TITLE, details, grouped, headline, overview,
 )  # fmt: skip
