@@ -17,7 +17,6 @@ from sam2_lora_ext.errors import UserError
 
 HEADER = "ImageId,ClassId,EncodedPixels"
 
-
 ROWS = rows_of(STRIPS)  # row 2: a.jpg,1  3: a.jpg,3  4: b.jpg,4  5: d.jpg,2  6: d.jpg,3  7: f.jpg,3
 
 
@@ -98,7 +97,7 @@ KAGGLE = [
     Case("id in another case", row(7, "F.JPG,3,1 5"), "image id", 7, lost=("f.jpg",)),
     Case("id with another suffix", row(7, "f.png,3,1 5"), "image id", 7, lost=("f.jpg",)),
     Case("id without a suffix", row(7, "f,3,1 5"), "image id", 7, lost=("f.jpg",)),
-    Case("cut by a spreadsheet", row(3, "a.jpg,3," + "1 5 " + "9" * 32763), "RLE cut by a spreadsheet", 3, kept_masks=1),
+    Case("cut by a spreadsheet", row(3, "a.jpg,3,1 5 " + "9" * 32763), "RLE cut by a spreadsheet", 3, kept_masks=1),
     Case("rounded by a spreadsheet", row(3, "a.jpg,3,1.2E+05 5"), "RLE changed by a spreadsheet", 3, kept_masks=1),
     Case("quoted commas in the run-length code", row(3, 'a.jpg,3,"1,5"'), "RLE not integers", 3, kept_masks=1),
     Case("unknown class", row(3, "a.jpg,7,1 5"), "unknown class", 3, kept_masks=1),

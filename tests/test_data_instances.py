@@ -43,9 +43,8 @@ def coco(folder, compressed=True):
     parts = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
     parts[5:9, 60:70] = parts[5:9, 80:90] = 1
     annotations.append({**annotations[2], "id": 1, "area": 80, "bbox": [60, 5, 30, 4], "segmentation": encoded(parts)})
-    images = [
-        {"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH} for number, name in ((42, "a.png"), (11, "b.png"))
-    ]
+    size = {"height": HEIGHT, "width": WIDTH}
+    images = [{"id": number, "file_name": name, **size} for number, name in ((42, "a.png"), (11, "b.png"))]
     content = {"images": images, "annotations": annotations}
     content["categories"] = [{"id": 0, "name": "pit"}, {"id": 5, "name": "scratch"}]
     (folder / "coco.json").write_text(json.dumps(content))

@@ -146,7 +146,8 @@ def test_polygons_that_disagree_are_counted(tmp_path):
     content = make_coco(tmp_path, lambda box: [[box[0], box[1], box[2], box[1], box[2], box[3], box[0], box[3]]])
     for entry in content["annotations"]:
         xs, ys = entry["segmentation"][0][::2], entry["segmentation"][0][1::2]
-        entry.update(area=(max(xs) - min(xs)) * (max(ys) - min(ys)), bbox=[min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)])
+        width, height = max(xs) - min(xs), max(ys) - min(ys)
+        entry.update(area=width * height, bbox=[min(xs), min(ys), width, height])
     content["annotations"][2]["area"] *= 2
     content["annotations"][3]["bbox"] = [0, 0, 200, 40]
     (tmp_path / "coco.json").write_text(json.dumps(content))

@@ -107,3 +107,11 @@ def test_images_without_an_object_to_ask_about_count_too(strips):
     validating = {row.removesuffix(",val") for row in rows if row.endswith(",val")}
     tally = KaggleTally(dataset.index, dataset.images, "1click")
     assert set(tally.places) == validating and len(dataset) < len(validating)
+
+
+def test_an_image_that_may_lack_masks_has_no_empty_pairs():
+    tally, sample, predicted = kaggle_case()
+    tally(sample, "1click", torch.from_numpy(predicted)[:, None])
+    tally.index.complete[1] = False
+    images, _, present = tally.pairs("1click")
+    assert images == ["a.png", "a.png", "c.png", "c.png"] and present.tolist() == [True, True, False, False]

@@ -66,14 +66,15 @@ class COCOReader:
             if image_id is not None and image_id in lost:
                 continue
             if image_id not in records:
-                said = f"annotation {row} is for image id {entry.get('image_id')!r}, which the list of images does not have"
+                said = f"annotation {row} is for image id {entry.get('image_id')!r}, which the list of images lacks"
                 if (alike := as_text.get(_text(entry.get("image_id")))) is not None:
                     records[alike].complete = False
                     name = records[alike].name
-                    yield Problem(str(self.json), row, "image id", f"{said}, but {name} has {alike!r}: write both alike", name)
+                    said += f", but {name} has {alike!r}: write both alike"
+                    yield Problem(str(self.json), row, "image id", said, name)
                 else:
                     doubt = True
-                    said += ", so no image without an annotation counts as clean; add the image or remove the annotation"
+                    said += ", so none without an annotation counts as clean; add the image or remove the annotation"
                     yield Problem(str(self.json), row, "image missing", said)
                 continue
             record = records[image_id]
@@ -102,7 +103,9 @@ class COCOReader:
         yield from records.values()
         yield from self._unread()
 
-    def _images(self, records: dict[int | str, ImageRecord], lost: set[int | str | None]) -> Iterator[Problem | ImageRecord]:
+    def _images(
+        self, records: dict[int | str, ImageRecord], lost: set[int | str | None]
+    ) -> Iterator[Problem | ImageRecord]:
         """Fills `records` by image id, and `lost` with the ids of images that cannot be used."""
         times = Counter(_key(entry.get("id")) for entry in self._content["images"])
         first: dict[int | str, str] = {}  # the name of the first image of an id

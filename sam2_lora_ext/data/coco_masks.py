@@ -52,8 +52,8 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
 def disagreement(entry: dict[str, Any], runs: np.ndarray, height: int) -> str | None:
     """How an annotation's `area` or `bbox` differs from its pixels; None where it does not, or says neither.
 
-    An RLE's area is exact and its box right within 1 px. A polygon's area is that of its outline: half the way around it
-    is allowed, and 2 px for its box.
+    An RLE's area is exact and its box right within 1 px. A polygon's area is that of its outline: half the way around
+    it is allowed, and 2 px for its box.
     """
     polygon = not isinstance(entry["segmentation"], dict)
     allowed = _half_way_around(entry["segmentation"]) + 2 if polygon else 0

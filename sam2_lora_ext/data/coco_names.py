@@ -43,8 +43,8 @@ def number_categories(
     for number, name in sorted(names.items(), key=lambda item: (item[0] not in used, item[0])):
         if name in kept and number in used:
             raise UserError(
-                f"{where} has annotations of two categories with the name {name!r} (ids {kept[name]} and {number}); give "
-                "them different names, or one id"
+                f"{where} has annotations of two categories with the name {name!r} (ids {kept[name]} and {number}); "
+                "give them different names, or one id"
             )
         kept.setdefault(name, number)
     if classes is None:
@@ -57,8 +57,8 @@ def number_categories(
     strange = sorted(number for number in used if names[number] not in numbers)
     if strange:
         raise UserError(
-            f"{where} has the categories {describe_classes(names)}, of which {shorten([names[n] for n in strange])} is used "
-            f"but not one of the given classes {describe_classes(table)}; give the reader all names that are used"
+            f"{where} has the categories {describe_classes(names)}, of which {shorten([names[n] for n in strange])} is "
+            f"used but not one of the given classes {describe_classes(table)}; give the reader all names that are used"
         )
     return table, {number: numbers[name] for name, number in kept.items() if name in numbers}
 
@@ -81,8 +81,8 @@ class ImageFinder:
     def find(self, name: Any) -> str:
         """The path below the folder.
 
-        A backslash separates folders, as Windows writes it; leading folders that repeat the end of the folder's own path
-        are left out.
+        A backslash separates folders, as Windows writes it; leading folders that repeat the end of the folder's own
+        path are left out.
 
         Raises:
             InvalidData: no name, or one that leads out of the folder, or no such file.

@@ -195,7 +195,8 @@ def remarks(index: AnnotationIndex) -> list[str]:
     if partial := [index.name(image) for image in np.flatnonzero(~index.complete)]:
         said.append(f"{_count(partial, 'image', 'images')} may lack masks: {shorten(partial)}")
     if index.unread:
-        said.append(f"{_count(index.unread, 'file or folder was', 'files and folders were')} not read: {shorten(index.unread)}")
+        what = _count(index.unread, "file or folder was", "files and folders were")
+        said.append(f"{what} not read: {shorten(index.unread)}")
     return said + list(index.notes)
 
 

@@ -1,8 +1,8 @@
-"""An index written as COCO or Supervisely, where an object is an annotation: an instance, else an 8-connected component.
+"""An index written as COCO or Supervisely: an entry for each instance, or for each 8-connected component without them.
 
 From COCO to COCO annotations keep their ids, areas, boxes and iscrowd, images and categories their ids. What cannot be
-kept is numbered anew: ids that are no integers from 0, or that stand twice; and category ids that would give other class
-numbers when they are read back.
+kept is numbered anew: ids that are no integers from 0, or that stand twice; and category ids that would give other
+class numbers when they are read back.
 """
 
 import json

@@ -105,8 +105,8 @@ def _split_rows(lines: Iterator[list[str]], path: str | Path) -> list[tuple[str,
             continue
         if len(fields) != len(header) or not all(fields[header.index(name)].strip() for name in ("image", "split")):
             raise UserError(
-                f"the split file {path}, row {lines.line_num}: the row has {len(fields)} fields, {len(header)} with an image "
-                "and a split are expected; correct it (a name with a comma needs quotes)"
+                f"the split file {path}, row {lines.line_num}: the row has {len(fields)} fields, {len(header)} with an "
+                "image and a split are expected; correct it (a name with a comma needs quotes)"
             )
         rows.append((fields[header.index("image")].strip(), fields[header.index("split")].strip()))
     return rows

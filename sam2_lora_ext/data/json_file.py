@@ -22,7 +22,8 @@ def read_json(path: Path) -> Any:
         raise
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         if str(error).startswith("Extra data"):
-            raise InvalidData("not JSON", f"it goes on behind the end of its JSON ({error}); are two files joined?") from error
+            said = f"it goes on behind the end of its JSON ({error}); are two files joined?"
+            raise InvalidData("not JSON", said) from error
         raise InvalidData("not JSON", f"it is no JSON ({error}); is it cut off?") from error
 
 
@@ -31,5 +32,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidData("key twice", f"one of its objects has the key {twice!r} twice, so one hides the other; keep one")
+        raise InvalidData(
+            "key twice", f"one of its objects has the key {twice!r} twice, so one hides the other; keep one"
+        )
     return table

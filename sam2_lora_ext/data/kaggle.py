@@ -71,7 +71,8 @@ class KaggleReader:
                     raise ImageError(
                         "image size",
                         f"the image is {width}x{height}, but {self.size[1]}x{self.size[0]} is "
-                        "expected; replace it or set the reader's size" + turning(self.image_dir / name, exif=self.exif),
+                        "expected; replace it or set the reader's size"
+                        + turning(self.image_dir / name, exif=self.exif),
                     )
                 records[name] = ImageRecord(name, height, width, special=special)
             except ImageError as error:
@@ -161,8 +162,8 @@ class _Rows:
             if union_runs([runs, other])[:, 1].sum() < runs[:, 1].sum() + other[:, 1].sum():
                 return (
                     "rows overlap",
-                    f"the mask of {what} overlaps that of row {line}; rows of one image and class are united only where "
-                    "they do not overlap: keep one of them, or write their union",
+                    f"the mask of {what} overlaps that of row {line}; rows of one image and class are united only "
+                    "where they do not overlap: keep one of them, or write their union",
                 )
         earlier.append((row.line, runs))
         return None, ""
@@ -192,8 +193,8 @@ class _Rows:
                     self.csv,
                     None,
                     "row missing",
-                    f"{name} has no row for class {', '.join(map(str, sorted(lacking)))}, but the table says where there "
-                    "is no mask; add the rows, or fetch the table again if it is cut off",
+                    f"{name} has no row for class {', '.join(map(str, sorted(lacking)))}, but the table says where "
+                    "there is no mask; add the rows, or fetch the table again if it is cut off",
                     name,
                 )
             elif self.doubt and (lacking or expected is None) and not (name in cleared and not record.masks):

@@ -88,8 +88,8 @@ class KaggleTable:
                 yield BadRow(
                     line,
                     "csv syntax",
-                    f"a field goes on over the line's end to line {lines.line_num}, so a quote is missing and rows may be "
-                    "swallowed; correct the quotes (nothing behind it is read)",
+                    f"a field goes on over the line's end to line {lines.line_num}, so a quote is missing and rows may "
+                    "be swallowed; correct the quotes (nothing behind it is read)",
                     doubt=True,
                 )
                 return
@@ -133,8 +133,8 @@ class KaggleTable:
             yield BadRow(1, "row cut", "the table ends inside its header's line; fetch it again")
         else:
             sentence = (
-                "the last row has no line break at its end, so the file may be cut off inside it; fetch it again, or end "
-                "the row with a line break if it is whole"
+                "the last row has no line break at its end, so the file may be cut off inside it; fetch it again, or "
+                "end the row with a line break if it is whole"
             )
             yield BadRow(before.line, "row cut", sentence, (before.name,), doubt=True)
 

@@ -95,7 +95,8 @@ class LabelPNGReader:
                 continue
             if stem not in labels:
                 known = near.find(name)
-                advice = f"it has {shorten(known)}: give both one name" if known else "add it (all zeros for a clean image)"
+                advice = "add it (all zeros for a clean image)"
+                advice = f"it has {shorten(known)}: give both one name" if known else advice
                 yield Problem(
                     str(self.image_dir / name),
                     None,

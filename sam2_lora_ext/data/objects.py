@@ -63,8 +63,8 @@ def resolve_mode(index: AnnotationIndex, mode: ObjectMode | None) -> ObjectMode:
         raise UserError(f"objects must be {', '.join(MODES)} or null, got {mode!r}")
     if mode == "instances" and not index.instances:
         raise UserError(
-            f"objects is instances, but the format of {index.image_dir} does not say which pixels are one object (COCO and "
-            "Supervisely do); choose components, classes or all, or null for what the format has"
+            f"objects is instances, but the format of {index.image_dir} does not say which pixels are one object (COCO "
+            "and Supervisely do); choose components, classes or all, or null for what the format has"
         )
     return mode
 
@@ -109,8 +109,8 @@ def components_note(index: AnnotationIndex) -> str | None:
     if not joined and not split:
         return None
     return (
-        f"objects: components joins {joined} of {len(index.mask_class)} annotations with another one of their class that "
-        f"they touch, and splits {split} that have several parts; objects: instances keeps them"
+        f"objects: components joins {joined} of {len(index.mask_class)} annotations with another one of their class "
+        f"that they touch, and splits {split} that have several parts; objects: instances keeps them"
     )
 
 

@@ -28,7 +28,7 @@ class ImageRecord:
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
     special: bool = False  # only `images.read_rgb` reads it right: more than 8 bits a channel, float, turned
     complete: bool = True  # False: a mask of it was dropped, so nothing here may be called clean
-    ids: list[int] = field(default_factory=list)  # the file's annotation id of each mask, -1: none; [] where it has none
+    ids: list[int] = field(default_factory=list)  # the file's annotation id of each mask, -1: none; [] without ids
     crowd: list[bool] = field(default_factory=list)  # COCO's iscrowd of each mask; [] where the format has none
     source_id: int = -1  # the file's image id, -1 where it has none
 

@@ -43,14 +43,14 @@ def parse_rle(text: str, height: int, width: int) -> np.ndarray:
     if len(text) == CELL:
         raise RLEError(
             "RLE cut by a spreadsheet",
-            f"the RLE has exactly {CELL:,} characters, the most that a spreadsheet's cell holds, so its end is lost; take "
-            "the table from before the spreadsheet",
+            f"the RLE has exactly {CELL:,} characters, the most that a spreadsheet's cell holds, so its end is lost; "
+            "take the table from before the spreadsheet",
         )
     if _SCIENTIFIC.search(text):
         raise RLEError(
             "RLE changed by a spreadsheet",
-            f"the RLE has a number in scientific notation, got {_shorten(text)!r}: a spreadsheet rounded it; take the table "
-            "from before the spreadsheet",
+            f"the RLE has a number in scientific notation, got {_shorten(text)!r}: a spreadsheet rounded it; take the "
+            "table from before the spreadsheet",
         )
     if not _INTEGERS.fullmatch(text.strip()):
         raise RLEError("RLE not integers", f"the RLE must be integers with spaces between them, got {_shorten(text)!r}")

@@ -115,7 +115,7 @@ def convert(
     chosen = np.flatnonzero(index.complete)
     left_out = len(index) - len(chosen)
     if not len(chosen):
-        raise UserError(f"every image of {index.image_dir} may lack masks, so none can be converted; correct the problems")
+        raise UserError(f"every image of {index.image_dir} may lack masks, so none is converted; correct the problems")
     if left_out:
         index = index.subset(chosen)
     if kind in BY_CLASS and (sentence := joined(index, kind)):
@@ -153,8 +153,8 @@ def joined(index: AnnotationIndex, kind: str) -> str | None:
     if not index.instances or not (counts > 1).any():
         return None
     return (
-        f"{kind} has one mask for each class of an image: {int(counts[counts > 1].sum())} of {len(pairs)} annotations are "
-        f"joined with another one, {len(counts)} masks are written"
+        f"{kind} has one mask for each class of an image: {int(counts[counts > 1].sum())} of {len(pairs)} annotations "
+        f"are joined with another one, {len(counts)} masks are written"
     )
 
 

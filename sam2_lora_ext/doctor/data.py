@@ -55,7 +55,7 @@ class DataSets:
             yield yellow(AREA, said, "give dataset.split_file, made by tools/prepare_data.py split")
 
     def check_classes(self) -> list[Finding]:
-        """A class number must mean the same in training and in validation: raises the `UserError` that training would."""
+        """A class number must mean the same in training and in validation: raises `UserError` as training would."""
         compare_datasets(self.built)
         return []
 

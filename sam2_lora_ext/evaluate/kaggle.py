@@ -60,9 +60,12 @@ class KaggleTally:
         return torch.from_numpy(np.ascontiguousarray(decode_runs(runs, *self.index.sizes[image].tolist()))).bool()
 
     def pairs(self, prompt: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Image, Dice float64 and whether there is a defect (bool) of each (image, class) pair, in a fixed order."""
+        """Image, Dice float64 and whether there is a defect (bool) of each (image, class) pair, in a fixed order.
+
+        An image that may lack masks is left out: nobody knows that a class of it is empty.
+        """
         images, values, present = [], [], []
-        for name in sorted(self.places):
+        for name in sorted(name for name, image in self.places.items() if self.index.complete[image]):
             defects = {number for number, runs in self.index.masks(self.places[name]) if len(runs)}
             for number in sorted(self.index.class_names):
                 images.append(name)
