@@ -124,7 +124,7 @@ def load_adapter(path: str | Path) -> Adapter:
     layers = {
         name: _layer(name, entries, config, fused.get(name), ranks.value(name, config.get("r")),
                      alphas.value(name, config.get("lora_alpha"))) for name, entries in found.items()
-    }  # fmt: skip
+    }
     saved = config.get("modules_to_save") or []
     full_modules = []
     for key in full:

@@ -55,6 +55,15 @@ def test_a_glob_of_the_initializer_that_hits_nothing(place):
     assert not find("lora.targets=[]", "lora.trainable=[image_encoder.trunk.blocks.*.norm1]", nothing, step=True)
 
 
+# ---- planted in the settings ----------------------------------------------------------------------------------------
+
+
+def test_a_setting_out_of_its_range(place):
+    """By the table of settings, before anything is built."""
+    only(find("scratch.lr=-1e-3"), "scratch.lr must be a number above 0")
+    only(find("trainer.loss.severstal.class_weights={9: 2.0}"), "weights class 9, which the data does not have")
+
+
 # ---- planted in the data --------------------------------------------------------------------------------------------
 
 
