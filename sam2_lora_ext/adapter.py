@@ -163,7 +163,7 @@ def _read_metadata(weights: Path) -> dict[str, Any]:
         return {}
     with safe_open(weights, "pt") as file:
         text = (file.metadata() or {}).get(HEADER, "{}")
-    metadata = parse_json(text, f"the header entry {HEADER} of {weights}")
+    metadata = parse_json(text, f"{weights} is damaged: its header entry {HEADER}")
     if not isinstance(metadata, dict) or not isinstance(metadata.get(FUSED, {}), dict):
         raise UserError(f"{weights} is damaged: its header entry {HEADER} is not what this package writes")
     return metadata
