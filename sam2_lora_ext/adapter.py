@@ -124,7 +124,7 @@ def load_adapter(path: str | Path) -> Adapter:
     layers = {
         name: _layer(name, entries, config, fused.get(name), ranks.value(name, config.get("r")),
                      alphas.value(name, config.get("lora_alpha"))) for name, entries in found.items()
-    }  # fmt: skip
+    }
     saved = config.get("modules_to_save") or []
     full_modules = []
     for key in full:
@@ -163,7 +163,7 @@ def _read_metadata(weights: Path) -> dict[str, Any]:
         return {}
     with safe_open(weights, "pt") as file:
         text = (file.metadata() or {}).get(HEADER, "{}")
-    metadata = parse_json(text, f"the header entry {HEADER} of {weights}")
+    metadata = parse_json(text, f"{weights} is damaged: its header entry {HEADER}")
     if not isinstance(metadata, dict) or not isinstance(metadata.get(FUSED, {}), dict):
         raise UserError(f"{weights} is damaged: its header entry {HEADER} is not what this package writes")
     return metadata

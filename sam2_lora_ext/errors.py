@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 
 LISTED = 20  # choices in a sentence, at most
+LONGEST = 20_000  # characters of what is said about a mistake: a list of problems may be long, a hostile value endless
 
 
 class UserError(ValueError):
@@ -23,7 +24,8 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(str(key)[:100], choices, LISTED, cutoff=0)
             more = f" and {len(choices) - len(near)} more" if len(choices) > len(near) else ""
             listed = ", ".join(near if more else choices)
-            raise UserError(f"{where} has no setting {str(key)[:100]!r}, did you mean {near[0]!r}? There are {listed}{more}")
+            strange = f"{where} has no setting {str(key)[:100]!r}"
+            raise UserError(f"{strange}, did you mean {near[0]!r}? There are {listed}{more}")
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
@@ -42,11 +44,13 @@ def system_sentence(error: BaseException | None) -> str | None:
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, MemoryError):
-            return f"memory does not suffice{f': {error}' if str(error) else ''}; give smaller inputs, or a larger machine"
+            cause = f": {error}" if str(error) else ""
+            return f"memory does not suffice{cause}; give smaller inputs, or take a larger machine"
         if isinstance(error, OSError) and error.filename is not None:
             name = str(error.filename)
             name = name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
-            return f"cannot use {name!r}: {error.strerror or type(error).__name__}; check the name, the folder and its rights"
+            cause = error.strerror or type(error).__name__
+            return f"cannot use {name!r}: {cause}; check the name, the folder and its rights"
         seen.add(id(error))
         error = error.__cause__  # what was raised while another error was handled may be a fault of ours
     return None
@@ -104,5 +108,6 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[s
         mistake = find_user_error(error) or system_sentence(error)
         if mistake is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        said = str(mistake)
+        print(f"error: {said if len(said) <= LONGEST else f'{said[:LONGEST]}...'}", file=sys.stderr)
         sys.exit(2)

@@ -78,7 +78,8 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
     if not stat.S_ISREG(state.st_mode):
         kind = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe, a socket or a device"
         raise UserError(f"cannot read {path}: it is {kind}, not a file; give the file itself")
-    raise UserError(f"cannot read {path}: it has {state.st_size:,} bytes, expected at most {limit:,}; give another file")
+    size = f"{state.st_size:,} bytes, expected at most {limit:,}"
+    raise UserError(f"cannot read {path}: it has {size}; give another file")
 
 
 def _short(path: str | Path) -> str:

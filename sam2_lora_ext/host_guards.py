@@ -1,4 +1,4 @@
-"""Two things that the stock Trainer cannot do, mended only while `LoRATrainer` is at work.
+"""Two things that the stock Trainer cannot do, put right only while `LoRATrainer` is at work.
 
 Without CUDA its first step dies in `MemMeter`; and it writes the whole environment, secrets included, into the log.
 """
@@ -19,7 +19,8 @@ from training.utils.train_utils import MemMeter
 from sam2_lora_ext.errors import find_user_error
 
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|_PWD|CREDENTIAL|AUTH|COOKIE|SESSION|DSN|PRIVATE", re.IGNORECASE)
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+            errno.ENAMETOOLONG, errno.ELOOP}
 URL_PASSWORD = re.compile(r"(://(?:[^/@:\s]*:)?)[^/@\s]+@")
 
 

@@ -1,4 +1,4 @@
-"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions from a file, matched against module names in bounded time.
+"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions of a file, matched to module names in bounded time.
 
 Python's own engine tries one way after the other, and `(a+)+b` has 2^n of them. Here all ways are followed at once
 (Thompson, 1968): a step for each character of the name and each place of the pattern, which are counted.
@@ -17,13 +17,14 @@ LONGEST_PATTERN = 500
 MOST_PLACES = 2_000  # of a pattern, repeats written out
 MOST_STEPS = 10_000_000  # of all names and patterns of one adapter: seconds
 WORD = re.compile(r"(?:[\w.]|\\[^\w\s])*")  # a name that stands for itself; a bare dot matches any character
+FIRST, LAST = (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING), (sre.AT_END, sre.AT_END_STRING)
 Test = Callable[[str], bool]
 CATEGORIES: Mapping[Any, Test] = {
     sre.CATEGORY_DIGIT: str.isdecimal, sre.CATEGORY_NOT_DIGIT: lambda one: not one.isdecimal(),
     sre.CATEGORY_SPACE: str.isspace, sre.CATEGORY_NOT_SPACE: lambda one: not one.isspace(),
     sre.CATEGORY_WORD: lambda one: one.isalnum() or one == "_",
     sre.CATEGORY_NOT_WORD: lambda one: not (one.isalnum() or one == "_"),
-}  # fmt: skip
+}
 
 
 class NamePatterns:
@@ -45,7 +46,7 @@ class NamePatterns:
     def value(self, name: str, default: Any) -> Any:
         """The value of a module; `default` where no pattern matches."""
         if len(name) > LONGEST_NAME:
-            raise UserError(f"{self.where} names a module of {len(name):,} characters, which no model has: it is damaged")
+            raise UserError(f"{self.where} names a module of {len(name):,} characters, which none has: it is damaged")
         for key, value, automaton in self.patterns:
             if automaton is None:
                 if re.match(rf"(.*\.)?({key})$", name):
@@ -71,7 +72,8 @@ class NamePatterns:
 
     def _refuse(self, key: str) -> Callable[[str], None]:
         def refuse(cause: str) -> None:
-            raise UserError(f"the pattern {key!r} in {self.where} {cause}: name the modules, or use . * + ? | ( ) [ ] alone")
+            advice = "name the modules, or use . * + ? | ( ) [ ] alone"
+            raise UserError(f"the pattern {key!r} in {self.where} {cause}: {advice}")
 
         return refuse
 
@@ -137,8 +139,8 @@ class Automaton:
                 begin = self._place()
                 self.free[place].append(begin)
                 self.free[self._sequence(branch, begin)].append(after)
-        elif operation is sre.AT and argument in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING, sre.AT_END, sre.AT_END_STRING):
-            (self.first_only if argument in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING) else self.last_only).add(after)
+        elif operation is sre.AT and argument in (*FIRST, *LAST):
+            (self.first_only if argument in FIRST else self.last_only).add(after)
             self.free[place].append(after)
         else:
             step = self._place()

@@ -1,4 +1,4 @@
-"""YAML files of users and runs, looked at before anything is made of them: bounded in size, depth and what aliases repeat.
+"""YAML files of users and runs, looked at before anything is made of them: bounded in size, depth and repetition.
 
 Ten lines of aliases of aliases stand for a billion nodes. The YAML library composes them as a graph, in which a node
 that is repeated stands once: so they are counted there.
@@ -34,8 +34,8 @@ def check_yaml(path: str | Path) -> yaml.Node | None:
         raise UserError(f"{path} is no YAML that can be read: {' '.join(str(error).split())}") from error
     if nodes > MOST_NODES or depth > DEEPEST:
         raise UserError(
-            f"{path} stands for more than {MOST_NODES:,} values or {DEEPEST} levels, by aliases (*name) that repeat each "
-            "other or by nesting; write it out"
+            f"{path} stands for more than {MOST_NODES:,} values or {DEEPEST} levels, by aliases (*name) that repeat "
+            "each other or by nesting; write it out"
         )
     return root
 

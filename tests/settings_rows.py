@@ -10,15 +10,18 @@ from sam2_lora_ext.settings.table import SECTIONS, TARGETS
 
 HOSTILE = [
     None, True, False, -1, 0, 1, 2, 2**31 - 1, 2**31, 2**63, 10**40, -(10**400), -0.0, 0.5, 1.0, 1e-320, 1e300,
-    float("nan"), float("inf"), -float("inf"), "", " ", "foo", "0", "1e3", "nan", "null", "true", "~", "-", "a: b", "#", "???",
-    "x" * 5000, "nul\0", "line\nbreak", "\x85", "\u2028", "\ud800", "ä" * 10, "'", '"', "{", "0x10", "1_000", "12:30:00",
+    float("nan"), float("inf"), -float("inf"), "", " ", "foo", "0", "1e3", "nan", "null", "true", "~", "-", "a: b",
+    "#", "???",
+    "x" * 5000, "nul\0", "line\nbreak", "\x85", "\u2028", "\ud800", "ä" * 10, "'", '"', "{", "0x10", "1_000",
+    "12:30:00",
     "2001-01-01", "=", "<<", "*", "&a", "!!python/object", "$", "\\", [], [None], [[]], [1, 2], ["a", 1], {}, {"a": {}},
-    {1: 1.0}, {True: 1}, {"": 1}, {None: 1}, {"_target_": "os.system"}, {"_target_": 5}, {"_target_": "a.b", "rank": -1},
-]  # fmt: skip
+    {1: 1.0}, {True: 1}, {"": 1}, {None: 1}, {"_target_": "os.system"}, {"_target_": 5}, {"_target_": "a.b",
+    "rank": -1},
+]
 
 
 def rows(config: Mapping[str, Any]) -> Iterator[tuple[tuple, Kind]]:
-    """The place (keys and list indices) and the kind of every row; of each section also those that the config leaves out."""
+    """The place (keys and list indices) and the kind of every row; of sections also those that the config leaves out."""
     for name, section in SECTIONS.items():
         yield from _inside((name,), section, config.get(name))
     yield from _inside(("trainer",), TARGETS[config["trainer"]["_target_"]], config["trainer"])
@@ -49,9 +52,11 @@ def values(kind: Kind, drawn: random.Random, hostile: int) -> list[Any]:
     while isinstance(kind, Nullable):
         kind, found = kind.kind, [*found, None]
     if isinstance(kind, Whole):
-        found += [kind.low, kind.high, kind.low - 1, kind.high + 1, drawn.randint(kind.low, kind.high), kind.low + kind.multiple]
+        found += [kind.low, kind.high, kind.low - 1, kind.high + 1, drawn.randint(kind.low, kind.high),
+        kind.low + kind.multiple]
     elif isinstance(kind, Number):
-        found += [kind.low, kind.high, kind.low - 1e-9, kind.high + 1, drawn.uniform(kind.low, kind.high), int(kind.high)]
+        found += [kind.low, kind.high, kind.low - 1e-9, kind.high + 1, drawn.uniform(kind.low, kind.high),
+        int(kind.high)]
     elif isinstance(kind, Choice):
         found += [drawn.choice(kind.words), kind.words[0].upper()]
     elif isinstance(kind, Flag):
@@ -63,7 +68,8 @@ def values(kind: Kind, drawn: random.Random, hostile: int) -> list[Any]:
     elif isinstance(kind, ListOf):
         found += [[value] * max(1, kind.least) for value in values(kind.kind, drawn, 0)]
     elif isinstance(kind, MapOf):
-        found += [{1: value, "a": value} for value in values(kind.kind, drawn, 0)] + [{2: v} for v in values(kind.kind, drawn, 0)]
+        found += [{1: value, "a": value} for value in values(kind.kind, drawn,
+        0)] + [{2: v} for v in values(kind.kind, drawn, 0)]
     return found
 
 
@@ -72,5 +78,5 @@ def with_value(tree: Any, place: tuple, value: Any) -> Any:
     if not place:
         return value
     if isinstance(tree, list):
-        return [with_value(entry, place[1:], value) if number == place[0] else entry for number, entry in enumerate(tree)]
+        return [*tree[:place[0]], with_value(tree[place[0]], place[1:], value), *tree[place[0] + 1:]]
     return {**tree, place[0]: with_value(tree.get(place[0]), place[1:], value)}

@@ -50,7 +50,7 @@ def test_ctrl_c_is_a_sentence_from_the_first_line_on(name, delay, tmp_path):
     """While it imports, or just after: 130 and one sentence; it may have ended before with a sentence of its own."""
     arguments = [argument.replace("OUT", str(tmp_path)) for argument in RUN[name]]
     done = subprocess.run([sys.executable, "-c", STRIKE, str(delay), name, *arguments], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300, stdin=subprocess.DEVNULL)  # fmt: skip
+                          text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
     if done.returncode == 130:
         assert "stopped by Ctrl-C" in done.stderr or "SIGINT" in done.stderr
@@ -61,10 +61,11 @@ def test_ctrl_c_is_a_sentence_from_the_first_line_on(name, delay, tmp_path):
 @pytest.mark.parametrize("path", [
     path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")])
     if "run_cli(main)" in path.read_text()
-])  # fmt: skip
+])
 def test_every_command_line_catches_ctrl_c_before_its_imports(path):
     before, _, after = (ROOT / path).read_text().partition("    catch_interrupts()")
-    assert after and set(re.findall(r"^(?:import|from) (\S+)", before, re.MULTILINE)) <= {"os", "sys", "sam2_lora_ext.errors"}
+    imported = set(re.findall(r"^(?:import|from) (\S+)", before, re.MULTILINE))
+    assert after and imported <= {"os", "sys", "sam2_lora_ext.errors"}
 
 
 @pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("tools/*.py"))])
@@ -92,7 +93,7 @@ def test_every_number_has_a_range(path):
     ("make_demo_base", "--lr", ["nan", "0", "-1"]),
     ("make_demo_base", "--batch", ["0"]),
     ("make_demo_base", "--threads", ["0", "1000000"]),
-])  # fmt: skip
+])
 def test_a_number_out_of_its_range_is_a_sentence(tool, option, values, tmp_path, monkeypatch, capsys):
     """Before anything is read or written, with exit code 2."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))

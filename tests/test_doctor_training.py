@@ -55,6 +55,15 @@ def test_a_glob_of_the_initializer_that_hits_nothing(place):
     assert not find("lora.targets=[]", "lora.trainable=[image_encoder.trunk.blocks.*.norm1]", nothing, step=True)
 
 
+# ---- planted in the settings ----------------------------------------------------------------------------------------
+
+
+def test_a_setting_out_of_its_range(place):
+    """By the table of settings, before anything is built."""
+    only(find("scratch.lr=-1e-3"), "scratch.lr must be a number above 0")
+    only(find("trainer.loss.severstal.class_weights={9: 2.0}"), "weights class 9, which the data does not have")
+
+
 # ---- planted in the data --------------------------------------------------------------------------------------------
 
 
@@ -126,9 +135,10 @@ def test_an_adapter_without_gradient(place):
     )
 
 
-def test_a_loss_that_is_not_finite(place):
-    findings = find("trainer.loss.severstal.weight_dict.loss_dice=nan", step=True)
-    only(findings, "the loss of one sample is nan")
+def test_a_loss_that_is_not_finite(place, monkeypatch):
+    nothing = {"core_loss": torch.tensor(float("nan"), requires_grad=True)}
+    monkeypatch.setattr("sam2_lora_ext.losses.SeverstalLoss.forward", lambda self, *batch: nothing)
+    only(find(step=True), "the loss of one sample is nan")
 
 
 def test_nothing_is_trained(place):

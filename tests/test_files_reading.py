@@ -25,7 +25,7 @@ def test_a_text_with_and_without_a_mark(tmp_path):
     (lambda path: path.write_bytes(bytes(1001)), "1,001 bytes, expected at most 1,000"),
     (lambda path: path.write_text("[" * 1000), "nested too deep"),
     (lambda path: path.write_text("{"), "no JSON"),
-])  # fmt: skip
+])
 def test_what_is_no_text_is_a_sentence(make, said, tmp_path):
     path = tmp_path / "x"
     make(path)

@@ -11,13 +11,19 @@ from sam2_lora_ext.name_patterns import NamePatterns
 
 NAMES = [
     "image_encoder.trunk.blocks.0.attn.qkv", "image_encoder.trunk.blocks.11.attn.proj", "a", "", ".", "a.", ".a", "a.b",
-    "sam_mask_decoder.transformer.layers.1.cross_attn_token_to_image.q_proj", "ab", "aab", "x.aab", "b.b.b", "layers1", "aaaa", "a-b.c",
-]  # fmt: skip
+    "sam_mask_decoder.transformer.layers.1.cross_attn_token_to_image.q_proj", "ab", "aab", "x.aab", "b.b.b",
+    "layers1", "aaaa", "a-b.c",
+]
 PATTERNS = [
-    "image_encoder.trunk.blocks.0.attn.qkv", "attn.qkv", "qkv", r"blocks\.\d+\.attn\.(qkv|proj)", r"^image_encoder.*qkv",
-    r".*layers\.[0-9]\..*_proj$", ".*", "", "a|b", "(a|b)*", "a{2}b", "a{1,2}", "a{2,}", "a+?b", "[^.]+", "(?:a|ab)(?:b|)", "^a$",
-    r"\w+", r"\W", r"[\d_]*", "a?a?aa", "(a*)*", "(a+)+b", "b$", "(^a|b)", r"[a-c.]+", "x?", "((a))", re.escape("a-b.c"), re.escape(NAMES[0]),
-]  # fmt: skip
+    "image_encoder.trunk.blocks.0.attn.qkv", "attn.qkv", "qkv", r"blocks\.\d+\.attn\.(qkv|proj)",
+    r"^image_encoder.*qkv",
+    r".*layers\.[0-9]\..*_proj$", ".*", "", "a|b", "(a|b)*", "a{2}b", "a{1,2}", "a{2,}", "a+?b", "[^.]+",
+    "(?:a|ab)(?:b|)", "^a$",
+    r"\w+", r"\W", r"[\d_]*", "a?a?aa", "(a*)*", "(a+)+b", "b$", "(^a|b)", r"[a-c.]+", "x?", "((a))",
+    re.escape("a-b.c"), re.escape(NAMES[0]),
+]
+
+PIECES = ["a", "b", ".", r"\.", "*", "+", "?", "|", "(", ")", "[ab]", "[^a]", "^", "$", "{2}"]
 
 
 def as_python(pattern: str, name: str) -> bool:
@@ -34,7 +40,7 @@ def test_random_patterns_match_as_pythons_own_engine():
     drawn = random.Random(20)
     checked = 0
     for _ in range(1500):
-        pattern = "".join(drawn.choices(["a", "b", ".", r"\.", "*", "+", "?", "|", "(", ")", "[ab]", "[^a]", "^", "$", "{2}"], k=drawn.randint(1, 7)))
+        pattern = "".join(drawn.choices(PIECES, k=drawn.randint(1, 7)))
         try:
             re.compile(pattern)
         except re.error:
@@ -58,8 +64,9 @@ def test_the_first_that_matches_wins():
 
 
 @pytest.mark.parametrize("pattern", [
-    "(a+)+$", "(a|a)*b", "(a*)*b", "(.*)*x", "(.*.*.*.*)*b", "a*" * 100 + "b", "(a?){100}a{100}", ".*" * 200 + "x", "(a|b|ab)*c",
-])  # fmt: skip
+    "(a+)+$", "(a|a)*b", "(a*)*b", "(.*)*x", "(.*.*.*.*)*b", "a*" * 100 + "b", "(a?){100}a{100}", ".*" * 200 + "x",
+    "(a|b|ab)*c",
+])
 def test_catastrophic_patterns_end_soon(pattern, monkeypatch):
     """A match, none, or a sentence; never minutes (here a tenth of the bound)."""
     monkeypatch.setattr("sam2_lora_ext.name_patterns.MOST_STEPS", 1_000_000)
@@ -76,9 +83,11 @@ def test_catastrophic_patterns_end_soon(pattern, monkeypatch):
 @pytest.mark.parametrize(("pattern", "said"), [
     (r"(a)\1", "bounded time"), ("(?=a)b", "bounded time"), ("(?<!a)b", "bounded time"), ("(?i:a)", "bounded time"),
     (r"\ba", "bounded time"), ("(?>a+)b", "bounded time"), ("a++", "bounded time"), ("a" * 501, "501 characters"),
-    ("((a{100}){100}){100}", "stands for more than"), ("a{1000000000}", "stands for more than"), ("(", "no regular expression"),
-    ("(" * 240 + "a" + ")" * 240, None), ("[", "no regular expression"), ("a{99999999999999999999}", "no regular expression"),
-])  # fmt: skip
+    ("((a{100}){100}){100}", "stands for more than"), ("a{1000000000}", "stands for more than"), ("(",
+    "no regular expression"),
+    ("(" * 240 + "a" + ")" * 240, None), ("[", "no regular expression"), ("a{99999999999999999999}",
+    "no regular expression"),
+])
 def test_what_cannot_be_bounded_is_refused(pattern, said):
     if said is None:
         assert NamePatterns({pattern: 1}, "x").value("a", None) == 1

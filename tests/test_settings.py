@@ -28,9 +28,10 @@ from sam2_lora_ext.settings.table import SECTIONS, TARGETS
 
 POOL = [
     None, True, False, -1, 0, 1, 2, 3, 7, 8, 16, 17, 32, 100, 2**31, 10**40, -0.5, 0.0, 1e-9, 0.5, 1.0, 1.5, 8.0, 1e300,
-    float("nan"), float("inf"), -float("inf"), "", "foo", "8", "max", [], [1], [1, 2], [0.5, 0.5, 0.5], ["a"], ["q", "v"],
+    float("nan"), float("inf"), -float("inf"), "", "foo", "8", "max", [], [1], [1, 2], [0.5, 0.5, 0.5], ["a"], ["q",
+    "v"],
     [None], {}, {"a": 1}, {1: 2.0}, {1: "pit"}, {9: -1.0}, {True: 1.0}, {1: [255, 0, 0]},
-]  # fmt: skip
+]
 
 
 def composed(*overrides: str, name: str = "configs/demo.yaml"):
@@ -66,12 +67,13 @@ DATA = "sam2_lora_ext.data."
 BUILT = {  # what is built without data, and the arguments that it needs
     **{f"{DATA}transforms.{name}": {"width": 100} for name in ("RandomStripCrop", "FixedStripCrop")},
     **{f"{DATA}transforms.{name}": {} for name in ("RandomHorizontalFlip", "RandomVerticalFlip")},
-    f"{DATA}pixels.RandomBrightnessContrast": {}, f"{DATA}pixels.ModelInput": {"size": 64}, f"{DATA}sampler.ObjectSampler": {},
+    f"{DATA}pixels.RandomBrightnessContrast": {}, f"{DATA}pixels.ModelInput": {"size": 64},
+    f"{DATA}sampler.ObjectSampler": {},
     f"{DATA}kaggle.KaggleReader": {"image_dir": "a", "csv": "b"},
     f"{DATA}label_png.LabelPNGReader": {"image_dir": "a", "label_dir": "b"},
     "sam2_lora_ext.losses.SeverstalLoss": {"weight_dict": {"loss_mask": 20, "loss_dice": 1, "loss_iou": 1}},
     "sam2_lora_ext.meters.SegmentationMeter": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("target", BUILT)
@@ -90,11 +92,13 @@ def test_what_the_table_takes_the_class_takes(target):
     (LORA, LoRAConfig.of, {"targets": ["a"]}),
     (MEMORY, MemoryConfig.of, {}),
     (OURS["early_stop"].kind, lambda settings: EarlyStop(**settings), {}),
-    (SECTIONS["dataset"].rows["windows"].kind, lambda settings: Windows(**settings), {"width": 9, "stride": 3, "num_frames": 2}),
+    (SECTIONS["dataset"].rows["windows"].kind, lambda settings: Windows(**settings), {"width": 9, "stride": 3,
+    "num_frames": 2}),
     (TARGETS[f"{DATA}phases.PhasedDataset"],
      lambda settings: PhasedDataset(**settings | {"datasets": [[1, 2]], "collate_fn": None, "worker_init_fn": None}),
-     {"datasets": [{"_target_": "a"}], "batch_sizes": [1], "num_workers": 0, "pin_memory": False, "steps_per_phase": 1, "steps": 1}),
-])  # fmt: skip
+     {"datasets": [{"_target_": "a"}], "batch_sizes": [1], "num_workers": 0, "pin_memory": False,
+     "steps_per_phase": 1, "steps": 1}),
+])
 def test_what_a_section_takes_its_class_takes(section, build, start):
     for key in (section if isinstance(section, Section) else section.kinds[1]).rows:
         for value in POOL:
@@ -103,7 +107,7 @@ def test_what_a_section_takes_its_class_takes(section, build, start):
 
 
 @pytest.mark.parametrize("name", [name for name in known_configs() if not name.startswith("configs/sam2")] + [
-    "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"])  # fmt: skip
+    "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml"])
 def test_shipped_configs_pass(name):
     check(composed(name=name))
 
@@ -143,7 +147,8 @@ def test_shipped_configs_pass(name):
     ("trainer.loss.severstal.class_weights={true: 1.0}", "whole number from 0 to 32767, got "),
     ("trainer.loss.severstal.class_weights={-1: 1.0}", "each key of .*class_weights must be"),
     ("~trainer.loss.severstal.weight_dict.loss_iou", "lacks loss_iou"),
-    ("trainer.loss.severstal.weight_dict={loss_mask: 0, loss_dice: 0, loss_iou: 0, loss_class: 0}", "all weights are 0"),
+    ("trainer.loss.severstal.weight_dict={loss_mask: 0, loss_dice: 0, loss_iou: 0, loss_class: 0}",
+    "all weights are 0"),
     ("trainer.optim.amp.amp_dtype=int8", "one of bfloat16, float16"),
     ("trainer.optim.gradient_clip.max_norm=0", "max_norm must be a number above 0"),
     ("scratch.lr_schedule.lengths=[0.5,0.4]", "sum to 1"),
@@ -165,7 +170,7 @@ def test_shipped_configs_pass(name):
     ("submitit.port_range=[9,1]", "port_range begins with 9, above its end 1"),
     ("submitit.timeout_hour=-2", "submitit.timeout_hour"),
     ("vos.val_transforms.0.width=-3", "vos.val_transforms.0.width"),
-])  # fmt: skip
+])
 def test_a_wrong_setting_is_one_sentence(override, said):
     with pytest.raises(UserError, match=said) as refused:
         composed(override)
@@ -213,7 +218,7 @@ def test_a_weight_for_a_class_that_the_data_does_not_have(tmp_path, nano_base, s
     ("run_dir", 5, "trainer.run_dir"),
     ("data.train.num_workers", -1, "scratch.num_workers (here trainer.data.train.num_workers) must be"),
     ("optim.options.lr.0.scheduler.schedulers.0.end_value", -1e-3, "scratch.lr (here trainer.optim.options"),
-])  # fmt: skip
+])
 def test_the_trainer_checks_what_the_stock_launcher_gives_it(key, value, said, tmp_path, nano_base, strips):
     """The stock launcher checks nothing; the sentence names the setting by which a user knows it."""
     from hydra.utils import instantiate

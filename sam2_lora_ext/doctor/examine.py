@@ -60,7 +60,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
     training = Training(config)
     checks = [("adapters", training.check_adapters), ("checkpoint", training.check_checkpoint)]
     checks += [("data", lambda phase=phase: training.data.check(phase)) for phase in ("train", "val")]
-    checks += [("data", training.data.check_apart), ("data", training.data.check_classes)]
+    checks += [("data", training.data.check_apart), ("data", training.data.check_classes), ("loss", training.check_loss)]
     causes: list[str] = []
     for area, check in checks:
         for finding in guarded(area, check, BASE):

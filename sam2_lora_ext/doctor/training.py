@@ -14,6 +14,7 @@ from sam2_lora_ext.doctor.data import DataSets
 from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
 from sam2_lora_ext.doctor.looks import check_gradients, peak_memory
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.settings import check_class_ids
 
 GIGA = 1e9
 TRIES = 50  # samples that are looked at for one with a defect
@@ -121,6 +122,14 @@ class Training:
         groups = ", ".join(f"{len(row['layers'])} in {name}" for name, row in facts["groups"].items())
         said = f"{facts['trained']:,} of {facts['total']:,} parameters are trained ({facts['share']:.2%})"
         yield green("adapters", f"{said}; layers: {groups or 'all'}")
+
+    def check_loss(self) -> Iterator[Finding]:
+        """The loss is built, and the classes that it weights are those of the data; nothing to say where they are."""
+        from hydra.utils import instantiate
+
+        losses = {key: instantiate(conf, _convert_="all") for key, conf in (self.trainer.get("loss") or {}).items()}
+        check_class_ids(losses, self.data.built["train"])
+        yield from ()
 
     def check_step(self) -> Iterator[Finding]:
         """Forward, loss, backward and an optimizer step on one sample with a defect, with its time and memory."""

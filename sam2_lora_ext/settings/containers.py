@@ -104,7 +104,7 @@ class Section(Kind):
         rows: key -> kind.
         required: keys that must be there.
         open: other keys are taken too.
-        rules: each gets the section once its values are right, and returns a sentence's end on what does not go together.
+        rules: each gets the section once its values are right, and returns what does not go together in it, or None.
     """
 
     rows: Mapping[str, Kind] = field(default_factory=dict)
@@ -171,4 +171,5 @@ class Part(Inside):
 
     def takes(self, value: Any) -> bool:
         target = value.get("_target_") if isinstance(value, Mapping) else None
-        return super().takes(value) and isinstance(target, str) and all(part.isidentifier() for part in target.split("."))
+        names = target.split(".") if isinstance(target, str) else [""]
+        return super().takes(value) and all(name.isidentifier() for name in names)

@@ -19,7 +19,10 @@ BITS = Whole(8, 16).called("dataset.bits")
 FULL_CHECK = Flag().called("dataset.full_check")
 EXIF = Flag().called("dataset.exif")
 CLASS = Whole(1, 32767)
-CLASSES = Nullable(either(CLASS, ListOf(Text(longest=300), least=1, most=32767), MapOf(CLASS, Text(longest=300), most=32767)))
+CLASS_NAME = Text(longest=300)
+CLASSES = Nullable(
+    either(CLASS, ListOf(CLASS_NAME, least=1, most=32767), MapOf(CLASS, CLASS_NAME, most=32767))
+)
 COLOUR = ListOf(Whole(0, 255), least=3, most=3)
 MIN_AREA = Whole(1).called("dataset.min_area")
 CLEAN_PART = Nullable(Whole(1, PIXELS)).called("dataset.clean_part_width")
@@ -41,7 +44,7 @@ def one_length(section: Mapping[str, Any]) -> str | None:
     """The length of a training is given once."""
     steps, epochs = section.get("steps"), section.get("epochs")
     if (steps is None) == (epochs is None):
-        return f"give the length of the training as steps or as epochs, the other null; got steps {steps} and epochs {epochs}"
+        return f"give the length of the training as steps or as epochs, got steps: {steps}, epochs: {epochs}"
     return None
 
 
@@ -62,7 +65,7 @@ def clean_parts(section: Mapping[str, Any]) -> str | None:
     if width is not None and (not share or section.get("windows") is not None):
         return f"clean_part_width needs a clean_share above 0 and no windows, got the share {share}"
     if training and (section.get("max_objects") or section.get("group_width")):
-        return "max_objects and group_width are for evaluation (training: false); in training it is the sampler's max_num_objects"
+        return "max_objects and group_width are for evaluation (training: false); the sampler has max_num_objects"
     if section.get("group_width") is not None and section.get("windows") is not None:
         return "group_width is for crops, and windows are given: set it to null"
     return None
@@ -71,7 +74,7 @@ def clean_parts(section: Mapping[str, Any]) -> str | None:
 def whole_strips(section: Mapping[str, Any]) -> str | None:
     """A crop at every so many columns must leave none out."""
     if section.get("width") is not None and (section.get("grid") or 1) > section["width"]:
-        return f"a crop of {section['width']} columns at every {section['grid']} would leave columns out; lower the grid"
+        return f"a crop of {section['width']} columns at every {section['grid']} would leave some out; lower the grid"
     return None
 
 
@@ -96,15 +99,17 @@ def distinct_colours(section: Mapping[str, Any]) -> str | None:
     colours, classes = section.get("colors"), section.get("classes")
     if colours is None:
         return None
-    numbers = classes if isinstance(classes, Mapping) else range(1, 1 + (len(classes) if isinstance(classes, list) else classes or 4))
+    count = len(classes) if isinstance(classes, (list, Mapping)) else classes or 4
+    numbers = classes if isinstance(classes, Mapping) else range(1, 1 + count)
     taken = [tuple(colour) for colour in colours.values()]
     if set(colours) != set(numbers) or (0, 0, 0) in taken or len(set(taken)) < len(taken):
-        return f"colors must give each of the classes {shown(list(numbers))} one of its own that is not black, got {shown(dict(colours))}"
+        wanted = f"each of the classes {shown(list(numbers))} one of its own that is not black"
+        return f"colors must give {wanted}, got {shown(dict(colours))}"
     return None
 
 
 WINDOWS = Section({"width": Whole(2, PIXELS), "stride": Whole(1, PIXELS), "num_frames": Whole(2, 10_000)},
-                  required=("width", "stride", "num_frames"), rules=(overlapping,))  # fmt: skip
+                  required=("width", "stride", "num_frames"), rules=(overlapping,))
 READER = {"classes": CLASSES, "full_check": FULL_CHECK, "exif": EXIF}
 DATASET = Section({
     "root": PATH, "split_file": Nullable(PATH), "objects": OBJECTS, "include_clean": Flag(), "on_invalid": ON_INVALID,
@@ -161,7 +166,9 @@ TARGETS = {
     f"{DATA}.pixels.ModelInput": Section({
         "size": RESOLUTION, "normalise": Flag(), "mean": LEVELS, "std": SPREADS,
     }, required=("size",)),
-    f"{DATA}.collate.collate_fn": Section({"dict_key": Text(longest=100), "mean": LEVELS, "std": SPREADS}, required=("dict_key",)),
+    f"{DATA}.collate.collate_fn": Section({
+        "dict_key": Text(longest=100), "mean": LEVELS, "std": SPREADS,
+    }, required=("dict_key",)),
     "training.dataset.sam2_datasets.TorchTrainMixedDataset": Section({
         "datasets": ListOf(Part(), least=1), "batch_sizes": ListOf(Whole(1, 100_000), least=1), "num_workers": WORKERS,
         "shuffle": Flag(), "pin_memory": Flag(), "drop_last": Flag(), "collate_fn": Nullable(Part()),
@@ -173,4 +180,4 @@ TARGETS = {
         "multiplier": Number(0, 1e4, above=True), "always_target": Flag(), "target_segments_available": Flag(),
     }, required=("transforms", "training", "video_dataset", "sampler", "multiplier")),
     "training.dataset.utils.RepeatFactorWrapper": Section({"dataset": Part(), "seed": SEED}, required=("dataset",)),
-}  # fmt: skip
+}

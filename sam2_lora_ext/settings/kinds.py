@@ -145,7 +145,7 @@ def recordable(value: Any) -> bool:
         return value is None or type(value) in (bool, int, float)
     if value == "???" or "${" in value:  # OmegaConf's marks for what is missing and for interpolations
         return False
-    return not any("\ud800" <= one <= "\udfff" or one in "\x85\u2028\u2029" for one in value)  # YAML folds the last three
+    return not any("\ud800" <= one <= "\udfff" or one in "\x85\u2028\u2029" for one in value)  # YAML folds these three
 
 
 

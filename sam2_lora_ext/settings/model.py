@@ -40,9 +40,10 @@ def some_weight(section: Mapping[str, Any]) -> str | None:
 def corrects_prompted(section: Mapping[str, Any]) -> str | None:
     """Stock corrects the frames that have the prompts, and then others."""
     for phase in ("train", "eval"):
-        prompted, corrected = (section.get(f"{name}_for_{phase}", 1) for name in ("num_init_cond_frames", "num_frames_to_correct"))
+        prompted = section.get(f"num_init_cond_frames_for_{phase}", 1)
+        corrected = section.get(f"num_frames_to_correct_for_{phase}", 1)
         if corrected < prompted:
-            return f"num_frames_to_correct_for_{phase} is {corrected}, below the {prompted} of num_init_cond_frames_for_{phase}"
+            return f"num_frames_to_correct_for_{phase} is {corrected}, below the {prompted} frames that are prompted"
     return None
 
 
@@ -51,12 +52,12 @@ LORA = Section({
     "rank_pattern": MapOf(kind=RANK), "alpha_pattern": MapOf(kind=ALPHA),
     "qkv_parts": Nullable(ListOf(one_of("q", "k", "v"), least=1, most=3)), "trainable": GLOBS, "freeze_a": Flag(),
     "variant": one_of("lora", "dora", "pissa"), "implementation": one_of("plain", "lean"),
-}, rules=(once_each, something_to_train)).called("lora")  # fmt: skip
+}, rules=(once_each, something_to_train)).called("lora")
 MEMORY = either(
     one_of("stock", "fast", "default", "low"),
     Section({"encoder": SHARE, "decoder": SHARE} | dict.fromkeys(
         ("pool", "conv", "operations", "selective", "weights"), Flag()), rules=(selective_operations,)),
-)  # fmt: skip
+)
 ARCHITECTURE = dict.fromkeys((  # Meta's configs set these
     "image_encoder", "memory_attention", "memory_encoder", "sam_mask_decoder_extra_args"), INSIDE,
 ) | dict.fromkeys((
@@ -71,7 +72,7 @@ ARCHITECTURE = dict.fromkeys((  # Meta's configs set these
     "sigmoid_bias_for_mem_enc": Number(-1e4, 1e4), "max_cond_frames_in_attn": Whole(-1, 10_000),
     "multimask_min_pt_num": Whole(0, 1000), "multimask_max_pt_num": Whole(0, 1000),
     "memory_temporal_stride_for_eval": Whole(1, 1000), "max_obj_ptrs_in_encoder": Whole(1, 1000),
-}  # fmt: skip
+}
 PROMPTS = {
     f"prob_to_use_{kind}_input_for_{phase}": SHARE for kind in ("pt", "box") for phase in ("train", "eval")
 } | {
@@ -84,7 +85,7 @@ PROMPTS = {
         "num_frames_to_correct": Whole(1, 10_000), "num_init_cond_frames": Whole(1, 10_000),
         "rand_frames_to_correct": Flag(), "rand_init_cond_frames": Flag(),
     }.items()
-}  # fmt: skip
+}
 MODEL = {"image_size": RESOLUTION, **PROMPTS, **ARCHITECTURE}
 CACHE = Section({"folder": PATH, "max_gb": Number(0, 1e6, above=True)}, required=("folder", "max_gb"))
 STOCK_TERMS = dict.fromkeys(("loss_mask", "loss_dice", "loss_iou", "loss_class"), WEIGHT)
@@ -93,12 +94,13 @@ STOCK_LOSS = {
     "weight_dict": Section(STOCK_TERMS, required=NEEDED, rules=(some_weight,)), "focal_alpha": Number(-1, 1),
     "focal_gamma": Number(0, 100), "supervise_all_iou": Flag(), "iou_use_l1_loss": Flag(), "pred_obj_scores": Flag(),
     "focal_gamma_obj_score": Number(0, 100), "focal_alpha_obj_score": Number(-1, 1),
-}  # fmt: skip
+}
 TERMS = Section({**STOCK_TERMS, "loss_tversky": WEIGHT}, required=NEEDED, rules=(some_weight,))
 
 TARGETS = {
     "sam2_lora_ext.model.LoRASAM2Train": Section({
-        **MODEL, "lora": Nullable(LORA), "memory": MEMORY, "prompt_seed": Nullable(SEED).called("trainer.seed_value"), "feature_cache": Nullable(CACHE),
+        **MODEL, "lora": Nullable(LORA), "memory": MEMORY, "feature_cache": Nullable(CACHE),
+        "prompt_seed": Nullable(SEED).called("trainer.seed_value"),
     }, required=("image_encoder",), rules=(corrects_prompted,)),
     "training.model.sam2.SAM2Train": Section(MODEL, required=("image_encoder",), rules=(corrects_prompted,)),
     "sam2_lora_ext.losses.SeverstalLoss": Section({
@@ -110,4 +112,4 @@ TARGETS = {
     "sam2_lora_ext.meters.SegmentationMeter": Section({
         "classes": ListOf(CLASS, most=32767), "prompt": one_of("click", "box"), "losses": Flag(), "distinct": Flag(),
     }),
-}  # fmt: skip
+}

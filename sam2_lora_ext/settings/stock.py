@@ -19,7 +19,8 @@ def whole_schedule(section: Mapping[str, Any]) -> str | None:
     lengths, count = section["lengths"], len(section["schedulers"])
     scaling = section.get("interval_scaling")
     if len(lengths) != count or isinstance(scaling, list) and len(scaling) != count:
-        return f"{count} schedulers need as many lengths and interval_scaling, got {len(lengths)} and {len(scaling or lengths)}"
+        given = f"{len(lengths)} and {len(scaling or lengths)}"
+        return f"{count} schedulers need as many lengths and interval_scaling, got {given}"
     if not math.isclose(sum(lengths), 1, abs_tol=1e-6):
         return f"lengths are shares of the training that sum to 1, got {lengths}"
     return None
@@ -50,7 +51,8 @@ def one_resolution(section: Mapping[str, Any]) -> str | None:
     size = section["model"].get("image_size")
     for part in parts_of(section["data"], "pixels.ModelInput"):
         if size is not None and part["size"] != size:
-            return f"model.image_size is {size}, but the data is made {part['size']} pixels large; set scratch.resolution alone"
+            made = f"the data is made {part['size']} pixels large"
+            return f"model.image_size is {size}, but {made}; set scratch.resolution alone"
     return None
 
 
@@ -60,29 +62,31 @@ def frames_suffice(section: Mapping[str, Any]) -> str | None:
         wanted = section["model"].get(f"num_frames_to_correct_for_{suffix}", 1)
         for part in parts_of(section["data"].get(phase), "sampler.ObjectSampler"):
             if 1 < (part.get("num_frames", 1) or wanted) < wanted:
-                return f"model.num_frames_to_correct_for_{suffix} is {wanted}, but a clip has {part['num_frames']} frames"
+                clip = f"a clip has {part['num_frames']} frames"
+                return f"model.num_frames_to_correct_for_{suffix} is {wanted}, but {clip}"
     return None
 
 
 OPTION = Section({
     "scheduler": Part(), "param_names": Nullable(ListOf(NAME)), "module_cls_names": Nullable(ListOf(NAME)),
-}, required=("scheduler",))  # fmt: skip
+}, required=("scheduler",))
 OPTIM = Section({
     "optimizer": Part(), "options": Nullable(MapOf(NAME, ListOf(OPTION, least=1))),
     "param_group_modifiers": Nullable(ListOf(Part())),
     "amp": Nullable(Section({"enabled": Flag(), "amp_dtype": HALF})),
     "gradient_clip": Nullable(Part()), "gradient_logger": Nullable(Part()),
-})  # fmt: skip
+})
 LOGGING = Section({
     "log_dir": PATH, "log_freq": Whole(1), "tensorboard_writer": Nullable(Part()), "log_level_primary": LEVEL,
     "log_level_secondary": LEVEL, "log_scalar_frequency": Whole(1), "log_visual_frequency": Whole(1),
     "scalar_keys_to_log": Nullable(MapOf(NAME, INSIDE)), "log_batch_stats": Flag(),
-}, required=("log_dir", "log_freq", "tensorboard_writer"))  # fmt: skip
+}, required=("log_dir", "log_freq", "tensorboard_writer"))
 CHECKPOINT = Section({
-    "save_dir": PATH, "save_freq": Whole(0), "save_list": ListOf(Whole(0)), "model_weight_initializer": Nullable(Part()),
+    "save_dir": PATH, "save_freq": Whole(0), "save_list": ListOf(Whole(0)),
+    "model_weight_initializer": Nullable(Part()),
     "save_best_meters": Nullable(ListOf(NAME)), "skip_saving_parameters": ListOf(NAME),
     "initialize_after_preemption": Nullable(Flag()), "resume_from": Nullable(PATH),
-}, required=("save_dir", "save_freq"))  # fmt: skip
+}, required=("save_dir", "save_freq"))
 STOCK = {
     "data": Section({"train": Nullable(Part()), "val": Nullable(Part())}), "model": Part(), "logging": LOGGING,
     "checkpoint": CHECKPOINT, "max_epochs": Whole(1, 10**6), "mode": one_of("train", "train_only", "val"),
@@ -97,18 +101,19 @@ STOCK = {
     "optim_overrides": Nullable(ListOf(INSIDE)),
     "meters": Nullable(MapOf(NAME, Nullable(MapOf(NAME, Nullable(MapOf(NAME, Part())))))),
     "loss": Nullable(MapOf(NAME, Part())),
-}  # fmt: skip
+}
 OURS = {
     "run_dir": PATH.called("launcher.experiment_log_dir"), "model_config": Nullable(PATH), "monitor": NAME,
     "monitor_mode": one_of("max", "min"),
     "early_stop": Nullable(Section({"patience": Whole(1), "min_delta": Number(0, 1e6)})), "metrics_every": Whole(1),
     "export": Nullable(Section({"merged": Flag(), "flat_files": Flag()})), "keep_previous": Whole(0, 1),
     "resume_with_changes": Flag(), "max_epochs": Nullable(STOCK["max_epochs"]),
-}  # fmt: skip
+}
 WRITER = {
-    "log_dir": PATH, "flush_secs": Whole(1, 10**6), "should_log": Flag(), "max_queue": Whole(1), "comment": Text(empty=True),
+    "log_dir": PATH, "flush_secs": Whole(1, 10**6), "should_log": Flag(), "max_queue": Whole(1),
+    "comment": Text(empty=True),
     "filename_suffix": Text(empty=True, longest=200), "purge_step": Nullable(Whole(0)), "log_every": Whole(1),
-}  # fmt: skip
+}
 NOTED = {"name": Nullable(NAME), "params": Nullable(MapOf(NAME, INSIDE))}
 SCHEDULER = "fvcore.common.param_scheduler"
 BETA = Number(0, 1, below=True)
@@ -124,14 +129,17 @@ TARGETS = {
         STOCK, required=("data", "model", "logging", "checkpoint", "max_epochs"), rules=(seed_fits,)
     ),
     "torch.optim.AdamW": Section({
-        "lr": RATE, "betas": ListOf(BETA, least=2, most=2), "eps": Number(0, 1), "weight_decay": RATE, "amsgrad": Flag(),
+        "lr": RATE, "betas": ListOf(BETA, least=2, most=2), "eps": Number(0, 1), "weight_decay": RATE,
+        "amsgrad": Flag(),
         "maximize": Flag(), "capturable": Flag(), "differentiable": Flag(), "foreach": Nullable(Flag()),
         "fused": Nullable(Flag()),
     }),
-    "training.optimizer.GradientClipper": Section({"max_norm": Number(0, 1e6, above=True), "norm_type": either(Whole(1, 100), Number(0, 100, above=True))}),
-    "training.optimizer.ValueScaler": Section(
-        {"scheduler": Part(), "mult_val": Number(0, 1e6, above=True).called("scratch.lr_ratio")}, required=("scheduler", "mult_val")
-    ),
+    "training.optimizer.GradientClipper": Section({
+        "max_norm": Number(0, 1e6, above=True), "norm_type": Number(0, 100, above=True),
+    }),
+    "training.optimizer.ValueScaler": Section({
+        "scheduler": Part(), "mult_val": Number(0, 1e6, above=True).called("scratch.lr_ratio"),
+    }, required=("scheduler", "mult_val")),
     f"{SCHEDULER}.LinearParamScheduler": Section(PAIR, required=tuple(PAIR)),
     f"{SCHEDULER}.CosineParamScheduler": Section(PAIR, required=tuple(PAIR)),
     f"{SCHEDULER}.ConstantParamScheduler": Section({"value": RATE}, required=("value",)),
@@ -147,11 +155,12 @@ TARGETS = {
         **WRITER, **NOTED, "experiment": NAME, "uri": Nullable(Text()),
     }, required=("log_dir", "experiment")),
     "training.utils.checkpoint_utils.load_state_dict_into_model": Section({
-        "strict": Flag(), "ignore_missing_keys": Nullable(ListOf(NAME)), "ignore_unexpected_keys": Nullable(ListOf(NAME)),
+        "strict": Flag(), "ignore_missing_keys": Nullable(ListOf(NAME)),
+        "ignore_unexpected_keys": Nullable(ListOf(NAME)),
         "state_dict": Part(), "checkpoint_kernels": Nullable(ListOf(Part())),
     }, required=("state_dict",)),
     "training.utils.checkpoint_utils.load_checkpoint_and_apply_kernels": Section({
         "checkpoint_path": PATH, "checkpoint_kernels": Nullable(ListOf(Part())), "ckpt_state_dict_keys": ListOf(NAME),
         "map_location": Text(longest=100),
     }, required=("checkpoint_path",)),
-}  # fmt: skip
+}

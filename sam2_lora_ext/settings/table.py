@@ -16,10 +16,10 @@ SCRATCH = Section({
     "lr": Number(0, 100, above=True), "lr_ratio": Number(0, 1e6, above=True), "lr_schedule": Part(),
     "weight_decay": stock.RATE, "clean_share": Nullable(Number(0, 1, below=True)),
     "window_stride": Whole(1, data.PIXELS),
-}, rules=(data.one_length,))  # fmt: skip
+}, rules=(data.one_length,))
 LAUNCHER = Section({
     "num_nodes": Whole(1, 10_000), "gpus_per_node": Whole(1, 1024), "experiment_log_dir": Nullable(Text()),
-})  # fmt: skip
+})
 
 
 def ports(section) -> str | None:
@@ -34,10 +34,10 @@ SUBMITIT = Section({
     "mem_gb": Nullable(Number(0, 1e6, above=True)), "mem": NAME, "constraints": NAME, "comment": NAME,
     "exclude_nodes": ListOf(Text(longest=300)), "include_nodes": ListOf(Text(longest=300)),
     "srun_args": Nullable(Section({"cpu_bind": NAME})),
-}, required=("port_range",), rules=(ports,))  # fmt: skip
+}, required=("port_range",), rules=(ports,))
 SECTIONS = {  # in this order: the name that a user knows comes first
     "scratch": SCRATCH, "dataset": data.DATASET, "lora": Nullable(model.LORA), "vos": data.VOS, "launcher": LAUNCHER,
     "submitit": SUBMITIT,
-}  # fmt: skip
+}
 USERS = ("scratch", "dataset", "vos")
 """Sections whose other keys are a user's own where something in the config reads them."""
