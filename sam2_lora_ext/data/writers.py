@@ -14,13 +14,12 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from sam2_lora_ext.data.folders import refuse_inputs, write_folder
+from sam2_lora_ext.data.folders import refuse_folder, refuse_inputs, write_folder
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.objects import ObjectTable, make_objects
 from sam2_lora_ext.data.rle import decode_runs, format_rle, to_coco_counts
 from sam2_lora_ext.data.supervisely import encode_bitmap
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import refuse_existing
 
 Write = Callable[[AnnotationIndex, list[str], Path, bool], None]
 
@@ -167,7 +166,7 @@ def convert(
     """
     write, image_folder, others = FORMATS[kind]
     refuse_inputs(Path(out), [index.image_dir, *inputs, *map(index.path, range(len(index)))])
-    refuse_existing(out, force)
+    refuse_folder(Path(out), force)
     chosen = np.flatnonzero(index.complete)
     left_out = len(index) - len(chosen)
     if left_out:
