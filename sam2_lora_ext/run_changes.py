@@ -47,7 +47,7 @@ ALLOWED = {  # key -> why it changes nothing in the result
     "data.*.full_check": "how damage is looked for",
 }
 PATHS = ("image_dir", "label_dir", "csv", "json", "root", "split_file")  # allowed where the content is known to be equal
-RENAMED: dict[str, str] = {}  # end of a key of an earlier version -> what it is now, such as {"bit_depth": "bits"}
+RENAMED: dict[str, str] = {}  # end of a key of an earlier version -> of the key that is now in the same section
 SECTIONS = {  # key -> what reads a section that names no `_target_`
     "model.lora": "sam2_lora_ext.lora.LoRAConfig",
     "optim": "training.trainer.OptimConf",
@@ -79,7 +79,6 @@ def changes(before: Record, after: Record) -> list[Change]:
     """
     known = set(_targets(after["trainer"]))  # nothing that a run folder alone names is imported
     old, new = (dict(_walk("", record["trainer"], known)) for record in (before, after))
-    old = {_renamed(key): value for key, value in old.items()}
     if new.get("mode") == "val":  # trains nothing
         old["mode"] = "val"
     found = []
@@ -125,11 +124,12 @@ def _is_same_file(key: str, one: Any, other: Any) -> bool:
     return is_path and bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
-def _renamed(key: str) -> str:
+def _renamed(key: str, name: str) -> str:
+    """What a setting `name` of the section `key` is called now."""
     for old, new in RENAMED.items():
-        if f".{key}".endswith(f".{old}"):
-            return key.removesuffix(old) + new
-    return key
+        if f".{key}.{name}".endswith(f".{old}"):
+            return new.rpartition(".")[2]
+    return name
 
 
 def _targets(value: Any) -> Iterator[str]:
@@ -154,9 +154,9 @@ def _walk(key: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, A
 def _filled(key: str, section: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """A section with the defaults of what it leaves out."""
     target = section.get("_target_", SECTIONS.get(key))
-    filled = dict(section)
+    filled = {_renamed(key, name): value for name, value in section.items()}
     if target in known or target in SECTIONS.values():
-        filled = {**_defaults(target), **section}
+        filled |= {name: value for name, value in _defaults(target).items() if name not in filled}
     reader = filled.get("reader")
     if "objects" in filled and filled["objects"] is None and isinstance(reader, Mapping):
         found = _import(reader["_target_"]) if reader.get("_target_") in known else None

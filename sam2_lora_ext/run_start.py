@@ -86,7 +86,7 @@ class RunStart:
         on_rank_0(lambda: None if checkpoint is None else self._compare(checkpoint))
 
     def _compare(self, checkpoint: Mapping[str, Any]) -> None:
-        self.before = _record_of(self.run_dir, self.record, checkpoint)
+        self.before = record_of(self.run_dir, self.record, checkpoint)
         if self.before is None:  # a checkpoint of stock's Trainer
             return
         self.record["changes"] = list(self.before["changes"])
@@ -162,7 +162,7 @@ def data_digest(dataset: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _record_of(run: Path, now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+def record_of(run: Path, now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the run's last accepted start recorded; of a run of version 0.1.0 what it did; None where there is nothing.
 
     The launcher's own `config_resolved.yaml` is already this start's, its copy is the run's. Without a copy, or for a

@@ -13,12 +13,17 @@ def is_finished(run: Path) -> bool:
 
     A run that is extended after its end has moved its summary away (to `OLD_SUMMARY`); version 0.1.0 left it there.
     """
-    summary = _read(run / SUMMARY, dict)
-    entries = _read(run / VALIDATIONS, list)
+    summary, entries = _read(run / SUMMARY, dict), validations(run)
     try:
         return summary is not None and not (entries and entries[-1]["step"] > summary["steps"])
     except (LookupError, TypeError):
         return summary is not None  # damaged, which those say who read all of it
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    """The run's validations so far, oldest first, with `step`; none where their file is missing or damaged."""
+    entries = _read(run / VALIDATIONS, list) or []
+    return entries if all(isinstance(entry, dict) and "step" in entry for entry in entries) else []
 
 
 def _read(file: Path, kind: type) -> Any:

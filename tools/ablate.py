@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.ablation import (
-    best_of, collect, finished, members_of, metrics_of, parse_grid, plot, to_csv, to_markdown,
+    best_of, collect, members_of, metrics_of, note_settings, parse_grid, plot, to_csv, to_markdown,
 )  # fmt: skip
+from sam2_lora_ext.ablation_check import MemberCheck
 from sam2_lora_ext.ablation_jobs import Task, run_here, run_on_slurm
 from sam2_lora_ext.compose import compose, locate
 from sam2_lora_ext.errors import UserError, run_cli
@@ -24,7 +25,8 @@ examples:
   python tools/ablate.py -c severstal_lora --grid 'lora.targets=[image_encoder.*.qkv],[sam_mask_decoder.*_proj]' \\
       --out runs/targets --slurm --partition gpu --num-gpus 2 scratch.steps=5000
 
-The same command goes on where it was: finished members are not run again, others resume from their checkpoints.
+The same command goes on where it was: finished members are not run again, others resume from their checkpoints. A folder
+of other settings is refused, by the rule of a resume, unless trainer.resume_with_changes=true is among the overrides.
 OUT then holds a run folder a member, ablation.csv, ablation.md and ablation.png.
 """
 
@@ -82,11 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     common = ["-c", args.config, *args.overrides]
     grid = parse_grid(args.grid)
     mode = check_metric(args, grid)
-    members = members_of(grid, args.out, common)
+    members = members_of(grid, args.out)
+    check = MemberCheck(locate(args.config)[0], args.overrides, args.num_gpus)
+    open_members = [member for member in members if not check.finished(member)]
+    note_settings(members, common)
     here = ["--num-gpus", str(args.num_gpus), "--use-cluster", "0"]
     start = [sys.executable, "-m", "sam2_lora_ext.train", *common, *here]
     tasks = {member: Task([*start, *member.overrides, f"launcher.experiment_log_dir={member.folder}"], member.folder)
-             for member in members if not finished(member)}  # fmt: skip
+             for member in open_members}  # fmt: skip
     print(f"members  {len(members)}, of which {len(members) - len(tasks)} are finished already")
     failures: dict[str, str] = {}
     try:

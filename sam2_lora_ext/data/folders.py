@@ -27,17 +27,17 @@ def refuse_folder(out: Path, force: bool) -> None:
     """Raises a `UserError` when a data set may not be written to `out`; links are followed.
 
     Args:
-        out: missing or an empty folder, or with `force` one that holds parts of a data set and nothing else.
-        force: replace them.
+        out: where nothing is, or with `force` an empty folder, or one that holds parts of a data set and nothing else.
+        force: replace that folder.
     """
     out = existing_folder(out.resolve())
-    entries = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-    if not entries and (out.is_dir() or not os.path.lexists(out)):
+    if not os.path.lexists(out):
         return
     if not force:
         raise UserError(EXISTS.format(out))
-    if not entries or (strangers := [name for name in entries if name not in PARTS]):
-        found = f"holds {strangers[0]!r}, which is none of its parts" if entries else "is a file"
+    strangers = sorted(entry.name for entry in out.iterdir() if entry.name not in PARTS) if out.is_dir() else []
+    if strangers or not out.is_dir():
+        found = f"holds {strangers[0]!r}, which is none of its parts" if strangers else "is a file"
         raise UserError(f"--force replaces a data set, but {out} {found}; choose another folder")
 
 
