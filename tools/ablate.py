@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.ablation import (
-    best_of, collect, members_of, metrics_of, note_settings, parse_grid, plot, to_csv, to_markdown,
+    MEMBER, best_of, collect, members_of, metrics_of, note_settings, parse_grid, plot, to_csv, to_markdown,
 )  # fmt: skip
 from sam2_lora_ext.ablation_check import MemberCheck
 from sam2_lora_ext.ablation_jobs import Task, run_here, run_on_slurm
@@ -19,6 +19,7 @@ from sam2_lora_ext.errors import UserError, run_cli
 from sam2_lora_ext.files import write_atomic
 from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher
 
+RESULTS = ("ablation.csv", "ablation.md", "ablation.png")  # made anew by each command
 EXAMPLES = """\
 examples:
   python tools/ablate.py -c severstal_lora_tiny --grid lora.rank=4,8,16 lora.dropout=0,0.05 --out runs/ranks
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out = args.out.resolve()
     common = ["-c", args.config, *args.overrides]
     grid = parse_grid(args.grid)
+    for name in RESULTS:
+        if (args.out / name).exists() and not any(args.out.glob(f"*/{MEMBER}")):
+            raise UserError(f"{args.out / name} exists already, and not from an ablation: choose another --out")
     mode = check_metric(args, grid)
     members = members_of(grid, args.out)
     check = MemberCheck(locate(args.config)[0], args.overrides, args.num_gpus)

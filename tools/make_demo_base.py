@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.data import shapes
 from sam2_lora_ext.data.ids import CLEAN, object_id
 from sam2_lora_ext.errors import UserError, run_cli
-from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 128
@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
     refuse_existing(args.out, args.force)
+    refuse_input_files(args.out, [args.config, args.work])
     torch.set_num_threads(args.threads)
 
     model = build(args.config, args.seed).train()

@@ -22,7 +22,7 @@ from sam2_lora_ext.data.splits import fold_shares, given_splits, parse_shares, s
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.data.writers import FORMATS, convert
 from sam2_lora_ext.errors import UserError, run_cli
-from sam2_lora_ext.files import refuse_existing, write_atomic, write_json
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic, write_json
 
 EXAMPLES = """\
 examples:
@@ -157,7 +157,10 @@ def run_scan(args: argparse.Namespace) -> None:
     """Writes `scan.json` and `scan.html`."""
     for name in ("scan.json", "scan.html"):
         refuse_existing(args.out / name, args.force)
-    summary, index = scan(open_reader(args), not args.quiet, args.bits)
+    reader = open_reader(args)
+    for name in ("scan.json", "scan.html"):
+        refuse_input_files(args.out / name, reader.inputs())
+    summary, index = scan(reader, not args.quiet, args.bits)
     page = render(index, summary, args.bits).encode("utf-8", "backslashreplace")  # a bad file name is shown, not fatal
     write_json(args.out / "scan.json", summary, force=args.force)
     write_atomic(args.out / "scan.html", lambda path: path.write_bytes(page), force=args.force)
@@ -177,6 +180,7 @@ def run_split(args: argparse.Namespace) -> None:
     refuse_existing(args.out, args.force)
     shares = fold_shares(args.folds) if args.folds is not None else parse_shares(args.shares)
     reader = open_reader(args)
+    refuse_input_files(args.out, reader.inputs())
     index = build_index(reader, args.on_invalid, not args.quiet)
     names, classes = index.names(), class_sets(index)
     if args.as_given:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.errors import UserError, run_cli
-from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
 
 EXAMPLES = """\
 examples:
@@ -32,8 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace --out when it exists")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "report.html"
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file in it")
     refuse_existing(out, args.force)
     try:
         from sam2_lora_ext.report.collect import read_evaluation, read_runs
@@ -43,9 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = read_runs(args.runs)
     found = [path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()]
     folders = args.evaluation or found
+    refuse_input_files(out, (file for folder in (*args.runs, *folders) for file in read_by_report(folder)))
     text = render(runs, [read_evaluation(folder) for folder in folders])
     write_atomic(out, lambda path: path.write_text(text, encoding="utf-8"), force=args.force)
     print(f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations")
+
+
+def read_by_report(folder: Path) -> list[Path]:
+    """The files of a run or an evaluation, without pages that a report made."""
+    files = folder.rglob("*") if folder.is_dir() else [folder]
+    return [file for file in files if file.suffix != ".html" and file.is_file()]
 
 
 if __name__ == "__main__":

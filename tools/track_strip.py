@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sam2_lora_ext.data.images import ImageError, probe, read_rgb
 from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.errors import UserError, run_cli
-from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
 from sam2_lora_ext.tiles import stitch
 
 TINT = (0, 180, 255)
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing picture")
     args = parser.parse_args(argv)
     refuse_existing(args.out, args.force)
+    refuse_input_files(args.out, [args.image, args.checkpoint])
     try:
         probe(args.image)
         strip = read_rgb(args.image)
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tiles = track(predictor, strip, windows, click)
     mask = stitch(tiles, [start for start, _ in windows], strip.shape[1]).numpy() > 0
     picture = draw(strip, mask, click, windows, tiles.numpy() > 0)
-    write_atomic(args.out, lambda path: picture.save(path, format="PNG"))
+    write_atomic(args.out, lambda path: picture.save(path, format="PNG"), force=args.force)
     columns = np.flatnonzero(mask.any(axis=0))
     print(
         f"{len(windows)} windows, {int(mask.sum())} pixels found"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.evaluate.gallery import write_gallery
+from sam2_lora_ext.evaluate.gallery import refuse_gallery, write_gallery
 from sam2_lora_ext.evaluate.kaggle import KaggleTally
 from sam2_lora_ext.evaluate.models import Candidate, build
 from sam2_lora_ext.evaluate.protocol import Protocol
@@ -21,7 +21,7 @@ from sam2_lora_ext.evaluation import Sample, read_sample
 from sam2_lora_ext.files import refuse_existing
 from sam2_lora_ext.summary import versions
 
-SUBMISSION = "submission.csv"
+SUBMISSION, GALLERY = "submission.csv", "gallery"
 
 
 class Samples(Sequence[Sample]):
@@ -94,7 +94,9 @@ def compare(
             )
         gallery = []
         if pictures:
-            gallery = write_gallery(out / wanted.name / "gallery", result, samples, dataset.class_names, pictures)
+            gallery = write_gallery(
+                out / wanted.name / GALLERY, result, samples, dataset.class_names, pictures, force=force
+            )
         if tally is not None:
             tally.write(out / wanted.name / SUBMISSION, force)
             tallies.append(tally)
@@ -142,6 +144,7 @@ def check_candidates(candidates: Sequence[Candidate], protocol: Protocol, out: P
         raise UserError(f"{folder} is no folder that can be written to: give another --out")
     for name in names:
         refuse_existing(out / name / SUBMISSION, force)
+        refuse_gallery(out / name / GALLERY, force)
     if len(candidates) > 1:  # a lone one is built at once anyway
         for wanted in candidates:
             build(wanted, "cpu", protocol.image_size)
