@@ -47,7 +47,7 @@ class RunRecord:
     ):  # fmt: skip
         self.run_dir, self.facts, self.learning_rate = start.run_dir, dict(facts), learning_rate
         self.lora = LoRAConfig.of(lora).to_dict() if lora is not None else None
-        self.csv = MetricsCSV(self.run_dir / "logs" / "metrics.csv", metric_columns(meter_keys))
+        self.csv: MetricsCSV | None = None
         self.files: RunFolder | None = None
         self.name, self.finished = "", False
         shared: list[Any] = [[], False]
@@ -62,7 +62,7 @@ class RunRecord:
             if not trains or shared[1]:
                 start.withdraw()
                 return
-            self.csv.read()
+            self.csv = MetricsCSV(self.run_dir / "logs" / "metrics.csv", metric_columns(meter_keys))
             start.accept(step)
             self.files, self.name = files, files.name(learning_rate)
             self.csv.truncate_after(step, entries[-1]["epoch"] if entries else -1)
@@ -82,6 +82,8 @@ class RunRecord:
 
     def row(self, phase: str, step: int, epoch: int, values: Mapping[str, float], **more: float) -> None:
         """Writes a row of metrics.csv; `iou` and `dice` are those of the first prompt."""
+        if self.csv is None:
+            return
         known = {key: value for key, value in values.items() if key in self.csv.columns}
         first = {name: values.get(f"{name}_1click", values.get(f"{name}_box")) for name in ("iou", "dice")}
         self.csv.write({"step": step, "epoch": epoch, "phase": phase, **first, **known, **more})

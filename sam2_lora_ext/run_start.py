@@ -94,7 +94,7 @@ class RunStart:
         if missing:
             log.warning(
                 f"{self.run_dir} was begun by version {self.before['version'] or '0.1.0'}, which did not record "
-                f"{', '.join(missing)}: they cannot be compared, and are recorded from now on"
+                f"{', '.join(missing)}: they cannot be compared, and are recorded when it goes on"
             )
         self._refuse_or_note(changes(self.before, self.record))
 
