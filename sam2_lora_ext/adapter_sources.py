@@ -25,9 +25,9 @@ def find_adapter(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if not path.exists():
+    if not existing_folder(path).exists():
         raise UserError(f"there is no {path}: give a run folder, an adapter folder or a Trainer's checkpoint.pt")
-    if path.is_file() or any((path / name).exists() for name in (CONFIG, WEIGHTS, OLD_WEIGHTS)):
+    if path.is_file() or any((existing_folder(path) / name).exists() for name in PARTS):
         return path
     for name in ("best", "final"):
         if is_adapter_folder(path / "adapters" / name):
@@ -55,7 +55,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
         UserError: there is no adapter, or it is damaged, of another kind, or not known well enough.
     """
     path = find_adapter(path)
-    if path.is_dir() or path.name in (CONFIG, WEIGHTS, OLD_WEIGHTS):
+    if existing_folder(path).is_dir() or path.name in PARTS:
         if alpha is not None:
             raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints of the Trainer")
         return load_adapter(path)
@@ -68,7 +68,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
         log.warning("%s is of version 0.1.0, which did not record alpha, parts and base in it: %s is taken", path, where)
     config = None
     try:
-        if facts and facts["config"] is not None:
+        if (facts or where != path) and facts["config"] is not None:
             config = LoRAConfig.of(facts["config"])
     except (UserError, LookupError) as error:
         raise UserError(f"{where} is damaged ({error}): it should be as LoRATrainer writes it") from error
@@ -82,10 +82,10 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
 def source_files(path: str | Path) -> list[Path]:
     """The files that `read_adapter` reads of the adapter that a path means."""
     path = find_adapter(path)
-    if path.is_file() and path.name not in (CONFIG, WEIGHTS, OLD_WEIGHTS):
+    if path.is_file() and path.name not in PARTS:
         return [path, *_notes(path)]
-    folder = existing_folder(path if path.is_dir() or path.name not in PARTS else path.parent)
-    weights = next(name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists())
+    folder = existing_folder(path.parent if path.is_file() else path)
+    weights = next((name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), WEIGHTS)
     return [folder / CONFIG, folder / weights]
 
 

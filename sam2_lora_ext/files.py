@@ -43,7 +43,7 @@ def refuse_input_files(out: str | Path, inputs: Iterable[str | Path]) -> None:
         if source.is_dir() and source.resolve() in real.parents:
             raise UserError(f"{out} is a file in {source}, which is read: choose another file for the result")
         if source.is_file() and real.samefile(source):
-            raise UserError(f"{out} is {source}, which is read: choose another file for the result")
+            raise UserError(f"{out} is the same file as {source}, which is read: choose another file for the result")
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool = True) -> None:
