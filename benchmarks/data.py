@@ -25,8 +25,8 @@ from benchmarks.data_index import IMAGES, full_set, index_figures
 from benchmarks.data_masks import mask_figures
 from benchmarks.data_samples import sample_figures
 from benchmarks.data_workers import worker_figures
+from benchmarks.output import add_out, check_out, write_result
 from sam2_lora_ext.arguments import COUNT, number
-from sam2_lora_ext.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -91,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=list(LINES), choices=list(LINES), metavar="PART", help="(all)")
     parser.add_argument("--images", type=number(COUNT), default=IMAGES, metavar="N", help="of the full-size set (%(default)s)")
     parser.add_argument("--samples", type=number(COUNT), default=120, metavar="N", help="per loader and run (%(default)s)")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs/bench/data.json", metavar="FILE")
+    add_out(parser, REPOSITORY / "runs/bench/data.json")
     args = parser.parse_args(argv)
+    check_out(args)
     data = Path(os.environ.get("SAM2_LORA_REAL_DATA", REPOSITORY.parent / "shared/data")) / "severstal"
     if not data.is_dir():
         raise UserError(f"there is no real data in {data}; set SAM2_LORA_REAL_DATA")
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"measuring: {part} ...", flush=True)
             figures[part] = measure[part]()
     print(table(figures))
-    write_json(args.out, {"torch": torch.__version__, "load": os.getloadavg()[0]} | figures)
+    write_result(args, {"torch": torch.__version__, "load": os.getloadavg()[0]} | figures)
     print(f"wrote {args.out}")
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.methods import CONFIGS
+from benchmarks.output import add_out, check_out, write_result
 from benchmarks.train_step import step_times
 from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
-from sam2_lora_ext.files import write_json
 
 METHODS = {"decoder": "stock", "decoder_lean": "ours", "decoder_cached": "ours, features from disk"}
 
@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=CONFIGS, default="large")
     parser.add_argument("--resolution", type=number(RESOLUTION), default=1024)
     parser.add_argument("--rounds", type=number(COUNT), default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/features.json"))
+    add_out(parser, Path("runs/bench/features.json"))
     args = parser.parse_args(argv)
+    check_out(args)
     with tempfile.TemporaryDirectory() as folder:
         shared = {"size": args.model, "resolution": args.resolution}
         builds = {method: {"method": method.replace("cached", "lean"), **shared} for method in METHODS}
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for method, what in METHODS.items()]  # fmt: skip
     for row in rows:
         print(f"  {row['what']:<26} {row['step_seconds']:8.2f} s a step   {row['speed_to_stock']:6.2f} times stock's steps per second")
-    write_json(args.out, {"model": args.model, "resolution": args.resolution, "bytes_per_image": stored, "rows": rows})
+    write_result(args, {"model": args.model, "resolution": args.resolution, "bytes_per_image": stored, "rows": rows})
     print(f"written {args.out}")
 
 

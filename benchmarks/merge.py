@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import add_out, check_out, write_result
 from sam2_lora_ext.arguments import COUNT, number
-from sam2_lora_ext.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = """
@@ -65,14 +65,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/sam2.1/sam2.1_hiera_l.yaml", help="a stock inference config")
     parser.add_argument("--targets", nargs="*", default=[], metavar="GLOB", help="default: the package's own")
     parser.add_argument("--rounds", type=number(COUNT), default=5, help="runs of each, after one that is not counted")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/merge.json")
+    add_out(parser, ROOT / "runs/bench/merge.json")
     args = parser.parse_args(argv)
+    check_out(args)
     if args.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {args.rounds}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix="merge_") as folder:
         result = measure(Path(folder), args.config, args.targets, args.rounds)
-    write_json(args.out, result)
+    write_result(args, result)
     for name in ("plain", "merge"):
         row = result[name]
         peak = row["peak_rss_bytes"] / 1e6

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.output import add_out, check_out, write_result
 from sam2_lora_ext.compose import compose, locate
-from sam2_lora_ext.files import write_json
 
 
 def reduced_bytes(config: str) -> tuple[int, int]:
@@ -61,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--configs", nargs="+", default=["severstal_lora", "severstal_full"], help="the last is the whole"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/traffic.json"))
+    add_out(parser, Path("runs/traffic.json"))
     args = parser.parse_args(argv)
+    check_out(args)
     rows = []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row["share"] = row["bytes_per_step"] / rows[-1]["bytes_per_step"]
         shown = f"{row['bytes_per_step']:>15,} bytes a step"
         print(f"{row['config']:24} {shown}, {row['share']:8.3%} of {rows[-1]['config']}")
-    write_json(args.out, rows)
+    write_result(args, rows)
     print(f"written: {args.out}")
     return 0
 

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from benchmarks.fake import convert, fake_tensors
 from benchmarks.measure import Cost, run_step, step_cost
 from benchmarks.methods import CONFIGS, METHODS, build, make_batch, make_optimizer, tensors_of
+from benchmarks.output import add_out, check_out, write_result
 from sam2_lora_ext.arguments import COUNT, THREADS, number
-from sam2_lora_ext.files import write_json
 
 CASES = ("tiny:1024", "tiny:512", "base_plus:512", "large:1024")
 FRESH = 4  # rounds of steps that a process makes, after one that is not counted
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--timed", nargs="*", default=("tiny:512",), metavar="MODEL:RESOLUTION", help="cases to run for real")
     parser.add_argument("--rounds", type=number(COUNT), default=12, help="timed steps of each method")
     parser.add_argument("--threads", type=number(THREADS), default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/train_step.json"))
+    add_out(parser, Path("runs/bench/train_step.json"))
     args = parser.parse_args(argv)
+    check_out(args)
     rows = []
     for case in args.cases:
         size, resolution = parse_case(case)
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     row |= _apart(on_gpu, row["method"], size, resolution, args.rounds)
         rows += add_ratios(found)
         print(table(found), flush=True)
-        write_json(args.out, rows)
+        write_result(args, rows)
     print(f"written {args.out}")
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic, write_json
+from sam2_lora_ext.run_state import SUMMARY, is_finished, validations
 
-SUMMARY, MEMBER, LOG = "training_summary.json", "member.json", "ablation.log"
+MEMBER, LOG = "member.json", "ablation.log"
 METRICS = ("iou_1click", "dice_1click", "iou_8clicks", "dice_8clicks", "clean_accuracy")
 OPENING, CLOSING = "[{(", "]})"
 
@@ -60,29 +61,20 @@ def parse_grid(axes: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def members_of(grid: dict[str, list[str]], out: Path, common: Sequence[str]) -> list[Member]:
-    """All combinations, each with a folder below `out` that tells its values; notes the settings of new ones there.
-
-    Args:
-        grid: key -> values.
-        out: the ablation's folder.
-        common: config and overrides that all members share.
-
-    Raises:
-        UserError: a folder holds a member of other settings.
-    """
+def members_of(grid: dict[str, list[str]], out: Path) -> list[Member]:
+    """All combinations of a grid's values, each with a folder below `out` that tells them."""
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
         member = Member(chosen, out / label_of(chosen))
-        settings = {"values": chosen, "common": list(common)}
-        note = member.folder / MEMBER
-        if note.exists() and json.loads(note.read_text()) != settings:
-            raise UserError(f"{member.folder} holds a member of other settings: choose another --out")
-        if not note.exists():
-            write_json(note, settings)
         found.append(member)
     return found
+
+
+def note_settings(members: Sequence[Member], common: Sequence[str]) -> None:
+    """Notes in each member's folder, for people, what it is."""
+    for member in members:
+        write_json(member.folder / MEMBER, {"values": member.values, "common": list(common)})
 
 
 def label_of(values: dict[str, str]) -> str:
@@ -103,11 +95,6 @@ def metrics_of(config: Any) -> tuple[list[str], str | None, str]:
     meters = [instantiate(meter) for group in trainer.meters.val.values() for meter in group.values()]
     keys = [key for meter in meters if hasattr(meter, "keys") for key in meter.keys(steps, tracked=True)]
     return keys, trainer.get("monitor"), trainer.get("monitor_mode", "max")
-
-
-def finished(member: Member) -> bool:
-    """Whether the member was trained to its end."""
-    return (member.folder / SUMMARY).exists()
 
 
 def reason_of_failure(member: Member, code: int) -> str:
@@ -131,14 +118,18 @@ def collect(members: Sequence[Member], failures: dict[str, str], metric: str = M
     rows = []
     for member in members:
         row: dict[str, Any] = {"member": member.folder.name, **member.values, "status": "failed", "reason": ""}
-        if finished(member):
+        if is_finished(member.folder):
             summary = json.loads((member.folder / SUMMARY).read_text())
             best = summary["best"] or {"metrics": {}, "step": None}
             row |= {"status": "finished", "params_trained": summary["parameters"]["trained"], "best_step": best["step"],
                     "steps": summary["steps"], "seconds": summary["wall_seconds"]}  # fmt: skip
             row |= {name: best["metrics"].get(name) for name in (*METRICS, summary["monitor"], metric)}
+        elif reason := failures.get(member.folder.name):
+            row["reason"] = reason
+        elif entries := validations(member.folder):
+            row |= {"status": "unfinished", "reason": f"validated last at step {entries[-1]['step']}"}
         else:
-            row["reason"] = failures.get(member.folder.name, "not run")
+            row["reason"] = "not run"
         rows.append(row)
     return rows
 

@@ -8,7 +8,8 @@ A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.sa
 
 PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
 block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
-`sam2_lora_ext`: JSON of `Adapter.metadata` and, under `fused`, the parts and the alpha of such layers.
+`sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
+what binds the two files to each other (`adapter_files`).
 """
 
 import json
@@ -22,9 +23,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sam2_lora_ext.adapter_files import (
+    CONFIG, DIGEST, FUSED, HEADER, OLD_WEIGHTS, PARTS, WEIGHTS, check_digest, digest_of, write_adapter_folder,
+)  # fmt: skip
 from sam2_lora_ext.checkpoints import read_weights, write_weights
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import LARGEST_NOTE, parse_json, read_json, refuse_existing, write_json
+from sam2_lora_ext.files import LARGEST_NOTE, parse_json, read_json, write_json
+from sam2_lora_ext.folders import existing_folder
 from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
 from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN, block_diagonal
@@ -33,10 +38,9 @@ from sam2_lora_ext.name_patterns import NamePatterns
 __all__ = ["Adapter", "LayerAdapter", "apply_adapter", "attach_adapter", "load_adapter", "save_adapter"]
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"
+READS = 3
 KEYS = {A: 2, B: 2, MAGNITUDE: 1}  # ends of a layer's keys after `lora_`, and their numbers of dimensions
-HEADER, FUSED = "sam2_lora_ext", "fused"
 # What a PEFT config may say without changing what the adapter computes; any other setting that is on is refused.
 HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode",
@@ -53,14 +57,16 @@ OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) -> None:
-    """Writes an adapter folder that PEFT and `load_adapter` read; each of its two files is replaced atomically.
+    """Writes an adapter folder that PEFT and `load_adapter` read, as one unit.
+
+    Args:
+        adapter: what to write.
+        folder: made, or replaced; what it holds beside an adapter is kept.
+        force: replace a folder that is not empty.
 
     Raises:
-        UserError: the folder holds an adapter and `force` is off, or the system refuses.
+        UserError: the folder is not empty and `force` is off, or the system refuses.
     """
-    folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        refuse_existing(folder / name, force)
     rslora = any(layer.rslora for layer in adapter.layers.values())
     tensors, ranks, alphas, fused = {}, {}, {}, {}
     for name, layer in adapter.layers.items():
@@ -74,33 +80,60 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
         if layer.parts != PLAIN:
             fused[name] = {"parts": layer.parts, "alpha": alpha}
     rank, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 8)
-    write_json(folder / CONFIG, {
+    config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.dropout, "use_rslora": rslora, "bias": "none",
         "fan_in_fan_out": False, "init_lora_weights": True, "use_dora": adapter.is_dora,
         "target_modules": list(adapter.layers), "modules_to_save": adapter.full_modules or None,
         "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
-    })
+    }
     tensors |= {PREFIX + key: value for key, value in adapter.full.items()}
-    metadata = {HEADER: json.dumps({**adapter.metadata, FUSED: fused}, allow_nan=False)}
-    write_weights(folder / WEIGHTS, tensors, "safetensors", metadata=metadata)
+    header = {**adapter.metadata, FUSED: fused}
+    metadata = {HEADER: json.dumps({**header, DIGEST: digest_of(tensors, config, header)}, allow_nan=False)}
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / CONFIG, config)
+        write_weights(temporary / WEIGHTS, tensors, "safetensors", metadata=metadata)
+
+    write_adapter_folder(folder, write, force)
 
 
 def load_adapter(path: str | Path) -> Adapter:
     """Reads an adapter folder, ours or PEFT's; `path` is the folder or its weight file.
 
-    Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config.
+    Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config. A folder that is
+    replaced while it is read is read again.
 
     Raises:
-        UserError: a file is missing or damaged, the adapter is of a kind that is not LoRA or DoRA on linear layers, or
-            its tensors do not fit its config.
+        UserError: a file is missing or damaged, the adapter is of a kind that is not LoRA or DoRA on linear layers, its
+            tensors do not fit its config, or its files do not belong together.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    path = Path(path)
+    folder = path.parent if path.name in PARTS or path.is_file() else path
+    for _ in range(READS):
+        before = _identity(folder)
+        try:
+            return _read_folder(existing_folder(folder))
+        except UserError:
+            if _identity(folder) == before:
+                raise
+    return _read_folder(existing_folder(folder))
+
+
+def _identity(folder: Path) -> int | None:
+    """What changes when `replace_folder` puts another folder there."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
+
+
+def _read_folder(folder: Path) -> Adapter:
     config = _read_config(folder / CONFIG)
     weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), folder / WEIGHTS)
-    tensors, metadata = read_weights(weights), _read_metadata(weights)
-    fused = metadata.pop(FUSED, {})
+    tensors, header = read_weights(weights), _read_header(weights)
+    fused = header.get(FUSED, {})
     found: dict[str, dict[str, Tensor]] = {}
     full = {}
     for key, tensor in tensors.items():
@@ -133,7 +166,10 @@ def load_adapter(path: str | Path) -> Adapter:
             raise UserError(f"{weights}: {key!r} is neither LoRA nor in a module of the config's modules_to_save")
         full_modules.append(modules[-1])
     full_modules = outermost(list(dict.fromkeys(full_modules)))
-    return Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata)
+    metadata = {key: value for key, value in header.items() if key not in (FUSED, DIGEST)}
+    adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata)
+    check_digest(weights, tensors, config, header)  # last, for it cannot say what is wrong
+    return adapter
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -158,7 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_metadata(weights: Path) -> dict[str, Any]:
+def _read_header(weights: Path) -> dict[str, Any]:
     if weights.suffix != ".safetensors":
         return {}
     with safe_open(weights, "pt") as file:

@@ -1,15 +1,21 @@
 """Where adapters are: what a path on a command line means, read from there, and whether it belongs to a base."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter, load_adapter
-from sam2_lora_ext.checkpoints import ADAPTER_KEYS, identify, read_weights, weights_id
+from sam2_lora_ext.adapter_files import PARTS, is_adapter_folder
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS, identify, read_checkpoint_notes, read_weights, weights_id
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import LARGEST_NOTE, read_json
+from sam2_lora_ext.folders import existing_folder
 from sam2_lora_ext.lora import LoRAConfig, adapter_from_state
+
+log = logging.getLogger(__name__)
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -19,12 +25,12 @@ def find_adapter(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if not path.exists():
+    if not existing_folder(path).exists():
         raise UserError(f"there is no {path}: give a run folder, an adapter folder or a Trainer's checkpoint.pt")
-    if path.is_file() or any((path / name).exists() for name in (CONFIG, WEIGHTS, OLD_WEIGHTS)):
+    if path.is_file() or any((existing_folder(path) / name).exists() for name in PARTS):
         return path
     for name in ("best", "final"):
-        if (path / "adapters" / name / CONFIG).exists():
+        if is_adapter_folder(path / "adapters" / name):
             return path / "adapters" / name
     if (path / "weights").is_dir():
         raise UserError(f"{path} is a run that trained the whole model: there is nothing to merge, for its "
@@ -38,31 +44,35 @@ def find_adapter(path: str | Path) -> Path:
 def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str, Tensor] | None = None) -> Adapter:
     """The adapter that `find_adapter` finds: a PEFT folder, or what a Trainer's checkpoint holds of one.
 
-    A checkpoint knows neither alpha nor parts: `lora.json`, which `LoRATrainer` writes into the run folder, does.
+    A checkpoint of version 0.1.0 knows neither alpha nor parts: `lora.json` in the folder of its run does.
 
     Args:
         path: see `find_adapter`.
-        alpha: for a checkpoint whose run has no `lora.json`, or instead of the one there.
-        base: for a checkpoint of the whole model whose run has no `lora.json`: to tell what of it was trained.
+        alpha: for a checkpoint that does not say it itself, instead of that of `lora.json`.
+        base: for a checkpoint of the whole model without `lora.json`: to tell what of it was trained.
 
     Raises:
         UserError: there is no adapter, or it is damaged, of another kind, or not known well enough.
     """
     path = find_adapter(path)
-    if path.is_dir() or path.name in (CONFIG, WEIGHTS, OLD_WEIGHTS):
+    if existing_folder(path).is_dir() or path.name in PARTS:
         if alpha is not None:
             raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints of the Trainer")
         return load_adapter(path)
-    state = read_weights(path)
-    config, metadata = None, {}
-    if notes := _notes(path):
-        try:
-            facts = read_json(notes[0], LARGEST_NOTE)
-            if facts["config"] is not None:
-                config = LoRAConfig.of(facts["config"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(f"{notes[0]} is damaged ({error}): it should be as LoRATrainer writes it") from error
-        metadata = {key: facts[key] for key in ("base_id", "base_path", "model_config") if facts.get(key)}
+    state, facts, where = read_weights(path), read_checkpoint_notes(path), path
+    if facts and alpha is not None:
+        raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints that do not")
+    if not facts and (notes := _notes(path)):
+        where = notes[0]
+        facts = _read_notes(where)
+        log.warning("%s is of version 0.1.0, which did not record alpha, parts and base in it: %s is taken", path, where)
+    config = None
+    try:
+        if (facts or where != path) and facts["config"] is not None:
+            config = LoRAConfig.of(facts["config"])
+    except (UserError, LookupError) as error:
+        raise UserError(f"{where} is damaged ({error}): it should be as LoRATrainer writes it") from error
+    metadata = {key: facts[key] for key in ("base_id", "base_path", "model_config") if facts.get(key)}
     if not any(key.endswith(ADAPTER_KEYS) for key in state) and not (config and config.trainable):
         raise UserError(f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (one that trained the whole "
                         "model leaves what build_sam2 loads in its folder weights)")
@@ -72,10 +82,10 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
 def source_files(path: str | Path) -> list[Path]:
     """The files that `read_adapter` reads of the adapter that a path means."""
     path = find_adapter(path)
-    if path.is_file() and path.name not in (CONFIG, WEIGHTS, OLD_WEIGHTS):
+    if path.is_file() and path.name not in PARTS:
         return [path, *_notes(path)]
-    folder = path if path.is_dir() else path.parent
-    weights = next(name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists())
+    folder = existing_folder(path.parent if path.is_file() else path)
+    weights = next((name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), WEIGHTS)
     return [folder / CONFIG, folder / weights]
 
 
@@ -109,6 +119,18 @@ def check_base(
 
 
 def _notes(checkpoint: Path) -> list[Path]:
-    """The `lora.json` of a checkpoint's run, if there is one."""
+    """The files that `read_adapter` needs beside a checkpoint: the `lora.json` of its run, if it says nothing itself."""
+    if read_checkpoint_notes(checkpoint):
+        return []
     found = [folder / "lora.json" for folder in (checkpoint.parent, checkpoint.parent.parent)]
     return [path for path in found if path.exists()][:1]
+
+
+def _read_notes(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): it should be as LoRATrainer writes it") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} is damaged (it holds a {type(facts).__name__}): it should be as LoRATrainer writes it")
+    return facts

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam2_lora_ext.checkpoints import read_file
+from sam2_lora_ext.checkpoints import read_checkpoint_notes, read_file
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
 
@@ -92,11 +92,16 @@ def check_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Deletes what kills left half-written under a run's folder; the run must be locked."""
-    for path in folder.rglob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+def notes_to_resume(folder: Path) -> dict[str, Any] | None:
+    """What the checkpoint says about itself from which a start will go on; None where there is none.
+
+    Empty when it says nothing, or is damaged, which `prepare_resume` finds.
+    """
+    for path in (folder / NAME, folder / PREVIOUS):
+        if os.path.lexists(path):
+            with contextlib.suppress(UserError):
+                return read_checkpoint_notes(path)
+    return {} if any(os.path.lexists(folder / name) for name in (NAME, PREVIOUS)) else None
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

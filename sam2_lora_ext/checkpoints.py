@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO
 
 import torch
@@ -19,6 +20,7 @@ from sam2_lora_ext.lora.variants import TENSORS
 # Ends of the keys that `LoRALinear` and its variants add to a model's state dict.
 ADAPTER_KEYS = tuple(sorted({f".{name}" for names in TENSORS.values() for name in names}))
 FORMATS = ("pt", "safetensors")
+NOTES = "sam2_lora_ext"  # entry of a checkpoint of LoRATrainer: `config` (of LoRA), `base_id`, `base_path`, `model_config`
 HASH_CHUNK = 1 << 22  # values converted at a time
 SIZES = {  # (width of the first stage, blocks, channels of the neck) -> config of SAM 2.0, config of SAM 2.1
     **{(width, blocks, 256): (f"configs/sam2/sam2_hiera_{size}.yaml", f"configs/sam2.1/sam2.1_hiera_{size}.yaml")
@@ -107,6 +109,19 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], file_format: st
             on_written(open(temporary, "rb"))
 
     write_atomic(path, write, force=force)
+
+
+def read_checkpoint_notes(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says about itself beside its weights, see `NOTES`; empty for those of others.
+
+    Raises:
+        UserError: see `read_file`, or the notes are damaged.
+    """
+    content = read_file(path)
+    notes = content.get(NOTES, {}) if isinstance(content, Mapping) else {}
+    if not isinstance(notes, dict) or notes and not isinstance(notes.get("config", 0), (dict, NoneType)):
+        raise UserError(f"{path} is damaged: its entry {NOTES} is not what LoRATrainer writes")
+    return notes
 
 
 def identify(state: Mapping[str, Tensor]) -> str | None:

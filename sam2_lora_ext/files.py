@@ -1,11 +1,16 @@
-"""Files that are either whole or absent: write beside, flush to the disk, then rename over."""
+"""Files and folders that are either whole or absent: written beside, flushed to the disk, then renamed over.
+
+A folder cannot be renamed over another that is not empty: `replace_folder` first renames `best` to `.best.old`. A kill
+between its two renames leaves the old folder under that name: `existing_folder` reads it there, and `settle_folder`,
+which the next writer calls, gives it its name again.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,12 +21,32 @@ LARGEST_TEXT = 1 << 30
 PIECE = 1 << 20  # bytes that are read at a time
 LARGEST_NOTE = 1 << 26
 """Bytes of the largest file of ours (notes of a run, configs, adapter_config.json)."""
+EXISTS = "{} exists already: choose another name, or give --force to replace it"
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
-    """Raises a `UserError` when `path` exists and may not be replaced."""
-    if os.path.lexists(path) and not force:
-        raise UserError(f"{path} exists already: choose another name, or give --force to replace it")
+    """Raises a `UserError` when there is something at `path` that may not be replaced, with `force` all but a file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return
+    if not force:
+        raise UserError(EXISTS.format(path))
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "link" if stat.S_ISLNK(mode) else "device or pipe"
+        raise UserError(f"{path} is a {kind}, and only a file is ever replaced: choose another name")
+
+
+def refuse_input_files(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raises a `UserError` when `out` is one of the files that are read, or lies in a folder of them; links count."""
+    if not os.path.exists(out):
+        return
+    real = Path(out).resolve()
+    for source in map(Path, inputs):
+        if source.is_dir() and source.resolve() in real.parents:
+            raise UserError(f"{out} is a file in {source}, which is read: choose another file for the result")
+        if source.is_file() and real.samefile(source):
+            raise UserError(f"{out} is the same file as {source}, which is read: choose another file for the result")
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool = True) -> None:
@@ -30,10 +55,10 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool 
     Args:
         path: the file to make; its folder is made when it is missing.
         write: writes the whole content to the path that it is given.
-        force: replace an existing file; otherwise that is a `UserError`.
+        force: replace an existing file; otherwise that is a `UserError`, even for one that appears in the meantime.
 
     Raises:
-        UserError: the file exists and `force` is off, or the system refuses the folder or the file.
+        UserError: the file exists and `force` is off, or is no regular file, or the system refuses.
     """
     path = Path(path)
     refuse_existing(path, force)
@@ -43,6 +68,8 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool 
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if not force:
+            _claim(temporary, path)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and the free disk") from error
@@ -144,3 +171,16 @@ def sha256_of(file: str | Path | BinaryIO) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def _claim(temporary: Path, path: Path) -> None:
+    """Gives a whole file its name if that is still free."""
+    try:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links; a kill at this moment leaves an empty file
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        raise UserError(EXISTS.format(path)) from None

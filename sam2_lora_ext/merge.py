@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from sam2_lora_ext.adapter import Adapter
-from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter
+from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter, source_files
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, identify, read_weights, weights_id, write_weights
 from sam2_lora_ext.combine import combine
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import refuse_existing, sha256_of
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, sha256_of
 from sam2_lora_ext.lora import LayerAdapter
 from sam2_lora_ext.lora.layer import block_diagonal, delta_weight, merged_weight
 
@@ -91,7 +91,7 @@ def merge_files(
     Args:
         base: the weights that the adapters were trained on.
         adapters: one or several, see `find_adapter`.
-        out: the file to make, never the base.
+        out: the file to make, never one that is read.
         weights: one factor an adapter, see `combine`; may be left out for a single one.
         file_format: "pt" for what `build_sam2` loads, or "safetensors"; by default what the name of `out` says.
         dtype: one of `DTYPES`; by default the base's, or float32 where that is a half precision.
@@ -107,10 +107,9 @@ def merge_files(
     file_format = file_format or ("safetensors" if out.suffix == ".safetensors" else "pt")
     if (file_format == "safetensors") != (out.suffix == ".safetensors"):
         raise UserError(f"{out} would hold {file_format}, but a file is read by its suffix: name it *.{file_format}")
-    if out.is_dir() or out.exists() and base.exists() and out.samefile(base):
-        raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'the base itself'}: give another file name")
     given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     found = [find_adapter(path) for path in given]
+    refuse_input_files(out, [base, *(file for path in found for file in source_files(path))])
     state, hashes = read_weights(base), []
     with ThreadPoolExecutor(1) as other:  # one processor hashes while this one merges, writes and waits for the disk
         base_id = other.submit(weights_id, state)

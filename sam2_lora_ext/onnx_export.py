@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import refuse_existing, write_json
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic, write_json
 from sam2_lora_ext.onnx_models import FEATURES, INPUTS, OUTPUTS, ImageHalf, PromptHalf, example_inputs
 from sam2_lora_ext.stock import PROMPTS, mask_logits, normalised
 
@@ -63,12 +63,13 @@ def require_packages() -> None:
             raise UserError(f"the export needs {', '.join(PACKAGES)} ({error}): pip install -e '.[onnx]'") from error
 
 
-def check_output(folder: Path, force: bool) -> None:
-    """Raises a `UserError` when the folder cannot take the files, or has some and `force` is off."""
+def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raises a `UserError` when the folder cannot take the files, has some and `force` is off, or they are `inputs`."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out names the folder of the ONNX files")
     for name in (*(f"{half}.onnx" for half in HALVES), FACTS):
         refuse_existing(folder / name, force)
+        refuse_input_files(folder / name, inputs)
 
 
 def export(
@@ -106,13 +107,14 @@ def export(
                                 f"{proof.max_abs_logit_diff:.3g}, and {proof.bound:.3g} is allowed; none was written")
             folder.mkdir(exist_ok=True)
             for name in HALVES:
-                os.replace(Path(made, f"{name}.onnx"), folder / f"{name}.onnx")
+                file = f"{name}.onnx"
+                write_atomic(folder / file, lambda path, file=file: os.replace(Path(made, file), path), force=force)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; check rights and free disk") from error
     write_json(folder / FACTS, {
         **facts, "image_size": pixels.shape[-1], "inputs": INPUTS, "outputs": OUTPUTS, "proof": asdict(proof),
         "versions": {name: importlib.import_module(name).__version__ for name in ("torch", *PACKAGES)},
-    })
+    }, force=force)
     return proof
 
 

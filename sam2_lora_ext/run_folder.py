@@ -1,6 +1,7 @@
 """What a run leaves behind beside the Trainer's own files, written by rank 0 and whole at every moment.
 
 run_dir/
+  run_config.yaml         what the Trainer received, ranks, base and data by content, allowed changes: `run_config`
   run.json                the run's name with its start time, fixed at the first start
   lora.json               which layers are adapted, parameters, the LoRA config, the identity of the base
   validations.json        the metrics of every validation; early stopping and `best` are computed from it
@@ -19,9 +20,10 @@ from typing import Any
 
 from torch import nn
 
+import sam2_lora_ext
 from sam2_lora_ext.adapter import save_adapter
 from sam2_lora_ext.checkpoint_files import write_checkpoint
-from sam2_lora_ext.checkpoints import ADAPTER_KEYS, read_weights, write_weights
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS, NOTES, read_weights, write_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import LARGEST_NOTE, read_json, write_json
 from sam2_lora_ext.lora import lora_layers, report
@@ -51,6 +53,7 @@ class RunFolder:
         path: `launcher.experiment_log_dir`.
         model: the unwrapped model; read when something is exported.
         facts: the adapter's metadata that does not change: `base_id`, `model_config` ... .
+        lora: the `LoRAConfig` as given; None: full fine-tuning.
         merged: also write `merged_best.pt`.
         flat_files: also write the flat files.
         base_path: the base checkpoint, read again for merging.
@@ -62,6 +65,7 @@ class RunFolder:
         path: Path,
         model: nn.Module,
         facts: Mapping[str, Any],
+        lora: Mapping[str, Any] | None,
         *,
         merged: bool,
         flat_files: bool,
@@ -69,6 +73,7 @@ class RunFolder:
         monitor: str = "iou_1click",
     ):
         self.path, self.model, self.facts = path, model, dict(facts)
+        self.notes = {"config": lora, **facts, "version": sam2_lora_ext.__version__}  # what a checkpoint says of itself
         self.merged, self.flat_files, self.base_path, self.monitor = merged, flat_files, base_path, monitor
         self.report = report(model)
         self.has_adapter = any(True for _ in lora_layers(model))
@@ -81,7 +86,7 @@ class RunFolder:
         """The run's name, such as sam2_large_lora_r8_a16_lr1e-3_20260102-030405; made once, then read from run.json."""
         file = self.path / "run.json"
         if file.exists():
-            return _read(file, {"name"})["name"]
+            return read_notes(file, {"name"})["name"]
         layer = next((layer for _, layer in lora_layers(self.model)), None)
         method = "full" if self.report["trained"] == self.report["total"] else "modules"
         method = f"lora_r{layer.rank}_a{layer.alpha:g}" if layer is not None else method
@@ -90,23 +95,14 @@ class RunFolder:
         write_json(file, {"name": name, "started": started})
         return name
 
-    def write_lora(self, config: Mapping[str, Any] | None, resumed: bool) -> None:
-        """Writes lora.json: the `LoRAConfig` as given (None: full fine-tuning), the base, the layers, their parameters.
-
-        Raises:
-            UserError: the run is `resumed` on another base than it began with.
-        """
-        file = self.path / "lora.json"
-        if resumed and file.exists() and _read(file, {"base_id"})["base_id"] != self.facts.get("base_id"):
-            raise UserError(
-                f"the base {self.base_path} is not the one that the run in {self.path} began with: give that one"
-            )
-        write_json(file, {"config": config, **self.facts, **self.report})
+    def write_lora(self) -> None:
+        """Writes lora.json: the `LoRAConfig` as given, the base, the layers, their parameters."""
+        write_json(self.path / "lora.json", {**self.notes, **self.report})
 
     def validations(self) -> list[dict[str, Any]]:
         """The validations so far, oldest first: `epoch` (from 0), `step` and `metrics`."""
         file = self.path / "validations.json"
-        return _read(file, {"epoch", "step", "metrics"}) if file.exists() else []
+        return read_notes(file, {"epoch", "step", "metrics"}) if file.exists() else []
 
     def write_validations(self, history: list[dict[str, Any]]) -> None:
         """Replaces the record of validations."""
@@ -131,7 +127,7 @@ class RunFolder:
     def _write_flat(self, kind: str, step: int, metrics: Mapping[str, float], name: str, merged: dict | None) -> None:
         folder = self.path / name
         trained = {key for key, value in self.model.named_parameters() if value.requires_grad}
-        state = {"model": {key: value.detach().clone() for key, value in self.model.state_dict().items()
+        state = {NOTES: self.notes, "model": {key: value.detach().clone() for key, value in self.model.state_dict().items()
                            if key in trained or key.endswith(ADAPTER_KEYS)}}  # fmt: skip
         iou = next((key for key in (self.monitor, *metrics) if key.startswith("iou_")), "")
         values = metrics.get(iou, float("nan")), metrics.get(iou.replace("iou", "dice", 1), float("nan"))
@@ -151,9 +147,9 @@ class RunFolder:
             path.unlink()
 
 
-def _read(file: Path, fields: set[str]) -> Any:
+def read_notes(file: Path, fields: set[str]) -> Any:
     """The JSON in a file, an object or a list of objects that have these fields."""
-    again = "mend it, or choose another launcher.experiment_log_dir"
+    again = "restore it, or choose another launcher.experiment_log_dir"
     try:
         content = read_json(file, LARGEST_NOTE)
     except (OSError, ValueError, RecursionError) as error:

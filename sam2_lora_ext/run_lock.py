@@ -8,8 +8,6 @@ import socket
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
-
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import write_atomic
 
@@ -17,31 +15,18 @@ NAME = ".lock"
 CONFIGS = ("config.yaml", "config_resolved.yaml")
 
 
-def lock_run(folder: Path) -> IO[str] | None:
-    """Locks the folder on rank 0; the process group must be there, so that no rank waits for one that was refused.
+def keep_configs(folder: Path) -> None:
+    """Copies the launcher's config files, which are those of the run that has the lock, for `restore_configs`."""
+    for name in CONFIGS:
+        _copy(folder / name, folder / f".{name}")
 
-    The stock launcher writes its config files before anybody can refuse it: the run that has the lock keeps a copy of
-    them, which one that is refused puts back.
 
-    Raises:
-        UserError: on all ranks, what `lock_folder` says on rank 0.
-    """
-    lock, refusal = None, [None]
-    if dist.get_rank() == 0:
-        try:
-            lock = lock_folder(folder)
-            for name in CONFIGS:
-                _copy(folder / name, folder / f".{name}")
-        except UserError as error:
-            refusal = [str(error)]
-            if lock is None and folder.is_dir():
-                for name in CONFIGS:
-                    with contextlib.suppress(UserError):
-                        _copy(folder / f".{name}", folder / name)
-    dist.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise UserError(refusal[0])
-    return lock
+def restore_configs(folder: Path) -> None:
+    """Puts the config files back that the launcher of a start has replaced which then was refused or trained nothing."""
+    for name in CONFIGS:
+        with contextlib.suppress(UserError, OSError):
+            if (folder / f".{name}").read_bytes() != (folder / name).read_bytes():
+                _copy(folder / f".{name}", folder / name)
 
 
 def lock_folder(folder: Path) -> IO[str]:

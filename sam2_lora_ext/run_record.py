@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -13,16 +12,18 @@ from sam2_lora_ext.history import History
 from sam2_lora_ext.logger import MetricsCSV, metric_columns
 from sam2_lora_ext.lora import LoRAConfig, format_report
 from sam2_lora_ext.run_folder import RunFolder
+from sam2_lora_ext.run_start import RunStart, on_rank_0
+from sam2_lora_ext.run_state import SUMMARY
 from sam2_lora_ext.summary import summarize
 
 
 class RunRecord:
     """Opens the files of a run; on a resume drops what lies behind the checkpoint, since it will be made again.
 
-    Every rank has one; rank 0 writes.
+    Every rank has one; rank 0 writes. A start that trains nothing writes nothing: the run is `finished`, or `mode` is val.
 
     Args:
-        run_dir: the run's folder.
+        start: of the run; it is accepted here.
         model: unwrapped.
         history: with `monitor` and rule, without entries yet.
         facts: about the base: `base_id`, `base_path`, `model_config`.
@@ -32,35 +33,57 @@ class RunRecord:
         learning_rate: the highest of the schedule.
         epoch: validated epochs from this one on are forgotten.
         step: training rows beyond it are dropped.
+        last_epoch: the run is finished when its epoch has come this far, or its history says so, and it has a summary.
+        trains: whether training is what was asked for.
 
     Raises:
         UserError: the monitored metric is none of `meter_keys`, or a file is damaged or of other settings.
     """
 
     def __init__(
-        self, run_dir: Path, model: nn.Module, *, history: History, facts: Mapping[str, Any], lora: Any,
+        self, start: RunStart, model: nn.Module, *, history: History, facts: Mapping[str, Any], lora: Any,
         export: Mapping[str, bool], meter_keys: Sequence[str], learning_rate: float, epoch: int, step: int,
+        last_epoch: int, trains: bool,
     ):  # fmt: skip
-        self.run_dir, self.facts, self.learning_rate = run_dir, dict(facts), learning_rate
+        self.run_dir, self.facts, self.learning_rate = start.run_dir, dict(facts), learning_rate
         self.lora = LoRAConfig.of(lora).to_dict() if lora is not None else None
-        self.csv = MetricsCSV(run_dir / "logs" / "metrics.csv", metric_columns(meter_keys))
+        self.csv: MetricsCSV | None = None
         self.files: RunFolder | None = None
-        self.name = ""
-        entries: list[dict[str, Any]] = []
-        if dist.get_rank() == 0:
-            base_path = self.facts["base_path"]
-            self.files = RunFolder(run_dir, model, facts, base_path=base_path, monitor=history.monitor, **export)
-            self.name = self.files.name(learning_rate)
-            entries = [entry for entry in self.files.validations() if entry["epoch"] < epoch]
+        self.name, self.finished = "", False
+        shared: list[Any] = [[], False]
+
+        def open_files() -> None:
+            files = RunFolder(
+                self.run_dir, model, facts, self.lora, base_path=self.facts["base_path"], monitor=history.monitor, **export
+            )
+            entries = [entry for entry in files.validations() if entry["epoch"] < epoch]
+            ended = epoch >= last_epoch or History(history.monitor, history.rule, entries).stop_reason is not None
+            shared[:] = [entries, ended and (self.run_dir / SUMMARY).exists()]
+            if not trains or shared[1]:
+                start.withdraw()
+                return
+            self.csv = MetricsCSV(self.run_dir / "logs" / "metrics.csv", metric_columns(meter_keys))
+            start.accept(step)
+            self.files, self.name = files, files.name(learning_rate)
             self.csv.truncate_after(step, entries[-1]["epoch"] if entries else -1)
-            self.files.write_lora(self.lora, resumed=epoch > 0)
-            logging.info("What is trained:\n" + format_report(self.files.report))
-        shared = [entries]
+            files.write_lora()
+            logging.info("What is trained:\n" + format_report(files.report))
+
+        on_rank_0(open_files)
         dist.broadcast_object_list(shared, src=0)
-        self.history = History(history.monitor, history.rule, shared[0])
+        self.history, self.finished = History(history.monitor, history.rule, shared[0]), shared[1]
+        if self.finished and trains:
+            logging.info(f"The run in {self.run_dir} is finished: nothing is trained, and its records stay as they are")
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint says about itself; on rank 0."""
+        return {} if self.files is None else self.files.notes
 
     def row(self, phase: str, step: int, epoch: int, values: Mapping[str, float], **more: float) -> None:
         """Writes a row of metrics.csv; `iou` and `dice` are those of the first prompt."""
+        if self.csv is None:
+            return
         known = {key: value for key, value in values.items() if key in self.csv.columns}
         first = {name: values.get(f"{name}_1click", values.get(f"{name}_box")) for name in ("iou", "dice")}
         self.csv.write({"step": step, "epoch": epoch, "phase": phase, **first, **known, **more})
@@ -82,16 +105,14 @@ class RunRecord:
             metrics = self.history.entries[-1]["metrics"] if self.history.entries and kind != "latest" else {}
             self.files.export(kind, step, metrics, self.name)
 
-    def finish(self, step: int, trained: bool, **facts: Any) -> None:
+    def finish(self, step: int, **facts: Any) -> None:
         """Writes `final` and training_summary.json, unless this is a finished run that was started again.
 
         Args:
             step: optimizer steps of the whole run.
-            trained: whether any of them were made since this start.
             **facts: the rest of what `summarize` takes.
         """
-        summary = self.run_dir / "training_summary.json"
-        if self.files is None or (summary.exists() and not trained):
+        if self.files is None:
             return
         self.export("final", step)
         parameters = {name: self.files.report[name] for name in ("trained", "total")}
@@ -99,4 +120,4 @@ class RunRecord:
             name=self.name, lora=self.lora, learning_rate=self.learning_rate, history=self.history, steps=step,
             world_size=dist.get_world_size(), parameters=parameters, **self.facts, **facts,
         )  # fmt: skip
-        write_json(summary, content)
+        write_json(self.run_dir / SUMMARY, content)

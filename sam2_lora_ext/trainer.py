@@ -10,7 +10,7 @@ or Ctrl-C finish the step on all ranks and write `latest`; `final` and the summa
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +19,16 @@ from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
 from sam2_lora_ext.base_weights import base_path, load_base
-from sam2_lora_ext.checkpoint_files import prepare_resume, remove_temporaries, write_checkpoint
-from sam2_lora_ext.checkpoints import ADAPTER_KEYS, read_file, weights_id
+from sam2_lora_ext.checkpoint_files import notes_to_resume, prepare_resume, write_checkpoint
+from sam2_lora_ext.checkpoints import ADAPTER_KEYS, NOTES, read_file, weights_id
 from sam2_lora_ext.data.records import compare_datasets
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
 from sam2_lora_ext.meters import SegmentationMeter
-from sam2_lora_ext.run_lock import lock_run
+from sam2_lora_ext.run_cleaning import clean_up
 from sam2_lora_ext.run_record import RunRecord
+from sam2_lora_ext.run_start import RunStart, on_rank_0
 from sam2_lora_ext.seeding import derive_seed, seed_everything
 from sam2_lora_ext.settings import check_class_ids, check_trainer
 from sam2_lora_ext.step_guard import StepGuard, raw_datasets
@@ -48,6 +49,7 @@ class LoRATrainer(Trainer):
         metrics_every: training steps between two rows of logs/metrics.csv.
         export: `merged` and `flat_files`, both off by default; see `run_folder`.
         keep_previous: 1 keeps the checkpoint before the last one, which takes over when the last one is damaged.
+        resume_with_changes: resume though settings that change the result are not what they were, and record that.
         max_epochs: number of phases; may be left out where the training data is a `PhasedDataset`, which knows it.
         **stock: everything that `training.trainer.Trainer` takes.
     """
@@ -63,33 +65,36 @@ class LoRATrainer(Trainer):
         metrics_every: int = 100,
         export: Mapping[str, bool] | None = None,
         keep_previous: int = 0,
+        resume_with_changes: bool = False,
         max_epochs: int | None = None,
         seed_value: int = 42,
         accelerator: str = "cuda",
         **stock: Any,
     ):
-        with at_work(accelerator):
-            check_trainer({**locals(), **stock})
+        received = {name: value for name, value in locals().items() if name not in ("self", "stock", "__class__")}
+        received |= stock
+        self.start = RunStart(Path(run_dir), type(self), received)
         self.run_dir, self.model_config, self.keep_previous = Path(run_dir), model_config, bool(keep_previous)
         self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
         self.export_conf = {"merged": False, "flat_files": False, **(export or {})}
         self.base_id: str | None = None
         self.window, self.guard = SegmentationMeter(distinct=False), StepGuard(self.run_dir / "debug")
         with at_work(self.accelerator):
-            if accelerator == "cuda" and not torch.cuda.is_available():
-                raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
-            self.history = History.of(monitor, monitor_mode, early_stop)
-            self.lock: IO[str] | None = None
             try:
+                check_trainer(received)
+                if accelerator == "cuda" and not torch.cuda.is_available():
+                    raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
+                self.history = History.of(monitor, monitor_mode, early_stop)
                 super().__init__(max_epochs=max_epochs or 1, seed_value=seed_value, accelerator=accelerator, **stock)
                 self._open_run()
             except BaseException:
-                self._unlock()
+                self.start.withdraw()
+                self.start.release()
                 raise
 
     def _setup_torch_dist_and_backend(self, *args: Any) -> None:
         super()._setup_torch_dist_and_backend(*args)
-        self.lock = lock_run(self.run_dir)
+        self.start.take()
 
     def _setup_components(self) -> None:
         share_log()
@@ -116,16 +121,21 @@ class LoRATrainer(Trainer):
         self.max_epochs = getattr(self.train_dataset, "num_phases", self.max_epochs)
 
     def load_checkpoint(self) -> None:
-        if self.distributed_rank == 0:
-            remove_temporaries(self.run_dir)
-            skipped = set(self.checkpoint_conf.skip_saving_parameters)
-            saved = {name: value for name, value in self.model.state_dict().items() if name not in skipped}
-            prepare_resume(Path(self.checkpoint_conf.save_dir), saved)
-        barrier()
+        folder = Path(self.checkpoint_conf.save_dir)
+        on_rank_0(lambda: clean_up(self.run_dir, folder))
+        self.start.compare(notes_to_resume(folder), self.train_dataset, self.val_dataset)
+        skipped = set(self.checkpoint_conf.skip_saving_parameters)
+        saved = {name: value for name, value in self.model.state_dict().items() if name not in skipped}
+        on_rank_0(lambda: prepare_resume(folder, saved))
         super().load_checkpoint()
 
     def _load_resuming_checkpoint(self, ckpt_path: str) -> None:
+        groups = self.optim.optimizer.param_groups
+        options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         super()._load_resuming_checkpoint(ckpt_path)
+        if self.start.allowed:  # the checkpoint has brought its own
+            for group, option in zip(self.optim.optimizer.param_groups, options, strict=True):
+                group.update(option)
         self.guard.skipped = read_file(ckpt_path).get("skipped_steps", 0)
 
     def _call_model_initializer(self) -> None:
@@ -136,6 +146,7 @@ class LoRATrainer(Trainer):
         return base_path(self.checkpoint_conf.model_weight_initializer)
 
     def _open_run(self) -> None:
+        self.start.check_base(self.base_id, self._base_path())
         model = unwrap_ddp_if_wrapped(self.model)
         steps = getattr(model, "num_correction_pt_per_frame", 7) + 1
         meters = self._get_meters([Phase.VAL]).values()
@@ -143,16 +154,12 @@ class LoRATrainer(Trainer):
         if self.mode == "train":
             self.history.check(meter_keys)
         self.record = RunRecord(
-            self.run_dir, model, history=self.history, lora=self.model_conf.get("lora"),
+            self.start, model, history=self.history, lora=self.model_conf.get("lora"),
             facts={"base_id": self.base_id, "base_path": self._base_path(), "model_config": self.model_config},
             export=self.export_conf, meter_keys=meter_keys, learning_rate=peak_rate(self.optim),
-            epoch=self.epoch, step=self.steps[Phase.TRAIN],
+            epoch=self.epoch, step=self.steps[Phase.TRAIN], last_epoch=self.max_epochs, trains=self.mode != "val",
         )  # fmt: skip
         self.history = self.record.history
-
-    def _unlock(self) -> None:
-        if self.lock is not None:
-            self.lock.close()
 
     def run(self) -> None:
         """Trains to the end, to early stopping, or not at all if that was done before; `mode: val` validates once."""
@@ -160,22 +167,22 @@ class LoRATrainer(Trainer):
             with at_work(self.accelerator), self.guard:
                 if self.mode == "val":
                     self.run_val()
+                if self.mode == "val" or self.record.finished:
                     return
                 done = self.epoch - 1
                 if self.mode == "train" and self.history.last_epoch < done and self._validates(done):
                     self.epoch -= 1  # the run ended between its checkpoint and its validation
                     self.run_val()
                     self.epoch += 1
-                first_step = self.steps[Phase.TRAIN]
                 self.run_train()
                 self.record.finish(
-                    self.steps[Phase.TRAIN], trained=self.steps[Phase.TRAIN] > first_step, seed=self.seed_value,
+                    self.steps[Phase.TRAIN], seed=self.seed_value,
                     epochs=self.epoch + 1, planned_epochs=self.max_epochs, stop_reason=self._stop_reason(),
                     wall_seconds=max(self.time_elapsed_meter.val, self.ckpt_time_elapsed or 0),
                     skipped_steps=self.guard.skipped,
                 )  # fmt: skip
         finally:
-            self._unlock()
+            self.start.release()
 
     def run_train(self) -> None:
         """Stock's loop, with one validation per phase, early stopping, and seeds that depend on the phase only."""
@@ -240,7 +247,8 @@ class LoRATrainer(Trainer):
         return self.history.stop_reason if self.mode == "train" else None
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], checkpoint_path: str) -> None:
-        write_checkpoint({**checkpoint, "skipped_steps": self.guard.skipped}, Path(checkpoint_path), self.keep_previous)
+        notes = {"skipped_steps": self.guard.skipped, NOTES: self.record.notes}
+        write_checkpoint({**checkpoint, **notes}, Path(checkpoint_path), self.keep_previous)
 
     def _reseed(self, phase: str, epoch: int) -> None:
         """Makes what follows depend on seed, phase and rank only: a resumed run equals one that never stopped."""

@@ -6,13 +6,13 @@ import subprocess
 
 import pytest
 import torch
-from small_runs import environment, rank_environment, train_here, write_config
+from small_runs import environment, train_here, write_config
 from test_resume import assert_same_tensors
 from test_survival import ends_with
 
 from sam2_lora_ext.adapter import load_adapter
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.run_lock import CONFIGS, check_free, lock_folder, lock_run
+from sam2_lora_ext.run_lock import check_free, lock_folder
 from sam2_lora_ext.trainer import LoRATrainer
 
 
@@ -46,31 +46,22 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
     lock_folder(tmp_path / "run").close()
 
 
-def test_a_refused_run_puts_the_config_files_back(tmp_path):
-    """The stock launcher has replaced them before anybody could refuse it."""
-    for name in ("config.yaml", "config_resolved.yaml"):
-        (tmp_path / name).write_text(f"{name}: 1")
-    with rank_environment({}):
-        torch.distributed.init_process_group("gloo")
-        lock = lock_run(tmp_path)
-        for name in ("config.yaml", "config_resolved.yaml"):
-            (tmp_path / name).write_text("another: 1")
-        with pytest.raises(UserError, match="a run is at work"):
-            lock_run(tmp_path)
-        assert [(tmp_path / name).read_text() for name in CONFIGS] == ["config.yaml: 1", "config_resolved.yaml: 1"]
-        lock.close()
-        (tmp_path / "config.yaml").write_text("third: 1")
-        lock_run(tmp_path).close()  # a resume with other settings: they hold from now on
-        assert (tmp_path / ".config.yaml").read_text() == "third: 1"
-
-
 def test_leftovers_of_a_kill_are_removed(env, tmp_path):
-    for place in ("checkpoints", "adapters/best", "logs"):
-        (tmp_path / "run" / place).mkdir(parents=True)
-        (tmp_path / "run" / place / ".checkpoint.pt.123.tmp").write_bytes(b"half")
-    (tmp_path / "run/mine.tmp").write_text("a user's own")
+    """Of our own names in our own places; what a user or another tool left there stays."""
+    run = tmp_path / "run"
+    ours = ["checkpoints/.checkpoint.pt.123.tmp", "checkpoints/.checkpoint.previous.pt.123.tmp", ".lora.json.7.tmp",
+            "logs/.metrics.csv.9.tmp", "adapters/.best.5.tmp/adapter_config.json", "..config.yaml.3.tmp",
+            "adapters/best/.adapter_model.safetensors.123.tmp",
+            "sam2_nano_lora/.best_lora_step2_iou0.1_dice0.2.torch.4.tmp"]  # fmt: skip
+    others = ["mine.tmp", ".mine.tmp", ".notes.txt.123.tmp", "logs/.checkpoint.pt.123.tmp", "mine/.lora.json.7.tmp",
+              "evaluation/.evaluation.json.5.tmp", ".report.html.5.tmp", "adapters/.mine.5.tmp/file"]  # fmt: skip
+    for name in (*ours, *others):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"half")
     train_here(env, "scratch.steps=2")
-    assert [path.name for path in (tmp_path / "run").rglob("*.tmp")] == ["mine.tmp"]
+    assert [name for name in ours if (run / name).exists()] == []
+    assert [name for name in others if not (run / name).exists()] == []
+    assert not (run / "adapters/.best.5.tmp").exists()
 
 
 @pytest.fixture
@@ -108,7 +99,7 @@ def test_a_full_disk(small_disk, nano_base, strips, tmp_path, run_python):
     now = load_adapter(small_disk / "run/adapters/latest")
     assert all(torch.equal(layer.lora_b, now.layers[name].lora_b) for name, layer in adapter.layers.items())
     assert "No space left on device" in output
-    train_here(env)
+    train_here(env, "trainer.resume_with_changes=true")
     assert torch.load(small_disk / "run/checkpoints/checkpoint.pt", weights_only=True)["steps"]["train"] == 6
 
 

@@ -144,8 +144,8 @@ def test_outputs_that_are_refused(run, tmp_path):
     (tmp_path / "m.pt").touch()
     for out, options, words in (
         ("m.pt", {}, "m.pt exists already: choose another name, or give --force"),
-        ("base.pt", {"force": True}, "base.pt is the base itself"),
-        ("run", {"force": True}, "run is a folder"),
+        ("base.pt", {"force": True}, "base.pt is the same file as .*base.pt, which is read"),
+        ("run", {"force": True}, "run is a folder, and only a file"),
         ("x.pt", {"file_format": "safetensors"}, r"x.pt would hold safetensors, .* name it \*.safetensors"),
         ("x.safetensors", {"file_format": "pt"}, r"x.safetensors would hold pt"),
         ("m.pt/x.pt", {}, "cannot write .*m.pt/x.pt"),

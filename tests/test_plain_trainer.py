@@ -6,7 +6,8 @@ import torch
 from hydra.utils import instantiate
 from small_runs import config_of, environment, rank_environment
 
-OURS = ("run_dir", "model_config", "monitor", "monitor_mode", "early_stop", "metrics_every", "export", "keep_previous")
+OURS = ("run_dir", "model_config", "monitor", "monitor_mode", "early_stop", "metrics_every", "export", "keep_previous",
+        "resume_with_changes")
 
 
 def test_plain_trainer(tmp_path, nano_base, strips, monkeypatch):

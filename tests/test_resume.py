@@ -194,5 +194,7 @@ def test_another_base_than_at_the_start_is_refused(whole, tmp_path, strips, caps
     shutil.copytree(whole, tmp_path / "run")
     other = make_base(tmp_path / "other.pt", seed=1)
     with pytest.raises(SystemExit, match="2"):
-        train_here(environment(other, strips, tmp_path / "run"), *RANDOM, "scratch.steps=8")
-    assert f"the base {other} is not the one that the run in {tmp_path / 'run'} began with" in capsys.readouterr().err
+        train_here(environment(other, strips, tmp_path / "run"), *RANDOM)
+    said = capsys.readouterr().err
+    assert f"the run in {tmp_path / 'run'} was not trained so: the base was {nano_base} (sha256 " in said
+    assert f"and is now {other} (sha256 " in said

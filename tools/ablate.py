@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sam2_lora_ext.ablation import (
-    best_of, collect, finished, members_of, metrics_of, parse_grid, plot, to_csv, to_markdown,
+    MEMBER, best_of, collect, members_of, metrics_of, note_settings, parse_grid, plot, to_csv, to_markdown,
 )  # fmt: skip
+from sam2_lora_ext.ablation_check import MemberCheck
 from sam2_lora_ext.ablation_jobs import Task, run_here, run_on_slurm
 from sam2_lora_ext.arguments import GPUS, number
 from sam2_lora_ext.compose import compose, locate
@@ -25,13 +26,15 @@ from sam2_lora_ext.files import write_atomic
 from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher
 from sam2_lora_ext.settings.kinds import Whole
 
+RESULTS = ("ablation.csv", "ablation.md", "ablation.png")  # made anew by each command
 EXAMPLES = """\
 examples:
   python tools/ablate.py -c severstal_lora_tiny --grid lora.rank=4,8,16 lora.dropout=0,0.05 --out runs/ranks
   python tools/ablate.py -c severstal_lora --grid 'lora.targets=[image_encoder.*.qkv],[sam_mask_decoder.*_proj]' \\
       --out runs/targets --slurm --partition gpu --num-gpus 2 scratch.steps=5000
 
-The same command goes on where it was: finished members are not run again, others resume from their checkpoints.
+The same command goes on where it was: finished members are not run again, others resume from their checkpoints. A folder
+of other settings is refused, by the rule of a resume, unless trainer.resume_with_changes=true is among the overrides.
 OUT then holds a run folder a member, ablation.csv, ablation.md and ablation.png.
 """
 
@@ -88,12 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out = args.out.resolve()
     common = ["-c", args.config, *args.overrides]
     grid = parse_grid(args.grid)
+    for name in RESULTS:
+        if (args.out / name).exists() and not any(args.out.glob(f"*/{MEMBER}")):
+            raise UserError(f"{args.out / name} exists already, and not from an ablation: choose another --out")
     mode = check_metric(args, grid)
-    members = members_of(grid, args.out, common)
+    members = members_of(grid, args.out)
+    check = MemberCheck(locate(args.config)[0], args.overrides, args.num_gpus)
+    open_members = [member for member in members if not check.finished(member)]
+    note_settings(members, common)
     here = ["--num-gpus", str(args.num_gpus), "--use-cluster", "0"]
     start = [sys.executable, "-m", "sam2_lora_ext.train", *common, *here]
     tasks = {member: Task([*start, *member.overrides, f"launcher.experiment_log_dir={member.folder}"], member.folder)
-             for member in members if not finished(member)}  # fmt: skip
+             for member in open_members}  # fmt: skip
     print(f"members  {len(members)}, of which {len(members) - len(tasks)} are finished already")
     failures: dict[str, str] = {}
     try:

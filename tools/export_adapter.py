@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sam2_lora_ext.adapter import save_adapter
-from sam2_lora_ext.adapter_sources import check_base, read_adapter
+from sam2_lora_ext.adapter_files import refuse_adapter_folder
+from sam2_lora_ext.adapter_sources import check_base, read_adapter, source_files
 from sam2_lora_ext.arguments import ALPHA, number
 from sam2_lora_ext.checkpoints import identify, read_weights, weights_id
 
@@ -39,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the adapter folder to write")
     parser.add_argument("--base", type=Path, metavar="FILE",
                         help="the weights that training began with: checked, or noted where the run did not")
-    parser.add_argument("--alpha", type=number(ALPHA), help="only for a checkpoint.pt whose run has no lora.json")
+    parser.add_argument(
+        "--alpha", type=number(ALPHA), help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
+    )
     parser.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     args = parser.parse_args(argv)
 
+    refuse_adapter_folder(args.out, [*source_files(args.source), *([args.base] if args.base else [])], args.force)
     base = read_weights(args.base) if args.base else None
     adapter = read_adapter(args.source, args.alpha, base)
     if base is not None and check_base(args.base, base, adapter):

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.stock import build_stock, check_inputs, load_strictly, noise_pixels, read_pixels
 
     require_packages()
-    check_output(args.out, args.force)
+    check_output(args.out, args.force, [args.checkpoint, *([args.image] if args.image else [])])
     check_inputs(args.config, args.image)
     model = build_stock(args.config, image_size=args.image_size)
     load_strictly(model, args.checkpoint)

@@ -35,7 +35,7 @@ from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaDat
 from sam2_lora_ext.arguments import COUNT, SEED, THREADS, number
 from sam2_lora_ext.data import shapes
 from sam2_lora_ext.data.ids import CLEAN, object_id
-from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
 from sam2_lora_ext.settings.kinds import Number, Whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
     refuse_existing(args.out, args.force)
+    refuse_input_files(args.out, [args.config, args.work])
     torch.set_num_threads(args.threads)
 
     model = build(args.config, args.seed).train()

@@ -20,9 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sam2_lora_ext.adapter_sources import source_files
 from sam2_lora_ext.arguments import ALPHA, number
 from sam2_lora_ext.checkpoints import FORMATS
-from sam2_lora_ext.files import refuse_existing, write_json
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_json
 from sam2_lora_ext.merge import DTYPES, Merged, merge_files
 from sam2_lora_ext.merge_record import describe, record_path, with_proof
 from sam2_lora_ext.settings.kinds import Number
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the merged file to write")
     parser.add_argument("--format", choices=FORMATS, help="default: what the suffix of --out says; build_sam2 loads pt")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: that of the base, or float32 if that is a half")
-    parser.add_argument("--alpha", type=number(ALPHA), help="only for a checkpoint.pt whose run has no lora.json")
+    parser.add_argument(
+        "--alpha", type=number(ALPHA), help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
+    )
     parser.add_argument("--verify", metavar="CONFIG",
                         help="build this stock config from the result and compare its masks with the live adapter's")
     parser.add_argument("--image", type=Path, metavar="FILE", help="what --verify segments (default: smooth noise)")
@@ -77,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_inputs(args.verify, args.image)
 
     start, record = time.perf_counter(), record_path(args.out)
+    read = [args.base, *(file for path in args.adapter for file in source_files(path)), *([args.image] if args.image else [])]
     for path in (args.out, record):
         refuse_existing(path, args.force)
+        refuse_input_files(path, read)
     merged = merge_files(args.base, args.adapter, args.out, weights=args.weights, file_format=args.format,
                          dtype=args.dtype, alpha=args.alpha, force=args.force, progress=True)
     facts = describe(merged, args.base, args.out, [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    write_json(record, facts)
+    write_json(record, facts, force=args.force)
     for path, weight, _ in merged.sources:
         print(f"merged   {path}{'' if weight == 1 else f', times {weight:g}'}")
     print(f"into     {args.base}: {merged.changed} of {merged.tensors} tensors changed")

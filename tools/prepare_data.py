@@ -31,7 +31,7 @@ from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.data.splits import fold_shares, given_splits, parse_shares, stratified_split, write_split
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.data.writers import FORMATS, convert
-from sam2_lora_ext.files import refuse_existing, write_atomic, write_json
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic, write_json
 from sam2_lora_ext.settings.kinds import Number, Whole
 
 EXAMPLES = """\
@@ -150,7 +150,10 @@ def run_scan(args: argparse.Namespace) -> None:
     for name in ("scan.json", "scan.html"):
         refuse_existing(args.out / name, args.force)
     source = open_source(args)
-    summary, index = scan(source.make_reader(), not args.quiet, source.bits)
+    reader = source.make_reader()
+    for name in ("scan.json", "scan.html"):
+        refuse_input_files(args.out / name, [*reader.inputs(), *reader.files()])
+    summary, index = scan(reader, not args.quiet, source.bits)
     page = render(index, summary, source.bits).encode("utf-8", "backslashreplace")  # a bad file name is shown, not fatal
     write_json(args.out / "scan.json", summary, force=args.force)
     write_atomic(args.out / "scan.html", lambda path: path.write_bytes(page), force=args.force)
@@ -173,7 +176,7 @@ def run_split(args: argparse.Namespace) -> None:
     shares = fold_shares(args.folds) if args.folds is not None else parse_shares(args.shares)
     source = open_source(args)
     reader = source.make_reader()
-    refuse_input_files(args.out, reader)
+    refuse_input_files(args.out, [*reader.inputs(), *reader.files()])
     on_invalid = args.on_invalid or source.on_invalid
     index = build_index(reader, on_invalid, not args.quiet)
     names, classes = index.names(), class_sets(index)
@@ -195,12 +198,6 @@ def run_split(args: argparse.Namespace) -> None:
     print(f"{'all':12}" + "".join(f"{splits.count(column):>10}" for column in columns))
     if index.unknown:
         print(f"{len(index.unknown)} images are unknown and in no split: {shorten(index.unknown)}")
-
-
-def refuse_input_files(out: Path, reader: Reader) -> None:
-    """Raises a `UserError` when `out` is one of the files that are read, which --force must not replace."""
-    if out.resolve() in {Path(path).resolve() for path in (*reader.inputs(), *reader.files())}:
-        raise UserError(f"{out} is read, so it cannot be the result: choose another --out")
 
 
 def run_convert(args: argparse.Namespace) -> None:

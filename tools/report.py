@@ -26,7 +26,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
 from sam2_lora_ext.run_paths import find_run
 
 EXAMPLES = """\
@@ -50,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.runs = [find_run(path) or path for path in args.runs]
     out = args.out or args.runs[0] / "report.html"
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file in it")
     refuse_existing(out, args.force)
     try:
         from sam2_lora_ext.report.collect import read_evaluation, read_runs
@@ -61,10 +59,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = read_runs(args.runs)
     found = [path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()]
     folders = args.evaluation or found
+    refuse_input_files(out, (file for folder in (*args.runs, *folders) for file in read_by_report(folder)))
     text = render(runs, [read_evaluation(folder) for folder in folders])
     page = text.encode("utf-8", "backslashreplace")  # a file name that is no UTF-8 is shown, not fatal
     write_atomic(out, lambda path: path.write_bytes(page), force=args.force)
     print(f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations")
+
+
+def read_by_report(folder: Path) -> list[Path]:
+    """The files of a run or an evaluation, without pages that a report made."""
+    files = folder.rglob("*") if folder.is_dir() else [folder]
+    return [file for file in files if file.suffix != ".html" and file.is_file()]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
 from sam2_lora_ext.data.arguments import OVERRIDE, add_config, add_pixels, source_of_model
 from sam2_lora_ext.data.images import ImageError, probe, read_rgb
 from sam2_lora_ext.data.windows import Windows
-from sam2_lora_ext.files import refuse_existing, write_atomic
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
 from sam2_lora_ext.tiles import stitch
 
 EXAMPLES = """\
@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing picture")
     args = parser.parse_intermixed_args(argv)
     refuse_existing(args.out, args.force)
-    if args.out.resolve() in {args.image.resolve(), args.checkpoint.resolve()}:
-        raise UserError(f"--out {args.out} is read, so it cannot be the picture: choose another name")
+    refuse_input_files(args.out, [args.image, args.checkpoint])
     source = source_of_model(args, args.checkpoint)
     bits, exif = (16, True) if source is None else (source.bits, source.exif)
     bits, exif = args.bits or bits, exif and not args.as_stored

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from sam2_lora_ext.adapter import CONFIG, WEIGHTS, save_adapter
+from sam2_lora_ext.adapter import save_adapter
+from sam2_lora_ext.adapter_files import refuse_adapter_folder
 from sam2_lora_ext.arguments import RANK, number
 from sam2_lora_ext.checkpoints import identify, read_weights, weights_id
-from sam2_lora_ext.files import refuse_existing
 from sam2_lora_ext.settings.kinds import Number
 from sam2_lora_ext.unmerge import BOUND, Change, unmerge
 
@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace an adapter in --out")
     args = parser.parse_args(argv)
 
-    for name in (CONFIG, WEIGHTS):
-        refuse_existing(args.out / name, args.force)
+    refuse_adapter_folder(args.out, [args.base, args.merged], args.force)
     base, merged = read_weights(args.base), read_weights(args.merged)
     found = unmerge(base, merged, args.rank, bound=args.bound, keep_full=args.full, shown=bar)
     adapter = found.adapter

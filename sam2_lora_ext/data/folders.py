@@ -1,13 +1,13 @@
 """A data set's folder: whole or not there at all, and never written over what is read."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import refuse_existing
+from sam2_lora_ext.files import EXISTS
+from sam2_lora_ext.folders import existing_folder, replace_folder
 
 PARTS = frozenset(  # what a data set that this package wrote may hold
     {"train_images", "train.csv", "split.csv", "images", "annotations", "annotations.json", "meta.json", "train"}
@@ -24,6 +24,24 @@ def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:
             raise UserError(f"{out} {how} {source}, which is read; choose another folder for the result")
 
 
+def refuse_folder(out: Path, force: bool) -> None:
+    """Raises a `UserError` when a data set may not be written to `out`; links are followed.
+
+    Args:
+        out: where nothing is, or with `force` an empty folder, or one that holds parts of a data set and nothing else.
+        force: replace that folder.
+    """
+    out = existing_folder(out.resolve())
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise UserError(EXISTS.format(out))
+    strangers = sorted(entry.name for entry in out.iterdir() if entry.name not in PARTS) if out.is_dir() else []
+    if strangers or not out.is_dir():
+        found = f"holds {strangers[0]!r}, which is none of its parts" if strangers else "is a file"
+        raise UserError(f"--force replaces a data set, but {out} {found}; choose another folder")
+
+
 def write_folder(out: str | Path, write: Callable[[Path], Any], force: bool = False) -> None:
     """Calls `write(temporary)` with a new folder beside `out`, then puts it in the place of `out`.
 
@@ -37,31 +55,5 @@ def write_folder(out: str | Path, write: Callable[[Path], Any], force: bool = Fa
     Raises:
         UserError: `out` exists and `force` is off, it holds something else, or the system refuses.
     """
-    out = Path(out).resolve()
-    refuse_existing(out, force)
-    strangers = sorted(entry.name for entry in out.iterdir() if entry.name not in PARTS) if out.is_dir() else []
-    if strangers or out.is_file():
-        raise UserError(
-            f"--force replaces a data set, but {out} "
-            + (f"holds {strangers[0]!r}, which is none of its parts" if strangers else "is a file")
-            + "; choose another folder"
-        )
-    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        if out.exists():
-            out.rename(old)
-        try:
-            temporary.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror or error}; check the folder, its rights and the free disk"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    refuse_folder(Path(out), force)
+    replace_folder(out, write, PARTS, force=force)

@@ -3,6 +3,8 @@
 Legend: N images, M masks, R runs of all masks.
 """
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +19,10 @@ from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Re
 from sam2_lora_ext.errors import UserError
 
 log = logging.getLogger(__name__)
+DIGESTED = {  # array -> its type in the digest
+    "name_bytes": "u1", "name_offsets": "<i8", "sizes": "<i8", "complete": "u1", "mask_offsets": "<i8",
+    "mask_class": "<i8", "mask_id": "<i8", "run_offsets": "<i8", "runs": "<i8",
+}  # fmt: skip
 
 
 @dataclass
@@ -88,6 +94,18 @@ class AnnotationIndex:
     def clean(self) -> np.ndarray:
         """bool [N]: no mask, and none dropped."""
         return (np.diff(self.mask_offsets) == 0) & self.complete
+
+    def digest(self) -> str:
+        """SHA-256 of the content: names, sizes, class table, masks and their ids, what is incomplete or unknown, how
+        images are turned; neither paths nor pixels."""
+        digest = hashlib.sha256()
+        facts = [sorted(self.class_names.items()), getattr(self, "exif", None), list(getattr(self, "unknown", ()))]
+        digest.update(json.dumps(facts).encode())
+        for name, kind in DIGESTED.items():
+            values = np.ascontiguousarray(getattr(self, name, ()), dtype=kind)
+            digest.update(f"{name} {values.shape}\n".encode())
+            digest.update(values)
+        return digest.hexdigest()
 
     def subset(self, images: np.ndarray) -> "AnnotationIndex":
         """The index of these images alone; problems are not carried over."""

@@ -13,14 +13,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from sam2_lora_ext.csv_text import csv_text
-from sam2_lora_ext.data.folders import refuse_inputs, write_folder
+from sam2_lora_ext.data.folders import refuse_folder, refuse_inputs, write_folder
 from sam2_lora_ext.data.images import mode_and_tag
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.instance_writers import places, progress_bar, write_coco, write_supervisely
 from sam2_lora_ext.data.objects import make_objects
 from sam2_lora_ext.data.rle import decode_runs, format_rle
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import refuse_existing
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ def convert(
     """
     write, image_folder, others = FORMATS[kind]
     refuse_inputs(Path(out), [index.image_dir, *inputs, *map(index.path, range(len(index)))])
-    refuse_existing(out, force)
+    refuse_folder(Path(out), force)
     chosen = np.flatnonzero(index.complete)
     left_out = len(index) - len(chosen)
     if not len(chosen):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yellow
+from sam2_lora_ext.run_state import is_finished
 
 AREA = "config"
 ANOTHER = "choose another launcher.experiment_log_dir for a new run"
@@ -125,7 +126,7 @@ def check_folder(config: Mapping[str, Any]) -> Iterator[Finding]:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield red(AREA, f"{existing} cannot be written", "choose another launcher.experiment_log_dir")
-    elif (folder / "training_summary.json").exists():
+    elif is_finished(folder):
         yield yellow(AREA, f"{folder} holds a finished run, which will not be trained again", ANOTHER)
     elif (folder / "checkpoints/checkpoint.pt").exists():
         yield yellow(AREA, f"{folder} holds an unfinished run, which will be continued", ANOTHER)

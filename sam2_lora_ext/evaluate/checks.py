@@ -80,8 +80,8 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"{there} is no folder that can be written to: give another --out")
-        if folder.name == GALLERY and folder.is_dir():
-            files += sorted(folder.glob("*.jpg"))
+        if folder.name == GALLERY:
+            refuse_gallery(folder, force)
     read = {Path(path).resolve() for path in inputs}
     for file in files:
         refuse_existing(file, force)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.evaluate.gallery import write_gallery
+from sam2_lora_ext.evaluate.gallery import refuse_gallery, write_gallery
 from sam2_lora_ext.evaluate.kaggle import KaggleTally
 from sam2_lora_ext.evaluate.models import Candidate, build
 from sam2_lora_ext.evaluate.protocol import Protocol
@@ -19,7 +19,7 @@ from sam2_lora_ext.evaluate.tables import differences, summarize
 from sam2_lora_ext.evaluation import Sample, read_sample
 from sam2_lora_ext.summary import versions
 
-SUBMISSION = "submission.csv"
+SUBMISSION, GALLERY = "submission.csv", "gallery"
 
 
 class Samples(Sequence[Sample]):
@@ -86,7 +86,9 @@ def compare(
             raise UserError(f"{wanted.name}: {error}") from error
         gallery = []
         if pictures:
-            gallery = write_gallery(out / wanted.name / "gallery", result, samples, dataset.class_names, pictures)
+            gallery = write_gallery(
+                out / wanted.name / GALLERY, result, samples, dataset.class_names, pictures, force=force
+            )
         if tally is not None:
             tally.write(out / wanted.name / SUBMISSION, force)
             tallies.append(tally)

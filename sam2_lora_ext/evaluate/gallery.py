@@ -1,5 +1,7 @@
 """Pictures of an evaluation: its best, median and worst masks of one click, and false alarms on clean strips."""
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from sam2.modeling.sam2_utils import get_next_point
 
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.rle import decode_runs
+from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.run import CleanResult, ModelResult, ObjectResult
 from sam2_lora_ext.evaluation import Sample
-from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.files import EXISTS
+from sam2_lora_ext.folders import existing_folder, replace_folder
 from sam2_lora_ext.metrics import iou
 from sam2_lora_ext.pictures import AFTER, BEFORE, TRUTH, overlay
 
+PICTURE = re.compile(r"(best|median|worst|false_alarms)_\d+\.jpg")
 WIDEST, GAP = 900, 4  # pixels of a picture, and between its halves
 
 
@@ -44,17 +49,44 @@ def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult |
     }
 
 
+def refuse_gallery(folder: Path, force: bool) -> None:
+    """Raises a `UserError` when pictures may not be written to `folder`, or with `force` when it holds something else."""
+    folder = existing_folder(folder)
+    if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not force:
+        raise UserError(EXISTS.format(folder))
+    strangers = sorted(entry.name for entry in folder.iterdir() if not PICTURE.fullmatch(entry.name)) \
+        if folder.is_dir() else [folder.name]
+    if strangers:
+        raise UserError(f"--force replaces a gallery, but {folder} has {strangers[0]!r}, which is no picture of one: "
+                        "choose another --out")
+
+
 def write_gallery(
-    folder: Path, result: ModelResult, samples: Sequence[Sample], class_names: dict[int, str], count: int = 4
-) -> list[dict[str, Any]]:
-    """Writes the pictures as JPEG; returns `{kind, file, caption}` of each, `file` relative to the folder's parent."""
+    folder: Path, result: ModelResult, samples: Sequence[Sample], class_names: dict[int, str], count: int = 4, *,
+    force: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Replaces a gallery by new pictures, JPEG; returns `{kind, file, caption}` of each, `file` relative to the
+    folder's parent.
+
+    Raises:
+        UserError: see `refuse_gallery`, or the system refuses.
+    """
     written = []
-    for kind, rows in choose(result, count).items():
-        for number, row in enumerate(rows):
-            file = folder / f"{kind.replace(' ', '_')}_{number}.jpg"
-            picture, caption = draw(row, samples[row.item], class_names)
-            write_atomic(file, lambda path, picture=picture: picture.save(path, format="JPEG", quality=85))
-            written.append({"kind": kind, "file": f"{folder.name}/{file.name}", "caption": caption})
+
+    def write(temporary: Path) -> None:
+        for kind, rows in choose(result, count).items():
+            for number, row in enumerate(rows):
+                file = f"{kind.replace(' ', '_')}_{number}.jpg"
+                picture, caption = draw(row, samples[row.item], class_names)
+                picture.save(temporary / file, format="JPEG", quality=85)
+                written.append({"kind": kind, "file": f"{folder.name}/{file}", "caption": caption})
+
+    refuse_gallery(folder, force)
+    old = existing_folder(folder)
+    pictures = {entry.name for entry in old.iterdir() if PICTURE.fullmatch(entry.name)} if old.is_dir() else set()
+    replace_folder(folder, write, pictures, force=force)
     return written
 
 

@@ -14,6 +14,7 @@ from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import LARGEST_NOTE, read_json
+from sam2_lora_ext.folders import existing_folder
 from sam2_lora_ext.lora.adapter import attach_adapter
 from sam2_lora_ext.run_paths import find_run
 from sam2_lora_ext.stock import check_inputs
@@ -170,5 +171,6 @@ def _trained(run: Path) -> int | None:
 
 
 def _size(adapter: Path) -> int:
-    files = [adapter / name for name in (WEIGHTS, OLD_WEIGHTS)] if adapter.is_dir() else [adapter]
+    folder = existing_folder(adapter)
+    files = [folder / name for name in (WEIGHTS, OLD_WEIGHTS)] if folder.is_dir() else [adapter]
     return next(file.stat().st_size for file in files if file.exists())

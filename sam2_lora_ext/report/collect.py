@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.adapter import CONFIG, load_adapter
+from sam2_lora_ext.adapter import load_adapter
+from sam2_lora_ext.adapter_files import is_adapter_folder
 from sam2_lora_ext.checkpoints import read_weights
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import LARGEST_NOTE, read_json, read_text
 from sam2_lora_ext.lora.adapter import Adapter
+from sam2_lora_ext.run_state import OLD_SUMMARY, SUMMARY, is_finished
 
 TABLE = "logs/metrics.csv"
 
@@ -25,7 +27,8 @@ class Run:
     path: Path
     name: str
     label: str  # short, and another one for each run of a report
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)  # of a finished run
+    extended: int | None = None  # steps after which it was finished before it was extended, while it is
     lora: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, str]] = field(default_factory=list)  # of logs/metrics.csv
 
@@ -46,7 +49,7 @@ class Run:
     def adapter(self) -> tuple[str, Adapter] | None:
         """The adapter that the run would be used with, and its kind: best, else final, else latest."""
         for kind in ("best", "final", "latest"):
-            if (self.path / "adapters" / kind / CONFIG).exists():
+            if is_adapter_folder(self.path / "adapters" / kind):
                 return kind, load_adapter(self.path / "adapters" / kind)
         return None
 
@@ -97,9 +100,12 @@ def read_run(path: Path, label: str | None = None) -> Run:
             f"{path} is no run folder (there is no run.json in it): give the folder of launcher.experiment_log_dir"
         )
     run = Run(path, str(_json(path / "run.json", dict).get("name", path.name)), label or path.resolve().name)
-    for attribute, file in (("summary", "training_summary.json"), ("lora", "lora.json")):
+    for attribute, file in (("summary", SUMMARY), ("lora", "lora.json")):
         if (path / file).exists():
             setattr(run, attribute, _json(path / file, dict))
+    if not is_finished(path):
+        before = run.summary or (_json(path / OLD_SUMMARY, dict) if (path / OLD_SUMMARY).exists() else {})
+        run.summary, run.extended = {}, before.get("steps")
     if (path / TABLE).exists():
         run.rows = _rows(path / TABLE)
     return run

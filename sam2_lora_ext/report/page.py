@@ -59,7 +59,7 @@ def facts(runs: Sequence[Run]) -> str:
 
     def state(run: Run) -> str:
         if not run.summary:
-            return "not finished"
+            return f"not finished: extended after its end at step {run.extended}" if run.extended else "not finished"
         reason = run.summary.get("stop_reason") or "no reason kept"
         return f"stopped early: {reason}" if run.summary.get("stopped_early") else "finished"
 

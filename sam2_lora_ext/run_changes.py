@@ -1,0 +1,212 @@
+"""Which settings a run may change when it is started again: those of `ALLOWED`, all others are compared.
+
+A key is the dotted path below `trainer:`, as in a composed config. A key that one side lacks has the default of what
+its `_target_` names, so that settings which a later version adds compare by their defaults; `RENAMED` says where a
+setting of an earlier version is now. The base is compared by its identity, data by content. Needs neither torch nor
+Hydra by itself; defaults are looked up in whatever a config names.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+ALLOWED = {  # key -> why it changes nothing in the result
+    "run_dir": "where the run is",
+    "resume_with_changes": "about the other settings",
+    "accelerator": "the same numbers to rounding",
+    "metrics_every": "how often a row is written",
+    "keep_previous": "how many checkpoints are kept",
+    "export.*": "what is written beside adapters",
+    "logging.*": "what is shown where",
+    "env_variables.*": "settings of the machine",
+    "distributed.backend": "how ranks talk",
+    "distributed.timeout_mins": "how long they wait",
+    "distributed.find_unused_parameters": "the same gradients",
+    "cuda.cudnn_*": "which of equal algorithms is taken",
+    "checkpoint.save_*": "where and how often checkpoints are written",
+    "checkpoint.resume_from": "read at the first start alone",
+    "checkpoint.skip_saving_parameters": "set by LoRATrainer",
+    "checkpoint.initialize_after_preemption": "set by LoRATrainer",
+    "checkpoint.model_weight_initializer.state_dict.checkpoint_path": "the base is known by its identity",
+    "model.memory": "what is kept for backward: the same numbers to rounding",
+    "model.memory.*": "what is kept for backward: the same numbers to rounding",
+    "model.feature_cache": "features that are found instead of computed",
+    "model.feature_cache.*": "features that are found instead of computed",
+    "model.compile_image_encoder": "the same numbers to rounding",
+    "model.use_act_ckpt_iterative_pt_sampling": "the same numbers, computed again",
+    "model.lora.implementation": "the same numbers to rounding",
+    "loss.*.implementation": "the same numbers to rounding",
+    "data.*.num_workers": "which process draws a sample: other crops and flips of the same kind",
+    "data.*.pin_memory": "how batches reach the device",
+    "data.*.cache_dir": "where the index is kept",
+    "data.*.full_check": "how damage is looked for",
+}
+PATHS = ("image_dir", "label_dir", "csv", "json", "root", "split_file")  # allowed where the content is known to be equal
+RENAMED: dict[str, str] = {}  # end of a key of an earlier version -> of the key that is now in the same section
+SECTIONS = {  # key -> what reads a section that names no `_target_`
+    "model.lora": "sam2_lora_ext.lora.LoRAConfig",
+    "optim": "training.trainer.OptimConf",
+    "optim.amp": "training.trainer.OptimAMPConf",
+    "distributed": "training.trainer.DistributedConf",
+    "cuda": "training.trainer.CudaConf",
+    "checkpoint": "training.trainer.CheckpointConf",
+    "logging": "training.trainer.LoggingConf",
+}
+Record = Mapping[str, Any]  # as in `run_config`
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs, by its key and both values."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_shown(self.before)} and is now {_shown(self.after)}"
+
+
+def changes(before: Record, after: Record) -> list[Change]:
+    """What changed between two records of `run_config` and changes the result; empty when a run may simply go on.
+
+    What one of them does not know (None, or no entry) is not compared, see `unrecorded`.
+    """
+    known = set(_targets(after["trainer"]))  # nothing that a run folder alone names is imported
+    old, new = (dict(_walk("", record["trainer"], known)) for record in (before, after))
+    if new.get("mode") == "val":  # trains nothing
+        old["mode"] = "val"
+    found = []
+    for key in dict.fromkeys([*new, *old]):
+        pair = old.get(key), new.get(key)
+        if not _equal(*pair) and not _is_allowed(key, before, after) and not _is_same_file(key, *pair):
+            found.append(Change(f"trainer.{key}", *pair))
+    for key, pair in _facts(before, after).items():
+        if None not in pair and pair[0] != pair[1]:
+            found.append(Change(key, *pair))
+    return found
+
+
+def unrecorded(before: Record, after: Record) -> list[str]:
+    """What the earlier record does not say, in words."""
+    return [key for key, (old, new) in _facts(before, after).items() if old is None and new is not None]
+
+
+def _facts(before: Record, after: Record) -> dict[str, tuple[Any, Any]]:
+    """Name -> value before and after, of what is no setting."""
+    facts = {"the number of ranks": (before.get("ranks"), after.get("ranks"))}
+    for phase in ("train", "val"):
+        pair = (_digest(before, phase), _digest(after, phase))
+        facts[f"the content of trainer.data.{phase} (images, masks, classes, the chosen part)"] = pair
+    return facts
+
+
+def _digest(record: Record, phase: str) -> str | None:
+    digest = (record.get("data") or {}).get(phase)
+    return digest and f"sha256 {digest[:12]}"
+
+
+def _is_allowed(key: str, before: Record, after: Record) -> bool:
+    if any(fnmatchcase(key, pattern) for pattern in ALLOWED):
+        return True
+    parts = key.split(".")
+    known = parts[0] == "data" and parts[-1] in PATHS
+    return known and all(_digest(record, parts[1]) is not None for record in (before, after))
+
+
+def _is_same_file(key: str, one: Any, other: Any) -> bool:
+    is_path = key.startswith("data.") and key.rpartition(".")[2] in PATHS
+    return is_path and bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def _renamed(key: str, name: str) -> str:
+    """What a setting `name` of the section `key` is called now."""
+    for old, new in RENAMED.items():
+        if f".{key}.{name}".endswith(f".{old}"):
+            return new.rpartition(".")[2]
+    return name
+
+
+def _targets(value: Any) -> Iterator[str]:
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _targets(inner)
+    if isinstance(value, Mapping) and "_target_" in value:
+        yield str(value["_target_"])
+
+
+def _walk(key: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Key and value of everything that holds nothing further; lists of plain values are one."""
+    if isinstance(value, Mapping):
+        for name, inner in _filled(key, value, known).items():
+            yield from _walk(f"{key}.{name}" if key else str(name), inner, known)
+    elif isinstance(value, list) and any(isinstance(inner, (Mapping, list)) for inner in value):
+        for place, inner in enumerate(value):
+            yield from _walk(f"{key}[{place}]", inner, known)
+    else:
+        yield key, value
+
+
+def _filled(key: str, section: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """A section with the defaults of what it leaves out."""
+    target = section.get("_target_", SECTIONS.get(key))
+    filled = {_renamed(key, name): value for name, value in section.items()}
+    if target in known or target in SECTIONS.values():
+        filled |= {name: value for name, value in _defaults(target).items() if name not in filled}
+    reader = filled.get("reader")
+    if "objects" in filled and filled["objects"] is None and isinstance(reader, Mapping):
+        found = _import(reader["_target_"]) if reader.get("_target_") in known else None
+        filled["objects"] = "instances" if getattr(found, "instances", False) is True else "components"
+    return filled
+
+
+def _defaults(target: Any) -> dict[str, Any]:
+    """Keyword -> default of a class (and those that it hands `**kwargs` on to) or function; plain values only."""
+    found: dict[str, Any] = {}
+    named = _import(target)
+    for owner in getattr(named, "__mro__", [named]):
+        takes = owner.__init__ if isinstance(owner, type) else owner
+        if takes is None or takes is object.__init__:
+            continue
+        try:
+            parameters = inspect.signature(takes).parameters.values()
+        except (TypeError, ValueError):
+            continue
+        for parameter in parameters:
+            if parameter.default is not parameter.empty:
+                found.setdefault(parameter.name, parameter.default)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    if dataclasses.is_dataclass(named):
+        made = [field for field in dataclasses.fields(named) if field.default_factory is not dataclasses.MISSING]
+        found |= {field.name: field.default_factory() for field in made}
+    return {name: value for name, value in found.items() if _is_plain(value)}
+
+
+def _import(target: Any) -> Any:
+    """What a dotted name stands for; None where there is no such thing."""
+    module, _, name = str(target).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception:  # of any kind, from a user's own module: then there are no defaults to compare with
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str)) or value == {}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other or one != one and other != other  # NaN
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
