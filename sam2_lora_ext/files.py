@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from sam2_lora_ext.errors import UserError
 
 EXISTS = "{} exists already: choose another name, or give --force to replace it"
+REFUSED = "cannot write {}: {}; check the folder, its rights and the free disk"
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
@@ -69,7 +70,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool 
             _claim(temporary, path)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and the free disk") from error
+        raise UserError(REFUSED.format(path, error.strerror or error)) from error
     finally:
         with contextlib.suppress(OSError):  # such as a file where the folder should be
             temporary.unlink()
@@ -124,7 +125,7 @@ def replace_folder(
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(folder):
             raise UserError(EXISTS.format(folder)) from None
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; check the folder, its rights and the free disk") from error
+        raise UserError(REFUSED.format(folder, error.strerror or error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -19,13 +19,12 @@ from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
 from sam2_lora_ext.base_weights import base_path, load_base
-from sam2_lora_ext.checkpoint_files import notes_to_resume, prepare_resume, write_checkpoint
+from sam2_lora_ext.checkpoint_files import own_options, prepare_resume, write_checkpoint
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, NOTES, read_file, weights_id
 from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
 from sam2_lora_ext.meters import SegmentationMeter
-from sam2_lora_ext.run_cleaning import clean_up
 from sam2_lora_ext.run_record import RunRecord
 from sam2_lora_ext.run_start import RunStart, on_rank_0
 from sam2_lora_ext.seeding import derive_seed, seed_everything
@@ -80,7 +79,7 @@ class LoRATrainer(Trainer):
         with at_work(self.accelerator):
             try:
                 if accelerator == "cuda" and not torch.cuda.is_available():
-                    raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
+                    raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu")
                 check_keys("trainer.export", self.export_conf, ("merged", "flat_files"))
                 if metrics_every < 1:
                     raise UserError(f"trainer.metrics_every must be at least 1 step, got {metrics_every}")
@@ -120,20 +119,15 @@ class LoRATrainer(Trainer):
 
     def load_checkpoint(self) -> None:
         folder = Path(self.checkpoint_conf.save_dir)
-        on_rank_0(lambda: clean_up(self.run_dir, folder))
-        self.start.compare(notes_to_resume(folder), self.train_dataset, self.val_dataset)
+        self.start.compare(folder, self.train_dataset, self.val_dataset)
         skipped = set(self.checkpoint_conf.skip_saving_parameters)
         saved = {name: value for name, value in self.model.state_dict().items() if name not in skipped}
         on_rank_0(lambda: prepare_resume(folder, saved))
         super().load_checkpoint()
 
     def _load_resuming_checkpoint(self, ckpt_path: str) -> None:
-        groups = self.optim.optimizer.param_groups
-        options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        super()._load_resuming_checkpoint(ckpt_path)
-        if self.start.allowed:  # the checkpoint has brought its own
-            for group, option in zip(self.optim.optimizer.param_groups, options, strict=True):
-                group.update(option)
+        with own_options(self.optim.optimizer, self.start.allowed):
+            super()._load_resuming_checkpoint(ckpt_path)
         self.guard.skipped = read_file(ckpt_path).get("skipped_steps", 0)
 
     def _call_model_initializer(self) -> None:
