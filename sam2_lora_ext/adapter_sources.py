@@ -65,7 +65,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     if not facts and (notes := _notes(path)):
         where = notes[0]
         facts = _read_notes(where)
-        log.warning("%s is of version 0.1.0, which did not record alpha, parts and base in it: %s is taken", path, where)
+        log.warning("%s is of version 0.1.0, which did not record alpha, parts and base: %s is taken", path, where)
     config = None
     try:
         if (facts or where != path) and facts["config"] is not None:
@@ -119,7 +119,7 @@ def check_base(
 
 
 def _notes(checkpoint: Path) -> list[Path]:
-    """The files that `read_adapter` needs beside a checkpoint: the `lora.json` of its run, if it says nothing itself."""
+    """What `read_adapter` needs beside a checkpoint that says nothing of itself: the `lora.json` of its run."""
     if read_checkpoint_notes(checkpoint):
         return []
     found = [folder / "lora.json" for folder in (checkpoint.parent, checkpoint.parent.parent)]

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,16 @@ def notes_to_resume(folder: Path) -> dict[str, Any] | None:
             with contextlib.suppress(UserError):
                 return read_checkpoint_notes(path)
     return {} if any(os.path.lexists(folder / name) for name in (NAME, PREVIOUS)) else None
+
+
+@contextlib.contextmanager
+def own_options(optimizer: torch.optim.Optimizer, keep: bool) -> Iterator[None]:
+    """For loading a state into an optimizer, which brings its own betas and the like: with `keep` those stay as set."""
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    if keep:
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -20,7 +20,7 @@ from sam2_lora_ext.lora.variants import TENSORS
 # Ends of the keys that `LoRALinear` and its variants add to a model's state dict.
 ADAPTER_KEYS = tuple(sorted({f".{name}" for names in TENSORS.values() for name in names}))
 FORMATS = ("pt", "safetensors")
-NOTES = "sam2_lora_ext"  # entry of a checkpoint of LoRATrainer: `config` (of LoRA), `base_id`, `base_path`, `model_config`
+NOTES = "sam2_lora_ext"  # a checkpoint's entry: `config` (of LoRA), `base_id`, `base_path`, `model_config`, `version`
 HASH_CHUNK = 1 << 22  # values converted at a time
 SIZES = {  # (width of the first stage, blocks, channels of the neck) -> config of SAM 2.0, config of SAM 2.1
     **{(width, blocks, 256): (f"configs/sam2/sam2_hiera_{size}.yaml", f"configs/sam2.1/sam2.1_hiera_{size}.yaml")

@@ -22,6 +22,7 @@ PIECE = 1 << 20  # bytes that are read at a time
 LARGEST_NOTE = 1 << 26
 """Bytes of the largest file of ours (notes of a run, configs, adapter_config.json)."""
 EXISTS = "{} exists already: choose another name, or give --force to replace it"
+REFUSED = "cannot write {}: {}; check the folder, its rights and the free disk"
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
@@ -72,7 +73,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool 
             _claim(temporary, path)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder, its rights and the free disk") from error
+        raise UserError(REFUSED.format(path, error.strerror or error)) from error
     finally:
         with contextlib.suppress(OSError):  # such as a file where the folder should be
             temporary.unlink()
@@ -173,6 +174,76 @@ def sha256_of(file: str | Path | BinaryIO) -> str:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
 
+<<<<<<< HEAD
+=======
+def replace_folder(
+    folder: str | Path, write: Callable[[Path], Any], parts: Collection[str], *, force: bool = True
+) -> None:
+    """Calls `write(temporary)` with a new empty folder beside `folder`, then puts it in the place of `folder`.
+
+    Args:
+        folder: the folder to make.
+        write: fills the folder that it is given.
+        parts: names of what a folder of this kind consists of, which are deleted with the old one; what else the old
+            one holds goes on to the new one.
+        force: replace a folder that is not empty; otherwise that is a `UserError`, even for one that appears meanwhile.
+
+    Raises:
+        UserError: the folder is not empty and `force` is off, or the system refuses; then `folder` is as it was.
+    """
+    folder = Path(folder).resolve()
+    temporary, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), _old(folder)
+    try:
+        settle_folder(folder, parts)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
+        temporary.mkdir(parents=True)
+        write(temporary)
+        if force and folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        settle_folder(folder, parts)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(folder):
+            raise UserError(EXISTS.format(folder)) from None
+        raise UserError(REFUSED.format(folder, error.strerror or error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def existing_folder(folder: Path) -> Path:
+    """Where the content of a folder is that `replace_folder` makes: there, or under the old one's name."""
+    old = _old(folder)
+    return old if old.is_dir() and not folder.exists() else folder
+
+
+def settle_folder(folder: Path, parts: Collection[str]) -> None:
+    """Ends what a killed `replace_folder` began: the old folder gets its name again, or makes way for the new one."""
+    old = _old(folder)
+    if not old.is_dir():
+        return
+    if not folder.exists():
+        old.rename(folder)
+        return
+    for entry in old.iterdir():
+        if entry.name not in parts:
+            entry.rename(folder / entry.name)
+        elif entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    old.rmdir()
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+>>>>>>> records
 def _claim(temporary: Path, path: Path) -> None:
     """Gives a whole file its name if that is still free."""
     try:

@@ -46,7 +46,8 @@ ALLOWED = {  # key -> why it changes nothing in the result
     "data.*.cache_dir": "where the index is kept",
     "data.*.full_check": "how damage is looked for",
 }
-PATHS = ("image_dir", "label_dir", "csv", "json", "root", "split_file")  # allowed where the content is known to be equal
+# Allowed where the content is known to be equal.
+PATHS = ("image_dir", "label_dir", "csv", "json", "root", "split_file")
 RENAMED: dict[str, str] = {}  # end of a key of an earlier version -> of the key that is now in the same section
 SECTIONS = {  # key -> what reads a section that names no `_target_`
     "model.lora": "sam2_lora_ext.lora.LoRAConfig",

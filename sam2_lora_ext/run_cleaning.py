@@ -1,4 +1,4 @@
-"""What a killed run leaves half-written is deleted at its next start: temporary files of our own names in our own places.
+"""Deletes what a killed run left half-written, at its next start: temporaries of our own names in our own places.
 
 A temporary file or folder of `NAME` is `.NAME.<process>.tmp` beside it.
 """

@@ -127,8 +127,8 @@ class RunFolder:
     def _write_flat(self, kind: str, step: int, metrics: Mapping[str, float], name: str, merged: dict | None) -> None:
         folder = self.path / name
         trained = {key for key, value in self.model.named_parameters() if value.requires_grad}
-        state = {NOTES: self.notes, "model": {key: value.detach().clone() for key, value in self.model.state_dict().items()
-                           if key in trained or key.endswith(ADAPTER_KEYS)}}  # fmt: skip
+        kept = {key: value.detach().clone() for key, value in self.model.state_dict().items()
+                if key in trained or key.endswith(ADAPTER_KEYS)}  # fmt: skip
         iou = next((key for key in (self.monitor, *metrics) if key.startswith("iou_")), "")
         values = metrics.get(iou, float("nan")), metrics.get(iou.replace("iou", "dice", 1), float("nan"))
         quality = f"iou{values[0]:.4f}_dice{values[1]:.4f}"
@@ -138,7 +138,7 @@ class RunFolder:
             "final": f"final_lora_step{step}.torch",
         }[kind]
         old = [path for path in folder.glob(f"{kind}_*.torch") if path.name != file]
-        write_checkpoint(state, folder / file, keep_previous=False)
+        write_checkpoint({NOTES: self.notes, "model": kept}, folder / file, keep_previous=False)
         if merged is not None:
             merged_file = folder / f"best_merged_step{step}_{quality}.torch"
             write_weights(merged_file, merged)

@@ -3,8 +3,8 @@
 import contextlib
 import fcntl
 import os
-import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -15,18 +15,27 @@ NAME = ".lock"
 CONFIGS = ("config.yaml", "config_resolved.yaml")
 
 
-def keep_configs(folder: Path) -> None:
-    """Copies the launcher's config files, which are those of the run that has the lock, for `restore_configs`."""
-    for name in CONFIGS:
-        _copy(folder / name, folder / f".{name}")
+def read_configs(folder: Path) -> dict[str, bytes]:
+    """The launcher's config files as they are, by name."""
+    return {name: (folder / name).read_bytes() for name in CONFIGS if (folder / name).is_file()}
+
+
+def keep_configs(folder: Path, configs: Mapping[str, bytes]) -> None:
+    """Writes the config files of the run that has the lock, and a copy of each for `restore_configs`.
+
+    Another start may have replaced them since they were read, right after the lock.
+    """
+    for name, content in configs.items():
+        for file in (folder / f".{name}", folder / name):
+            if not file.is_file() or file.read_bytes() != content:
+                write_atomic(file, lambda temporary, content=content: temporary.write_bytes(content))
 
 
 def restore_configs(folder: Path) -> None:
-    """Puts the config files back that the launcher of a start has replaced which then was refused or trained nothing."""
-    for name in CONFIGS:
-        with contextlib.suppress(UserError, OSError):
-            if (folder / f".{name}").read_bytes() != (folder / name).read_bytes():
-                _copy(folder / f".{name}", folder / name)
+    """Puts the config files back that the launcher of a start has replaced, which was refused or trained nothing."""
+    with contextlib.suppress(UserError, OSError):
+        kept = {name: (folder / f".{name}").read_bytes() for name in CONFIGS if (folder / f".{name}").is_file()}
+        keep_configs(folder, kept)
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -66,8 +75,3 @@ def check_free(folder: Path) -> None:
     """Raises a `UserError` when a run is at work in the folder; makes nothing."""
     if (folder / NAME).exists():
         lock_folder(folder).close()
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.is_file():
-        write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))

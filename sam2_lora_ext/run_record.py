@@ -20,7 +20,8 @@ from sam2_lora_ext.summary import summarize
 class RunRecord:
     """Opens the files of a run; on a resume drops what lies behind the checkpoint, since it will be made again.
 
-    Every rank has one; rank 0 writes. A start that trains nothing writes nothing: the run is `finished`, or `mode` is val.
+    Every rank has one; rank 0 writes. A start that trains nothing writes nothing: the run is `finished`, or only
+    validated.
 
     Args:
         start: of the run; it is accepted here.
@@ -54,8 +55,9 @@ class RunRecord:
 
         def open_files() -> None:
             files = RunFolder(
-                self.run_dir, model, facts, self.lora, base_path=self.facts["base_path"], monitor=history.monitor, **export
-            )
+                self.run_dir, model, facts, self.lora, base_path=self.facts["base_path"], monitor=history.monitor,
+                **export,
+            )  # fmt: skip
             entries = [entry for entry in files.validations() if entry["epoch"] < epoch]
             ended = epoch >= last_epoch or History(history.monitor, history.rule, entries).stop_reason is not None
             shared[:] = [entries, ended and (self.run_dir / SUMMARY).exists()]

@@ -17,10 +17,12 @@ import torch.distributed as dist
 
 import sam2_lora_ext
 from sam2_lora_ext import run_config
+from sam2_lora_ext.checkpoint_files import notes_to_resume
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.run_changes import Change, changes, unrecorded
+from sam2_lora_ext.run_cleaning import clean_up
 from sam2_lora_ext.run_folder import read_notes
-from sam2_lora_ext.run_lock import keep_configs, lock_folder, restore_configs
+from sam2_lora_ext.run_lock import keep_configs, lock_folder, read_configs, restore_configs
 from sam2_lora_ext.run_state import OLD_SUMMARY, SUMMARY
 from sam2_lora_ext.step_guard import raw_datasets
 
@@ -61,6 +63,7 @@ class RunStart:
         self.lock: IO[str] | None = None
         self.before: Mapping[str, Any] | None = None
         self.found: list[Change] = []
+        self.configs: dict[str, bytes] = {}  # the launcher's files, as this start's launcher wrote them
 
     def take(self) -> None:
         """Locks the folder; the process group must be there.
@@ -69,12 +72,14 @@ class RunStart:
             UserError: on all ranks: a run is at work in it, or the system refuses.
         """
         self.lock = on_rank_0(lambda: lock_folder(self.run_dir))
+        if self.lock is not None:
+            self.configs = read_configs(self.run_dir)
 
-    def compare(self, checkpoint: Mapping[str, Any] | None, train: Any, val: Any) -> None:
-        """Compares this start with the run's record.
+    def compare(self, checkpoints: Path, train: Any, val: Any) -> None:
+        """Cleans up after a kill, and compares this start with the run's record if there is a checkpoint to go on from.
 
         Args:
-            checkpoint: what the checkpoint to go on from says about itself; None without one: the run begins anew.
+            checkpoints: where the checkpoint would be; without one the run begins anew.
             train: the training data set, or None.
             val: the validation data set, or None.
 
@@ -83,9 +88,13 @@ class RunStart:
         """
         self.record |= {"ranks": dist.get_world_size(), "base": {}, "changes": [],
                         "data": {"train": data_digest(train), "val": data_digest(val)}}  # fmt: skip
-        on_rank_0(lambda: None if checkpoint is None else self._compare(checkpoint))
+        on_rank_0(lambda: self._compare(checkpoints))
 
-    def _compare(self, checkpoint: Mapping[str, Any]) -> None:
+    def _compare(self, checkpoints: Path) -> None:
+        clean_up(self.run_dir, checkpoints)
+        checkpoint = notes_to_resume(checkpoints)
+        if checkpoint is None:
+            return
         self.before = record_of(self.run_dir, self.record, checkpoint)
         if self.before is None:  # a checkpoint of stock's Trainer
             return
@@ -136,7 +145,7 @@ class RunStart:
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.run_dir / SUMMARY, self.run_dir / OLD_SUMMARY)
         run_config.write_run_config(self.run_dir, self.record)
-        keep_configs(self.run_dir)
+        keep_configs(self.run_dir, self.configs)
 
     def withdraw(self) -> None:
         """Leaves the run as it was: the launcher's files are put back."""

@@ -19,14 +19,13 @@ from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
 from sam2_lora_ext.base_weights import base_path, load_base
-from sam2_lora_ext.checkpoint_files import notes_to_resume, prepare_resume, write_checkpoint
+from sam2_lora_ext.checkpoint_files import own_options, prepare_resume, write_checkpoint
 from sam2_lora_ext.checkpoints import ADAPTER_KEYS, NOTES, read_file, weights_id
 from sam2_lora_ext.data.records import compare_datasets
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
 from sam2_lora_ext.meters import SegmentationMeter
-from sam2_lora_ext.run_cleaning import clean_up
 from sam2_lora_ext.run_record import RunRecord
 from sam2_lora_ext.run_start import RunStart, on_rank_0
 from sam2_lora_ext.seeding import derive_seed, seed_everything
@@ -73,8 +72,9 @@ class LoRATrainer(Trainer):
     ):
         received = {name: value for name, value in locals().items() if name not in ("self", "stock", "__class__")}
         received |= stock
-        self.start = RunStart(Path(run_dir), type(self), received)
-        self.run_dir, self.model_config, self.keep_previous = Path(run_dir), model_config, bool(keep_previous)
+        self.run_dir = Path(str(run_dir))  # is checked below
+        self.start = RunStart(self.run_dir, type(self), received)
+        self.model_config, self.keep_previous = model_config, bool(keep_previous)
         self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
         self.export_conf = {"merged": False, "flat_files": False, **(export or {})}
         self.base_id: str | None = None
@@ -83,7 +83,14 @@ class LoRATrainer(Trainer):
             try:
                 check_trainer(received)
                 if accelerator == "cuda" and not torch.cuda.is_available():
+<<<<<<< HEAD
                     raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
+=======
+                    raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu")
+                check_keys("trainer.export", self.export_conf, ("merged", "flat_files"))
+                if metrics_every < 1:
+                    raise UserError(f"trainer.metrics_every must be at least 1 step, got {metrics_every}")
+>>>>>>> records
                 self.history = History.of(monitor, monitor_mode, early_stop)
                 super().__init__(max_epochs=max_epochs or 1, seed_value=seed_value, accelerator=accelerator, **stock)
                 self._open_run()
@@ -122,20 +129,15 @@ class LoRATrainer(Trainer):
 
     def load_checkpoint(self) -> None:
         folder = Path(self.checkpoint_conf.save_dir)
-        on_rank_0(lambda: clean_up(self.run_dir, folder))
-        self.start.compare(notes_to_resume(folder), self.train_dataset, self.val_dataset)
+        self.start.compare(folder, self.train_dataset, self.val_dataset)
         skipped = set(self.checkpoint_conf.skip_saving_parameters)
         saved = {name: value for name, value in self.model.state_dict().items() if name not in skipped}
         on_rank_0(lambda: prepare_resume(folder, saved))
         super().load_checkpoint()
 
     def _load_resuming_checkpoint(self, ckpt_path: str) -> None:
-        groups = self.optim.optimizer.param_groups
-        options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        super()._load_resuming_checkpoint(ckpt_path)
-        if self.start.allowed:  # the checkpoint has brought its own
-            for group, option in zip(self.optim.optimizer.param_groups, options, strict=True):
-                group.update(option)
+        with own_options(self.optim.optimizer, self.start.allowed):
+            super()._load_resuming_checkpoint(ckpt_path)
         self.guard.skipped = read_file(ckpt_path).get("skipped_steps", 0)
 
     def _call_model_initializer(self) -> None:

@@ -71,7 +71,7 @@ def test_weights_and_config_of_two_adapters(folder, tmp_path):
             layer.lora_a = layer.lora_a[:4]
         save_adapter(loaded, adapter)
     shutil.copy(folder / "adapter_model.safetensors", tmp_path / "other")
-    with pytest.raises(UserError, match="other/adapter_model.safetensors and the adapter_config.json beside it do not belong"):
+    with pytest.raises(UserError, match="other/adapter_model.* and the adapter_config.json beside it do not belong"):
         load_adapter(tmp_path / "other")
 
 
@@ -142,7 +142,8 @@ def test_each_state_that_a_kill_leaves(state, tmp_path):
         assert {path.name for path in (run / "adapters").iterdir()} == {"best", "final"}
     assert not list((run / "adapters").glob(".*")) and read_adapter(run).metadata["step"] == expected
     save_adapter(make(3), run / "adapters/best")
-    assert read_adapter(run).metadata["step"] == 3 and set(os.listdir(run / "adapters/best")) == PARTS - {"adapter_model.bin"}
+    assert read_adapter(run).metadata["step"] == 3
+    assert set(os.listdir(run / "adapters/best")) == PARTS - {"adapter_model.bin"}
 
 
 def writer(folder: Path) -> int:

@@ -38,7 +38,8 @@ DATA = "data.train.datasets.0.dataset.video_dataset"
 REFUSED = {
     "model.lora.alpha": 3, "model.lora.rank": 2, "model.lora.rslora": True, "model.lora.qkv_parts": ["q"],
     "model.lora.targets": ["a"], "model.lora.rank_pattern": {"a": 4}, "model.lora.dropout": 0.5,
-    "model.lora.variant": "dora", "model.image_size": 256, "model.prompt_seed": 1, "model.num_correction_pt_per_frame": 7,
+    "model.lora.variant": "dora", "model.image_size": 256, "model.prompt_seed": 1,
+    "model.num_correction_pt_per_frame": 7,
     "loss.severstal.weight_dict": {"loss_mask": 1}, "loss.severstal.class_weights": {3: 2.0},
     "optim.optimizer": {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.95]}, "optim.amp.enabled": True,
     "optim.options.lr.0.scheduler.schedulers.0.end_value": 0.5, "optim.gradient_clip.max_norm": 0.1,
@@ -150,7 +151,9 @@ def test_the_record_is_read_as_it_was_written(record, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "trainer: 3", "trainer: {}\ndata: 3", "a: &a [1]\ntrainer: {b: *a}", "{" * 9999, "\0", "!!python/name:os.system"]
+    "text",
+    ["", "[]", "trainer: 3", "trainer: {}\ndata: 3", "a: &a [1]\ntrainer: {b: *a}", "{" * 9999, "\0", "!!python/name:os.system"],
+    ids=range(8),
 )
 def test_a_damaged_record(tmp_path, text):
     (tmp_path / "run_config.yaml").write_text(text)
@@ -179,6 +182,6 @@ def test_a_digest_is_of_the_content():
 
     same = digest()
     assert digest(at="y") == same and digest(runs=runs.astype(np.int64)) == same and len(same) == 64
-    others = [digest(names=("a.jpg", "c.jpg")), digest(size=(9, 8)), digest(runs=runs + [[0, 1], [0, 0]]), digest(class_id=2),
-              digest(classes={1: "pit", 2: "dent"}), digest(complete=False)]  # fmt: skip
+    others = [digest(names=("a.jpg", "c.jpg")), digest(size=(9, 8)), digest(runs=runs + [[0, 1], [0, 0]]),
+              digest(class_id=2), digest(classes={1: "pit", 2: "dent"}), digest(complete=False)]  # fmt: skip
     assert len({same, *others}) == 7

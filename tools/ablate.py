@@ -33,8 +33,8 @@ examples:
   python tools/ablate.py -c severstal_lora --grid 'lora.targets=[image_encoder.*.qkv],[sam_mask_decoder.*_proj]' \\
       --out runs/targets --slurm --partition gpu --num-gpus 2 scratch.steps=5000
 
-The same command goes on where it was: finished members are not run again, others resume from their checkpoints. A folder
-of other settings is refused, by the rule of a resume, unless trainer.resume_with_changes=true is among the overrides.
+The same command goes on where it was: finished members are not run again, others resume from their checkpoints. A
+folder of other settings is refused, as by a resume, unless trainer.resume_with_changes=true is among the overrides.
 OUT then holds a run folder a member, ablation.csv, ablation.md and ablation.png.
 """
 

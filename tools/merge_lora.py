@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_inputs(args.verify, args.image)
 
     start, record = time.perf_counter(), record_path(args.out)
-    read = [args.base, *(file for path in args.adapter for file in source_files(path)), *([args.image] if args.image else [])]
+    read = [args.base, *(file for path in args.adapter for file in source_files(path))]
+    read += [args.image] if args.image else []
     for path in (args.out, record):
         refuse_existing(path, args.force)
         refuse_input_files(path, read)

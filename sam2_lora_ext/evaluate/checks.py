@@ -8,13 +8,13 @@ from typing import Any
 from tqdm import tqdm
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.evaluate.compare import SUBMISSION, Samples
+from sam2_lora_ext.evaluate.compare import GALLERY, SUBMISSION, Samples
 from sam2_lora_ext.evaluate.conditions import Conditions
+from sam2_lora_ext.evaluate.gallery import refuse_gallery
 from sam2_lora_ext.evaluate.models import Candidate, build
 from sam2_lora_ext.files import refuse_existing
 
 RECORDS = ("evaluation.json", "evaluation.md")  # in the output folder
-GALLERY = "gallery"  # in the folder of each model
 LONGEST = 200  # bytes of a folder's name: file systems end at 255
 DEEPEST = 3500  # bytes of the output folder's path: Linux ends at 4096
 
