@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import EXISTS
+from sam2_lora_ext.files import EXISTS, REFUSED
 
 
 def replace_folder(
@@ -45,7 +45,7 @@ def replace_folder(
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(folder):
             raise UserError(EXISTS.format(folder)) from None
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; check the folder, its rights and the free disk") from error
+        raise UserError(REFUSED.format(folder, error.strerror or error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

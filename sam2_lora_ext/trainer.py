@@ -83,14 +83,7 @@ class LoRATrainer(Trainer):
             try:
                 check_trainer(received)
                 if accelerator == "cuda" and not torch.cuda.is_available():
-<<<<<<< HEAD
-                    raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu, or check the driver")
-=======
                     raise UserError("trainer.accelerator is cuda but no GPU is visible: set it to cpu")
-                check_keys("trainer.export", self.export_conf, ("merged", "flat_files"))
-                if metrics_every < 1:
-                    raise UserError(f"trainer.metrics_every must be at least 1 step, got {metrics_every}")
->>>>>>> records
                 self.history = History.of(monitor, monitor_mode, early_stop)
                 super().__init__(max_epochs=max_epochs or 1, seed_value=seed_value, accelerator=accelerator, **stock)
                 self._open_run()
