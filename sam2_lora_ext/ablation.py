@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import write_atomic, write_json
+from sam2_lora_ext.files import LARGEST_NOTE, read_json, write_atomic, write_json
 from sam2_lora_ext.run_state import SUMMARY, is_finished, validations
 
 MEMBER, LOG = "member.json", "ablation.log"
@@ -119,7 +119,7 @@ def collect(members: Sequence[Member], failures: dict[str, str], metric: str = M
     for member in members:
         row: dict[str, Any] = {"member": member.folder.name, **member.values, "status": "failed", "reason": ""}
         if is_finished(member.folder):
-            summary = json.loads((member.folder / SUMMARY).read_text())
+            summary = read_json(member.folder / SUMMARY, LARGEST_NOTE)
             best = summary["best"] or {"metrics": {}, "step": None}
             row |= {"status": "finished", "params_trained": summary["parameters"]["trained"], "best_step": best["step"],
                     "steps": summary["steps"], "seconds": summary["wall_seconds"]}  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.files import LARGEST_NOTE, read_text, write_atomic
 
 NAME, OLD_NAME = "run_config.yaml", "config_resolved.yaml"
 
@@ -93,8 +93,8 @@ def plain(value: Any) -> Any:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        record = _Loader(file.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        record = _Loader(read_text(file, LARGEST_NOTE)).get_single_data()
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file} is damaged or cannot be read ({' '.join(str(error).split())}): restore it") from error
     if not isinstance(record, dict) or not isinstance(record.get("trainer"), dict):
         raise UserError(f"{file} does not hold the trainer section of a run: restore it")

@@ -1,8 +1,10 @@
 """How far a run is, from its own files. Needs no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import LARGEST_NOTE, read_json
 
 SUMMARY, OLD_SUMMARY = "training_summary.json", "training_summary.previous.json"
 VALIDATIONS = "validations.json"
@@ -28,7 +30,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path, kind: type) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file, LARGEST_NOTE)
+    except UserError:
         return kind() if file.is_file() else None
     return content if isinstance(content, kind) else kind()

@@ -20,6 +20,7 @@ from sam2_lora_ext.data import tiff
 from sam2_lora_ext.data.orientation import BACK, ORIENTATION, orientation, turned
 from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP")  # by content; suffixes are not believed
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
@@ -58,7 +59,15 @@ def opened(source: Source) -> Iterator[Image.Image]:
 
 def _file(source: Source) -> BinaryIO:
     """The opened file: given a path, PIL maps some TIFFs into memory and gets those wrong that it turns."""
-    return io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else open(source, "rb")
+    if isinstance(source, io.BytesIO):
+        return io.BytesIO(source.getvalue())
+    try:
+        return open_regular(source)
+    except UserError as error:
+        if isinstance(error.__cause__, (OSError, ValueError)):
+            raise error.__cause__ from None
+        sentence = "a folder, pipe or device stands where an image should be; remove it"
+        raise ImageError("not a file", sentence) from error
 
 
 def most_pixels() -> int:

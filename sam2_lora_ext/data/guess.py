@@ -1,7 +1,6 @@
 """Which reader fits a path: for the tools, where a user names a folder and no format."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,9 @@ from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.data.supervisely import SuperviselyReader
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.files import open_regular, read_json
 
+HEADER = 1 << 16  # bytes of a table that are read to tell what it is
 LABEL_FOLDERS = ("annotations", "labels", "masks", "label", "mask", "gt")
 
 
@@ -158,16 +159,17 @@ def _holds_images(folder: Path) -> bool:
 
 def _is_kaggle(path: Path) -> bool:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = {field.strip() for field in next(csv.reader(file), [])}
-    except (OSError, UnicodeDecodeError, csv.Error):
+        with open_regular(path) as file:
+            first = file.readline(HEADER).decode("utf-8-sig")
+        header = {field.strip() for field in next(csv.reader([first]), [])}
+    except (UserError, UnicodeDecodeError, csv.Error):
         return False
     return "EncodedPixels" in header
 
 
 def _is_coco(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)
+    except UserError:
         return False
     return isinstance(content, dict) and {"images", "annotations"} <= set(content)
