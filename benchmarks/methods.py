@@ -50,7 +50,7 @@ class Setup(NamedTuple):
 
 
 def build(
-    method: str, size: str, resolution: int, dropout: float = DROPOUT, memory: str | Mapping[str, Any] | None = None,
+    method: str, size: str, resolution: int, dropout: float = DROPOUT, activations: str | Mapping[str, Any] | None = None,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> Setup:
     """The setup of one of `METHODS` (or of "plain", "decoder_plain"), randomly initialised from a fixed seed.
@@ -60,16 +60,16 @@ def build(
         size: one of `CONFIGS`.
         resolution: the side of the model's input in pixels.
         dropout: of the adapters.
-        memory: a preset, or a `memory:` block, instead of the method's own.
+        activations: a preset, or an `activations:` block, instead of the method's own.
         feature_cache: of a decoder-only method of ours, see `FeatureCache`.
     """
     targets = DECODER_TARGETS if method.startswith("decoder") else list(DEFAULT_TARGETS)
     torch.manual_seed(0)
     if method.endswith(("lean", "lean_memory", "lean_fast", "plain")):
         kind = "plain" if method.endswith("plain") else "lean"
-        preset = memory or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
+        preset = activations or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
         lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
-        settings = {"lora": lora, "memory": preset, "prompt_seed": PROMPT_SEED, "feature_cache": feature_cache}
+        settings = {"lora": lora, "activations": preset, "prompt_seed": PROMPT_SEED, "feature_cache": feature_cache}
         model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", **settings)
         loss = SeverstalLoss(**LOSS, implementation=kind)
     else:

@@ -210,19 +210,27 @@ class LoRATrainer(Trainer):
     def _step(self, batch: Any, model: torch.nn.Module, phase: str) -> tuple:
         """Stock's step; between two of them a signal ends the run, and a loss that is not finite does on all ranks."""
         if self.guard.stop_signal:
+            self.guard.check_weights(self.trained, self.steps[Phase.TRAIN])
             # checkpoint.pt stays at the last phase's end: one from inside a phase would make its steps twice
             self.record.export("latest", self.steps[Phase.TRAIN])
             self.guard.exit(self.steps[Phase.TRAIN])
         result = super()._step(batch, model, phase)
         losses = {**result[0], **result[2]}
         dataset = self.train_dataset if phase == Phase.TRAIN else self.val_dataset
-        self.guard.check_loss(batch, losses, self.steps[Phase.TRAIN], phase, raw_datasets(dataset))
+        self.guard.watch(batch, losses, self.steps[Phase.TRAIN], phase, raw_datasets(dataset))
         return result
+
+    def _run_step(self, *args: Any, **kwargs: Any) -> None:
+        """Stock's, whose refusal of a loss that is not finite becomes a sentence."""
+        try:
+            super()._run_step(*args, **kwargs)
+        except FloatingPointError as error:
+            raise UserError(self.guard.diagnosis()) from error
 
     def _after_gradients(self, model: torch.nn.Module, rank: int, where: float) -> None:
         """The Trainer's gradient hook: the step's rate is set, its gradients are clipped, nothing is applied yet."""
         step = self.steps[Phase.TRAIN]
-        self.guard.check_gradients(self.trained, step, scaled=self.scaler.is_enabled())
+        self.guard.check_gradients(self.trained, scaled=self.scaler.is_enabled())
         if self.user_gradient_logger is not None:
             self.user_gradient_logger(model, rank=rank, where=where)
         if step % self.metrics_every == 0:
