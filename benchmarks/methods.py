@@ -54,6 +54,11 @@ class Setup(NamedTuple):
         torch.manual_seed(3)
         self.model.rng = np.random.default_rng(3)
 
+    def seeded_loss(self, batch: BatchedVideoDatapoint) -> Tensor:
+        """`step_loss` with the same draws each time."""
+        self.seed()
+        return self.step_loss(batch)
+
     def loss_of(self, outputs: Any, batch: BatchedVideoDatapoint) -> Tensor:
         """The loss of the model's outputs."""
         return self.loss(outputs, batch.masks)[CORE_LOSS_KEY]
