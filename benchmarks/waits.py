@@ -12,7 +12,7 @@ optimizer. Stock SAM 2 and PEFT run stock's Trainer without meters, ours runs `L
   tensor needs `.cpu()` first.
 
 Not seen: which tensors would lie on the host anyway, so that their reading is no wait (AdamW's step counters alone are known and left
-out, as are `.to(some_device)`); copies to the device; waits of NCCL.
+out, as are `.to(some_device)`); copies to the device; waits of NCCL and of DDP, which reads its map of unused parameters.
 """
 
 import argparse
@@ -55,7 +55,8 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._overloadpacket.__name__
         if name in READS or name in SIZED:
-            self._count("item" if name == "_local_scalar_dense" else name)
+            if not (args[0].dtype == torch.int32 and asked_by_engine()):
+                self._count("item" if name == "_local_scalar_dense" else name)
         elif name.startswith("index") and reads_booleans(args):
             self._count("boolean index")
         return func(*args, **(kwargs or {}))
@@ -102,6 +103,14 @@ def reads_booleans(args: Sequence[Any]) -> bool:
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     masks = any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
     return masks and not (len(args) > 2 and isinstance(args[2], Tensor) and args[2].numel() == 1)
+
+
+def asked_by_engine() -> bool:
+    """Whether C++ code in the backward pass asks: of integers that is DDP with its host-side map of unused parameters."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename.endswith(("eval_frame.py", "_compile.py")):
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
 
 
 def asking_line() -> str:
