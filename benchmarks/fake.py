@@ -1,7 +1,7 @@
 """Runs a training step on fake tensors: true shapes and storages, true FLOPs and bytes, but no memory and no arithmetic.
 
 A SAM 2 is constructed on the CPU first (Hiera's constructor reads values) and converted then. What a step decides from values
-is fixed: the clicks, and which mask of an object has a gradient in the loss (the first).
+is fixed: the clicks, and which mask of an object has a gradient in the loss (the first). Dropout is CUDA's, see `cuda_dropout`.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import training.model.sam2 as host
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.kernels import cuda_dropout
 from sam2_lora_ext.model import LoRASAM2Train
 
 
@@ -21,6 +22,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     """Inside, operations make fake tensors, and SAM 2 clicks without looking."""
     with mock.patch.object(host, "get_next_point", _click), \
             mock.patch.object(LoRASAM2Train, "_prompt_sampler", lambda self, input: _NoSampler), \
+            cuda_dropout(), \
             FakeTensorMode(allow_non_fake_inputs=True) as mode:  # fmt: skip
         yield mode
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.methods import CONFIGS
-from benchmarks.train_step import step_times
+from benchmarks.timing import step_times
 from sam2_lora_ext.errors import run_cli
 from sam2_lora_ext.files import write_json
 
