@@ -77,11 +77,14 @@ class _MaskSums(torch.autograd.Function):
             g = targets.to(x.dtype)
             z = torch.addcmul(x, x, g, value=-2)
             q = z.sigmoid()
-            right = 1 - q
-            slope = _times_power(torch.addcmul(q, _softplus(z), right, value=ctx.gamma), q, ctx.gamma)
-            away = g.neg().add_(1 - ctx.alpha) if ctx.alpha >= 0 else 1 - 2 * g  # (1 - 2 g) w
-            slope.mul_(away).mul_(_each(dfocal / g.shape[2:].numel()))
-            slope.addcmul_(torch.addcmul(_each(ddrawn), _each(doverlap), g), right.mul_(q))
+            dfocal = dfocal / g.shape[2:].numel()
+            if ctx.alpha >= 0:  # (1 - 2 g) w dfocal
+                away = torch.addcmul(_each((1 - ctx.alpha) * dfocal), _each(dfocal), g, value=-1)
+            else:
+                away = torch.addcmul(_each(dfocal), _each(dfocal), g, value=-2)
+            slope = _times_power(torch.addcmul(q, _softplus(z), 1 - q, value=ctx.gamma), q, ctx.gamma).mul_(away)
+            dp = torch.addcmul(_each(ddrawn), _each(doverlap), g)
+            slope.add_(torch.ops.aten.sigmoid_backward(dp, q))  # dp q (1 - q)
             return _reduced(slope, logits.shape[2:]).to(logits.dtype), None, None, None
 
 

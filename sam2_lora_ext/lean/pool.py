@@ -23,8 +23,8 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         y, index = F.max_pool2d(x, 2, return_indices=True)
-        behind = index - _firsts(x)  # 0, 1, W or W + 1
-        ctx.save_for_backward((behind % x.shape[3] + 2 * (behind >= x.shape[3])).to(torch.uint8))
+        behind = index - _firsts(x)  # 0, 1, W or W + 1, where W is even
+        ctx.save_for_backward((behind & 1).to(torch.uint8).add_(behind > 1, alpha=2))
         ctx.shape = x.shape
         ctx.layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         return y
