@@ -114,9 +114,7 @@ def make_lean(model: nn.Module, config: ActivationsConfig) -> None:
     if config.norms:
         _swap((*prompts.modules(), *decoder.modules()), {LayerNorm2d: LeanLayerNorm2d})
     if config.positions:
-        encoding = encoder.neck.position_encoding
-        _swap((encoding,), {PositionEmbeddingSine: UnreadPositions})
-        encoding.cache.clear()
+        _swap((encoder.neck.position_encoding,), {PositionEmbeddingSine: UnreadPositions})
     blocks = encoder.trunk.blocks
     _swap(blocks[: blocks_for_share(blocks, config.encoder)], {MultiScaleBlock: CheckpointedBlock})
 
