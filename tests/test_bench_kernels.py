@@ -1,6 +1,6 @@
 """Kernels and waits of a whole step at a small size: the counters on known operations, and that a batch makes no more of either.
 
-The figures of ours are today's: they fall when the loss, the attention and the clicks work on all maps at once.
+The figures of ours are today's: they fall when the loss and the attention work on all maps at once.
 """
 
 import pytest
@@ -16,14 +16,17 @@ from benchmarks.waits import Waits, count_waits, reads_booleans
 
 SMALL, LARGE = (1, 2), (2, 3)  # images, and objects of each
 STOCK_WAITS = 9  # of the loss and its five parts, their number of objects, and the gradients' scale
-GROWTH = {"full": 1.0, "peft": 1.0, "lean_fast": 1.8, "lean": 1.8, "lean_memory": 1.7}  # of kernels from SMALL to LARGE; goal: 1.05
+KERNELS = {  # of a step with a batch of SMALL and of LARGE, two prediction steps; goal of ours: 1.05 times as many at most
+    "full": (1871, 1872), "peft": (2371, 2371),
+    "lean_fast": (2798, 3883), "lean": (2887, 3993), "lean_memory": (3678, 4911),
+}  # fmt: skip
 OUR_WAITS = 38  # goal: STOCK_WAITS + 1
 
 
 @pytest.fixture
 def few_clicks(monkeypatch):
-    """Three prediction steps, not eight."""
-    monkeypatch.setitem(SAMPLING, "num_correction_pt_per_frame", 2)
+    """Two prediction steps, not eight."""
+    monkeypatch.setitem(SAMPLING, "num_correction_pt_per_frame", 1)
 
 
 def test_kernels_are_what_computes_or_copies():
@@ -99,11 +102,11 @@ def test_waits_are_named_by_kind_and_line():
     assert reads_booleans((x, [mask])) and not reads_booleans((x, [mask], torch.tensor(0.0)))
 
 
-@pytest.mark.parametrize("method", GROWTH)
+@pytest.mark.parametrize("method", KERNELS)
 def test_kernels_of_a_step_do_not_grow_with_the_batch(method, few_clicks):
-    """Real tensors, real clicks: a loop over objects or maps anywhere shows. Each is counted twice, to the same."""
-    small, large = (real_step(method, "nano", 128, *batch)[0].kernels for batch in (SMALL, LARGE))
-    assert large / small == pytest.approx(GROWTH[method], abs=0.002 if GROWTH[method] == 1 else 0.1)
+    """Real tensors, real clicks: a loop over objects or maps anywhere shows."""
+    found = [real_step(method, "nano", 128, *batch)[0].kernels for batch in (SMALL, LARGE)]
+    assert found == pytest.approx(KERNELS[method], rel=0.002)  # which channel of a mask is trained, values decide
 
 
 def test_counting_repeats_exactly(few_clicks):
