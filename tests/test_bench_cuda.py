@@ -17,7 +17,7 @@ from sam2_lora_ext.prompts import PromptSampler
 
 IMAGES, OBJECTS = 2, 3
 # Kernels of forward pass and loss under the CPU's autocast by those under CUDA's, which keeps norms, sums and softplus in float32.
-CPU_BY_CUDA = {"full": 1.0, "lean": 1.0}
+CPU_BY_CUDA = {"full": 0.95, "lean": 0.97}
 
 
 @pytest.fixture
@@ -90,7 +90,5 @@ def test_how_far_the_cpu_s_autocast_is_from_cuda_s(method, few_clicks, monkeypat
         _, cuda = half_a_step(build(method, "nano", 128), autocast=True, warm=True)
     _, _, cpu = fake_step(method, "nano", 128, IMAGES, OBJECTS, autocast=True)
     phases = "forward", "loss"
-    print({phase: (cpu.total(phase), cuda.total(phase), cpu.moved(phase), cuda.moved(phase)) for phase in phases})
-    print({p: {n: (cpu.by_operation()[p][n], cuda.by_operation()[p][n]) for n in cpu.by_operation()[p] | cuda.by_operation()[p]
-              if cpu.by_operation()[p][n] != cuda.by_operation()[p][n]} for p in phases})
-    assert cpu.total(*phases) / cuda.total(*phases) == pytest.approx(CPU_BY_CUDA[method], abs=0.05)
+    assert cpu.total(*phases) / cuda.total(*phases) == pytest.approx(CPU_BY_CUDA[method], abs=0.02)
+    assert 0.8 < cpu.moved(*phases) / cuda.moved(*phases) <= 1.0
