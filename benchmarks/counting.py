@@ -1,7 +1,9 @@
 """What one training step of a method costs, counted: a row of numbers that repeat exactly, on fake tensors or on real ones.
 
-Autocast here is the CPU's, for a model that CUDA's would need is not at hand. Both cast products and attention; they differ in what they
-keep in float32 (see `tests/test_bench_cuda.py`, which counts forward pass and loss under both).
+Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and attention; CUDA's keeps
+norms, sums and softplus in float32 and so casts more. Of the small model's full fine-tuning it makes 942 kernels of the forward pass,
+not 887, and moves a tenth more bytes there; the loss is the same (`tests/test_bench_cuda.py` counts both). Counted as on a CPU are also
+attention (one kernel, both ways) and what fake tensors leave out: the clicks, which stand still.
 """
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ A SAM 2 is constructed on the CPU first (Hiera's constructor reads values) and c
 is fixed: the clicks, and which mask of an object has a gradient in the loss (the first). Dropout is CUDA's, see `cuda_dropout`.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -27,19 +28,42 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def convert(model: nn.Module, mode: FakeTensorMode) -> None:
+@contextmanager
+def fake_cuda(objects: int) -> Iterator[FakeTensorMode]:
+    """`fake_tensors` for tensors that say they are on CUDA, on a machine without it; autograd's backward pass does not run on them.
+
+    Args:
+        objects: in the batch: the one value that stock's loss reads back. Any other reading raises.
+    """
+    def item(tensor: Tensor) -> float:
+        code = sys._getframe(1).f_code
+        if code.co_filename.endswith("training/loss_fns.py"):
+            return float(objects)
+        raise RuntimeError(f"{code.co_filename} reads a value back from the device in {code.co_name}")
+
+    with fake_tensors() as mode, mock.patch.object(Tensor, "item", item), \
+            mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False), \
+            mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True):  # fmt: skip
+        yield mode
+
+
+def convert(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
     """Replaces the parameters and buffers of a model by fake ones, in place; their memory is freed."""
+    def fake(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor.data) if device == "cpu" else torch.empty_like(tensor.data, device=device)
+
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(mode.from_tensor(parameter.data), parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(fake(parameter), parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer)
+                module._buffers[name] = fake(buffer)
 
 
 def _click(gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-    return torch.zeros(len(gt_masks), 1, 2), torch.ones(len(gt_masks), 1, dtype=torch.int32)
+    points = torch.zeros(len(gt_masks), 1, 2, device=gt_masks.device)
+    return points, torch.ones(len(gt_masks), 1, dtype=torch.int32, device=gt_masks.device)
 
 
 class _NoSampler:
