@@ -3,8 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-FAST := not slow and not slurm and not browser
-SLOW := slow or slurm or browser
+FAST := not slow and not slurm and not browser and not gpu
+SLOW := (slow or slurm or browser) and not gpu
 
 # `make -f some/where/Makefile` from elsewhere starts again in the Makefile's own folder, which may have a space in it.
 HERE := $(shell file="$(MAKEFILE_LIST)"; CDPATH= cd "$$(dirname "$${file# }")" && pwd -P)
@@ -21,12 +21,13 @@ else
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help env demo test test-slow fuzz bench quality clean
+.PHONY: help env demo test test-slow gpu fuzz bench quality clean
 help:
 	@echo 'make env        the environment in .venv: pinned packages, SAM 2, this project (editable)'
 	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  what takes longer: kills, cluster, browser'
+	@echo 'make gpu        on a CUDA machine, no network, ten minutes: tests, and the real table of training steps'
 	@echo 'make fuzz       the readers under random input for a minute each'
 	@echo 'make bench      cost: a training step, the data, bytes between ranks'
 	@echo 'make quality    quality on NEU-Seg: base, LoRA, full fine-tuning (40 minutes)'
@@ -65,6 +66,12 @@ test: env
 # pytest's exit code 5 says that no test was selected, which is no failure here.
 test-slow: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
+
+# The second command measures for six minutes at most; cuBLAS wants a workspace of its own to be deterministic.
+gpu: env
+	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available() and "make gpu needs a GPU, and torch sees none")'
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PY) -m pytest -m gpu tests/test_gpu.py $(ARGS)
+	$(PY) -m benchmarks.gpu
 
 fuzz: env
 	SAM2_LORA_FUZZ_SECONDS=60 $(PY) -m pytest tests/test_fuzz_readers.py -s $(ARGS)

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.methods import CONFIGS
 from benchmarks.output import add_out, check_out, write_result
-from benchmarks.train_step import step_times
+from benchmarks.timing import step_times
 from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
 
 METHODS = {"decoder": "stock", "decoder_lean": "ours", "decoder_cached": "ours, features from disk"}

@@ -1,4 +1,4 @@
-"""Counts what a training step needs: FLOPs, bytes kept for backward, peak live bytes; all repeat exactly, on any machine.
+"""Counts what a training step needs: kernels, FLOPs, bytes kept for backward, peak live bytes; all repeat exactly, on any machine.
 
 Everything here also works on fake tensors, which have shapes and storages but no memory (see `benchmarks.estimate`).
 """
@@ -6,7 +6,7 @@ Everything here also works on fake tensors, which have shapes and storages but n
 import gc
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop, sdpa_backward_flop, sdpa_flop
 
-UNKNOWN = {  # operations that torch's counter does not know, in place or of the CPU, with its formulas for those that it knows
-    torch.ops.aten.addmm_: addmm_flop.__wrapped__,  # which the counter wraps itself
-    torch.ops.aten.baddbmm_: baddbmm_flop.__wrapped__,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
-}
+from benchmarks.kernels import Kernels
 
 
 class Cost(NamedTuple):
@@ -38,6 +32,10 @@ class Cost(NamedTuple):
             weights, the batch and the optimizer's state; with the gradients.
         gradient_bytes: of all parameters.
         optimizer_bytes: the optimizer's state.
+        kernels: of forward pass, loss and backward pass; see `benchmarks.kernels`.
+        moved_bytes: of the same.
+        optimizer_kernels: of the optimizer's step, not in `kernels`: on a GPU AdamW handles many tensors in each.
+        optimizer_moved_bytes: of the same.
     """
 
     flops: int
@@ -46,6 +44,10 @@ class Cost(NamedTuple):
     peak_live_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    kernels: int
+    moved_bytes: int
+    optimizer_kernels: int
+    optimizer_moved_bytes: int
 
 
 class LiveBytes(TorchDispatchMode):
@@ -111,34 +113,49 @@ class Saved(AbstractContextManager):
 
 
 def step_cost(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Iterable[Tensor], loss: Callable[[], Tensor]
-) -> Cost:
-    """Runs three training steps: the first counts FLOPs and makes the optimizer's state, the next ones count bytes.
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Iterable[Tensor], forward: Callable[[], Any],
+    loss: Callable[[Any], Tensor], autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[Cost, Kernels]:  # fmt: skip
+    """Runs a forward pass that fills caches, then one training step that is counted; also gives its kernels by phase and operation.
+
+    What autograd's hooks see is counted in the first of them, for with hooks some of what is dropped lives on.
 
     Args:
         model: whose parameters and buffers are the weights.
-        optimizer: of the model; its weights change.
+        optimizer: of the model, without a state as yet; its weights change.
         batch: the tensors that are there before the step.
-        loss: forward pass and loss; it must keep nothing but what it returns, and do the same at each call.
+        forward: the forward pass; it must keep nothing but what it returns, and do the same at each call.
+        loss: of the forward pass's outputs, which are dropped then, as by the Trainer.
+        autocast: makes the context of forward pass and loss.
     """
-    weights = [*model.parameters(), *model.buffers()]
-    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as flops:
-        run_step(optimizer, loss)
-    with Saved([*weights, *batch]) as saved:
-        value = loss()
+    known = [*model.parameters(), *model.buffers(), *batch]
+    with Saved(known) as saved, autocast():
+        value = loss(forward())
     del value
-    state = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
     gc.collect()
-    with LiveBytes([*weights, *batch, *state]) as live:
-        value = loss()
+    with LiveBytes(known) as live, Kernels() as kernels:
+        with autocast():
+            outputs = forward()
+            kernels.phase = "loss"
+            value = loss(outputs)
+            del outputs
         kept = live.now
+        kernels.phase = "backward"
         value.backward()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    optimizer.step()  # makes its state
+    state = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
+    kernels.phase = "optimizer"
+    with LiveBytes([*known, *state, *gradients]) as live_in_optimizer, kernels:
         optimizer.step()
-        peak = live.peak
     optimizer_bytes, gradient_bytes = (sum(tensor.nbytes for tensor in group) for group in (state, gradients))
+    peak = max(live.peak, live.now + live_in_optimizer.peak)
     optimizer.zero_grad()
-    return Cost(flops.get_total_flops(), kept, saved.total, peak, gradient_bytes, optimizer_bytes)
+    step = ("forward", "loss", "backward")
+    return Cost(
+        kernels.flops(), kept, saved.total, peak, gradient_bytes, optimizer_bytes, kernels.total(*step), kernels.moved(*step),
+        kernels.total("optimizer"), kernels.moved("optimizer"),
+    ), kernels  # fmt: skip
 
 
 def run_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:

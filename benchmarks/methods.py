@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import hydra
+import numpy as np
 import sam2  # noqa: F401  (initialises Hydra with its configs and ours)
 import torch
 from hydra.utils import instantiate
@@ -46,11 +47,25 @@ class Setup(NamedTuple):
 
     def step_loss(self, batch: BatchedVideoDatapoint) -> Tensor:
         """Forward pass and loss; the outputs are dropped, as by the Trainer."""
-        return self.loss(self.model(batch), batch.masks)[CORE_LOSS_KEY]
+        return self.loss_of(self.model(batch), batch)
+
+    def seed(self) -> None:
+        """Makes the next step draw the same clicks and dropout each time."""
+        torch.manual_seed(3)
+        self.model.rng = np.random.default_rng(3)
+
+    def seeded_loss(self, batch: BatchedVideoDatapoint) -> Tensor:
+        """`step_loss` with the same draws each time."""
+        self.seed()
+        return self.step_loss(batch)
+
+    def loss_of(self, outputs: Any, batch: BatchedVideoDatapoint) -> Tensor:
+        """The loss of the model's outputs."""
+        return self.loss(outputs, batch.masks)[CORE_LOSS_KEY]
 
 
 def build(
-    method: str, size: str, resolution: int, dropout: float = DROPOUT, memory: str | Mapping[str, Any] | None = None,
+    method: str, size: str, resolution: int, dropout: float = DROPOUT, activations: str | Mapping[str, Any] | None = None,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> Setup:
     """The setup of one of `METHODS` (or of "plain", "decoder_plain"), randomly initialised from a fixed seed.
@@ -60,16 +75,16 @@ def build(
         size: one of `CONFIGS`.
         resolution: the side of the model's input in pixels.
         dropout: of the adapters.
-        memory: a preset, or a `memory:` block, instead of the method's own.
+        activations: a preset, or an `activations:` block, instead of the method's own.
         feature_cache: of a decoder-only method of ours, see `FeatureCache`.
     """
     targets = DECODER_TARGETS if method.startswith("decoder") else list(DEFAULT_TARGETS)
     torch.manual_seed(0)
     if method.endswith(("lean", "lean_memory", "lean_fast", "plain")):
         kind = "plain" if method.endswith("plain") else "lean"
-        preset = memory or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
+        preset = activations or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
         lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
-        settings = {"lora": lora, "memory": preset, "prompt_seed": PROMPT_SEED, "feature_cache": feature_cache}
+        settings = {"lora": lora, "activations": preset, "prompt_seed": PROMPT_SEED, "feature_cache": feature_cache}
         model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", **settings)
         loss = SeverstalLoss(**LOSS, implementation=kind)
     else:
@@ -80,9 +95,9 @@ def build(
     return Setup(model.train(), loss, make_optimizer(model))
 
 
-def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW over all parameters, as the Trainer makes it."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+def make_optimizer(model: torch.nn.Module, foreach: bool | None = None) -> torch.optim.Optimizer:
+    """AdamW over all parameters, as the Trainer makes it; `foreach`: many tensors at once, as it does by itself on CUDA."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, foreach=foreach)
 
 
 def make_batch(resolution: int, images: int = 1, objects: int = 2) -> BatchedVideoDatapoint:

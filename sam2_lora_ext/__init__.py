@@ -1,6 +1,6 @@
 """LoRA for Meta's SAM 2 training framework: adapters, steel-defect data, Trainer hooks, a merge that stock loads."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _SERVING = (
     "active_adapter", "adapter_names", "add_adapter", "disable_adapters", "fit_predictor", "load_sam2",

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from training.loss_fns import MultiStepMultiMasksAndIous, dice_loss, iou_loss, sigmoid_focal_loss
 from training.trainer import CORE_LOSS_KEY
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.lean.mask_sums import mask_sums
+from sam2_lora_ext.lean.mask_sums import MaskSums, mask_sums
+from sam2_lora_ext.tversky import focal_tversky, tversky_of_sums
 
 REQUIRED = ("loss_mask", "loss_dice", "loss_iou")
 TVERSKY = "loss_tversky"
@@ -22,7 +24,6 @@ IMPLEMENTATIONS = ("plain", "lean")
 # Lists over the click steps. The lean loss reads the masks before they are enlarged to the model's input.
 STEP_OUTPUTS = ("multistep_pred_multimasks_high_res", "multistep_pred_ious", "multistep_object_score_logits")
 SMALL_MASKS = "multistep_pred_multimasks"
-TVERSKY_FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which a saturated sigmoid would turn into NaN
 
 
 class MaskTerms(NamedTuple):
@@ -31,33 +32,6 @@ class MaskTerms(NamedTuple):
     focal: Tensor
     dice: Tensor
     iou: Tensor
-
-
-def focal_tversky(logits: Tensor, targets: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """Focal-Tversky loss (arXiv 1810.07842), `(1 - TI) ** (1 / gamma)`, of each object.
-
-    `TI = (TP + 1) / (TP + alpha FN + beta FP + 1)` on probabilities p = sigmoid(logits): TP = sum(p g),
-    FN = sum((1 - p) g), FP = sum(p (1 - g)). Both masks empty: 0; an empty target alone: `beta FP / (beta FP + 1)` to
-    the power. `1 - TI` is cut off below 1e-6, so a perfect mask costs `1e-6 ** (1 / gamma)` and has no gradient.
-
-    Args:
-        logits: [O H W].
-        targets: [O H W], 0.0 or 1.0.
-        alpha: the price of a missed pixel.
-        beta: the price of a false pixel.
-        gamma: above 1 it turns to objects that are nearly right (the paper's range is 1 to 3).
-
-    Returns:
-        [O].
-    """
-    p, g = logits.sigmoid().flatten(1), targets.flatten(1)
-    return tversky_of_sums((p * g).sum(-1), p.sum(-1, dtype=g.dtype), g.sum(-1), alpha, beta, gamma)
-
-
-def tversky_of_sums(hit: Tensor, drawn: Tensor, area: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """`focal_tversky` [O] from TP = `hit`, sum(p) = `drawn` and sum(g) = `area`, each [O]."""
-    wrong = alpha * (area - hit) + beta * (drawn - hit)
-    return (wrong / (hit + wrong + 1)).clamp(min=TVERSKY_FLOOR) ** (1 / gamma)
 
 
 class SeverstalLoss(MultiStepMultiMasksAndIous):
@@ -105,6 +79,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
                 "the Tversky term needs tversky_alpha >= 0, tversky_beta >= 0 and tversky_gamma > 0, "
                 f"but got {tversky_alpha}, {tversky_beta} and {tversky_gamma}"
             )
+        self.names = [*REQUIRED, "loss_class", *([TVERSKY] if TVERSKY in self.weight_dict else [])]  # of the terms
         self.class_weights = _checked_classes(class_weights or {})
         self.tversky = {"alpha": tversky_alpha, "beta": tversky_beta, "gamma": tversky_gamma}
 
@@ -112,12 +87,10 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         """The stock terms of every mask channel.
 
         Args:
-            masks: logits [O M H W]; the lean implementation takes smaller ones too.
-            targets: [O 1 H W], 0.0 or 1.0; bool too for the lean implementation.
+            masks: logits [O M H W].
+            targets: [O 1 H W], 0.0 or 1.0.
             ious: predicted IoU [O M].
         """
-        if self.lean:
-            return self._lean_terms(masks, targets, ious)
         targets = targets.expand_as(masks)
         return MaskTerms(
             sigmoid_focal_loss(masks, targets, 1, self.focal_alpha, self.focal_gamma, loss_on_multimask=True),
@@ -125,24 +98,36 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
             iou_loss(masks, targets, ious, 1, loss_on_multimask=True, use_l1_loss=self.iou_use_l1_loss),
         )
 
-    def _lean_terms(self, masks: Tensor, targets: Tensor, ious: Tensor) -> MaskTerms:
-        sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
-        true_ious = sums.hits / (sums.positives + sums.area - sums.hits).clamp(min=1)
-        error = ious - true_ious
-        return MaskTerms(
-            sums.focal,
-            1 - (2 * sums.overlap + 1) / (sums.drawn + sums.area + 1),
-            error.abs() if self.iou_use_l1_loss else error.square(),
-        )
+    def selected_terms(self, masks: Tensor, targets: Tensor, ious: Tensor, num_objects: float) -> dict[str, Tensor]:
+        """The lean terms of one prediction step, each [O]: of the channel that stock selects, which alone has a gradient.
+
+        Args:
+            masks: logits [O M h w], of the targets' size or smaller.
+            targets: [O 1 H W], 0 or 1 in any type.
+            ious: predicted IoU [O M].
+            num_objects: stock's divisor, which decides between channels that are nearly equal.
+        """
+        rule = self.focal_alpha, self.focal_gamma
+        several = masks.shape[1] > 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not several):
+            sums = mask_sums(masks, targets, *rule)
+        area = targets.sum((2, 3))  # O 1
+        error = ious - sums.hits / (sums.positives + area - sums.hits).clamp(min=1)
+        iou = error.abs() if self.iou_use_l1_loss else error.square()
+        if several:
+            best = self._best_channel(MaskTerms(sums.focal, _dice(sums, area), iou), num_objects)
+            chosen = F.one_hot(best, masks.shape[1])  # O M
+            sums = mask_sums((masks * chosen[..., None, None]).sum(1, keepdim=True), targets, *rule)
+            iou = iou.mean(1, keepdim=True) if self.supervise_all_iou else (iou * chosen).sum(1, keepdim=True)
+        terms = {"loss_mask": sums.focal, "loss_dice": _dice(sums, area), "loss_iou": iou}
+        if TVERSKY in self.names:
+            terms[TVERSKY] = tversky_of_sums(sums.overlap, sums.drawn, area, **self.tversky)
+        return {name: term[:, 0] for name, term in terms.items()}
 
     def tversky_term(self, masks: Tensor, targets: Tensor, best: Tensor) -> Tensor:
         """The Tversky loss [O] of channel `best` [O] of the logits [O M H W]."""
-        if not self.lean:
-            chosen = masks[torch.arange(len(best), device=best.device), best]
-            return focal_tversky(chosen, targets[:, 0], **self.tversky)
-        sums = mask_sums(masks, targets, self.focal_alpha, self.focal_gamma)
-        hit, drawn, area = (total.gather(1, best[:, None])[:, 0] for total in (sums.overlap, sums.drawn, sums.area))
-        return tversky_of_sums(hit, drawn, area, **self.tversky)
+        chosen = masks[torch.arange(len(best), device=best.device), best]
+        return focal_tversky(chosen, targets[:, 0], **self.tversky)
 
     def class_term(self, score_logits: Tensor, present: Tensor) -> Tensor:
         """The object-score loss [O] of score logits [O 1], or zeros when the scores are not trained."""
@@ -168,34 +153,55 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
 
     def _forward(self, outputs: dict, targets: Tensor, num_objects: float) -> dict[str, Tensor]:
         """The losses of one frame (targets [O H W]), divided by `num_objects`; stock's `forward` adds up the frames."""
-        targets = targets.unsqueeze(1) if self.lean else targets.unsqueeze(1).float()  # lean ones are kept as they are
-        found = (targets > 0).flatten(1).view(torch.uint8).amax(-1).float()  # `any` is slow on a CPU
+        targets = targets.unsqueeze(1)
+        found = targets.flatten(1).any(1).float()
         present = found if self.pred_obj_scores else torch.ones_like(found)  # stock: without scores all count
         weights = self.object_weights(outputs, found)
-        names = [*REQUIRED, "loss_class", *([TVERSKY] if TVERSKY in self.weight_dict else [])]
-        losses = dict.fromkeys(names, 0)
-        rows = {name: torch.zeros_like(found) for name in names}
-
-        masks_key = SMALL_MASKS if self.lean and SMALL_MASKS in outputs else STEP_OUTPUTS[0]
-        steps = (outputs[key] for key in (masks_key, *STEP_OUTPUTS[1:]))
-        for masks, ious, score_logits in zip(*steps, strict=True):
-            terms = self.mask_terms(masks, targets, ious)
-            best = self._best_channel(terms, num_objects)
-            for name, term in zip(REQUIRED, terms, strict=True):
-                losses[name] += (self._select(name, term / num_objects, best) * present * weights).sum()
-                rows[name] += self._select(name, term.detach(), best) * present * weights
-            if TVERSKY in names:
-                term = self.tversky_term(masks, targets, best) * present * weights
-                losses[TVERSKY] += (term / num_objects).sum()
-                rows[TVERSKY] += term.detach()
-            term = self.class_term(score_logits, found) * weights
-            losses["loss_class"] += term.sum() / num_objects
-            rows["loss_class"] += term.detach()
-
+        forward = self._lean_terms if self.lean else self._plain_terms
+        losses, rows = forward(outputs, targets, num_objects, found, present * weights, weights)
         losses[CORE_LOSS_KEY] = self.reduce_loss(losses)
         rows[CORE_LOSS_KEY] = torch.zeros_like(found) + self.reduce_loss(rows)
         outputs["object_losses"] = rows
         return losses
+
+    def _lean_terms(
+        self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, mask_weights: Tensor, weights: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each term as a sum over objects and steps, divided, and [O] of each object without a gradient."""
+        masks = outputs[SMALL_MASKS if SMALL_MASKS in outputs else STEP_OUTPUTS[0]]
+        ious, scores = (outputs[key] for key in STEP_OUTPUTS[1:])
+        steps = [self.selected_terms(*step, num_objects) for step in zip(masks, [targets] * len(masks), ious, strict=True)]
+        classes = self.class_term(torch.cat(scores), found.repeat(len(steps))).view(len(steps), -1)  # S O
+        sums = {
+            name: classes.sum(0) * weights if name == "loss_class"
+            else torch.stack([step[name] for step in steps]).sum(0) * mask_weights
+            for name in self.names
+        }
+        return {name: term.sum() / num_objects for name, term in sums.items()}, {
+            name: term.detach() for name, term in sums.items()
+        }
+
+    def _plain_terms(
+        self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, mask_weights: Tensor, weights: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As `_lean_terms`, by stock's functions and in stock's order of sums."""
+        targets = targets.float()
+        losses = dict.fromkeys(self.names, 0)
+        rows = {name: torch.zeros_like(found) for name in self.names}
+        for masks, ious, scores in zip(*(outputs[key] for key in STEP_OUTPUTS), strict=True):
+            terms = self.mask_terms(masks, targets, ious)
+            best = self._best_channel(terms, num_objects)
+            for name, term in zip(REQUIRED, terms, strict=True):
+                losses[name] += (self._select(name, term / num_objects, best) * mask_weights).sum()
+                rows[name] += self._select(name, term.detach(), best) * mask_weights
+            if TVERSKY in self.names:
+                term = self.tversky_term(masks, targets, best) * mask_weights
+                losses[TVERSKY] += (term / num_objects).sum()
+                rows[TVERSKY] += term.detach()
+            term = self.class_term(scores, found) * weights
+            losses["loss_class"] += term.sum() / num_objects
+            rows["loss_class"] += term.detach()
+        return losses, rows
 
     def _best_channel(self, terms: MaskTerms, num_objects: float) -> Tensor:
         """The channel [O] with the least focal + Dice loss; divided first, as stock does, so that ties fall alike."""
@@ -207,6 +213,11 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         if name == "loss_iou" and self.supervise_all_iou:
             return term.mean(dim=-1)
         return term.gather(1, best[:, None])[:, 0]
+
+
+def _dice(sums: MaskSums, area: Tensor) -> Tensor:
+    """The Dice loss [O M] of sums [O M] and target areas [O 1]."""
+    return 1 - (2 * sums.overlap + 1) / (sums.drawn + area + 1)
 
 
 def _checked_terms(weight_dict: Mapping[str, float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ LOSS_NAMES = ("core_loss", "loss_mask", "loss_dice", "loss_iou", "loss_class", "
 
 @dataclass(frozen=True)
 class Rows:
-    """What is kept of each object in each frame, on the CPU."""
+    """What is kept of each object in each frame: on the device until a value is asked for, then on the CPU."""
 
     ids: Tensor  # [N 3] int64: video, object, frame
     tracked: Tensor  # [N] bool: not the clip's first frame
@@ -50,6 +50,10 @@ class Rows:
         names_of_tensors = [field.name for field in fields(Rows) if field.name != "loss_names"]
         tensors = {name: torch.cat([getattr(part, name) for part in padded]) for name in names_of_tensors}
         return Rows(**tensors, loss_names=names.pop())
+
+    def on_host(self) -> "Rows":
+        """The same on the CPU."""
+        return replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "loss_names"})
 
     def unique(self) -> "Rows":
         """Sorted by identifier, the first row of each: samplers pad with repeated samples."""
@@ -103,7 +107,8 @@ class SegmentationMeter:
 
     def reset(self) -> None:
         """Forgets all rows."""
-        self._parts: list[Rows] = []
+        self._new: list[Rows] = []  # where the outputs were
+        self._parts: list[Rows] = []  # on the CPU
 
     @torch.no_grad()
     def update(self, find_stages: Sequence[Mapping[str, Any]], find_metadatas: Any) -> None:
@@ -117,7 +122,7 @@ class SegmentationMeter:
         for index, (outputs, ids) in enumerate(zip(find_stages, find_metadatas.unique_objects_identifier, strict=True)):
             if "gt_masks" not in outputs:
                 raise UserError("the model's outputs have no 'gt_masks': use sam2_lora_ext.model.LoRASAM2Train")
-            self._parts.append(_rows_of_frame(outputs, ids, tracked=index > 0, with_losses=self.losses))
+            self._new.append(_rows_of_frame(outputs, ids, tracked=index > 0, with_losses=self.losses))
 
     def compute(self) -> dict[str, float]:
         """The values over this rank's rows, for the progress display: no communication."""
@@ -147,9 +152,10 @@ class SegmentationMeter:
         return keys + ([_loss_key(name) for name in LOSS_NAMES] if self.losses else [])
 
     def _compact(self) -> None:
-        """Keeps one part, so that repeated calls stay cheap."""
-        if self._parts:
-            self._parts = [Rows.concatenate(self._parts)]
+        """Keeps one part, so that repeated calls stay cheap; the device is waited for here, not at each update."""
+        if self._new:
+            self._parts = [Rows.concatenate([*self._parts, Rows.concatenate(self._new).on_host()])]
+            self._new = []
 
     def _summary(self, parts: list[Rows]) -> dict[str, float]:
         if not any(len(part) for part in parts):
@@ -204,19 +210,19 @@ def _loss_key(name: str) -> str:
 
 
 def _rows_of_frame(outputs: Mapping[str, Any], ids: Tensor, tracked: bool, with_losses: bool) -> Rows:
-    """The rows of one frame: outputs as in `SegmentationMeter.update`, ids [O 3]."""
-    counts = mask_counts(outputs["multistep_pred_masks_high_res"] > 0, outputs["gt_masks"]).cpu()
+    """The rows of one frame, where the outputs are: outputs as in `SegmentationMeter.update`, ids [O 3]."""
+    counts = mask_counts(outputs["multistep_pred_masks_high_res"] > 0, outputs["gt_masks"])
     objects, steps = counts.shape[:2]
     scores = outputs["multistep_object_score_logits"]
     losses = outputs.get("object_losses", {}) if with_losses else {}
-    columns = [loss.detach().double().cpu() for loss in losses.values()]
+    columns = [loss.detach().double() for loss in losses.values()]
     return Rows(
-        ids=ids.cpu().long(),
+        ids=ids.long(),
         tracked=torch.full((objects,), tracked),
         steps=torch.full((objects,), steps),
         counts=counts,
-        scores=scores[0].detach()[:, 0].double().cpu(),
-        last_scores=scores[-1].detach()[:, 0].double().cpu(),
+        scores=scores[0].detach()[:, 0].double(),
+        last_scores=scores[-1].detach()[:, 0].double(),
         losses=torch.stack(columns, dim=1) if columns else torch.zeros(objects, 0, dtype=torch.float64),
         loss_names=tuple(losses),
     )

@@ -8,7 +8,7 @@ Legend: O objects, H W pixels, P points. Coordinates are (x, y) in pixels of the
 click, 0 negative click, 2 and 3 the corners of a box, -1 padding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,26 +16,30 @@ import training.model.sam2 as host
 from sam2.modeling.sam2_utils import get_next_point, sample_box_points
 from torch import Tensor
 
+from sam2_lora_ext.seeding import mixed
+
 TRIES = 2**12  # pixels of the frame that are tried for a click, before those of its region are counted
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed integer
 
 
 class PromptSampler:
     """Samples the prompts of the O objects of one batch; stands in for the two functions that `SAM2Train` calls.
 
+    All objects are sampled at once on their device, and nothing is read back from it.
+
     Args:
-        empty: bool [O], which objects are clean (no pixel in the frame that is prompted first).
+        empty: bool [O], which objects are clean: of a class that has no pixels.
         sound: bool [O, H, W], where a clean object may be clicked.
-        seeds: one integer per object: its clicks come from a generator of its own, whatever else is in the batch and on
-            whichever rank. None: real objects draw from the global generator, as stock does.
+        keys: int64 [O], the start of each object's own random numbers, whatever else is in the batch and on whichever rank.
+        seeded: whether defects are clicked by these numbers too, and not from the global generator as in stock.
         exact_boxes: boxes without the stock jitter of 10 % (for validation).
     """
 
-    def __init__(self, empty: Tensor, sound: Tensor, seeds: list[int] | None, *, fixed: list[int], exact_boxes: bool):
-        self.empty, self.sound, self.exact_boxes = empty, sound, exact_boxes
-        self.seeded = seeds is not None
-        self.any_clean = bool(empty.any())
+    def __init__(self, empty: Tensor, sound: Tensor, keys: Tensor, *, seeded: bool, exact_boxes: bool):
+        self.empty, self.sound, self.keys = empty, sound, keys
+        self.seeded, self.exact_boxes = seeded, exact_boxes
         self.correcting = False  # set once the first prompts are there
-        self.generators = [torch.Generator().manual_seed(seed) for seed in (seeds or fixed)]
+        self.draws = 0  # random numbers that each object has used
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -48,7 +52,7 @@ class PromptSampler:
             host.get_next_point, host.sample_box_points = saved
 
     def next_point(self, gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-        """One click per object: stock's for defects, ours for clean objects.
+        """One click per object: by stock's rule for defects, by ours for clean objects.
 
         Args:
             gt_masks: bool [O, 1, H, W].
@@ -58,16 +62,13 @@ class PromptSampler:
         Returns:
             Coordinates float32 [O, 1, 2] and labels int32 [O, 1].
         """
+        drawn = self._drawn(gt_masks, pred_masks)
         if self.seeded and method == "uniform":
-            points, labels = self._seeded_points(gt_masks, pred_masks)
-        else:
-            points, labels = get_next_point(gt_masks=gt_masks, pred_masks=pred_masks, method=method)
-        for o in self._clean(gt_masks):
-            if pred_masks is not None and pred_masks[o].any():
-                continue  # stock already clicks negatively on what was wrongly found
-            points[o, 0] = self._draw(o, self.sound[o]).to(points)
-            labels[o, 0] = int(not self.correcting)
-        return points, labels
+            return drawn
+        stocks = get_next_point(gt_masks=gt_masks, pred_masks=pred_masks, method=method)
+        # stock already clicks negatively on what was wrongly found
+        ours = self.empty if pred_masks is None else self.empty & ~pred_masks.flatten(1).any(1)
+        return tuple(torch.where(_like(ours, new), new.to(old), old) for new, old in zip(drawn, stocks))
 
     def box(self, masks: Tensor) -> tuple[Tensor, Tensor]:
         """A box per defect as its two corners; for a clean object a positive click and one padding point.
@@ -80,46 +81,44 @@ class PromptSampler:
         """
         jittered = not (self.exact_boxes or self.seeded)
         points, labels = sample_box_points(masks, **({} if jittered else {"noise": 0.0}))
-        points, labels = points.float(), labels.clone()
+        points = points.float()
         if self.seeded and not self.exact_boxes:
-            points = self._seeded_boxes(masks)
-        for o in self._clean(masks):
-            points[o, 0] = self._draw(o, self.sound[o]).to(points)
-            points[o, 1] = 0.0
-            labels[o] = torch.tensor([1, -1]).to(labels)
-        return points, labels
+            points = self._jittered(points, masks.shape[2:])
+        click, _ = self._drawn(masks, None)
+        points = torch.where(_like(self.empty, points), torch.cat([click, torch.zeros_like(click)], 1), points)
+        return points, torch.where(_like(self.empty, labels), labels.new_tensor([1, -1]), labels)
 
-    def _clean(self, gt_masks: Tensor) -> list[int]:
-        if not self.any_clean:
-            return []
-        return (self.empty.to(gt_masks.device) & ~gt_masks.flatten(1).any(1)).nonzero().flatten().tolist()
+    def numbers(self, count: int) -> Tensor:
+        """The next `count` random integers below 2**62 of each object: [O, count]."""
+        places = torch.arange(self.draws, self.draws + count, device=self.keys.device)
+        self.draws += count
+        return mixed(self.keys[:, None] + GOLDEN * places) & (2**62 - 1)
 
-    def _draw(self, o: int, region: Tensor) -> Tensor:
-        """A uniformly drawn pixel (x, y) of a bool [H, W] region, of the whole frame where the region is empty."""
-        return drawn_pixels(self._numbers([o]), region[None])[0]
+    def _drawn(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Stock's uniform rule from each object's own numbers: a pixel of the error region, else of the background.
 
-    def _numbers(self, objects: Iterable[int]) -> Tensor:
-        """The next random integers below 2**62 of each object's generator: [O, 1 + TRIES]."""
-        return torch.stack([torch.randint(2**62, (1 + TRIES,), generator=self.generators[o]) for o in objects])
-
-    def _seeded_points(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Stock's uniform rule from each object's own generator: a pixel of the error region, else of the background.
-
-        Of a mask that fills the frame and was found exactly any pixel, which is positive; stock's is (0, 0), and negative.
+        For a clean object the background is its sound steel, and its first click is positive. Of a mask that fills the
+        frame and was found exactly any pixel, which is positive; stock's is (0, 0), and negative.
         """
         wrong = gt_masks if pred_masks is None else gt_masks ^ pred_masks
-        points = drawn_pixels(self._numbers(range(len(wrong))), wrong[:, 0], ~gt_masks[:, 0])
-        x, y = points.unbind(1)
-        return points[:, None].float(), gt_masks.flatten(1).gather(1, (y * gt_masks.shape[3] + x)[:, None]).int()
+        background = torch.where(_like(self.empty, self.sound), self.sound, ~gt_masks[:, 0])
+        x, y = drawn_pixels(self.numbers(1 + TRIES), wrong[:, 0], background).unbind(1)
+        labels = gt_masks.flatten(1).gather(1, (y * gt_masks.shape[3] + x)[:, None]).int()
+        if not self.correcting:
+            labels = labels + self.empty[:, None]
+        return torch.stack([x, y], 1)[:, None].float(), labels
 
-    def _seeded_boxes(self, masks: Tensor) -> Tensor:
-        """Stock's jittered boxes, object by object, from each object's own generator."""
-        corners = []
-        for o in range(len(masks)):
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(torch.randint(2**62, (1,), generator=self.generators[o])))
-                corners.append(sample_box_points(masks[o : o + 1].cpu())[0])
-        return torch.cat(corners).float().to(masks.device)
+    def _jittered(self, corners: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes [O, 2, 2] with stock's jitter from each object's own numbers: 10 % of a side, at most 20 pixels."""
+        drawn = (self.numbers(4).float() / 2**62).view(-1, 2, 2)
+        most = ((corners[:, 1:] - corners[:, :1]) * 0.1).clamp(max=20)
+        last = corners.new_tensor([size[1] - 1, size[0] - 1])
+        return (corners + (2 * drawn - 1) * most).clamp(min=0).minimum(last)
+
+
+def _like(flags: Tensor, other: Tensor) -> Tensor:
+    """Flags [O] for the values of `other` [O, ...]."""
+    return flags.view(-1, *[1] * (other.dim() - 1))
 
 
 def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:

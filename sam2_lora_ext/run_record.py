@@ -1,7 +1,7 @@
 """What a run remembers and writes beside its checkpoint: validations, rows of metrics, adapters, the summary."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -11,10 +11,21 @@ from sam2_lora_ext.files import write_json
 from sam2_lora_ext.history import History
 from sam2_lora_ext.logger import MetricsCSV, metric_columns
 from sam2_lora_ext.lora import LoRAConfig, format_report
+from sam2_lora_ext.meters import SegmentationMeter
 from sam2_lora_ext.run_folder import RunFolder
 from sam2_lora_ext.run_start import RunStart, on_rank_0
 from sam2_lora_ext.run_state import SUMMARY
 from sam2_lora_ext.summary import summarize
+
+
+def metrics_of(outs: Mapping[str, Any], meters: Iterable[str]) -> dict[str, float]:
+    """What meters gave, by their own keys, of all that the Trainer's validation returns."""
+    metrics: dict[str, float] = {}
+    for name in meters:
+        prefix = f"Meters_train/{name}/"
+        metrics |= {key.removeprefix(prefix): value for key, value in outs.items() if key.startswith(prefix)}
+    logging.info("Validation: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+    return metrics
 
 
 class RunRecord:
@@ -89,6 +100,12 @@ class RunRecord:
         known = {key: value for key, value in values.items() if key in self.csv.columns}
         first = {name: values.get(f"{name}_1click", values.get(f"{name}_box")) for name in ("iou", "dice")}
         self.csv.write({"step": step, "epoch": epoch, "phase": phase, **first, **known, **more})
+
+    def window_row(self, step: int, epoch: int, window: SegmentationMeter, learning_rate: float) -> None:
+        """Writes a row of training metrics since the last one, and forgets them; to be called by all ranks."""
+        values = window.compute_synced()
+        window.reset()
+        self.row("train", step, epoch, values, learning_rate=learning_rate)
 
     def validation(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Takes note of a validation; the model is exported when it is the best so far."""

@@ -104,6 +104,7 @@ class RunStart:
             log.warning(
                 f"{self.run_dir} was begun by version {self.before['version'] or '0.1.0'}, which did not record "
                 f"{', '.join(missing)}: they cannot be compared, and are recorded when it goes on"
+                + ("; training clicks go on by other random numbers" if self.before["version"] is None else "")
             )
         self._refuse_or_note(changes(self.before, self.record))
 

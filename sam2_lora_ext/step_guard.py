@@ -1,11 +1,13 @@
-"""Watches the training steps: signals end the run between two of them, non-finite numbers at once, on all ranks."""
+"""Watches the training steps: signals end the run between two of them, non-finite numbers before anything is saved.
+
+In training on one rank it reads nothing back from the device but one flag, a step late, when stock has waited for it.
+"""
 
 import logging
-import math
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,15 @@ from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.interrupt import Interrupt
 
 SHOWN = 8  # sample names in a sentence
+
+
+class Seen(NamedTuple):
+    """A forward pass: its batch, its losses by name (the total first), the training steps so far with it, its phase."""
+
+    batch: BatchedVideoDatapoint
+    losses: dict[str, Tensor]
+    step: int
+    phase: str
 
 
 class StepGuard(Interrupt):
@@ -34,7 +45,11 @@ class StepGuard(Interrupt):
         super().__init__()
         self.folder = folder
         self.agreed = self.skipped = 0
-        self.batch: BatchedVideoDatapoint | None = None
+        self.seen: Seen | None = None  # the last forward pass
+        self.pending: Seen | None = None  # whose gradients are checked, but the flag is not read yet
+        self.flag: Tensor | None = None  # on the host: whether a gradient of `pending` is not finite
+        self.scaled = False  # whether AMP's scaler handles that
+        self.datasets: Sequence[Any] = ()
 
     @property
     def stop_signal(self) -> int:
@@ -50,13 +65,15 @@ class StepGuard(Interrupt):
         logging.info(f"{name}: stopped after step {step}; the same command goes on from the last checkpoint")
         raise SystemExit(128 + self.stop_signal)
 
-    def check_loss(
+    def watch(
         self, batch: BatchedVideoDatapoint, losses: Mapping[str, Tensor], step: int, phase: str, datasets: Sequence[Any]
     ) -> None:
         """To be called by all ranks after each forward pass.
 
+        In training on one rank the total is left to stock's own check, see `diagnosis`.
+
         Args:
-            batch: kept until the next call, for `check_gradients`.
+            batch: what went in.
             losses: name -> scalar; the total first, then its parts.
             step: training steps so far, with this one.
             phase: "train" or "val".
@@ -66,33 +83,57 @@ class StepGuard(Interrupt):
             UserError: the total is not finite on some rank; all of them say the same.
         """
         # detached: a graph may hold more than its backward frees, and would do so through the next forward pass
-        self.batch, self.losses = batch, {name: loss.detach() for name, loss in losses.items()}
+        self.seen = Seen(batch, {name: loss.detach() for name, loss in losses.items()}, step, phase)
         self.datasets = datasets
-        total = next(iter(losses.values()))
-        wrong = not math.isfinite(total.item())
-        self.agreed, any_wrong = _largest([self.signum, int(wrong)], total.device)
+        if phase == "train" and dist.get_world_size() == 1:
+            return
+        wrong = ~next(iter(self.seen.losses.values())).isfinite()
+        shared = torch.stack([torch.full_like(wrong, self.signum, dtype=torch.int64), wrong.long()])
+        mine = shared.clone()
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        self.agreed, any_wrong, wrong = torch.cat([shared, mine[1:]]).tolist()
         if any_wrong:
-            raise UserError(_first(self._report(f"the loss ({phase})", step) if wrong else None))
+            raise UserError(_first(self.diagnosis() if wrong else None))
 
-    def check_gradients(self, parameters: Sequence[nn.Parameter], step: int, scaled: bool) -> None:
-        """To be called when all gradients are there, which are the same on all ranks.
+    def diagnosis(self) -> str:
+        """What to say about a total loss that is not finite: it may come from the gradient of the step before."""
+        if self._flagged() and not self.scaled:
+            return self._report("a gradient", self.pending)
+        return self._report(f"the loss ({self.seen.phase})", self.seen)
+
+    def check_gradients(self, parameters: Sequence[nn.Parameter], scaled: bool) -> None:
+        """To be called when all gradients are there, which are the same on all ranks; says what is wrong a step later.
 
         Args:
             parameters: what is trained.
-            step: training steps so far, with this one.
             scaled: whether AMP's scaler handles overflows: it skips such a step and lowers its scale.
 
         Raises:
-            UserError: a gradient is not finite, and no scaler expects that.
+            UserError: a gradient of the step before is not finite, and no scaler expects that.
         """
-        norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
-        if not norms or torch.stack(norms).isfinite().all():
-            self.batch = None
+        self.settle()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
             return
-        if not scaled:
-            raise UserError(self._report("a gradient", step))
-        self.skipped += 1
-        logging.warning(f"float16 overflow at step {step}: {self.skipped} steps skipped so far")
+        wrong = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        if self.flag is None:
+            self.flag = torch.empty((), dtype=torch.bool, pin_memory=wrong.is_cuda)
+        self.flag.copy_(wrong, non_blocking=True)
+        self.pending, self.scaled = self.seen, scaled
+
+    def settle(self) -> None:
+        """Reads the flag of the last gradients; the device must have been waited for since.
+
+        Raises:
+            UserError: see `check_gradients`.
+        """
+        flagged = self._flagged()
+        if flagged and not self.scaled:
+            raise UserError(self._report("a gradient", self.pending))
+        if flagged:
+            self.skipped += 1
+            logging.warning(f"float16 overflow at step {self.pending.step}: {self.skipped} steps skipped so far")
+        self.pending = None
 
     def check_weights(self, parameters: Sequence[nn.Parameter], step: int) -> None:
         """To be called before they are saved: a step with good gradients can still be too large.
@@ -102,22 +143,28 @@ class StepGuard(Interrupt):
             step: training steps so far.
 
         Raises:
-            UserError: one of them is not finite.
+            UserError: one of them is not finite, or a gradient of the last step was not.
         """
-        if not torch.stack([parameter.detach().norm() for parameter in parameters]).isfinite().all():
+        norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in parameters]))
+        finite = bool(norms.isfinite().all())
+        self.settle()
+        if not finite:
             raise UserError(
                 f"trained weights are not finite after step {step}; the last checkpoint is untouched: lower the "
                 "learning rate"
             )
 
-    def _report(self, what: str, step: int) -> str:
+    def _flagged(self) -> bool:
+        return self.pending is not None and bool(self.flag)
+
+    def _report(self, what: str, seen: Seen) -> str:
         """Saves the batch and says in a sentence what happened to it."""
-        ids = self.batch.metadata.unique_objects_identifier
-        parts = {name.rpartition("/")[2]: float(value) for name, value in self.losses.items()}
+        ids = seen.batch.metadata.unique_objects_identifier
+        parts = {name.rpartition("/")[2]: float(value) for name, value in seen.losses.items()}
         names = _names(ids[..., 0].flatten().tolist(), self.datasets)
-        file = self.folder / f"step{step}_rank{dist.get_rank()}.pt"
-        content = {"step": step, "names": names, "losses": parts, "unique_objects_identifier": ids}
-        content |= {key: getattr(self.batch, key) for key in ("img_batch", "masks", "obj_to_frame_idx")}
+        file = self.folder / f"step{seen.step}_rank{dist.get_rank()}.pt"
+        content = {"step": seen.step, "names": names, "losses": parts, "unique_objects_identifier": ids}
+        content |= {key: getattr(seen.batch, key) for key in ("img_batch", "masks", "obj_to_frame_idx")}
         try:
             write_checkpoint(content, file, keep_previous=False)
             kept = f"is in {file}"
@@ -126,7 +173,7 @@ class StepGuard(Interrupt):
         shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         numbers = ", ".join(f"{name} {value:g}" for name, value in parts.items())
         return (
-            f"{what} is not finite at step {step} (samples: {shown}; losses: {numbers}); the batch {kept}, the "
+            f"{what} is not finite at step {seen.step} (samples: {shown}; losses: {numbers}); the batch {kept}, the "
             "last checkpoint is untouched: lower the learning rate, or look at these samples"
         )
 
@@ -150,15 +197,6 @@ def _names(video_ids: Sequence[int], datasets: Sequence[Any]) -> list[str]:
         known = dict.fromkeys(index.name(number) for index in indices if number < len(index))
         names.append(" or ".join(known) or str(number))
     return names
-
-
-def _largest(values: list[int], device: torch.device) -> list[int]:
-    """The largest of each value over all ranks, so that they decide alike."""
-    if dist.get_world_size() == 1:
-        return values
-    shared = torch.tensor(values, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return shared.tolist()
 
 
 def _first(message: str | None) -> str:

@@ -7,7 +7,6 @@ A run that reaches its last phase or stops early writes `best` (at its validatio
 or Ctrl-C finish the step on all ranks and write `latest`; `final` and the summary would lie about a run that can go on.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.history import History
 from sam2_lora_ext.host_guards import at_work, share_log
 from sam2_lora_ext.meters import SegmentationMeter
-from sam2_lora_ext.run_record import RunRecord
+from sam2_lora_ext.run_record import RunRecord, metrics_of
 from sam2_lora_ext.run_start import RunStart, on_rank_0
 from sam2_lora_ext.seeding import derive_seed, seed_everything
 from sam2_lora_ext.settings import check_class_ids, check_trainer
@@ -77,7 +76,7 @@ class LoRATrainer(Trainer):
         self.model_config, self.keep_previous = model_config, bool(keep_previous)
         self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
         self.export_conf = {"merged": False, "flat_files": False, **(export or {})}
-        self.base_id: str | None = None
+        self.base_id = self.base_path = None
         self.window, self.guard = SegmentationMeter(distinct=False), StepGuard(self.run_dir / "debug")
         with at_work(self.accelerator):
             try:
@@ -134,14 +133,12 @@ class LoRATrainer(Trainer):
         self.guard.skipped = read_file(ckpt_path).get("skipped_steps", 0)
 
     def _call_model_initializer(self) -> None:
-        load_base(self._base_path(), self.model, super()._call_model_initializer)
-        self.base_id = weights_id(self.model.state_dict()) if self._base_path() is not None else None
-
-    def _base_path(self) -> str | None:
-        return base_path(self.checkpoint_conf.model_weight_initializer)
+        self.base_path = base_path(self.checkpoint_conf.model_weight_initializer)
+        load_base(self.base_path, self.model, super()._call_model_initializer)
+        self.base_id = weights_id(self.model.state_dict()) if self.base_path is not None else None
 
     def _open_run(self) -> None:
-        self.start.check_base(self.base_id, self._base_path())
+        self.start.check_base(self.base_id, self.base_path)
         model = unwrap_ddp_if_wrapped(self.model)
         steps = getattr(model, "num_correction_pt_per_frame", 7) + 1
         meters = self._get_meters([Phase.VAL]).values()
@@ -150,7 +147,7 @@ class LoRATrainer(Trainer):
             self.history.check(meter_keys)
         self.record = RunRecord(
             self.start, model, history=self.history, lora=self.model_conf.get("lora"),
-            facts={"base_id": self.base_id, "base_path": self._base_path(), "model_config": self.model_config},
+            facts={"base_id": self.base_id, "base_path": self.base_path, "model_config": self.model_config},
             export=self.export_conf, meter_keys=meter_keys, learning_rate=peak_rate(self.optim),
             epoch=self.epoch, step=self.steps[Phase.TRAIN], last_epoch=self.max_epochs, trains=self.mode != "val",
         )  # fmt: skip
@@ -202,11 +199,7 @@ class LoRATrainer(Trainer):
 
     def val_epoch(self, val_loader: Any, phase: str) -> dict[str, float]:
         outs = super().val_epoch(val_loader, phase)
-        metrics: dict[str, float] = {}
-        for name in self._get_meters([phase]):
-            prefix = f"Meters_train/{name}/"
-            metrics |= {key.removeprefix(prefix): value for key, value in outs.items() if key.startswith(prefix)}
-        logging.info("Validation: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+        metrics = metrics_of(outs, self._get_meters([phase]))
         if self.mode != "val":
             self.record.validation(self.steps[Phase.TRAIN], self.epoch, metrics)
         return outs
@@ -214,26 +207,31 @@ class LoRATrainer(Trainer):
     def _step(self, batch: Any, model: torch.nn.Module, phase: str) -> tuple:
         """Stock's step; between two of them a signal ends the run, and a loss that is not finite does on all ranks."""
         if self.guard.stop_signal:
+            self.guard.check_weights(self.trained, self.steps[Phase.TRAIN])
             # checkpoint.pt stays at the last phase's end: one from inside a phase would make its steps twice
             self.record.export("latest", self.steps[Phase.TRAIN])
             self.guard.exit(self.steps[Phase.TRAIN])
         result = super()._step(batch, model, phase)
         losses = {**result[0], **result[2]}
         dataset = self.train_dataset if phase == Phase.TRAIN else self.val_dataset
-        self.guard.check_loss(batch, losses, self.steps[Phase.TRAIN], phase, raw_datasets(dataset))
+        self.guard.watch(batch, losses, self.steps[Phase.TRAIN], phase, raw_datasets(dataset))
         return result
+
+    def _run_step(self, *args: Any, **kwargs: Any) -> None:
+        """Stock's, whose refusal of a loss that is not finite becomes a sentence."""
+        try:
+            super()._run_step(*args, **kwargs)
+        except FloatingPointError as error:
+            raise UserError(self.guard.diagnosis()) from error
 
     def _after_gradients(self, model: torch.nn.Module, rank: int, where: float) -> None:
         """The Trainer's gradient hook: the step's rate is set, its gradients are clipped, nothing is applied yet."""
         step = self.steps[Phase.TRAIN]
-        self.guard.check_gradients(self.trained, step, scaled=self.scaler.is_enabled())
+        self.guard.check_gradients(self.trained, scaled=self.scaler.is_enabled())
         if self.user_gradient_logger is not None:
             self.user_gradient_logger(model, rank=rank, where=where)
         if step % self.metrics_every == 0:
-            values = self.window.compute_synced()
-            self.window.reset()
-            rate = self.optim.optimizer.param_groups[0]["lr"]
-            self.record.row(Phase.TRAIN, step, self.epoch, values, learning_rate=rate)
+            self.record.window_row(step, self.epoch, self.window, self.optim.optimizer.param_groups[0]["lr"])
 
     def _validates(self, epoch: int) -> bool:
         return epoch >= 0 and (epoch % self.val_epoch_freq == 0 or epoch == self.max_epochs - 1)

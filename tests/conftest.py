@@ -51,12 +51,6 @@ def run_python_in(
     return done
 
 
-@pytest.fixture
-def lean_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs below `lean.SMALL` do not go the plain way."""
-    monkeypatch.setattr("sam2_lora_ext.lora.lean.SMALL", -1)
-
-
 @pytest.fixture(scope="session")
 def run_python() -> RunPython:
     """`run_python(args, cwd=, env=, python=, timeout=, check=)`: see `run_python_in`."""

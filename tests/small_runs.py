@@ -21,7 +21,7 @@ from sam2_lora_ext.compose import compose
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.host import USER_CONFIG_DIR
 
-OURS = ("lora", "memory", "prompt_seed", "feature_cache")  # what LoRASAM2Train takes beyond SAM2Train
+OURS = ("lora", "activations", "prompt_seed", "feature_cache")  # what LoRASAM2Train takes beyond SAM2Train
 # Two images a batch, two prompt steps, six optimizer steps in three phases: about a second.
 QUICK = (
     "scratch.batch_size=2", "scratch.steps=6", "scratch.steps_per_phase=2",

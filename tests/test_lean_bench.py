@@ -6,13 +6,15 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from hydra.utils import instantiate
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks.counting import count, real_step
 from benchmarks.estimate import Estimate, _step, estimate
 from benchmarks.fake import _click
 from benchmarks.measure import LiveBytes, step_cost
 from benchmarks.methods import METHODS, SAMPLING
-from benchmarks.train_step import add_ratios, count, main, parse_case, real_cost, table
+from benchmarks.table import add_ratios, table
+from benchmarks.train_step import main, parse_batch, parse_case
 from sam2_lora_ext.compose import compose, locate
 from sam2_lora_ext.errors import UserError
 
@@ -35,16 +37,21 @@ def test_live_bytes_follow_storages():
 
 def test_the_cost_of_one_linear_layer():
     layer, x = nn.Linear(8, 16, bias=False), torch.ones(10, 8)
-    cost = step_cost(layer, torch.optim.AdamW(layer.parameters()), [x], lambda: layer(x).square().sum())
+    cost, kernels = step_cost(layer, torch.optim.AdamW(layer.parameters(), foreach=True), [x], lambda: layer(x), lambda y: y.square().sum())
     assert cost.flops == 2 * 2 * 10 * 8 * 16  # forward and the weight's gradient
     assert cost.hooked_bytes == 10 * 16 * 4 and cost.saved_bytes == cost.hooked_bytes + 4  # and the loss itself
     assert cost.gradient_bytes == 8 * 16 * 4 and cost.optimizer_bytes == 2 * 8 * 16 * 4 + 4  # and the step counter
+    found = kernels.by_operation()
+    assert found["forward"] == {"mm": 1} and found["loss"] == {"pow": 1, "sum": 1}
+    assert found["backward"] == {"ones_like": 1, "pow": 1, "mul": 2, "mm": 1} and cost.kernels == 8
+    assert all(name.startswith("_foreach") for name in found["optimizer"]) and cost.optimizer_kernels == 9
 
 
 def test_the_cost_of_an_attention_on_a_cpu():
     q, k, v = (torch.randn(2, 3, tokens, 16, requires_grad=True) for tokens in (10, 14, 14))
     optimizer = torch.optim.SGD([q, k, v])
-    cost = step_cost(nn.Identity(), optimizer, [q, k, v], lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum())
+    attention = nn.functional.scaled_dot_product_attention
+    cost, _ = step_cost(nn.Identity(), optimizer, [q, k, v], lambda: attention(q, k, v), Tensor.sum)
     assert cost.flops == (2 + 5) * 2 * (2 * 3 * 10 * 14 * 16)  # two products, and in backward one of them again and four gradients
 
 
@@ -58,7 +65,7 @@ def few_clicks(monkeypatch):
 def test_fake_tensors_cost_what_real_ones_do(method, monkeypatch, few_clicks):
     monkeypatch.setattr("training.model.sam2.get_next_point", _click)
     monkeypatch.setattr("sam2_lora_ext.prompts.get_next_point", _click)
-    fake, real = count(method, "nano", 128), real_cost(method, "nano", 128)._asdict()
+    fake, real = count(method, "nano", 128), real_step(method, "nano", 128)[0]._asdict()
     assert fake["flops"] == real["flops"]
     for key in ("saved_bytes", "hooked_bytes", "peak_live_bytes", "gradient_bytes", "optimizer_bytes"):
         assert fake[key] == pytest.approx(real[key], rel=0.01), key  # which map of the loss has a gradient, values decide
@@ -111,7 +118,10 @@ def test_ratios_table_and_cases():
     timed = add_ratios([{"method": m, "step_seconds": sorted(t)[1], "rounds_seconds": t} for m, t in times.items()])
     assert timed[1]["ratio_to_full"]["step_seconds"] == pytest.approx(0.7)  # the median of 0.5, 0.9 and 0.7, not 1.8 / 2.0
     assert table(rows).splitlines()[-1] == "| tiny 512 | lean | 3 (0.75) |"
-    assert parse_case("tiny:512") == ("tiny", 512)
+    assert parse_case("tiny:512") == ("tiny", 512) and parse_batch("8x3") == (8, 3)
+    for batch in ("8", "0x2", "8x", "ax2"):
+        with pytest.raises(UserError, match=batch):
+            parse_batch(batch)
     for case in ("huge:512", "tiny", "tiny:100"):
         with pytest.raises(UserError, match=case):
             parse_case(case)
@@ -133,16 +143,19 @@ def test_the_goals(tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_every_key(tmp_path, capsys, monkeypatch):
     processes = []
-    monkeypatch.setattr("benchmarks.train_step.FRESH", 1)
-    monkeypatch.setattr("benchmarks.train_step.ProcessPoolExecutor",
+    monkeypatch.setattr("benchmarks.timing.FRESH", 1)
+    monkeypatch.setattr("benchmarks.timing.ProcessPoolExecutor",
                         lambda *args, **kwargs: processes.append(1) or ProcessPoolExecutor(*args, **kwargs))  # fmt: skip
     out = tmp_path / "new" / "train_step.json"
     main(["--cases", "nano:128", "--timed", "nano:128", "--rounds", "2", "--threads", "1", "--out", str(out),
-          "--methods", "full", "lean"])  # fmt: skip
+          "--methods", "full", "lean", "--batches", "1x2", "2x3"])  # fmt: skip
     rows = json.loads(out.read_text())
-    keys = {"model", "resolution", "method", "flops", "saved_bytes", "peak_live_bytes", "step_seconds", "peak_rss_bytes",
-            "rounds_seconds", "ratio_to_full"}  # fmt: skip
-    assert [row["method"] for row in rows] == ["full", "lean"] and all(keys <= set(row) for row in rows)
-    assert all(len(row["rounds_seconds"]) == 2 for row in rows)
-    assert len(processes) == 8  # of each method one that counts, two that are timed and one for its resident memory
-    assert "| nano 128 | lean |" in capsys.readouterr().out and set(METHODS) >= {"peft", "decoder"}
+    keys = {"model", "resolution", "method", "images", "objects", "autocast", "flops", "saved_bytes", "hooked_bytes", "peak_live_bytes",
+            "gradient_bytes", "optimizer_bytes", "kernels", "moved_bytes", "waits", "host_ms", "modelled_ms", "step_seconds",
+            "peak_rss_bytes", "threads", "torch", "parameters", "trained_parameters", "ratio_to_full"}  # fmt: skip
+    assert all(keys <= set(row) for row in rows) and all(set(row["modelled_ms"]) == {"A10G", "RTX4090", "A100", "H200"} for row in rows)
+    places = [(row["autocast"], row["images"], row["objects"], row["method"]) for row in rows]
+    assert places == [(kind, *batch, method) for kind in (False, True) for batch in ((1, 2), (2, 3)) for method in ("full", "lean")]
+    assert [len(row.get("rounds_seconds", ())) for row in rows] == [2, 2, 0, 0, 0, 0, 0, 0]
+    assert len(processes) == 6  # of each method two that are timed and one for its resident memory
+    assert "| nano 128 1x2 float32 | lean |" in capsys.readouterr().out and set(METHODS) >= {"peft", "decoder"}

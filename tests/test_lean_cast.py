@@ -12,11 +12,11 @@ from sam2_lora_ext.lean.cast import CAST, cast_frozen
 from sam2_lora_ext.lora import build_lora_model
 from sam2_lora_ext.lora.layer import LoRALinear
 
-MEMORY = {"encoder": 0.5, "decoder": 1, "pool": True, "conv": True}
+CHOICE = {"encoder": 0.5, "decoder": 1, "pool": True, "conv": True}
 
 
-def two_steps(memory, autocast):
-    setup = build("lean", "nano", 128, memory=memory)
+def two_steps(activations, autocast):
+    setup = build("lean", "nano", 128, activations=activations)
     torch.manual_seed(2)
     with torch.no_grad():
         for _, layer in filter(lambda pair: isinstance(pair[1], LoRALinear), setup.model.named_modules()):
@@ -34,8 +34,8 @@ def two_steps(memory, autocast):
 
 
 def test_not_a_bit_changes_under_autocast():
-    model, values = two_steps({**MEMORY, "weights": True}, autocast=True)
-    _, expected = two_steps(MEMORY, autocast=True)
+    model, values = two_steps({**CHOICE, "weights": True}, autocast=True)
+    _, expected = two_steps(CHOICE, autocast=True)
     assert len(values) == len(expected) > 40 and all(map(torch.equal, values, expected))
     types = {name: p.dtype for name, p in model.named_parameters()}
     assert all(dtype == torch.float32 for name, dtype in types.items() if "lora_" in name or "norm" in name)
@@ -45,7 +45,7 @@ def test_not_a_bit_changes_under_autocast():
 
 
 def test_nothing_is_cast_without_autocast():
-    model, _ = two_steps({**MEMORY, "weights": True}, autocast=False)
+    model, _ = two_steps({**CHOICE, "weights": True}, autocast=False)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -58,16 +58,16 @@ def test_what_is_trained_or_measured_stays(lora, dtype):
 
 
 def test_a_model_without_adapters_stays_as_it_is_for_it_is_what_a_run_exports():
-    model = make_model(lora={"targets": [], "trainable": ["*.norm1"]}, memory="default")
+    model = make_model(lora={"targets": [], "trainable": ["*.norm1"]}, activations="default")
     with torch.autocast("cpu", torch.bfloat16):
         model(make_small_batch([[1_000_000]]))
     assert {p.dtype for p in model.parameters()} == {torch.float32} and model.weights_dtype is None
 
 
 def test_a_later_step_without_autocast_is_a_sentence():
-    model, batch = make_model(memory="default"), make_small_batch([[1_000_000]])
+    model, batch = make_model(activations="default"), make_small_batch([[1_000_000]])
     model(batch)
     with torch.autocast("cpu", torch.bfloat16):
         model(batch)
-    with pytest.raises(UserError, match="bfloat16 since a step under autocast, and this one is without.*memory.weights to false"):
+    with pytest.raises(UserError, match="bfloat16 since a step under autocast, and this one is without.*activations.weights to false"):
         model(batch)

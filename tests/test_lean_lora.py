@@ -1,9 +1,7 @@
 """LeanLoRALinear against the plain layer, which is its oracle, and against finite differences."""
 
 import copy
-import math
 import pickle
-from unittest import mock
 
 import pytest
 import torch
@@ -11,20 +9,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import Saved
+from sam2_lora_ext.lean.shared import checkpointed, sharing
 from sam2_lora_ext.lora import LoRALinear, build_lora_model, lora_layers
-from sam2_lora_ext.lora.lean import SMALL, LeanLoRALinear, drawn_gaps, drop, places_of
+from sam2_lora_ext.lora.lean import LeanLoRALinear
 
 QKV = (True, False, True)
-pytestmark = pytest.mark.usefixtures("lean_however_small")
 
-
-def pair(dtype=torch.float64, parts=(True,), bias=True, dropout=0.0, frozen=True, width=(12, 24)):
+def pair(dtype=torch.float64, parts=(True,), bias=True, dropout=0.0, frozen=True, width=(12, 24), dropout_on="inputs"):
     """A plain and a lean layer with the same parameters and a B that is not zero."""
     torch.manual_seed(0)
     base = nn.Linear(*width, bias=bias).to(dtype).requires_grad_(not frozen)
-    plain = LoRALinear(base, 4, 8, dropout, parts)
+    plain = LoRALinear(base, 4, 8, dropout, parts, dropout_on=dropout_on)
     nn.init.normal_(plain.lora_b)
-    lean = LeanLoRALinear(copy.deepcopy(base), 4, 8, dropout, parts)
+    lean = LeanLoRALinear(copy.deepcopy(base), 4, 8, dropout, parts, dropout_on=dropout_on)
     lean.load_state_dict(plain.state_dict())
     return plain, lean
 
@@ -54,24 +51,6 @@ def test_equals_plain_in_double_precision(shape, parts):
             assert_same(pair(parts=parts, bias=bias, frozen=frozen), x, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("parts", [(True,), QKV, (False, True, False), (True,) * 3])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_outputs_apart_are_the_parts_of_the_output(parts, dropout):
-    for frozen in (True, False):
-        for part in (slice(None), slice(1, 2)):  # one alone: the others get no gradient
-            _, lean = pair(parts=parts, dropout=dropout, frozen=frozen)
-            x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-            results = []
-            for outputs in (None, 3):
-                torch.manual_seed(1)
-                ys = lean(x) if outputs is None else lean(x, outputs=outputs)
-                ys = torch.stack((ys.chunk(3, -1) if outputs is None else ys)[part])
-                wanted = [x, *[p for p in lean.parameters() if p.requires_grad]]
-                results.append([ys, *torch.autograd.grad(ys.square().sum(), wanted)])
-            for got, expected in zip(*results, strict=True):
-                torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
-
-
 def test_backward_under_autocast():
     _, lean = pair(torch.float32)
     x = torch.randn(5, 12, requires_grad=True)
@@ -80,19 +59,6 @@ def test_backward_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(y.sum(), (x, lean.lora_a, lean.lora_b))
     assert all(map(torch.equal, got, expected))
-
-
-@pytest.mark.parametrize(("parts", "outputs"), [(QKV, 2), (QKV, 1), ((True,), 5)])
-def test_outputs_that_do_not_come_apart(parts, outputs):
-    with pytest.raises(ValueError, match=f"do not come apart in {outputs}"):
-        pair(parts=parts)[1](torch.randn(2, 12, dtype=torch.float64), outputs=outputs)
-
-
-def test_a_small_input_can_come_apart_too(monkeypatch):
-    monkeypatch.setattr("sam2_lora_ext.lora.lean.SMALL", SMALL)
-    _, lean = pair()
-    x = torch.randn(5, 12, dtype=torch.float64)
-    assert torch.equal(torch.cat(lean(x, outputs=3), 1), lean(x))
 
 
 def test_equals_plain_in_single_precision_and_for_strided_input():
@@ -111,13 +77,9 @@ def test_without_an_update_the_output_is_the_bases_to_the_bit(dtype, parts):
     assert torch.equal(layer(x), base(x))
 
 
-@pytest.mark.parametrize("outputs", [None, 3])
 @pytest.mark.parametrize("parts", [QKV, (True,)])
-def test_under_autocast_the_error_is_that_of_plain(parts, outputs):
+def test_under_autocast_the_error_is_that_of_plain(parts):
     plain, lean = pair(torch.float32, parts, width=(256, 384))
-    if outputs:
-        apart = lean.forward
-        lean.forward = lambda x: torch.cat(apart(x, outputs=outputs), -1)
     x = torch.randn(64, 256, requires_grad=True)
     exact = gradients(copy.deepcopy(plain).double(), x.detach().double().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
@@ -161,58 +123,53 @@ def test_dropout_has_the_same_zeros_in_forward_and_backward():
     assert torch.autograd.gradcheck(seeded, (x, lean.lora_a, lean.lora_b))
 
 
-def drawn_places(tokens, features, p):
-    return places_of(drawn_gaps(tokens, features, p, torch.device("cpu")), tokens * features)
-
-
 def test_dropout_is_the_formula():
     _, lean = pair(dropout=0.25)
     x = torch.randn(40, 12, dtype=torch.float64)
     torch.manual_seed(5)
-    mask = drop(torch.ones_like(x), drawn_places(40, 12, 0.25))
+    dropped, _ = torch.native_dropout(x, 0.25, True)
     torch.manual_seed(5)
     expected = nn.functional.linear(x, lean.weight, lean.bias)
-    expected = expected + lean.scaling * (x * mask / 0.75) @ lean.lora_a.T @ lean.lora_b.T
-    torch.testing.assert_close(lean(x), expected)
+    torch.testing.assert_close(lean(x), expected + lean.scaling * dropped @ lean.lora_a.T @ lean.lora_b.T)
 
 
-@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
-def test_zeros_are_independent_and_at_the_right_rate(p):
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_zeros_are_at_the_right_rate(p):
+    """Told by a layer of the identity: A and B of the unit matrix, and a base of zeros."""
+    lean = LeanLoRALinear(nn.Linear(500, 500, bias=False).requires_grad_(False), 500, 500, p)
+    with torch.no_grad():
+        nn.init.zeros_(lean.weight)
+        lean.lora_a.copy_(torch.eye(500))
+        lean.lora_b.copy_(torch.eye(500))
     torch.manual_seed(0)
-    zeros = drop(torch.ones(2000, 500), drawn_places(2000, 500, p)) == 0
-    n = zeros.numel()
-    deviation = (p * (1 - p) / n) ** 0.5
-    assert abs(zeros.double().mean() - p) < 5 * deviation
-    assert (zeros.double().mean(0) - p).abs().max() < 6 * (p * (1 - p) / 2000) ** 0.5  # every feature
-    assert (zeros.double().mean(1) - p).abs().max() < 6 * (p * (1 - p) / 500) ** 0.5 + 0.01  # every token, to the last
-    pairs = (zeros[:, 1:] & zeros[:, :-1]).double().mean()
-    assert abs(pairs - p * p) < 6 * (p * p / n) ** 0.5
+    y = lean(torch.ones(1000, 500))
+    zeros = (y == 0).double()
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)))
+    assert abs(zeros.mean() - p) < 5 * (p * (1 - p) / zeros.numel()) ** 0.5
+    assert (zeros.mean(0) - p).abs().max() < 6 * (p * (1 - p) / 1000) ** 0.5  # every feature
+    assert (zeros.mean(1) - p).abs().max() < 6 * (p * (1 - p) / 500) ** 0.5  # every token
 
 
-def test_gaps_take_two_bytes_where_that_is_enough():
-    cpu = torch.device("cpu")
-    assert torch.empty(2**22).uniform_(2**-24, 1).min() >= 2**-24
-    for p, dtype in ((0.05, torch.int16), (0.0006, torch.int16), (0.0005, torch.int64), (1e-9, torch.int64)):
-        with mock.patch("torch.Tensor.uniform_", lambda drawn, low, high: drawn.fill_(low)):
-            gaps = drawn_gaps(1000, 100, p, cpu)
-        expected = 1 + 24 * math.log(2) / p
-        assert gaps.dtype == dtype and (gaps.double() - expected).abs().max() < 1 + 24 * p * expected
+@pytest.mark.parametrize("lean", [False, True])
+def test_dropout_on_channels_drops_whole_columns(lean):
+    """The same channels for all tokens of a call, others in the next; no pass over the input, of which nothing more is kept."""
+    layer = pair(dropout=0.5, width=(60, 24), dropout_on="channels")[lean]
+    x = torch.randn(2, 3, 60, dtype=torch.float64, requires_grad=True)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.manual_seed(5)
+    columns = nn.functional.dropout(torch.ones(60, dtype=torch.float64), 0.5)
+    torch.manual_seed(5)
+    expected = base + layer.scaling * (x * columns) @ layer.lora_a.T @ layer.lora_b.T
+    first = layer(x)
+    torch.testing.assert_close(first, expected)
+    assert not torch.equal(layer(x), first) and 10 < (columns == 0).sum() < 50
+    assert torch.equal(layer.eval()(x), layer(x))
 
+    def seeded(*tensors):
+        torch.manual_seed(5)
+        return layer.train()(tensors[0])
 
-def test_places_never_run_over():
-    assert places_of(torch.full((3,), 2**14, dtype=torch.int16), 2**20).tolist() == [2**14, 2**15, 3 * 2**14]
-    assert places_of(torch.tensor([2, 2**40]), 2**33).tolist() == [2, 2**33]
-    for p in (0.05, 1e-3, 1e-6, 1e-7, 1e-8, 1e-9):
-        for _ in range(200):
-            places = drawn_places(1, 2, p)
-            assert 0 <= places.min() and places.max() <= 2
-
-
-def test_tiny_inputs_get_each_pattern_at_its_rate():
-    torch.manual_seed(0)
-    patterns = torch.stack([drop(torch.ones(1, 2), drawn_places(1, 2, 0.5))[0] for _ in range(4000)])
-    rates = (patterns @ torch.tensor([1.0, 2.0])).long().bincount(minlength=4) / 4000
-    torch.testing.assert_close(rates, torch.full((4,), 0.25), atol=0.035, rtol=0)  # 5 deviations
+    assert torch.autograd.gradcheck(seeded, (x, layer.lora_a, layer.lora_b))
 
 
 def test_dropout_where_torch_is_to_be_repeatable():
@@ -279,34 +236,33 @@ def test_the_config_chooses_the_class():
     assert [name for name, _ in lora_layers(build("lean"))] == ["0"]
 
 
-def test_layers_that_share_an_input_keep_it_once():
+def test_what_is_kept_is_the_dropped_input_its_mask_and_the_low_product():
     x = torch.randn(100, 64, requires_grad=True)
-    layers = [LeanLoRALinear(nn.Linear(64, 64).requires_grad_(False), 4, 8, 0.1) for _ in range(3)]
-    with Saved([p for layer in layers for p in layer.parameters()]) as saved:
-        outputs = [layer(x) for layer in layers]
-    functions = [output.grad_fn.next_functions[0][0] for output in outputs]  # below the view that restores the shape
-    gaps = sum(2 * len(function.saved_tensors[-1]) for function in functions)
-    assert saved.total == x.nbytes + 3 * 100 * 4 * 4 + gaps
+    for dropout, kept in ((0.1, 100 * 64 * 5), (0.0, 100 * 64 * 4)):
+        layer = LeanLoRALinear(nn.Linear(64, 64).requires_grad_(False), 4, 8, dropout)
+        with Saved(layer.parameters()) as saved:
+            layer(x)
+        assert saved.total == kept + 100 * 4 * 4 + layer.lora_b.nbytes  # and B times s
     with Saved(()) as saved, torch.no_grad():
-        layers[0](x)
+        layer(x)
     assert saved.total == 0
 
 
-def test_a_small_input_goes_the_plain_way(monkeypatch):
-    """To the bit, with the same zeros; one number more and it does not."""
-    monkeypatch.setattr("sam2_lora_ext.lora.lean.SMALL", SMALL)
-    plain, lean = pair(dropout=0.3, width=(16, 8))
-    for tokens, same in ((SMALL // 16, True), (SMALL // 16 + 1, False)):
-        results = []
-        for layer in (plain, lean):
-            torch.manual_seed(1)
-            results.append(layer(torch.ones(tokens, 16, dtype=torch.float64)))
-        assert torch.equal(*results) is same
+def test_factors_are_cast_once_in_a_forward_pass_and_again_in_no_checkpoint():
+    """`shared` makes them; the second run of a checkpoint, after the block, takes those of the first."""
+    _, lean = pair(torch.float32, dropout=0.2, width=(12, 12))
+    made, factors = [], lean._factors_for
+    lean._factors_for = lambda dtype: made.append(dtype) or factors(dtype)
+    x = torch.randn(5, 12, requires_grad=True)
     results = []
-    for layer in (plain, lean):
+    for run in (lambda: lean(lean(x)), lambda: checkpointed(lambda x: lean(lean(x)), x)):
         torch.manual_seed(1)
-        results.append(layer(torch.ones(3, 16, 4, dtype=torch.float64).transpose(0, 2).transpose(1, 2)))
-    assert torch.equal(*results)
+        with torch.autocast("cpu", torch.bfloat16), sharing():
+            y = run()
+        results.append(torch.autograd.grad(y.sum(), (x, lean.lora_a, lean.lora_b)))
+    assert made == [torch.bfloat16] * 2 and all(map(torch.equal, *results))
+    lean(lean(x))
+    assert len(made) == 4  # without the block each use makes its own
 
 
 def test_the_output_may_be_written_to_in_place():
@@ -327,6 +283,6 @@ def test_nothing_of_the_input_is_kept_where_a_is_frozen():
     layer.lora_a.requires_grad_(False)
     with Saved(list(layer.parameters())) as saved:
         y = layer(torch.randn(100, 64, requires_grad=True))
-    assert saved.total == 100 * 4 * 4
+    assert saved.total == 100 * 4 * 4 + layer.lora_b.nbytes
     y.sum().backward()
     assert layer.lora_b.grad is not None and layer.lora_a.grad is None

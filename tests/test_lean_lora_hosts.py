@@ -8,10 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from sam2_lora_ext.lora import lean as lean_layer
 from test_lean_lora import QKV, pair
-
-pytestmark = pytest.mark.usefixtures("lean_however_small")
 
 
 @pytest.mark.parametrize("parts", [(True,), QKV, (True,) * 3])
@@ -33,7 +30,6 @@ def test_compiles_as_one_graph(parts):
 
 def worker(rank, folder):
     torch.set_num_threads(1)
-    lean_layer.SMALL = -1
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     _, lean = pair()
     inputs = [torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)]

@@ -54,7 +54,7 @@ def test_double_precision_equals_plain_closely():
 
     (values, grads), (expected, expected_grads) = doubled("lean"), doubled("plain")
     for value, expected_value in zip((*values.values(), *grads), (*expected.values(), *expected_grads), strict=True):
-        torch.testing.assert_close(value, expected_value, rtol=1e-6, atol=1e-15)  # targets and some sums are float32
+        torch.testing.assert_close(value.double(), expected_value.double(), rtol=1e-6, atol=1e-15)  # plain has float32 sums
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
@@ -88,7 +88,7 @@ def test_closed_forms():
     torch.testing.assert_close(sums.focal, expected.view(1, 1))
     torch.testing.assert_close(sums.overlap, torch.tensor([[0.5]], dtype=torch.float64))
     torch.testing.assert_close(sums.drawn, (1 + p).view(1, 1))
-    assert sums.hits == 0 and sums.positives == 1 and sums.area == 1
+    assert sums.hits == 0 and sums.positives == 1
 
 
 def test_saturated_logits_are_finite_and_equal_plain():
@@ -123,7 +123,7 @@ def test_nothing_is_kept_but_logits_and_targets():
     outputs, targets = make_batch(objects=2, steps=3, channels=3, size=64)
     with Saved(()) as saved:
         SeverstalLoss(WEIGHTS, implementation="lean", pred_obj_scores=True)(outputs, targets)
-    logits = sum(tensor.nbytes for tensor in outputs[0][f"multistep_{NAMES[0]}"])
+    logits = sum(tensor.nbytes for tensor in outputs[0][f"multistep_{NAMES[0]}"]) // 3  # the chosen channel's
     small = 3 * 1500  # scores and sums
     assert logits + 2 * 64 * 64 <= saved.total <= logits + 2 * 64 * 64 + small
 
@@ -156,7 +156,8 @@ def test_small_masks_give_what_enlarged_ones_do_and_are_all_that_is_kept(setting
         results.append((*values.values(), *torch.autograd.grad(values[CORE_LOSS_KEY], small)))
     for value, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(value, expected, atol=1e-7, rtol=1e-5)
-    assert sum(x.nbytes for x in small) <= saved.total < 2 * targets[0].numel() * 4
+    chosen = sum(x.nbytes for x in small) // 3  # of three channels the one that has a gradient
+    assert chosen <= saved.total < chosen + 2000  # and scores and sums
 
 
 @pytest.mark.parametrize("points", [0.0, 1.0])

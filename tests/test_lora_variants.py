@@ -172,7 +172,6 @@ def test_it_begins_again_when_a_base_is_loaded_and_not_when_a_checkpoint_is(kind
     assert torch.equal(whole(x), layer(x))
 
 
-@pytest.mark.usefixtures("lean_however_small")
 @pytest.mark.parametrize("variant", ["dora", "pissa"])
 def test_lean_and_plain_are_the_same(variant):
     plain, lean = (moved(make((variant, implementation))) for implementation in IMPLEMENTATIONS)

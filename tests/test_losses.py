@@ -11,7 +11,8 @@ from training.loss_fns import MultiStepMultiMasksAndIous, dice_loss
 from training.trainer import CORE_LOSS_KEY
 
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.losses import TVERSKY_FLOOR, SeverstalLoss, focal_tversky
+from sam2_lora_ext.losses import SeverstalLoss
+from sam2_lora_ext.tversky import FLOOR, focal_tversky
 
 WEIGHTS = {"loss_mask": 20, "loss_dice": 1, "loss_iou": 1, "loss_class": 1}
 NAMES = ("pred_multimasks_high_res", "pred_ious", "object_score_logits")
@@ -164,7 +165,7 @@ def test_tversky_closed_forms():
     torch.testing.assert_close(value, torch.tensor([(1 - 2 / (1 + 0.7 + 0.3 + 1)) ** 0.5], dtype=torch.float64))
 
     empty = torch.zeros(1, 2, 2)
-    floor = torch.tensor([TVERSKY_FLOOR]) ** 0.75
+    floor = torch.tensor([FLOOR]) ** 0.75
     assert torch.equal(focal_tversky(empty - certain, empty, 0.7, 0.3, 4 / 3), floor)  # nothing there, nothing drawn
     torch.testing.assert_close(focal_tversky(empty + certain, empty, 0.7, 0.5, 1.0), torch.tensor([2 / 3]))  # FP = 4
     torch.testing.assert_close(focal_tversky(empty - certain, empty + 1, 0.75, 0.5, 1.0), torch.tensor([3 / 4]))

@@ -6,6 +6,7 @@ import training.model.sam2 as host
 from sam2.modeling.sam2_utils import get_next_point, mask_to_box, sample_box_points
 
 from sam2_lora_ext.prompts import PromptSampler, drawn_pixels, pixels_in_order
+from sam2_lora_ext.seeding import mixed
 
 SIZE = 32
 
@@ -23,7 +24,8 @@ def sampler_of(masks: torch.Tensor, *, seeds=None, fixed=None, exact=False, soun
     count = len(masks)
     sound = torch.ones(count, SIZE, SIZE, dtype=torch.bool) if sound is None else sound
     empty = ~masks.flatten(1).any(1)
-    return PromptSampler(empty, sound, seeds, fixed=fixed or list(range(count)), exact_boxes=exact)
+    keys = torch.tensor(seeds or fixed or list(range(count)))
+    return PromptSampler(empty, sound, mixed(keys), seeded=seeds is not None, exact_boxes=exact)
 
 
 @pytest.mark.parametrize("method", ["uniform", "center"])

@@ -17,12 +17,12 @@ from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.early_stop import EarlyStop
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.host import known_configs
-from sam2_lora_ext.lean.memory import MemoryConfig
+from sam2_lora_ext.lean.activations import ActivationsConfig, renamed
 from sam2_lora_ext.lora import LoRAConfig
 from sam2_lora_ext.settings import check
 from sam2_lora_ext.settings.containers import Section
 from sam2_lora_ext.settings.kinds import accepts
-from sam2_lora_ext.settings.model import LORA, MEMORY
+from sam2_lora_ext.settings.model import ACTIVATIONS, LORA, MEMORY
 from sam2_lora_ext.settings.stock import OURS
 from sam2_lora_ext.settings.table import SECTIONS, TARGETS
 
@@ -58,7 +58,7 @@ def test_the_table_has_the_arguments_of_each_class(target):
 
 def test_sections_of_ours_have_the_fields_of_their_classes():
     assert set(LORA.rows) == set(inspect.signature(LoRAConfig).parameters)
-    assert set(MEMORY.kinds[1].rows) == set(inspect.signature(MemoryConfig).parameters)
+    assert set(ACTIVATIONS.kinds[1].rows) == set(inspect.signature(ActivationsConfig).parameters)
     assert set(OURS["early_stop"].kind.rows) | {"mode"} == set(inspect.signature(EarlyStop).parameters)
 
 
@@ -89,7 +89,7 @@ def test_what_the_table_takes_the_class_takes(target):
 
 @pytest.mark.parametrize(("section", "build", "start"), [
     (LORA, LoRAConfig.of, {"targets": ["a"]}),
-    (MEMORY, MemoryConfig.of, {}),
+    (ACTIVATIONS, ActivationsConfig.of, {}), (MEMORY, renamed, {}),
     (OURS["early_stop"].kind, lambda settings: EarlyStop(**settings), {}),
     (SECTIONS["dataset"].rows["windows"].kind, lambda settings: Windows(**settings), {"width": 9, "stride": 3,
     "num_frames": 2}),

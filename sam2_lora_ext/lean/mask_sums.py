@@ -1,4 +1,4 @@
-"""The sums over pixels that SAM 2's mask losses are made of, keeping nothing for backward but the logits.
+"""The sums over pixels that SAM 2's mask losses are made of, keeping nothing for backward but the small logits.
 
 With g the target (0 or 1) and z = (1 - 2 g) x the logit away from it, q = sigmoid(z) is the probability of the wrong answer:
 
@@ -6,21 +6,20 @@ With g the target (0 or 1) and z = (1 - 2 g) x the logit away from it, q = sigmo
     overlap  = sum of p g,   drawn = sum of p,  p = sigmoid(x)
     dfocal/dx = (1 - 2 g) w q^gamma (gamma (1 - q) softplus(z) + q) / (H W),   dp/dx = q (1 - q)
 
-Stock keeps about ten maps of the size of the logits. Here forward and backward work on one map (H W) at a time, so
-temporaries stay small, and maps whose sums have no gradient (channels that were not selected) cost nothing in backward.
-SAM 2 enlarges its masks four times (bilinearly) before the loss; from the small ones, a map is enlarged here when it is
-its turn, and only the small ones are kept.
+SAM 2 enlarges its masks four times (bilinearly) before the loss. Here they are enlarged inside, in forward and again in
+backward, all maps of a prediction step at once; above `MOST_NUMBERS` by several objects at a time.
 
 Shapes: O objects, M mask channels, H W pixels of the targets, h w of the logits: H W or smaller.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+MOST_NUMBERS = 2**27  # of a temporary tensor: half a gigabyte in float32
 
 
 class MaskSums(NamedTuple):
@@ -32,7 +31,6 @@ class MaskSums(NamedTuple):
         drawn: sum of the probabilities.
         hits: number of pixels with a logit above 0 inside the target; without a gradient.
         positives: number of pixels with a logit above 0; without a gradient.
-        area: number of pixels of the target; without a gradient.
     """
 
     focal: Tensor
@@ -40,74 +38,77 @@ class MaskSums(NamedTuple):
     drawn: Tensor
     hits: Tensor
     positives: Tensor
-    area: Tensor
 
 
 def mask_sums(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> MaskSums:
     """The sums of each map of `logits` [O M h w], finite, for `targets` [O 1 H W], 0 or 1 in any type, differentiable in the logits."""
-    return MaskSums(*_MaskSums.apply(logits, targets, alpha, gamma))
+    objects = max(1, MOST_NUMBERS // (logits.shape[1] * targets.shape[2:].numel()))
+    parts = [_MaskSums.apply(*part, alpha, gamma) for part in zip(logits.split(objects), targets.split(objects))]
+    return MaskSums(*(column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts)))
 
 
 class _MaskSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> tuple[Tensor, ...]:
-        shape, dtype = logits.shape[:2], torch.promote_types(logits.dtype, torch.float32)
-        focal, overlap, drawn, hits, positives, area = (torch.zeros(shape, dtype=dtype, device=logits.device) for _ in range(6))
-        for o, m in itertools.product(*map(range, shape)):
-            g = _as_numbers(targets[o, 0], dtype)
-            x = _enlarged(logits[o, m], g.shape).to(dtype)
-            z, q = _away(x, g)
-            focal[o, m] = _weighted(_times_power(_softplus(z), q, gamma), g, alpha) / g.numel()
-            wrong, wrong_inside, inside = q.sum(), _inside(q, g), g.sum()
-            area[o, m] = inside
-            overlap[o, m] = inside - wrong_inside
-            drawn[o, m] = inside - wrong_inside + (wrong - wrong_inside)
-            above = x.sign().clamp_(min=0)  # in a seventh of the time of a comparison
-            positives[o, m] = above.sum()
-            hits[o, m] = _inside(above, g)
         ctx.save_for_backward(logits, targets)
         ctx.alpha, ctx.gamma = alpha, gamma
-        ctx.mark_non_differentiable(hits, positives, area)
-        return focal, overlap, drawn, hits, positives, area
+        with torch.autocast(logits.device.type, enabled=False):
+            x = _enlarged(logits, targets)
+            g, inside = targets.to(x.dtype), targets.bool()
+            above = x > 0
+            hits, positives = (mask.sum((2, 3)).to(x.dtype) for mask in (above & inside, above))
+            z = torch.addcmul(x, x, g, value=-2)
+            q, area = z.sigmoid(), g.sum((2, 3))
+            wrong, missed = q.sum((2, 3)), _inside(q, g)
+            cost = _times_power(_softplus(z), q, gamma)
+            focal = cost.sum((2, 3))
+            if alpha >= 0:
+                focal = (1 - alpha) * focal + (2 * alpha - 1) * _inside(cost, g)
+        ctx.mark_non_differentiable(hits, positives)
+        found = area - missed
+        return focal / g.shape[2:].numel(), found, found + (wrong - missed), hits, positives
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dfocal: Tensor, doverlap: Tensor, ddrawn: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets = ctx.saved_tensors
-        grad = torch.zeros_like(logits)
-        for o, m in with_gradient(dfocal, doverlap, ddrawn):
-            g = _as_numbers(targets[o, 0], dfocal.dtype)
-            x = _enlarged(logits[o, m], g.shape).to(dfocal.dtype)
-            z, q = _away(x, g)
-            right = 1 - q
-            slope = torch.addcmul(q, _softplus(z), right, value=ctx.gamma)
-            _times_power(slope, q, ctx.gamma).mul_(_away_weight(g, ctx.alpha)).mul_(dfocal[o, m] / g.numel())
-            slope.addcmul_((g * doverlap[o, m]).add_(ddrawn[o, m]), right.mul_(q))
-            grad[o, m] = _reduced(slope, grad.shape[2:])
-        return grad, None, None, None
+        with torch.autocast(logits.device.type, enabled=False):
+            x = _enlarged(logits, targets)
+            g = targets.to(x.dtype)
+            z = torch.addcmul(x, x, g, value=-2)
+            q = z.sigmoid()
+            dfocal = dfocal / g.shape[2:].numel()
+            if ctx.alpha >= 0:  # (1 - 2 g) w dfocal
+                away = torch.addcmul(_each((1 - ctx.alpha) * dfocal), _each(dfocal), g, value=-1)
+            else:
+                away = torch.addcmul(_each(dfocal), _each(dfocal), g, value=-2)
+            slope = _times_power(torch.addcmul(q, _softplus(z), 1 - q, value=ctx.gamma), q, ctx.gamma).mul_(away)
+            dp = torch.addcmul(_each(ddrawn), _each(doverlap), g)
+            slope.add_(torch.ops.aten.sigmoid_backward(dp, q))  # dp q (1 - q)
+            return _reduced(slope, logits.shape[2:]).to(logits.dtype), None, None, None
 
 
-def with_gradient(*gradients: Tensor) -> list[list[int]]:
-    """The maps (o, m) of which some sum has a gradient."""
-    return torch.stack(gradients).any(0).nonzero().tolist()
+def _each(values: Tensor) -> Tensor:
+    """Values [O M] for the pixels of maps [O M H W]."""
+    return values[..., None, None]
 
 
-def _enlarged(x: Tensor, size: torch.Size) -> Tensor:
-    """A map (h w) at `size`, as SAM 2 enlarges its masks."""
-    return x if x.shape == size else F.interpolate(x[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+def _enlarged(logits: Tensor, targets: Tensor) -> Tensor:
+    """Maps [O M h w] at the size of the targets, as SAM 2 enlarges its masks, in float32 or wider."""
+    x, size = logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.shape[2:]
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def _reduced(dy: Tensor, size: torch.Size) -> Tensor:
-    """The gradient at the small map, of `size`, from that at the large one (H W).
+    """The gradient at the small maps, of `size`, from that at the large ones [O M H W].
 
-    Two products with the weights of the enlargement along each side: on a CPU in a fifth of the time of torch's own gradient of
-    `interpolate`, and on a GPU repeatable, which torch's is not.
+    Two products with the weights of the enlargement along each side: on a GPU they repeat exactly, torch's own gradient of
+    `interpolate` does not. Where TF32 is allowed, they are in TF32 like other products.
     """
-    if dy.shape == size:
+    if dy.shape[2:] == size:
         return dy
-    down, across = (_weights(small, large, dy) for small, large in zip(size, dy.shape))
-    with torch.autocast(dy.device.type, enabled=False):  # where TF32 is allowed, these are products in TF32 like the others
-        return down @ dy @ across.t()
+    down, across = (_weights(small, large, dy) for small, large in zip(size, dy.shape[2:]))
+    return down @ dy @ across.t()
 
 
 def _weights(small: int, large: int, like: Tensor) -> Tensor:
@@ -116,34 +117,14 @@ def _weights(small: int, large: int, like: Tensor) -> Tensor:
     return F.interpolate(unit[None], large, mode="linear", align_corners=False)[0]
 
 
-def _as_numbers(target: Tensor, dtype: torch.dtype) -> Tensor:
-    return (target.view(torch.uint8) if target.dtype == torch.bool else target).to(dtype)  # of bools, in a fifth of the time
-
-
-def _away(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """z and q of a map."""
-    z = g.mul(-2).add_(1).mul_(x)
-    return z, z.sigmoid()
-
-
 def _softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), on a CPU in half the time of `logsigmoid`; above 40 it is z in double precision too."""
+    """log(1 + e^z); above 40 it is z in double precision too."""
     return F.softplus(z, threshold=40)
 
 
 def _inside(x: Tensor, g: Tensor) -> Tensor:
-    """The sum of x where g is 1, added up as `x.sum()` is: from that it is taken away."""
-    return (x * g).sum()
-
-
-def _weighted(x: Tensor, g: Tensor, alpha: float) -> Tensor:
-    """The sum of w x."""
-    return (1 - alpha) * x.sum() + (2 * alpha - 1) * _inside(x, g) if alpha >= 0 else x.sum()
-
-
-def _away_weight(g: Tensor, alpha: float) -> Tensor:
-    """(1 - 2 g) w."""
-    return g.neg().add_(1 - alpha) if alpha >= 0 else g.mul(-2).add_(1)
+    """The sums [O M] of x [O M H W] where g [O 1 H W] is 1."""
+    return (x * g).sum((2, 3))
 
 
 def _times_power(x: Tensor, q: Tensor, gamma: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""2x2 max-pooling that keeps two bytes for each result: how far behind its window's first number the largest is.
+"""2x2 max-pooling that keeps one byte for each result: which of its window's four numbers is the largest.
 
 Stock's keeps its input and an index of eight bytes for each result. Both compute with torch's own operations.
 """
@@ -10,15 +10,11 @@ from torch.nn import functional as F
 
 
 class LeanMaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` with kernel and stride 2, for inputs (B, C, H, W) of even height and width; others go to stock.
-
-    So do rows of which two bytes cannot hold the length.
-    """
+    """`nn.MaxPool2d` with kernel and stride 2, for inputs (B, C, H, W) of even height and width; others go to stock."""
 
     def forward(self, x: Tensor) -> Tensor:
         square = {self.kernel_size, self.stride} <= {2, (2, 2)} and self.padding == 0 and self.dilation == 1
-        even = x.dim() == 4 and x.shape[2] % 2 == x.shape[3] % 2 == 0 and x.shape[3] + 1 <= torch.iinfo(torch.int16).max
-        if square and even and not self.return_indices:
+        if square and not self.return_indices and x.dim() == 4 and x.shape[2] % 2 == x.shape[3] % 2 == 0:
             return _MaxPool.apply(x)
         return super().forward(x)
 
@@ -27,7 +23,8 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         y, index = F.max_pool2d(x, 2, return_indices=True)
-        ctx.save_for_backward((index - _firsts(x)).to(torch.int16))
+        behind = index - _firsts(x)  # 0, 1, W or W + 1, where W is even
+        ctx.save_for_backward((behind & 1).to(torch.uint8).add_(behind > 1, alpha=2))
         ctx.shape = x.shape
         ctx.layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         return y
@@ -35,9 +32,10 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        (behind,) = ctx.saved_tensors
+        (place,) = ctx.saved_tensors
         x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.layout)  # whose numbers nobody reads
-        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, behind + _firsts(x))
+        index = place % 2 + (place // 2).long() * ctx.shape[3] + _firsts(x)
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
 
 
 def _firsts(x: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""What all prediction steps of a forward pass read alike, made once for them."""
+"""What all uses in a forward pass read alike, made once for them: the cast and scaled factors of adapters."""
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 Made = TypeVar("Made")
 
@@ -13,9 +14,9 @@ _held: ContextVar[dict[Hashable, object] | None] = ContextVar("held", default=No
 
 
 @contextmanager
-def sharing() -> Iterator[None]:
-    """Inside, `shared` makes a thing once and holds it to the end of the block."""
-    token = _held.set({})
+def sharing(held: dict[Hashable, object] | None = None) -> Iterator[None]:
+    """Inside, `shared` makes a thing once and holds it to the end of the block, in `held` if that is given."""
+    token = _held.set({} if held is None else held)
     try:
         yield
     finally:
@@ -30,3 +31,12 @@ def shared(key: Hashable, make: Callable[[], Made]) -> Made:
     if key not in held:
         held[key] = make()
     return held[key]
+
+
+def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, of which backward keeps the arguments alone; its second run shares with the first."""
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    held = _held.get()
+    contexts = {} if held is None else {"context_fn": lambda: (nullcontext(), sharing(held))}
+    return checkpoint(function, *args, use_reentrant=False, **contexts, **kwargs)

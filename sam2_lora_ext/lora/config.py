@@ -23,6 +23,7 @@ Number = TypeVar("Number", int, float)
 QKV = ("q", "k", "v")  # order of the rows of Hiera's fused `qkv`
 IMPLEMENTATIONS = ("plain", "lean")
 VARIANTS = ("lora", "dora", "pissa")
+DROPOUTS = ("inputs", "channels")
 
 
 @dataclass
@@ -37,6 +38,8 @@ class LoRAConfig:
         rank: r of the update B A.
         alpha: the update is scaled by alpha / r.
         dropout: probability in [0, 1) with which training zeroes an input of A.
+        dropout_on: "inputs" draws for each number of an input, as PEFT does; "channels" draws once for all tokens of a call, which
+            costs no pass over the activations but is another regulariser.
         rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern: glob -> rank of the adapted layers that it matches.
         alpha_pattern: glob -> alpha of the adapted layers that it matches.
@@ -51,6 +54,7 @@ class LoRAConfig:
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.05
+    dropout_on: str = "inputs"
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -81,7 +85,7 @@ class LoRAConfig:
             self.qkv_parts = _names("qkv_parts", self.qkv_parts)
             if not self.qkv_parts or len(set(self.qkv_parts)) < len(self.qkv_parts) or set(self.qkv_parts) - set(QKV):
                 raise UserError(f"lora.qkv_parts must be null or some of {list(QKV)}, each once, got {self.qkv_parts}")
-        for where, choices in (("variant", VARIANTS), ("implementation", IMPLEMENTATIONS)):
+        for where, choices in (("variant", VARIANTS), ("implementation", IMPLEMENTATIONS), ("dropout_on", DROPOUTS)):
             if getattr(self, where) not in choices:
                 raise UserError(f"lora.{where} must be one of {list(choices)}, got {getattr(self, where)!r}")
         if self.variant == "dora" and self.qkv_parts is not None:

@@ -117,8 +117,10 @@ def inject(model: nn.Module, config: Config) -> dict[str, Any]:
     for name, rank, alpha, parts in find_targets(model, config):
         parent, _, attribute = name.rpartition(".")
         base = model.get_submodule(name)
-        layer = LAYERS[config.variant, config.implementation]
-        setattr(model.get_submodule(parent), attribute, layer(base, rank, alpha, config.dropout, parts, config.rslora))
+        layer = LAYERS[config.variant, config.implementation](
+            base, rank, alpha, config.dropout, parts, config.rslora, config.dropout_on
+        )
+        setattr(model.get_submodule(parent), attribute, layer)
     return report(model, _trained(model, config))
 
 

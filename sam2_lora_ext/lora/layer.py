@@ -58,7 +58,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(
         self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
-        parts: tuple[bool, ...] = PLAIN, rslora: bool = False,
+        parts: tuple[bool, ...] = PLAIN, rslora: bool = False, dropout_on: str = "inputs",
     ) -> None:
         """Shares the parameters of `base`, on their device and in their dtype, and draws A from the global generator.
 
@@ -69,6 +69,7 @@ class LoRALinear(nn.Linear):
             dropout: probability in [0, 1) with which training zeroes an input of A.
             parts: for each of the P stacked outputs, whether it is adapted.
             rslora: scale by alpha / sqrt(r) instead of alpha / r.
+            dropout_on: "inputs" draws for each number of x, as PEFT does; "channels" once for all tokens of a call.
 
         Raises:
             ValueError: an argument is out of its range, or the outputs do not divide into the parts.
@@ -82,6 +83,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.train(base.training)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.dropout_on = dropout_on
         self.parts = tuple(map(bool, parts))
         self.scaling = lora_scaling(rank, alpha, rslora)
         adapted = sum(self.parts)
@@ -96,9 +98,16 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.factors()
-        low = F.linear(F.dropout(x, self.dropout, self.training), a)  # (..., n·r)
+        if self.dropout_on == "channels":
+            low = F.linear(x, self.drop_channels(a))  # (..., n·r)
+        else:
+            low = F.linear(F.dropout(x, self.dropout, self.training), a)
         update = F.linear(low, block_diagonal(b, self.parts))  # (..., out)
         return F.linear(x, self.weight, self.bias) + self.scaling * update
+
+    def drop_channels(self, a: Tensor) -> Tensor:
+        """A (n·r, in) with columns set to zero and the others scaled, as if x had lost these channels in every token."""
+        return a * F.dropout(a.new_ones(a.shape[1]), self.dropout, self.training) if self.dropout else a
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (n·r, in) and B (n·d, r) of the update, as they are now."""

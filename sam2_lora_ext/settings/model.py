@@ -27,11 +27,6 @@ def once_each(section: Mapping[str, Any]) -> str | None:
     return f"qkv_parts must name each of q, k, v at most once, got {parts}" if len(set(parts)) < len(parts) else None
 
 
-def selective_operations(section: Mapping[str, Any]) -> str | None:
-    """Selective recomputation is part of the lean operations."""
-    return "selective needs operations: true" if section.get("selective") and not section.get("operations") else None
-
-
 def some_weight(section: Mapping[str, Any]) -> str | None:
     """A loss of nothing has no gradient."""
     return None if any(section.values()) else "all weights are 0, so there is nothing to learn from; give one a weight"
@@ -48,16 +43,19 @@ def corrects_prompted(section: Mapping[str, Any]) -> str | None:
 
 
 LORA = Section({
-    "targets": GLOBS, "rank": RANK, "alpha": ALPHA, "dropout": Number(0, 1, below=True), "rslora": Flag(),
+    "targets": GLOBS, "rank": RANK, "alpha": ALPHA, "dropout": Number(0, 1, below=True),
+    "dropout_on": one_of("inputs", "channels"), "rslora": Flag(),
     "rank_pattern": MapOf(kind=RANK), "alpha_pattern": MapOf(kind=ALPHA),
     "qkv_parts": Nullable(ListOf(one_of("q", "k", "v"), least=1, most=3)), "trainable": GLOBS, "freeze_a": Flag(),
     "variant": one_of("lora", "dora", "pissa"), "implementation": one_of("plain", "lean"),
 }, rules=(once_each, something_to_train)).called("lora")
-MEMORY = either(
-    one_of("stock", "fast", "default", "low"),
-    Section({"encoder": SHARE, "decoder": SHARE} | dict.fromkeys(
-        ("pool", "conv", "operations", "selective", "weights"), Flag()), rules=(selective_operations,)),
-)
+PRESET = one_of("stock", "fast", "default", "low")
+ACTIVATIONS = either(PRESET, Section(
+    {"encoder": SHARE, "decoder": SHARE} | dict.fromkeys(("pool", "conv", "norms", "positions", "weights"), Flag())
+))
+MEMORY = either(PRESET, Section(  # what version 0.1 called it
+    {"encoder": SHARE, "decoder": SHARE} | dict.fromkeys(("pool", "conv", "operations", "selective", "weights"), Flag())
+))
 ARCHITECTURE = dict.fromkeys((  # Meta's configs set these
     "image_encoder", "memory_attention", "memory_encoder", "sam_mask_decoder_extra_args"), INSIDE,
 ) | dict.fromkeys((
@@ -99,7 +97,7 @@ TERMS = Section({**STOCK_TERMS, "loss_tversky": WEIGHT}, required=NEEDED, rules=
 
 TARGETS = {
     "sam2_lora_ext.model.LoRASAM2Train": Section({
-        **MODEL, "lora": Nullable(LORA), "memory": MEMORY, "feature_cache": Nullable(CACHE),
+        **MODEL, "lora": Nullable(LORA), "activations": ACTIVATIONS, "memory": Nullable(MEMORY), "feature_cache": Nullable(CACHE),
         "prompt_seed": Nullable(SEED).called("trainer.seed_value"),
     }, required=("image_encoder",), rules=(corrects_prompted,)),
     "training.model.sam2.SAM2Train": Section(MODEL, required=("image_encoder",), rules=(corrects_prompted,)),

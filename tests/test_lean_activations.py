@@ -1,4 +1,4 @@
-"""The memory presets compute what stock computes: on a small SAM 2, and the pooling by itself."""
+"""The presets of `activations` compute what stock computes: on a small SAM 2, and each part by itself."""
 
 import copy
 import gc
@@ -8,21 +8,21 @@ from unittest import mock
 
 import pytest
 import torch
+from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
 from benchmarks.measure import LiveBytes, Saved, run_step
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
-from sam2_lora_ext.lean.memory import (
-    PRESETS, CheckpointedLeanBlock, MemoryConfig, SelectiveLeanBlock, blocks_for_share, checkpointed, falls_due,
-)  # fmt: skip
+from sam2_lora_ext.lean.activations import PRESETS, ActivationsConfig, CheckpointedBlock, blocks_for_share, falls_due, renamed
+from sam2_lora_ext.lean.maps import LeanLayerNorm2d
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
+from sam2_lora_ext.lean.shared import checkpointed
 
 SIZE, RESOLUTION = "nano", 128
-pytestmark = pytest.mark.usefixtures("lean_however_small")
+SWITCHES = ("pool", "conv", "norms", "positions", "weights")
 
 
 def lively(setup):
@@ -53,10 +53,10 @@ def train(setup, steps=1, autocast=False):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("preset", ["fast", "default", "low"])
 def test_a_preset_changes_no_bit(preset, autocast):
-    """Beside `operations`, which round otherwise: test_lean_operations.py."""
+    """Beside `norms`, which rounds otherwise: see below."""
     off, lean = (
-        train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=memory)), steps=2, autocast=autocast)
-        for memory in ({"operations": True}, preset)
+        train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, activations=choice)), steps=2, autocast=autocast)
+        for choice in ({"norms": True}, preset)
     )
     for step, expected in zip(lean, off, strict=True):
         assert len(step) == len(expected) > 20
@@ -64,32 +64,52 @@ def test_a_preset_changes_no_bit(preset, autocast):
     assert off[0][0] != off[1][0] and any(value.abs().max() > 1e-6 for value in off[0][1:])
 
 
-def test_operations_on_windows_that_need_padding():
-    """At 160 px the last windows do not divide the tokens: fewer FLOPs, and the same to rounding."""
-    results, flops = [], []
-    for memory in ("stock", {"operations": True}):
-        setup, batch = lively(build("lean", SIZE, 160, dropout=0.0, memory=memory)), make_batch(160)
+@pytest.mark.parametrize("switch", [*SWITCHES, "encoder", "decoder"])
+def test_each_piece_alone(switch):
+    """Each can be switched by itself, and keeps less than without or as much."""
+    results, kept = [], []
+    for choice in ("stock", {switch: True if switch in SWITCHES else 0.5}):
+        setup, batch = lively(build("lean", SIZE, RESOLUTION, dropout=0.0, activations=choice)), make_batch(RESOLUTION)
         torch.manual_seed(3)
-        with FlopCounterMode(display=False) as counter:
+        with LiveBytes([*setup.model.parameters(), *setup.model.buffers()]) as live:
             loss = setup.step_loss(batch)
+            kept.append(live.now)
         loss.backward()
         results.append([loss.detach(), *[p.grad for p in setup.model.parameters() if p.grad is not None]])
-        flops.append(counter.get_total_flops())
-    assert flops[1] < flops[0]
+    assert kept[1] < kept[0] or (switch == "weights" and kept[1] == kept[0])  # without autocast it does nothing
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item() + 1e-7)
+
+
+def test_norms_equal_stock():
+    """Outputs and gradients in double precision to rounding, whatever the layout."""
+    torch.manual_seed(0)
+    stock = LayerNorm2d(6).double()
+    nn.init.normal_(stock.weight)
+    nn.init.normal_(stock.bias)
+    lean = copy.deepcopy(stock)
+    lean.__class__ = LeanLayerNorm2d
+    for layout in (torch.contiguous_format, torch.channels_last):
+        results = []
+        for layer in (stock, lean):
+            x = torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            x = x.contiguous(memory_format=layout).requires_grad_()
+            y = layer(x)
+            results.append([y, *torch.autograd.grad(y.pow(3).sum(), [x, layer.weight, layer.bias])])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("preset", ["default", "low"])
 def test_beside_sam2s_own_checkpoints_of_the_clicks(preset):
     results = []
-    for memory, own in (("stock", False), (preset, True)):
-        setup = lively(build("lean", SIZE, RESOLUTION, dropout=0.2, memory=memory))
+    for choice, own in (({"norms": True}, False), (preset, True)):
+        setup = lively(build("lean", SIZE, RESOLUTION, dropout=0.2, activations=choice))
         setup.model.use_act_ckpt_iterative_pt_sampling = own
         setup.model.prompt_seed = None  # clicks as stock draws them
         with mock.patch("sam2_lora_ext.model.checkpointed", wraps=checkpointed) as again:
             results.append(train(setup)[0])
-        assert (again.call_count >= 8) is own  # the first step too, which SAM 2 keeps
+        assert again.call_count == 0  # SAM 2 computes them again itself
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
@@ -157,15 +177,14 @@ def test_gradients_equal_the_plain_implementation_in_double_precision(lean, imag
 def test_keys_copies_pickles_and_evaluation():
     plain, lean = build("plain", SIZE, RESOLUTION), build("lean_memory", SIZE, RESOLUTION)
     assert list(plain.model.state_dict()) == list(lean.model.state_dict())
-    blocks = lean.model.image_encoder.trunk.blocks
-    assert [type(block) for block in blocks] == [CheckpointedLeanBlock] * (len(blocks) - 1) + [SelectiveLeanBlock]
+    assert {type(block) for block in lean.model.image_encoder.trunk.blocks} == {CheckpointedBlock}
     batch = make_batch(RESOLUTION)
     frames = []
     for model in (plain.model, lean.model, copy.deepcopy(lean.model), pickle.loads(pickle.dumps(lean.model))):
         model.eval()
         with torch.no_grad():
             frames.append(model(batch)[0]["pred_masks_high_res"])
-    torch.testing.assert_close(frames[1], frames[0], rtol=1e-5, atol=1e-5)  # `operations` round otherwise
+    torch.testing.assert_close(frames[1], frames[0], rtol=1e-5, atol=1e-5)  # `norms` rounds otherwise
     assert torch.equal(frames[2], frames[1]) and torch.equal(frames[3], frames[1])
 
 
@@ -175,7 +194,7 @@ def test_which_of_a_series_fall_due():
 
 
 def test_the_share_of_prediction_steps_is_counted_anew_in_each_forward_pass(monkeypatch):
-    setup, batch = build("lean", SIZE, RESOLUTION, memory={"decoder": 0.75}), make_batch(RESOLUTION)
+    setup, batch = build("lean", SIZE, RESOLUTION, activations={"decoder": 0.75}), make_batch(RESOLUTION)
     calls = []
     monkeypatch.setattr("sam2_lora_ext.model.checkpointed", lambda heads, *args, **kwargs: (calls.append(1), heads(*args, **kwargs))[1])
     for _ in range(2):
@@ -191,7 +210,7 @@ def test_which_blocks_are_computed_again():
     assert [blocks_for_share(blocks, share) for share in shares] == [0, 0, 0, 1, 2, 3, 3, 4, 10, 11, 12]
 
 
-@pytest.mark.parametrize(("stages", "default", "low"), [((1, 2, 7, 2), 3, 11), ((1, 2, 11, 2), 5, 15), ((2, 3, 16, 3), 7, 22), ((2, 6, 36, 4), 19, 45)])
+@pytest.mark.parametrize(("stages", "default", "low"), [((1, 2, 7, 2), 3, 12), ((1, 2, 11, 2), 5, 16), ((2, 3, 16, 3), 7, 24), ((2, 6, 36, 4), 19, 48)])
 def test_what_presets_compute_again_of_tiny_small_base_plus_and_large(stages, default, low):
     blocks = blocks_of(*stages)
     assert [blocks_for_share(blocks, PRESETS[name].encoder) for name in ("default", "low")] == [default, low]
@@ -211,23 +230,34 @@ def blocks_of(*stages):
 @pytest.mark.parametrize(
     ("value", "message"),
     [("small", "'small'.*stock, fast, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
-     ({"decoder": True}, "decoder.*number.*True"), ({"pool": "yes"}, "pool.*'yes'"), ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, operations, selective, weights"),
-     ({"selective": True}, "selective needs memory.operations.*both")],
-)  # fmt: skip
+     ({"decoder": True}, "decoder.*number.*True"), ({"pool": "yes"}, "pool.*'yes'"),
+     ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, norms, positions, weights")],
+)
 def test_bad_settings_are_refused(value, message):
     with pytest.raises(UserError, match=message):
-        MemoryConfig.of(value)
+        ActivationsConfig.of(value)
 
 
-def test_presets_and_mappings():
-    assert MemoryConfig.of("low") == PRESETS["low"] == MemoryConfig.of(
-        {"encoder": 0.98, "decoder": 0.625, "pool": True, "conv": True, "operations": True, "selective": True, "weights": True}
-    )
-    assert MemoryConfig.of({}) == PRESETS["stock"] == MemoryConfig()
+def test_presets_mappings_and_what_they_were_called():
+    assert ActivationsConfig.of({}) == PRESETS["stock"] == ActivationsConfig()
+    assert ActivationsConfig.of("low") == ActivationsConfig(1.0, 1.0, *[True] * 5)
+    old = {"encoder": 0.3, "pool": True, "conv": True, "operations": True, "selective": True, "weights": True}
+    assert renamed(old) == ActivationsConfig(0.3, 0.0, *[True] * 5) and renamed("fast") == PRESETS["fast"]
+    with pytest.raises(UserError, match="memory has no setting 'norms'"):
+        renamed({"norms": True})
+    model = build("lean", SIZE, RESOLUTION).model
+    assert type(model)(**{**arguments_of(model), "memory": {"pool": True}}).activations == ActivationsConfig(pool=True)
+
+
+def arguments_of(model):
+    """The parts that a `LoRASAM2Train` is made of, for another one."""
+    return {name: copy.deepcopy(getattr(model, name)) for name in ("image_encoder", "memory_attention", "memory_encoder")} | {
+        "image_size": RESOLUTION
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 2, 2), (0, 3, 4, 4), (2, 3, 5, 7), (1, 2, 2, 2**15)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 2, 2), (0, 3, 4, 4), (2, 3, 5, 7), (1, 2, 2, 2**16)])
 def test_pooling_equals_stock_to_the_bit_with_ties(shape, dtype):
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
@@ -279,7 +309,7 @@ def test_convolutions_that_stock_must_do():
 
 @pytest.mark.parametrize("preset", ["fast", "default", "low"])
 def test_steps_leave_nothing_behind(preset):
-    setup, batch = build("lean", SIZE, RESOLUTION, memory=preset), make_batch(RESOLUTION)
+    setup, batch = build("lean", SIZE, RESOLUTION, activations=preset), make_batch(RESOLUTION)
     with LiveBytes([*setup.model.parameters(), *setup.model.buffers()]) as live:
         left = []
         for _ in range(3):
@@ -295,25 +325,7 @@ def test_position_encodings_that_nobody_reads_are_neither_made_nor_gathered():
     side = RESOLUTION // 16
     assert [level.shape for level in unread] == [(2, 0, 4 * side, 4 * side), (2, 0, 2 * side, 2 * side)]
     assert last.shape[2:] == (side, side) and last.shape[1] > 0
-    assert list(model.image_encoder.neck.position_encoding.cache) == [(side, side)]
-
-
-@pytest.mark.parametrize("images", [1, 2])
-def test_the_objects_of_a_single_image_share_its_features(images):
-    """Not a copy each; how the gradients add up, the comparisons above with the plain implementation say."""
-    model, seen = build("lean", SIZE, RESOLUTION).model, []
-    heads = model._forward_sam_heads
-
-    def watched(*args, **kwargs):
-        seen.append([*kwargs["high_res_features"], kwargs["backbone_features"]])
-        return heads(*args, **kwargs)
-
-    with mock.patch.object(model, "_forward_sam_heads", watched):
-        model(make_batch(RESOLUTION, images=images, objects=3))
-    assert len(seen) == 8
-    for level in seen[0][:2]:
-        assert len(level) == 3 * images and torch.equal(level[0], level[2])
-        assert (level.untyped_storage().nbytes() == level[0].numel() * level.element_size()) is (images == 1)
+    assert (side, side) in model.image_encoder.neck.position_encoding.cache
 
 
 @pytest.mark.parametrize("objects", [1, 2])

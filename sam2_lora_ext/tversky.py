@@ -1,0 +1,35 @@
+"""The focal-Tversky loss, for thin defects: from masks, or from sums over their pixels.
+
+Shapes: O objects, H W pixels.
+"""
+
+from torch import Tensor
+
+FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which a saturated sigmoid would turn into NaN
+
+
+def focal_tversky(logits: Tensor, targets: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """Focal-Tversky loss (arXiv 1810.07842), `(1 - TI) ** (1 / gamma)`, of each object.
+
+    `TI = (TP + 1) / (TP + alpha FN + beta FP + 1)` on probabilities p = sigmoid(logits): TP = sum(p g),
+    FN = sum((1 - p) g), FP = sum(p (1 - g)). Both masks empty: 0; an empty target alone: `beta FP / (beta FP + 1)` to
+    the power. `1 - TI` is cut off below 1e-6, so a perfect mask costs `1e-6 ** (1 / gamma)` and has no gradient.
+
+    Args:
+        logits: [O H W].
+        targets: [O H W], 0.0 or 1.0.
+        alpha: the price of a missed pixel.
+        beta: the price of a false pixel.
+        gamma: above 1 it turns to objects that are nearly right (the paper's range is 1 to 3).
+
+    Returns:
+        [O].
+    """
+    p, g = logits.sigmoid().flatten(1), targets.flatten(1)
+    return tversky_of_sums((p * g).sum(-1), p.sum(-1, dtype=g.dtype), g.sum(-1), alpha, beta, gamma)
+
+
+def tversky_of_sums(hit: Tensor, drawn: Tensor, area: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """`focal_tversky` [O] from TP = `hit`, sum(p) = `drawn` and sum(g) = `area`, each [O]."""
+    wrong = alpha * (area - hit) + beta * (drawn - hit)
+    return (wrong / (hit + wrong + 1)).clamp(min=FLOOR) ** (1 / gamma)
