@@ -26,16 +26,16 @@ REFUSED = "cannot write {}: {}; check the folder, its rights and the free disk"
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
-    """Raises a `UserError` when there is something at `path` that may not be replaced, with `force` all but a file."""
+    """Raises a `UserError` when there is something at `path` that may not be replaced: with `force` all but a file."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
         return
-    if not force:
-        raise UserError(EXISTS.format(path))
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "link" if stat.S_ISLNK(mode) else "device or pipe"
         raise UserError(f"{path} is a {kind}, and only a file is ever replaced: choose another name")
+    if not force:
+        raise UserError(EXISTS.format(path))
 
 
 def refuse_input_files(out: str | Path, inputs: Iterable[str | Path]) -> None:

@@ -90,5 +90,6 @@ def test_a_run_stops_says_why_and_stays_stopped(tmp_path, nano_base, strips):
     train_here(env, *setting)
     assert (tmp_path / "run/validations.json").read_text() == validations
     assert (tmp_path / "run/logs/metrics.csv").read_text() == rows
-    longer = train_here(env, "trainer.early_stop={patience: 2, min_delta: 2.0}", "scratch.steps=20")
+    patient = ("trainer.early_stop={patience: 2, min_delta: 2.0}", "trainer.resume_with_changes=true")
+    longer = train_here(env, *patient, "scratch.steps=20")
     assert [entry["step"] for entry in longer.history.entries] == [2, 4, 6]

@@ -41,7 +41,7 @@ def test_only_a_regular_file_is_replaced(tmp_path):
     for name, kind in {"folder": "folder", "link": "link", "dangling": "link", "pipe": "device or pipe"}.items():
         with pytest.raises(UserError, match=f"{name} is a {kind}, and only a file is ever replaced"):
             write_json(tmp_path / name, 1)
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match=f"is a {kind}"):
             refuse_existing(tmp_path / name, force=False)
     assert (tmp_path / "real").read_text() == "real" and len(os.listdir(tmp_path)) == 5
 

@@ -170,8 +170,13 @@ def test_other_settings_than_the_runs_own(env, tmp_path):
     before = {
         path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.suffix in (".pt", ".csv", ".json")
     }
-    assert "another model or LoRA config" in sentence_of(env, "lora.rank=4")
-    assert "columns" in sentence_of(env, "trainer.model.num_correction_pt_per_frame=2")
+    steps = "scratch.steps=2"
+    assert "lora.rank was 8 and is now 4" in sentence_of(env, steps, "lora.rank=4")
+    assert "_per_frame was 1 and is now 2" in sentence_of(env, steps, "trainer.model.num_correction_pt_per_frame=2")
+    allowed = "trainer.resume_with_changes=true"
+    assert "another model or LoRA config" in sentence_of(env, steps, "lora.rank=4", allowed)
+    longer = ("scratch.steps=4", "trainer.model.num_correction_pt_per_frame=2", allowed)
+    assert "columns" in sentence_of(env, *longer)
     assert {path: path.read_bytes() for path in before} == before
 
 
