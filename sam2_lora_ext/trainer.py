@@ -246,6 +246,5 @@ class LoRATrainer(Trainer):
     def _reseed(self, phase: str, epoch: int) -> None:
         """Makes what follows depend on seed, phase and rank only: a resumed run equals one that never stopped."""
         seed_everything(self.seed_value, phase, epoch, self.distributed_rank)
-        model = unwrap_ddp_if_wrapped(self.model)
         # the same on all ranks, as in stock
-        model.rng = np.random.default_rng(derive_seed(self.seed_value, phase, epoch))
+        unwrap_ddp_if_wrapped(self.model).rng = np.random.default_rng(derive_seed(self.seed_value, phase, epoch))
