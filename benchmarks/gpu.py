@@ -6,6 +6,11 @@ Needs no network: weights are random, the batch is fixed. Part of `make gpu`. Wr
 and batch, with `modelled_ms` of every card that `benchmarks.roofline` knows. `--device cpu` runs the same on a small model, to test it.
 """
 
+from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import gc
 import statistics
@@ -22,10 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.counting import count
 from benchmarks.measure import run_step
 from benchmarks.methods import METHODS, build, make_batch, make_optimizer
+from benchmarks.output import add_out, check_out, write_result
 from benchmarks.timing import apart
 from benchmarks.train_step import BATCHES, CASES, COMPARED, TYPES, parse_batch, parse_case
-from sam2_lora_ext.errors import UserError, run_cli
-from sam2_lora_ext.files import write_json
+from sam2_lora_ext.arguments import COUNT, number
+from sam2_lora_ext.settings.kinds import Number
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")  # also with a suffix, as cudaLaunchKernelExC
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -39,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=COMPARED, choices=METHODS)
     parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="IMAGESxOBJECTS")
     parser.add_argument("--types", nargs="+", default=("bfloat16",), choices=TYPES)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each, after two that are not")
-    parser.add_argument("--minutes", type=float, default=6.0, help="start no further row after so long")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/gpu.json"))
+    parser.add_argument("--steps", type=number(COUNT), default=10, help="timed steps of each, after two that are not")
+    parser.add_argument("--minutes", type=number(Number(0, 1000)), default=6.0, help="start no further row after so long")
+    add_out(parser, Path("runs/bench/gpu.json"))
     args = parser.parse_args(argv)
+    check_out(args)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no GPU is visible: run this on a CUDA machine, or try its parts with --device cpu --cases nano:128")
     end, rows = time.monotonic() + 60 * args.minutes, []
@@ -55,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                  "method": method}  # fmt: skip
         rows.append({**place, **apart(measured, args.device, args.steps, *place.values())})
         print(line(rows[-1]), flush=True)
-        write_json(args.out, rows)
+        write_result(args, rows)
     for row in rows:  # afterwards: it takes the host's time, not the GPU's, and the table is there without it
         if time.monotonic() < end + 60:
             place = [row[key] for key in ("method", "model", "resolution", "images", "objects", "autocast")]
             predicted = count(*place)
             row |= {key: predicted[key] for key in ("kernels", "optimizer_kernels", "peak_live_bytes", "moved_bytes", "host_ms",
                                                     "device_ms", "modelled_ms", "weight_bytes", "optimizer_bytes")}  # fmt: skip
-            write_json(args.out, rows)
+            write_result(args, rows)
     print(f"written {args.out}")
 
 

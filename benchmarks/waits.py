@@ -15,6 +15,11 @@ Not seen: which tensors would lie on the host anyway, so that their reading is n
 out, as are `.to(some_device)`); copies to the device; waits of NCCL and of DDP, which reads its map of unused parameters.
 """
 
+from sam2_lora_ext.errors import catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
 import argparse
 import logging
 import os
@@ -35,7 +40,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.methods import build, make_batch
-from sam2_lora_ext.errors import run_cli
 from sam2_lora_ext.host_guards import host_guards
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
