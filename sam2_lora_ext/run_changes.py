@@ -23,6 +23,8 @@ ALLOWED = {  # key -> why it changes nothing in the result
     "keep_previous": "how many checkpoints are kept",
     "export.*": "what is written beside adapters",
     "logging.*": "what is shown where",
+    "optim.gradient_logger": "what is looked at",
+    "optim.gradient_logger.*": "what is looked at",
     "env_variables.*": "settings of the machine",
     "distributed.backend": "how ranks talk",
     "distributed.timeout_mins": "how long they wait",

@@ -27,7 +27,10 @@ from sam2_lora_ext.run_state import OLD_SUMMARY, SUMMARY
 from sam2_lora_ext.step_guard import raw_datasets
 
 Result = TypeVar("Result")
-
+SINCE_0_1 = (
+    "; training clicks go on by other random numbers, and images with an orientation tag are turned upright unless "
+    "dataset.exif is false"
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +104,10 @@ class RunStart:
         self.record["changes"] = list(self.before["changes"])
         missing = unrecorded(self.before, self.record)
         if missing:
+            version = self.before["version"]
             log.warning(
-                f"{self.run_dir} was begun by version {self.before['version'] or '0.1.0'}, which did not record "
-                f"{', '.join(missing)}: they cannot be compared, and are recorded when it goes on"
-                + ("; training clicks go on by other random numbers" if self.before["version"] is None else "")
+                f"{self.run_dir} was begun by version {version or '0.1.0'}, which did not record {', '.join(missing)}: "
+                f"they cannot be compared, and are recorded when it goes on{'' if version else SINCE_0_1}"
             )
         self._refuse_or_note(changes(self.before, self.record))
 

@@ -85,7 +85,7 @@ def scripted(folder: Path) -> object:
 def run_note(name: str, text: str) -> Callable[[Path], object]:
     def case(folder: Path) -> object:
         (folder / name).write_text(text)
-        run = RunFolder(folder, Model(), {}, merged=False, flat_files=False, base_path=None)
+        run = RunFolder(folder, Model(), {}, None, merged=False, flat_files=False, base_path=None)
         return run.name(0.1) if name == "run.json" else run.validations()
 
     return case
