@@ -128,8 +128,8 @@ def _notes(checkpoint: Path) -> list[Path]:
 
 def _read_notes(file: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        facts = read_json(file, LARGEST_NOTE)
+    except UserError as error:
         raise UserError(f"{file} is damaged ({error}): it should be as LoRATrainer writes it") from error
     if not isinstance(facts, dict):
         raise UserError(f"{file} is damaged (it holds a {type(facts).__name__}): it should be as LoRATrainer writes it")

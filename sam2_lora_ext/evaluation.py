@@ -20,7 +20,6 @@ from training.utils.data_utils import Frame, Object, VideoDatapoint
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.data.transforms import FixedStripCrop
-from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.metrics import dice, exact_mean, iou, mask_counts
 from sam2_lora_ext.predictors import fit_predictor
 

@@ -32,11 +32,12 @@ class LoRASAM2Train(SAM2Train):
 
     Args:
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
-        activations: what a step keeps for backward: the name of one of `lean.activations.PRESETS`, or an `ActivationsConfig` as
-            a mapping. With its `weights`, the first forward pass under autocast casts frozen weights in place, for good.
-        prompt_seed: draw the training clicks of each object from (prompt_seed, step, video, object), the step as a number of `rng`,
-            which all ranks share, and not from the global generator of its rank: so they do not depend on what else is in the
-            batch nor on the rank. None: from the global generator, as stock.
+        activations: what a step keeps for backward: the name of one of `lean.activations.PRESETS`, or an
+            `ActivationsConfig` as a mapping. With its `weights`, the first forward pass under autocast casts frozen
+            weights in place, for good.
+        prompt_seed: draw the training clicks of each object from (prompt_seed, step, video, object), the step as a
+            number of `rng`, which all ranks share, and not from the global generator of its rank: so they do not depend
+            on what else is in the batch nor on the rank. None: from the global generator, as stock.
         feature_cache: `folder` and `max_gb` of a `FeatureCache`, for training with a frozen image encoder.
         memory: what `activations` was called in version 0.1.
         **kwargs: everything that `SAM2Train` takes.
@@ -133,6 +134,6 @@ class LoRASAM2Train(SAM2Train):
         sound = (input.flat_img_batch.mean(1) > BLACK_LEVEL)[input.flat_obj_to_img_idx[0]]  # O H W
         seeded = self.training and self.prompt_seed is not None
         # A click is new each time in training and the same each time in validation.
-        step = int(self.rng.integers(2**31)) if self.training else 0
+        step = int(self.rng.integers(2**31)) if seeded else 0
         keys = mixed(mixed(video + derive_seed(self.prompt_seed or 0, step)) + identifier)
         return PromptSampler(class_of(identifier) == CLEAN, sound, keys, seeded=seeded, exact_boxes=not self.training)

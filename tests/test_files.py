@@ -7,7 +7,7 @@ import pytest
 
 from sam2_lora_ext import files
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic, write_json, # fmt: skip
+from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic, write_json
 from sam2_lora_ext.folders import existing_folder, replace_folder, settle_folder
 
 NO_LINKS = pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])

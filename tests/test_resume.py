@@ -189,7 +189,7 @@ def test_a_foreign_checkpoint_is_refused(whole, tmp_path):
         checkpoint_files.prepare_resume(tmp_path, other)
 
 
-def test_another_base_than_at_the_start_is_refused(whole, tmp_path, strips, capsys):
+def test_another_base_than_at_the_start_is_refused(whole, nano_base, tmp_path, strips, capsys):
     """The adapters belong to the weights that they were trained on."""
     shutil.copytree(whole, tmp_path / "run")
     other = make_base(tmp_path / "other.pt", seed=1)

@@ -117,7 +117,8 @@ def test_defaults_and_names_of_other_versions(record, monkeypatch):
 
 def test_objects_null_is_what_it_means(record):
     """`null` stands for components where the format knows no instances."""
-    assert changes(record, changed(record, f"{DATA}.objects", None)) == []
+    components, null = (changed(record, f"{DATA}.objects", value) for value in ("components", None))
+    assert changes(components, null) == changes(null, components) == []
 
     class Instances:
         instances = True
@@ -125,7 +126,8 @@ def test_objects_null_is_what_it_means(record):
     run_changes.Instances = Instances
     try:
         coco = changed(record, f"{DATA}.reader", {"_target_": "sam2_lora_ext.run_changes.Instances"})
-        [change] = changes(coco, changed(coco, f"{DATA}.objects", None))
+        components = changed(coco, f"{DATA}.objects", "components")
+        [change] = changes(components, changed(coco, f"{DATA}.objects", None))
         assert (change.before, change.after) == ("components", "instances")
     finally:
         del run_changes.Instances

@@ -141,7 +141,7 @@ def test_shipped_configs_pass(name):
     ("+trainer.model.imagesize=96", "did you mean 'image_size'"),
     ("trainer.model.num_correction_pt_per_frame=0", "at least 1|from 1 to 100"),
     ("trainer.model.prob_to_use_pt_input_for_train=1.5", "at most 1, got 1.5"),
-    ("trainer.model.memory=lots", "one of stock, fast, default, low"),
+    ("trainer.model.activations=lots", "one of stock, fast, default, low"),
     ("trainer.loss.severstal.class_weights={9: nan}", "class_weights.9 must be .* got nan"),
     ("trainer.loss.severstal.class_weights={true: 1.0}", "whole number from 0 to 32767, got "),
     ("trainer.loss.severstal.class_weights={-1: 1.0}", "each key of .*class_weights must be"),

@@ -14,14 +14,6 @@ from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
 
-import os
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
-
-if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

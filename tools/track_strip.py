@@ -140,9 +140,9 @@ def track(
     logits: dict[int, torch.Tensor] = {}
     for path in (range(first, len(windows)), range(first, -1, -1)):  # to the right, then to the left
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            for number, place in enumerate(path):
+            for step, place in enumerate(path):
                 start, stop = windows[place]
-                Image.fromarray(strip[:, start:stop]).save(f"{folder}/{number:05d}.jpg", quality=100, subsampling=0)
+                Image.fromarray(strip[:, start:stop]).save(f"{folder}/{step:05d}.jpg", quality=100, subsampling=0)
             state = predictor.init_state(folder)
             points = np.array([[click[0] - windows[first][0], click[1]]], dtype=np.float32)
             predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=points, labels=np.array([1]))
