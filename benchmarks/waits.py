@@ -158,16 +158,16 @@ def count_waits(method: str, batch: tuple[int, int] = (1, 2), size: str = "nano"
         size: of SAM 2.
         resolution: pixels of the input's side.
     """
-    data = Batches(*batch, resolution)
     with _quiet(), tempfile.TemporaryDirectory() as folder, _lone_rank(), host_guards("cpu"):
-        trainer = _trainer(method, size, resolution, folder, data)
+        trainer = _trainer(method, size, resolution, folder, batch)
         try:
             trainer.run()
         except _Done:
-            return data.waits.counts
+            return trainer.train_dataset.waits.counts
         finally:
             dist.destroy_process_group()
-            getattr(trainer, "_unlock", lambda: None)()
+            if method.startswith("lean"):
+                trainer.start.release()
     raise AssertionError("the Trainer ended before its second step")
 
 
@@ -181,14 +181,15 @@ def loss_of(method: str, size: str, resolution: int) -> torch.nn.Module:
     return build(method, size, resolution).loss
 
 
-def _trainer(method: str, size: str, resolution: int, folder: str, data: Batches) -> Any:
+def _trainer(method: str, size: str, resolution: int, folder: str, batch: tuple[int, int]) -> Any:
     stock = "lean" not in method and "plain" not in method
     built = {"method": method, "size": size, "resolution": resolution}
     rate = {"_target_": "fvcore.common.param_scheduler.ConstantParamScheduler", "value": 1e-4}
     clip = {"_target_": "training.optimizer.GradientClipper", "max_norm": 1.0, "norm_type": 2}
     config = {
         "_target_": "training.trainer.Trainer" if stock else "sam2_lora_ext.trainer.LoRATrainer",
-        "mode": "train_only", "accelerator": "cpu", "max_epochs": 1, "data": {"train": None},
+        "mode": "train_only", "accelerator": "cpu", "max_epochs": 1,
+        "data": {"train": {"_target_": "benchmarks.waits.Batches", "images": batch[0], "objects": batch[1], "resolution": resolution}},
         "model": {"_target_": "benchmarks.waits.model_of", **built}, "loss": {"severstal": {"_target_": "benchmarks.waits.loss_of", **built}},
         "optim": {"amp": {"enabled": True, "amp_dtype": "bfloat16"}, "optimizer": {"_target_": "torch.optim.AdamW"},
                   "gradient_clip": clip, "options": {"lr": [{"scheduler": rate}]}},
@@ -199,9 +200,7 @@ def _trainer(method: str, size: str, resolution: int, folder: str, data: Batches
         "checkpoint": {"save_dir": f"{folder}/checkpoints", "save_freq": 0, "model_weight_initializer": None},
         **({} if stock else {"run_dir": folder}),
     }  # fmt: skip
-    trainer = instantiate(OmegaConf.create(config), _recursive_=False)
-    trainer.train_dataset = data
-    return trainer
+    return instantiate(OmegaConf.create(config), _recursive_=False)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def write_adapter_folder(folder: str | Path, write: Callable[[Path], Any], force: bool) -> None:
-    """Replaces an adapter folder by the one that `write` fills; see `files.replace_folder`."""
+    """Replaces an adapter folder by the one that `write` fills; see `folders.replace_folder`."""
     replace_folder(folder, write, PARTS, force=force)
 
 

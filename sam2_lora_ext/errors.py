@@ -24,8 +24,9 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(str(key)[:100], choices, LISTED, cutoff=0)
             more = f" and {len(choices) - len(near)} more" if len(choices) > len(near) else ""
             listed = ", ".join(near if more else choices)
-            strange = f"{where} has no setting {str(key)[:100]!r}"
-            raise UserError(f"{strange}, did you mean {near[0]!r}? There are {listed}{more}")
+            meant = difflib.get_close_matches(str(key)[:100], choices, 1)
+            asked = f", did you mean {meant[0]!r}?" if meant else ":"
+            raise UserError(f"{where} has no setting {str(key)[:100]!r}{asked} There are {listed or 'none'}{more}")
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:

@@ -1,9 +1,4 @@
-"""Files and folders that are either whole or absent: written beside, flushed to the disk, then renamed over.
-
-A folder cannot be renamed over another that is not empty: `replace_folder` first renames `best` to `.best.old`. A kill
-between its two renames leaves the old folder under that name: `existing_folder` reads it there, and `settle_folder`,
-which the next writer calls, gives it its name again.
-"""
+"""Files that are either whole or absent: written beside, flushed to the disk, then renamed over. Folders: `folders`."""
 
 import contextlib
 import hashlib

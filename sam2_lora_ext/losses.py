@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from training.loss_fns import MultiStepMultiMasksAndIous, dice_loss, iou_loss, sigmoid_focal_loss
 from training.trainer import CORE_LOSS_KEY
 
@@ -53,7 +52,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         tversky_beta: see `focal_tversky`.
         tversky_gamma: see `focal_tversky`.
         implementation: "plain" calls stock's functions; "lean" computes the same to rounding from sums of its own (see
-            `lean.mask_sums`), faster and keeping nothing for backward but the logits.
+            `lean.mask_sums`), of all masks at once, and keeps nothing for backward but the logits.
         stock: the other arguments of `MultiStepMultiMasksAndIous`.
 
     Raises:
@@ -116,7 +115,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         iou = error.abs() if self.iou_use_l1_loss else error.square()
         if several:
             best = self._best_channel(MaskTerms(sums.focal, _dice(sums, area), iou), num_objects)
-            chosen = F.one_hot(best, masks.shape[1])  # O M
+            chosen = best[:, None] == torch.arange(masks.shape[1], device=best.device)  # O M; one_hot may wait
             sums = mask_sums((masks * chosen[..., None, None]).sum(1, keepdim=True), targets, *rule)
             iou = iou.mean(1, keepdim=True) if self.supervise_all_iou else (iou * chosen).sum(1, keepdim=True)
         terms = {"loss_mask": sums.focal, "loss_dice": _dice(sums, area), "loss_iou": iou}

@@ -66,7 +66,10 @@ class NamePatterns:
         if WORD.fullmatch(key):
             return None
         try:
-            return Automaton(_parser.parse(key), self._refuse(key))
+            parsed = _parser.parse(key)
+            if parsed.state.flags & ~re.UNICODE:
+                self._refuse(key)("sets flags, which PEFT's rule does not take")
+            return Automaton(parsed, self._refuse(key))
         except (re.error, RecursionError, OverflowError) as error:
             self._refuse(key)(f"is no regular expression ({error})")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sam2_lora_ext import files
+from sam2_lora_ext import files, folders
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic, write_json
 from sam2_lora_ext.folders import existing_folder, replace_folder, settle_folder
@@ -125,7 +125,7 @@ def test_a_kill_at_each_moment(moment, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", renaming)
         patch.setattr(Path, "unlink", unlinking)
-        patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans up nothing
+        patch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans up nothing
         with pytest.raises(Killed):
             replace_folder(out, write, parts)
     found = existing_folder(out)

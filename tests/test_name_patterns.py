@@ -82,6 +82,7 @@ def test_catastrophic_patterns_end_soon(pattern, monkeypatch):
 
 @pytest.mark.parametrize(("pattern", "said"), [
     (r"(a)\1", "bounded time"), ("(?=a)b", "bounded time"), ("(?<!a)b", "bounded time"), ("(?i:a)", "bounded time"),
+    ("(?i)a", "sets flags"), ("(?x) a b", "sets flags"),
     (r"\ba", "bounded time"), ("(?>a+)b", "bounded time"), ("a++", "bounded time"), ("a" * 501, "501 characters"),
     ("((a{100}){100}){100}", "stands for more than"), ("a{1000000000}", "stands for more than"), ("(",
     "no regular expression"),

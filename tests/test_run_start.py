@@ -138,7 +138,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, nano_base, strips, 
 
 
 def test_every_refusal_puts_the_launchers_files_back(whole, nano_base, strips, tmp_path):
-    """Another base, a damaged checkpoint, a locked run, a setting that cannot be, a damaged table."""
+    """Another base, a damaged checkpoint, a locked run, no GPU, a damaged table."""
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     env = environment(nano_base, strips, run)
     other = make_base(tmp_path / "other.pt", seed=1)
@@ -151,7 +151,6 @@ def test_every_refusal_puts_the_launchers_files_back(whole, nano_base, strips, t
         assert records(run) == before
 
     refused(f"the base was {nano_base} (sha256 ", SAM2_LORA_NANO=str(other))
-    refused("trainer.metrics_every must be at least 1", "trainer.metrics_every=0")
     refused("no GPU is visible", "trainer.accelerator=cuda")
     (run / "checkpoints/checkpoint.pt").write_bytes(good[:-2000])
     refused("cannot resume: ")

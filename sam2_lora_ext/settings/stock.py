@@ -34,6 +34,18 @@ def seed_fits(section: Mapping[str, Any]) -> str | None:
     return None
 
 
+def trains_on_something(section: Mapping[str, Any]) -> str | None:
+    """What a mode reads is there."""
+    mode, data = section.get("mode", "train"), section["data"]
+    if mode != "val":
+        missing = [name for name in ("optim", "loss") if not section.get(name)]
+        if missing or not data.get("train"):
+            return f"{(*missing, 'data.train')[0]} must be set to train"
+    if mode != "train_only" and not data.get("val"):
+        return "data.val must be set to validate; set mode: train_only to train without validation"
+    return None
+
+
 def parts_of(tree: Any, ending: str) -> Iterator[Mapping[str, Any]]:
     """All parts in a section whose `_target_` ends so."""
     if isinstance(tree, Mapping):
@@ -123,10 +135,10 @@ PAIR = {"start_value": RATE.called("scratch.lr"), "end_value": RATE.called("scra
 TARGETS = {
     "sam2_lora_ext.trainer.LoRATrainer": Section(
         {**STOCK, **OURS}, required=("run_dir", "data", "model", "logging", "checkpoint"),
-        rules=(seed_fits, one_resolution, frames_suffice),
+        rules=(seed_fits, trains_on_something, one_resolution, frames_suffice),
     ),
     "training.trainer.Trainer": Section(
-        STOCK, required=("data", "model", "logging", "checkpoint", "max_epochs"), rules=(seed_fits,)
+        STOCK, required=("data", "model", "logging", "checkpoint", "max_epochs"), rules=(seed_fits, trains_on_something)
     ),
     "torch.optim.AdamW": Section({
         "lr": RATE, "betas": ListOf(BETA, least=2, most=2), "eps": Number(0, 1), "weight_decay": RATE,
