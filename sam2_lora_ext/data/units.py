@@ -72,7 +72,8 @@ def unit_warning(largest: int, count: int, bits: int) -> str | None:
     if not count or depth >= bits:
         return None
     images = "1 image" if count == 1 else f"{count} images"
-    return f"the largest value of {images} is {largest:,} of {(1 << bits) - 1:,}: set dataset.bits={depth}"
+    used = f"the largest value of {images} is {largest:,} of {(1 << bits) - 1:,}"
+    return f"{used}: set dataset.bits={depth} (--bits {depth})"
 
 
 def look_at_units(paths: Sequence[str], bits: int, exif: bool = True, most: int = LOOKED_AT) -> list[str]:
