@@ -103,7 +103,8 @@ def guess_format(
             return KaggleReader, {"image_dir": folder, "csv": path}
         return COCOReader, {"image_dir": folder, "json": path}
     if not path.is_dir():
-        raise UserError(f"there is no {path}; name a data set's folder, its csv or its json")
+        there = f"{path} is no file, a pipe or a device stands there" if path.exists() else f"there is no {path}"
+        raise UserError(f"{there}; name a data set's folder, its csv or its json")
     if split is not None or any(path.glob("img")) or any(path.glob("*/img")):
         if images is not None:
             raise UserError(f"a Supervisely project has its own images, so {images} has no place; leave it out")
