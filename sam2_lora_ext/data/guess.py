@@ -9,7 +9,7 @@ from typing import Any
 from sam2_lora_ext.data.blocks import FORMATS, PLACES, describe
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.images import SUFFIXES, ignored
-from sam2_lora_ext.data.kaggle import KaggleReader
+from sam2_lora_ext.data.kaggle import SIZE, KaggleReader
 from sam2_lora_ext.data.label_png import LabelPNGReader
 from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.data.source import Source
@@ -25,7 +25,7 @@ def guess_reader(
     path: str | Path,
     images: str | Path | None = None,
     classes: int | Sequence[str] | dict[int, str] | None = None,
-    size: Sequence[int] | None = (256, 1600),
+    size: Sequence[int] | None = SIZE,
     split: str | None = None,
     colors: Mapping[int, Sequence[int]] | None = None,
 ) -> Reader:
