@@ -146,7 +146,7 @@ def test_a_value_that_turns_up_in_training_stops_it(tmp_path):
 
 @pytest.mark.parametrize("bits", [7, 17, 0, -1, 12.0, True, "12", None])
 def test_a_depth_is_in_8_to_16(tmp_path, bits):
-    with pytest.raises(UserError, match="bits, .* is in 8..16, got"):
+    with pytest.raises(UserError, match="dataset.bits must be a whole number from 8 to 16, got"):
         SeverstalRawDataset(reader(tmp_path), bits=bits)
 
 

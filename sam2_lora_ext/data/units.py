@@ -12,6 +12,7 @@ import numpy as np
 
 from sam2_lora_ext.data.decode import ImageError, decode
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.settings.data import BITS
 
 DEPTHS = (8, 10, 12, 14, 16)  # of sensors
 LOOKED_AT = 64  # images, when training starts
@@ -23,8 +24,7 @@ def check_bits(bits: Any) -> int:
     Raises:
         UserError: it is not an integer in 8..16.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 8 <= bits <= 16:
-        raise UserError(f"bits, the depth of images with more than 8 bits a channel, is in 8..16, got {bits!r}")
+    BITS.check(BITS.name, bits)
     return bits
 
 
