@@ -94,7 +94,8 @@ def test_a_name_that_no_file_can_have_is_a_sentence(name, tmp_path):
     ["unmerge_lora", "--base", "LONG", "--merged", "LONG", "--out", "OUT/x"],
     ["doctor", "-c", "LONG", "--no-step"],
     ["doctor", "-c", "demo", "--no-step", "launcher.experiment_log_dir=LONG"],
-    ["doctor", "-c", "demo", "--no-step", "trainer.checkpoint.model_weight_initializer.state_dict.checkpoint_path=LONG"],
+    ["doctor", "-c", "demo", "--no-step",
+     "trainer.checkpoint.model_weight_initializer.state_dict.checkpoint_path=LONG"],
 ])
 def test_tools_say_so(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
