@@ -15,6 +15,8 @@ from sam2_lora_ext.files import LARGEST_NOTE, read_json
 from sam2_lora_ext.folders import existing_folder
 from sam2_lora_ext.lora import LoRAConfig, adapter_from_state
 
+GIVE = "give a run folder, an adapter folder or a Trainer's checkpoint.pt"
+
 log = logging.getLogger(__name__)
 
 
@@ -26,7 +28,9 @@ def find_adapter(path: str | Path) -> Path:
     """
     path = Path(path)
     if not existing_folder(path).exists():
-        raise UserError(f"there is no {path}: give a run folder, an adapter folder or a Trainer's checkpoint.pt")
+        raise UserError(f"there is no {path}: {GIVE}")
+    if not existing_folder(path).is_dir() and not path.is_file():
+        raise UserError(f"{path} is no file, a pipe or a device stands there: {GIVE}")
     if path.is_file() or any((existing_folder(path) / name).exists() for name in PARTS):
         return path
     for name in ("best", "final"):

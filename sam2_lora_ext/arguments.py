@@ -4,13 +4,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from sam2_lora_ext.settings.kinds import Kind, Number, Whole, shown
+from sam2_lora_ext.settings.data import RESOLUTION, SEED
+from sam2_lora_ext.settings.kinds import Kind, Whole, shown
+from sam2_lora_ext.settings.model import ALPHA, RANK
+
+__all__ = ["ALPHA", "COUNT", "GPUS", "NODES", "RANK", "RESOLUTION", "SEED", "THREADS", "number"]
 
 GPUS, NODES, THREADS = Whole(1, 1024), Whole(1, 10_000), Whole(1, 1024)
 COUNT = Whole(1, 10**9)  # of images, steps, rounds
-SEED = Whole(0, 2**31 - 1)
-RANK, ALPHA = Whole(1, 4096), Number(0, 1e6, above=True)
-RESOLUTION = Whole(32, 8192, multiple=32)
 
 
 def number(kind: Kind) -> Callable[[str], Any]:

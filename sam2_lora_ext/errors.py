@@ -1,6 +1,7 @@
 """The one error type that users see, and the way a command line ends with it."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -61,21 +62,25 @@ def catch_interrupts() -> None:
     """Makes Ctrl-C a sentence with exit code 130 from here on, wherever it strikes.
 
     A command line calls this in its first lines, when it is run as a program: its imports take seconds. Those of
-    compiled modules wrap the interrupt into errors of their own, and in a finaliser Python would print and forget it.
+    compiled modules make other errors of the interrupt, so until `run_cli` the signal itself ends the process; later,
+    in a finaliser, Python would print and forget it.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, _stop)
     usual, unraisable = sys.excepthook, sys.unraisablehook
 
-    def stop() -> NoReturn:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        os._exit(130)
-
     def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        stop() if _interrupted(error) else usual(kind, error, trace)
+        _stop() if _interrupted(error) else usual(kind, error, trace)
 
     def on_unraisable(found: Any) -> None:
-        stop() if _interrupted(found.exc_value) else unraisable(found)
+        _stop() if _interrupted(found.exc_value) else unraisable(found)
 
     sys.excepthook, sys.unraisablehook = on_exception, on_unraisable
+
+
+def _stop(*_: Any) -> NoReturn:
+    os.write(2, b"stopped by Ctrl-C\n")  # print could meet itself in a signal's handler
+    os._exit(130)
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -95,6 +100,8 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[s
     A mistake is a `UserError`, or a file that the system refuses.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is _stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.exit(main(argv) or 0)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

@@ -104,11 +104,11 @@ class RunStart:
         self.record["changes"] = list(self.before["changes"])
         missing = unrecorded(self.before, self.record)
         if missing:
-            version = self.before["version"]
-            log.warning(
-                f"{self.run_dir} was begun by version {version or '0.1.0'}, which did not record {', '.join(missing)}: "
-                f"they cannot be compared, and are recorded when it goes on{'' if version else SINCE_0_1}"
-            )
+            old = self.before["version"] in (None, "0.1.0")
+            why = f"{self.run_dir} was begun by version 0.1.0, which did not record {', '.join(missing)}"
+            if not old:
+                why = f"{self.run_dir / run_config.NAME} is missing or lacks {', '.join(missing)}"
+            log.warning(f"{why}: they cannot be compared, and are recorded when it goes on{SINCE_0_1 if old else ''}")
         self._refuse_or_note(changes(self.before, self.record))
 
     def check_base(self, base_id: str | None, path: str | None) -> None:

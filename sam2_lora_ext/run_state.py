@@ -1,5 +1,6 @@
 """How far a run is, from its own files. Needs no torch."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,5 +33,5 @@ def _read(file: Path, kind: type) -> Any:
     try:
         content = read_json(file, LARGEST_NOTE)
     except UserError:
-        return kind() if file.is_file() else None
+        return kind() if os.path.isfile(file) else None  # for a name that is too long, is_file raises
     return content if isinstance(content, kind) else kind()

@@ -143,7 +143,7 @@ def test_broken_kaggle_data(tmp_path, case, caplog):
     with pytest.raises(UserError) as caught:
         build_index(reader(folder))
     first, place, *others = str(caught.value).splitlines()
-    assert not others and "1 invalid entries" in first and case.cause in first and "on_invalid: skip" in first
+    assert not others and "1 invalid entries" in first and case.cause in first and "(--on-invalid skip)" in first
     assert f"{case.file}{'' if case.row is None else f', row {case.row}'}: " in place
     with caplog.at_level(logging.WARNING):
         index = build_index(reader(folder), "skip")
@@ -246,5 +246,5 @@ def test_nothing_left_names_all_problems(tmp_path):
     folder = write_kaggle(tmp_path / "k", {"a.jpg": STRIPS["a.jpg"], "b.jpg": []})
     for name in ("a.jpg", "b.jpg"):
         image(name, b"")(folder)
-    with pytest.raises(UserError, match="(?s)2 invalid entries.*a.jpg.*b.jpg"):
+    with pytest.raises(UserError, match="(?s)is left: 2 invalid entries [^;]*; correct them:.*a.jpg.*b.jpg"):
         build_index(reader(folder), "skip")

@@ -37,6 +37,14 @@ def test_conversion_is_lossless_from_every_format_to_every_format(tmp_path, sour
         assert Path(index.path(image)).read_bytes() == (tmp_path / "k/images" / index.name(image)).read_bytes()
 
 
+def test_what_a_plain_scan_would_not_read_is_said(tmp_path, capsys):
+    write_kaggle(tmp_path / "k")
+    for number, kind in enumerate(("kaggle", "coco")):
+        run("convert", tmp_path / "k", "--to", kind, "--out", tmp_path / kind, *SIZE)
+        assert capsys.readouterr().out.count("read them with --size any") == 1 - number
+    run("convert", tmp_path / "kaggle", "--to", "coco", "--out", tmp_path / "two", "--size", "any", "--quiet")
+
+
 def test_real_images_survive_all_formats(real_data, tmp_path):
     original = build_index(guess_reader(real_data / "severstal/train.csv"))
     source = real_data / "severstal/train.csv"

@@ -12,7 +12,7 @@ from small_runs import environment, rank_environment
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import prepare_data  # noqa: E402
 
-from sam2_lora_ext.data.arguments import bits, classes, colors, size  # noqa: E402
+from sam2_lora_ext.data.arguments import BITS, classes, colors, number, size  # noqa: E402
 from sam2_lora_ext.data.guess import guess_reader, guessed  # noqa: E402
 from sam2_lora_ext.data.index import build_index  # noqa: E402
 from sam2_lora_ext.data.source import Source, from_config, from_run  # noqa: E402
@@ -192,12 +192,12 @@ def test_other_data_gets_its_class_numbers_by_name(shared_cases, tmp_path):
 def test_texts_of_options():
     assert classes("a, b") == ["a", "b"] and classes("255=defect,7=scale") == {255: "defect", 7: "scale"}
     assert colors("1=250/50/83,2=51/221/255") == {1: [250, 50, 83], 2: [51, 221, 255]}
-    assert size("1600x256") == (256, 1600) and size("any") == "any" and bits("12") == 12
+    assert size("1600x256") == (256, 1600) and size("any") == "any" and number(BITS)("12") == 12
     wrong = {
         classes: ["a,,b", "1=a,b", "0=a", "1=a,1=b"],
         colors: ["1=1/2", "1=1/2/256", "red"],
         size: ["0x5", "5"],
-        bits: ["7", "17", "x"],
+        number(BITS): ["7", "17", "x"],
     }
     for read, texts in wrong.items():
         for text in texts:

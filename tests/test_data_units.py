@@ -2,6 +2,8 @@
 
 import json
 import logging
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,6 +24,9 @@ from sam2_lora_ext.doctor.data import decode_some
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluation import evaluate, read_sample
 from sam2_lora_ext.host import config_root
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import track_strip  # noqa: E402
 
 SIDE = 40 * 60
 
@@ -70,7 +75,7 @@ def test_floats_in_colour_are_refused_by_name(tmp_path):
 
 def test_twelve_bits_in_sixteen_are_said_everywhere(tmp_path, caplog, run_python, repository):
     values = twelve_bits(tmp_path, count=3)
-    sentence = "the largest value of 3 images is 3,900 of 65,535: set dataset.bits=12"
+    sentence = "the largest value of 3 images is 3,900 of 65,535: set dataset.bits=12 (--bits 12)"
     with caplog.at_level(logging.WARNING):
         data = SeverstalRawDataset(reader(tmp_path))
     assert sentence in caplog.text
@@ -96,7 +101,18 @@ def test_twelve_bits_in_sixteen_are_said_everywhere(tmp_path, caplog, run_python
 )
 def test_the_depth_that_is_meant(largest, bits, depth):
     said = unit_warning(largest, 1, bits)
-    assert said is None if depth is None else said.endswith(f"set dataset.bits={depth}")
+    assert said is None if depth is None else said.endswith(f"set dataset.bits={depth} (--bits {depth})")
+
+
+def test_the_tracker_says_so_too_and_takes_its_own_mistakes_alone_for_a_click(tmp_path, monkeypatch, capsys):
+    twelve_bits(tmp_path)
+    words = ["--checkpoint", "none.pt", "--image", str(tmp_path / "images/000.png"), "--out", str(tmp_path / "o.png")]
+    with pytest.raises(UserError, match="there is no file none.pt"):
+        track_strip.main([*words, "--click", "5,5"])
+    assert "000.png: the largest value of 1 image is 3,900 of 65,535: set dataset.bits=12" in capsys.readouterr().out
+    monkeypatch.setenv("SAM2_LORA_MAX_PIXELS", "abc")
+    with pytest.raises(UserError, match="SAM2_LORA_MAX_PIXELS is a number"):
+        track_strip.main([*words, "--click", "5,5"])
 
 
 def test_at_most_64_images_are_looked_at_when_training_starts(tmp_path, monkeypatch, caplog):
@@ -130,7 +146,7 @@ def test_a_value_that_turns_up_in_training_stops_it(tmp_path):
 
 @pytest.mark.parametrize("bits", [7, 17, 0, -1, 12.0, True, "12", None])
 def test_a_depth_is_in_8_to_16(tmp_path, bits):
-    with pytest.raises(UserError, match="bits, .* is in 8..16, got"):
+    with pytest.raises(UserError, match="dataset.bits must be a whole number from 8 to 16, got"):
         SeverstalRawDataset(reader(tmp_path), bits=bits)
 
 

@@ -30,6 +30,9 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--min-area", "9999999"], "look at --limit"),
         (["--data", "gone"], "there is no gone"),
         (["--out", "o/" + "x" * 201], "too long for a file system"),
+        (["--out", "/proc/x"], "/proc is no folder that can be written to"),
+        (["--data", "/dev/null"], "a pipe or a device stands there; name a data set"),
+        (["--compare", "m=/dev/zero"], "a pipe or a device stands there: give a run folder"),
         (["--device", "cuda:77"], "is not there"),
     ],
 )

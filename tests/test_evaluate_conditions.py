@@ -1,5 +1,6 @@
 """A run is evaluated under its own conditions, and whatever differs is said; a real small run."""
 
+import csv
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ from small_runs import environment, launch, write_config
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.arguments import parse
-from sam2_lora_ext.evaluate.conditions import Conditions, settle
+from sam2_lora_ext.evaluate.conditions import Conditions, images_among, settle
 from sam2_lora_ext.evaluate.models import candidates
 from sam2_lora_ext.evaluate.text import describe
 from sam2_lora_ext.report.collect import read_evaluation
@@ -162,6 +163,18 @@ def test_training_images_need_the_words(run, strips, tmp_path):
     with pytest.raises(UserError, match="--split train"):  # the tool refuses before any model is asked
         tool.main(["--adapter", str(run), "--data", str(strips), *QUICK, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_the_training_images_is_recognised(run, strips, tmp_path):
+    """By name and content; an image of the same name alone is another one."""
+    copied = Path(shutil.copytree(strips, tmp_path / "copied"))
+    with pytest.raises(UserError, match="r8 was trained on 8 of these 12 images: .* or say --split train"):
+        said(conditions("--data", copied, models=[run]))
+    train = {row["image"] for row in csv.DictReader((strips / "split.csv").open()) if row["split"] == "train"}
+    changed = copied / "train_images" / min(train)
+    changed.write_bytes(changed.read_bytes()[:-2] + b"\0\0")
+    others = {str(path) for path in (strips / "train_images").iterdir() if path.name in train}
+    assert len(images_among({str(path) for path in changed.parent.iterdir()}, others)) == 7
 
 
 def test_a_run_that_validates_on_its_training_images_says_so(run, tmp_path):

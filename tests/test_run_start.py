@@ -14,7 +14,7 @@ from sam2_lora_ext.ablation import Member, collect
 from sam2_lora_ext.adapter_sources import read_adapter
 from sam2_lora_ext.report.collect import read_run
 from sam2_lora_ext.report.page import facts
-from sam2_lora_ext.run_config import read_run_config
+from sam2_lora_ext.run_config import NAME, OLD_NAME, read_run_config
 from sam2_lora_ext.run_lock import CONFIGS
 from sam2_lora_ext.run_state import is_finished
 from sam2_lora_ext.trainer import LoRATrainer
@@ -213,6 +213,13 @@ def test_a_checkpoint_of_another_run_is_compared_too(whole, nano_base, strips, t
     shutil.rmtree(tmp_path / "new")
     train_here(env, "scratch.steps=6", "scratch.lr=0.001", f"+{other}")
     assert is_finished(tmp_path / "new")
+
+
+def test_a_record_that_was_lost_is_missed(copy, nano_base, strips, capsys):
+    for name in (NAME, f".{OLD_NAME}"):
+        (copy / name).unlink()
+    train_here(environment(nano_base, strips, copy), *STEPS)
+    assert f"{NAME} is missing or lacks the number of ranks, " in capsys.readouterr().out and is_finished(copy)
 
 
 def test_all_ranks_refuse_together(copy, nano_base, strips, tmp_path):

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sam2_lora_ext.evaluate.arguments import parse
-from sam2_lora_ext.files import refuse_existing, write_atomic, write_json
+from sam2_lora_ext.files import write_atomic, write_json
 
 CLICKS = (1, 2, 4, 8)
 
@@ -29,8 +29,6 @@ CLICKS = (1, 2, 4, 8)
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates and writes evaluation.json, evaluation.md, galleries and submissions."""
     args = parse(__doc__, argv)
-    for name in ("evaluation.json", "evaluation.md"):
-        refuse_existing(args.out / name, args.force)
     try:
         from sam2_lora_ext.evaluate.checks import prepare
         from sam2_lora_ext.evaluate.compare import compare

@@ -24,6 +24,7 @@ from sam2_lora_ext.data.arguments import add_source, source_of
 from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.index import build_index, remarks
+from sam2_lora_ext.data.kaggle import SIZE
 from sam2_lora_ext.data.records import Reader, settle, shorten
 from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
@@ -212,6 +213,8 @@ def run_convert(args: argparse.Namespace) -> None:
         + (f"; {left_out} left out because a mask of theirs is invalid" if left_out else "")
         + (f"; {len(index.unknown)} left out as unknown" if index.unknown else "")
     )
+    if args.to.startswith("kaggle") and (index.sizes != SIZE).any():
+        print(f"not all are {SIZE[1]}x{SIZE[0]}: read them with --size any (dataset.readers.kaggle.size=null)")
 
 
 def run_synth(args: argparse.Namespace) -> None:

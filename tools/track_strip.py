@@ -28,6 +28,7 @@ from PIL import Image
 from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
 from sam2_lora_ext.data.arguments import OVERRIDE, add_config, add_pixels, source_of_model
 from sam2_lora_ext.data.images import ImageError, probe, read_rgb
+from sam2_lora_ext.data.units import look_at_units
 from sam2_lora_ext.data.windows import Windows
 from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
 from sam2_lora_ext.tiles import stitch
@@ -80,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     bits, exif = args.bits or bits, exif and not args.as_stored
     try:
         probe(args.image)
+        for sentence in look_at_units([str(args.image)], bits, exif):
+            print(f"{args.image}: {sentence}")
         strip = read_rgb(args.image, bits, exif)
+    except ImageError as error:
+        raise UserError(f"{args.image}: {error}") from error
+    try:
         click = tuple(int(value) for value in args.click.split(","))
         if len(click) != 2 or not (0 <= click[0] < strip.shape[1] and 0 <= click[1] < strip.shape[0]):
             raise ValueError
-    except ImageError as error:
-        raise UserError(f"{args.image}: {error}") from error
     except ValueError as error:
         raise UserError(f"--click is x,y inside the strip, got {args.click!r}") from error
     if not args.checkpoint.is_file():

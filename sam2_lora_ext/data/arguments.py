@@ -5,14 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sam2_lora_ext.arguments import number
 from sam2_lora_ext.data.guess import guessed
 from sam2_lora_ext.data.source import Source, from_config, from_run
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.run_paths import find_run
+from sam2_lora_ext.settings.data import BITS
 
 DATA = "the data set's folder, its csv or its json; or a run, which knows its data"
 OVERRIDE = "overrides of -c, as training takes them"
-SMALLEST_BITS, LARGEST_BITS = 8, 16
 
 
 def add_source(parser: Any, positional: bool) -> None:
@@ -49,7 +50,7 @@ def add_config(parser: Any) -> None:
 def add_pixels(parser: Any) -> None:
     """Adds how images are decoded."""
     add = parser.add_argument
-    add("--bits", type=bits, metavar="N", help="depth of images of more than 8 bits a channel (default: 16)")
+    add("--bits", type=number(BITS), metavar="N", help="depth of images of more than 8 bits a channel (default: 16)")
     add("--as-stored", action="store_true", help="do not turn images upright by their EXIF orientation")
 
 
@@ -143,13 +144,6 @@ def size(text: str) -> tuple[int, int] | str:
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1600x256, or any, got {text!r}")
     return int(height), int(width)
-
-
-def bits(text: str) -> int:
-    """A depth."""
-    if text not in map(str, range(SMALLEST_BITS, LARGEST_BITS + 1)):
-        raise argparse.ArgumentTypeError(f"a depth is in {SMALLEST_BITS}..{LARGEST_BITS}, got {text!r}")
-    return int(text)
 
 
 def _table(text: str, parts: list[str], example: str, value: Any) -> dict[int, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from sam2_lora_ext.data.coco_masks import disagreement, read_segmentation
 from sam2_lora_ext.data.coco_names import ImageFinder, number_categories
 from sam2_lora_ext.data.images import not_taken, probe, turning
-from sam2_lora_ext.data.json_file import read_json
+from sam2_lora_ext.data.json_file import read_annotations
 from sam2_lora_ext.data.records import ImageRecord, InvalidData, Note, Problem, Unread, source_id
 from sam2_lora_ext.errors import UserError
 
@@ -187,7 +187,7 @@ def _text(value: Any) -> str:
 
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        content = read_json(path)
+        content = read_annotations(path)
     except InvalidData as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     for key in ("images", "categories", "annotations"):

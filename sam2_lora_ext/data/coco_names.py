@@ -56,9 +56,12 @@ def number_categories(
     numbers = {name: number for number, name in table.items()}
     strange = sorted(number for number in used if names[number] not in numbers)
     if strange:
+        known = {names[number] for number in used}
+        every = [name for name in table.values() if name in known] + [names[number] for number in strange]
         raise UserError(
             f"{where} has the categories {describe_classes(names)}, of which {shorten([names[n] for n in strange])} is "
-            f"used but not one of the given classes {describe_classes(table)}; give the reader all names that are used"
+            f"used but not one of the given classes {describe_classes(table)}; give the reader all names that are used "
+            f"(--classes {','.join(every)})"
         )
     return table, {number: numbers[name] for name, number in kept.items() if name in numbers}
 

@@ -9,7 +9,7 @@ from typing import Any
 from sam2_lora_ext.data.blocks import FORMATS, PLACES, describe
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.images import SUFFIXES, ignored
-from sam2_lora_ext.data.kaggle import KaggleReader
+from sam2_lora_ext.data.kaggle import SIZE, KaggleReader
 from sam2_lora_ext.data.label_png import LabelPNGReader
 from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.data.source import Source
@@ -25,7 +25,7 @@ def guess_reader(
     path: str | Path,
     images: str | Path | None = None,
     classes: int | Sequence[str] | dict[int, str] | None = None,
-    size: Sequence[int] | None = (256, 1600),
+    size: Sequence[int] | None = SIZE,
     split: str | None = None,
     colors: Mapping[int, Sequence[int]] | None = None,
 ) -> Reader:
@@ -103,7 +103,8 @@ def guess_format(
             return KaggleReader, {"image_dir": folder, "csv": path}
         return COCOReader, {"image_dir": folder, "json": path}
     if not path.is_dir():
-        raise UserError(f"there is no {path}; name a data set's folder, its csv or its json")
+        there = f"{path} is no file, a pipe or a device stands there" if path.exists() else f"there is no {path}"
+        raise UserError(f"{there}; name a data set's folder, its csv or its json")
     if split is not None or any(path.glob("img")) or any(path.glob("*/img")):
         if images is not None:
             raise UserError(f"a Supervisely project has its own images, so {images} has no place; leave it out")

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sam2_lora_ext.data.images import ImageError, read_rgb
-from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Reader, Unread, settle, shorten
+from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Reader, Unread, listed, settle, shorten
 from sam2_lora_ext.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,9 @@ def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool 
         UserError: problems with "error" (all of them in one message), or nothing usable.
     """
     index = collect(reader, progress)
-    settle(index.problems, on_invalid if len(index) else "error", reader.image_dir)
+    if index.problems and on_invalid == "skip" and not len(index):
+        raise UserError(f"nothing of {reader.image_dir} is left: {listed(index.problems)}")
+    settle(index.problems, on_invalid, reader.image_dir)
     if not len(index):
         raise UserError(f"{reader.image_dir} has no image; check the path")
     announce(index)

@@ -8,7 +8,7 @@ from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.files import read_bytes
 
 
-def read_json(path: Path) -> Any:
+def read_annotations(path: Path) -> Any:
     """The content of a JSON file in UTF-8, with or without a BOM; NaN and Infinity come as floats.
 
     Raises:

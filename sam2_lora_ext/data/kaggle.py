@@ -24,6 +24,8 @@ from sam2_lora_ext.data.records import (
 )
 from sam2_lora_ext.data.rle import NO_RUNS, RLEError, is_absent, parse_rle, union_runs
 
+SIZE = (256, 1600)  # rows and columns of every image of Severstal
+
 
 class KaggleReader:
     """Reads an image folder and its csv.
@@ -44,7 +46,7 @@ class KaggleReader:
         image_dir: str | Path,
         csv: str | Path,
         classes: int | Sequence[str] | dict[int, str] | None = None,
-        size: Sequence[int] | None = (256, 1600),
+        size: Sequence[int] | None = SIZE,
         full_check: bool = False,
         exif: bool = True,
     ):

@@ -187,21 +187,23 @@ def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path
         raise UserError(f"on_invalid must be error or skip, got {on_invalid!r}")
     if not problems:
         return
-    counts = ", ".join(f"{count} {cause}" for cause, count in Counter(p.cause for p in problems).most_common())
     if on_invalid == "skip":
-        logging.getLogger(__name__).warning("%s: skipped %d invalid entries: %s", where, len(problems), counts)
+        said = _counted(problems)
+        logging.getLogger(__name__).warning("%s: skipped %d invalid entries: %s", where, len(problems), said)
         return
+    todo = "correct them, or set on_invalid: skip (--on-invalid skip) to leave them out"
+    raise UserError(f"{where} has {listed(problems, todo)}")
+
+
+def listed(problems: Sequence[Problem], todo: str = "correct them") -> str:
+    """How many problems there are, what to do, and each on a line of its own."""
     lines = [f"  {problem}" for problem in problems[:LISTED]]
     if len(problems) > LISTED:
         lines.append(
             f"  ... and {len(problems) - LISTED} more; tools/prepare_data.py scan lists all of them in its scan.json"
         )
-    raise UserError(
-        "\n".join(
-            [
-                f"{where} has {len(problems)} invalid entries ({counts}); correct them, or set "
-                "on_invalid: skip to leave them out:",
-                *lines,
-            ]
-        )
-    )
+    return "\n".join([f"{len(problems)} invalid entries ({_counted(problems)}); {todo}:", *lines])
+
+
+def _counted(problems: Sequence[Problem]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in Counter(p.cause for p in problems).most_common())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sam2_lora_ext.data.images import ImageError, ignored, list_images, not_taken, probe, turning
-from sam2_lora_ext.data.json_file import read_json
+from sam2_lora_ext.data.json_file import read_annotations
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import (
     MOST_CLASSES,
@@ -130,7 +130,7 @@ class SuperviselyReader:
             )
             return
         try:
-            annotation = read_json(path)
+            annotation = read_annotations(path)
             objects, size = annotation["objects"], annotation.get("size")
             declared = (int(size["height"]), int(size["width"])) if size else (record.height, record.width)
             if not isinstance(objects, list):
@@ -176,7 +176,7 @@ class SuperviselyReader:
 def meta_classes(path: Path) -> dict[int, str]:
     """Class number -> title of a `meta.json`."""
     try:
-        titles = [str(entry["title"]) for entry in read_json(path)["classes"]]
+        titles = [str(entry["title"]) for entry in read_annotations(path)["classes"]]
     except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} lists no classes ({error}); correct it, or give the reader its classes") from error
     numbers = [re.search(r"(?<![0-9])0*([1-9][0-9]{0,4})$", title) for title in titles]

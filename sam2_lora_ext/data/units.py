@@ -12,6 +12,7 @@ import numpy as np
 
 from sam2_lora_ext.data.decode import ImageError, decode
 from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.settings.data import BITS
 
 DEPTHS = (8, 10, 12, 14, 16)  # of sensors
 LOOKED_AT = 64  # images, when training starts
@@ -23,8 +24,7 @@ def check_bits(bits: Any) -> int:
     Raises:
         UserError: it is not an integer in 8..16.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 8 <= bits <= 16:
-        raise UserError(f"bits, the depth of images with more than 8 bits a channel, is in 8..16, got {bits!r}")
+    BITS.check(BITS.name, bits)
     return bits
 
 
@@ -72,7 +72,8 @@ def unit_warning(largest: int, count: int, bits: int) -> str | None:
     if not count or depth >= bits:
         return None
     images = "1 image" if count == 1 else f"{count} images"
-    return f"the largest value of {images} is {largest:,} of {(1 << bits) - 1:,}: set dataset.bits={depth}"
+    used = f"the largest value of {images} is {largest:,} of {(1 << bits) - 1:,}"
+    return f"{used}: set dataset.bits={depth} (--bits {depth})"
 
 
 def look_at_units(paths: Sequence[str], bits: int, exif: bool = True, most: int = LOOKED_AT) -> list[str]:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import platform
 import random
 import shutil
@@ -182,7 +183,7 @@ def check_ports(config: Mapping[str, Any] | None) -> Iterator[Finding]:
 
 def check_disk(folder: Path, need: float, what: str) -> Iterator[Finding]:
     """The free space where a run will write, against what it will write."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(existing).free
     text = f"disk of {existing}: {free / GIGA:,.1f} GB free, about {need / GIGA:,.2f} GB needed ({what})"
     if free < need:

@@ -1,5 +1,6 @@
 """Runs all checks in the order in which a user would meet the faults."""
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
                 continue  # such as the annotations that both phases read
             causes += [finding.text] if finding.level == "red" else []
             yield finding
-    missing = training.base_path is not None and not Path(training.base_path).exists()
+    missing = training.base_path is not None and not os.path.exists(training.base_path)
     if step and gpu and not causes and not missing:
         yield from guarded("step", training.check_step, STEP_ADVICE)
     elif step:

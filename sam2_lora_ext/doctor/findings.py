@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TextIO
 
-from sam2_lora_ext.errors import find_user_error
+from sam2_lora_ext.errors import find_user_error, system_sentence
 
 Level = Literal["green", "yellow", "red"]
 COLOURS = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
@@ -39,7 +39,7 @@ def red(area: str, text: str, advice: str) -> Finding:
 
 def root_cause(error: BaseException) -> str:
     """The innermost cause of an error in one line; our own sentences as they are."""
-    if mistake := find_user_error(error):
+    if mistake := find_user_error(error) or system_sentence(error):
         return str(mistake)
     seen: set[int] = set()
     while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None and id(

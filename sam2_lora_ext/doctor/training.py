@@ -1,10 +1,10 @@
 """Checks of what a training is made of: the base, the adapted model, the data, and one real step on one sample."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class Training:
                 "set trainer.checkpoint.model_weight_initializer as in configs/base/severstal.yaml",
             )
             return
-        if not Path(self.base_path).exists():
+        if not os.path.exists(self.base_path):
             return  # check_paths says so
         state = read_weights(self.base_path)
         count = sum(value.numel() for value in state.values())

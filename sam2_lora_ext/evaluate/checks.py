@@ -1,6 +1,7 @@
 """What would end an evaluation in the middle, found before the first model is asked."""
 
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,9 @@ def prepare(
     """
     source, names = conditions.source, [wanted.name for wanted in candidates]
     check_names(names)
-    check_outputs(out, names, force)
-    dataset = source.dataset()
     read = [*source.make_reader().files(), *([] if source.split_file is None else [Path(source.split_file)])]
     check_outputs(out, names, force, [*read, *[file for wanted in candidates for file in wanted.inputs()]])
+    dataset = source.dataset()
     said = conditions.record(dataset)
     samples = Samples(dataset, source.crop, limit)
     check_samples(samples, source.min_area)
@@ -78,8 +78,11 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
     files = [out / name for name in RECORDS] + [out / name / SUBMISSION for name in names]
     for folder in (out, *[path for name in names for path in (out / name, out / name / GALLERY)]):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{there} is no folder that can be written to: give another --out")
+        try:
+            with tempfile.TemporaryFile(dir=there):  # what is asked for rights alone allows root even /proc
+                pass
+        except OSError as error:
+            raise UserError(f"{there} is no folder that can be written to: give another --out") from error
         if folder.name == GALLERY:
             refuse_gallery(folder, force)
     read = {Path(path).resolve() for path in inputs}

@@ -6,6 +6,7 @@ differs from a run's own conditions is a sentence in every result.
 
 import argparse
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sam2_lora_ext.data.records import describe_classes
 from sam2_lora_ext.data.source import Source, from_run
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.models import Candidate
+from sam2_lora_ext.files import sha256_of
 
 VIEW = ("crop", "stride", "max_objects", "group_width", "resolution")  # how a model looks at images
 HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # how other data is read for a run
@@ -93,7 +95,7 @@ class Conditions:
         said = []
         for name, run in self.runs.items():
             try:
-                shared = len(evaluated & from_run(run, "train").image_paths())
+                shared = len(images_among(evaluated, from_run(run, "train").image_paths()))
             except UserError as error:
                 said.append(f"{name}: whether it was trained on these images is not known ({error})")
                 continue
@@ -120,6 +122,20 @@ class Conditions:
             "own": {name: own.conditions() for name, own in self.own.items()},
             "sentences": [*self.sentences(), *self.training_images(dataset), *self.notes],
         }
+
+
+def images_among(images: set[str], others: set[str]) -> set[str]:
+    """The images that are among others: the same file, or a copy that kept its name. Only those are read."""
+    named = defaultdict(list)
+    for other in others:
+        named[os.path.basename(other)].append(other)
+
+    def copied(path: str) -> bool:
+        there = [other for other in named.get(os.path.basename(path), ()) if os.path.isfile(other)]
+        there = [other for other in there if os.path.getsize(other) == os.path.getsize(path)]
+        return bool(there) and sha256_of(path) in map(sha256_of, there)
+
+    return {path for path in images if path in others or copied(path)}
 
 
 def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditions:
