@@ -102,7 +102,7 @@ def test_data_is_known_by_content(copy, nano_base, strips, tmp_path):
     assert "the content of trainer.data.train" in said and "the content of trainer.data.val" in said
     (moved / "split.csv").write_text(split)
     train_here(env, *STEPS, "scratch.num_workers=0", "trainer.metrics_every=2", "trainer.keep_previous=1",
-               "lora.implementation=plain", "trainer.model.memory=stock")  # fmt: skip
+               "lora.implementation=plain", "trainer.model.activations=stock")  # fmt: skip
     assert is_finished(copy) and read_run_config(copy)["changes"] == []
 
 

@@ -115,7 +115,7 @@ EDGES = {
     "trainer.model.prob_to_use_box_input_for_eval=1"],
     "masks as prompts": ["trainer.model.prob_to_sample_from_gt_for_train=1", "scratch.reverse_time_prob=1"],
     "clipped to nothing": ["trainer.optim.gradient_clip.max_norm=1e-300", "scratch.weight_decay=100"],
-    "everything again": ["trainer.model.memory={encoder: 1, decoder: 1, operations: true, selective: true}",
+    "everything again": ["trainer.model.activations={encoder: 1, decoder: 1, norms: true, positions: true}",
     "dataset.bits=8"],
 }
 

@@ -13,7 +13,7 @@ from sam2_lora_ext.errors import UserError
 
 BASE = "compare with configs/base/severstal.yaml"
 STEP_ADVICE = (
-    "out of memory: lower scratch.resolution or scratch.max_num_objects, or set trainer.model.memory=low; anything "
+    "out of memory: lower scratch.resolution or scratch.max_num_objects, or set trainer.model.activations=low; anything "
     "else: start the training with scratch.num_workers=0 and read the traceback"
 )
 
