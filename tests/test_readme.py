@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_runs import environment, make_strips, write_config
 
 from sam2_lora_ext.host import USER_CONFIG_DIR
@@ -57,6 +59,15 @@ def test_the_readme_has_commands_and_names_files_that_exist(repository):
         assert known, f"README names {name}, which does not exist"
 
 
+def make_marks(folder: Path) -> None:
+    """A strip and its label image of 0 and 255."""
+    for name, value in (("images", 90), ("labels", 0)):
+        (folder / name).mkdir(parents=True)
+        pixels = np.full((64, 64), value, np.uint8)
+        pixels[20:30, 20:40] = 255
+        Image.fromarray(pixels).save(folder / name / "a.png")
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, repository) -> tuple[Path, dict[str, str]]:
     """A folder as a user of the README has it, and its environment."""
@@ -68,6 +79,7 @@ def desk(tmp_path_factory, repository) -> tuple[Path, dict[str, str]]:
     strips = make_strips(folder / "severstal", 12)
     (strips / "split.csv").unlink()
     shutil.copy(next((strips / "train_images").iterdir()), folder / "strip.jpg")
+    make_marks(folder / "data/marks")
     for name in ("tools", "benchmarks", "configs"):
         (folder / name).symlink_to(repository / name)
     config = write_config(folder / "config", ["launcher.experiment_log_dir=runs/severstal_lora"])

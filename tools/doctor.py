@@ -20,7 +20,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from sam2_lora_ext.doctor.examine import examine
 from sam2_lora_ext.doctor.findings import show, to_json

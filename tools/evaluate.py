@@ -18,7 +18,6 @@ if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sam2_lora_ext.evaluate.arguments import parse
 from sam2_lora_ext.files import write_atomic, write_json

@@ -25,7 +25,7 @@ from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.index import build_index, remarks
 from sam2_lora_ext.data.kaggle import SIZE
-from sam2_lora_ext.data.records import Reader, settle, shorten
+from sam2_lora_ext.data.records import settle, shorten
 from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
 from sam2_lora_ext.data.source import Source

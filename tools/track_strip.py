@@ -150,8 +150,8 @@ def track(
             state = predictor.init_state(folder)
             points = np.array([[click[0] - windows[first][0], click[1]]], dtype=np.float32)
             predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=points, labels=np.array([1]))
-            for number, _, found in predictor.propagate_in_video(state):
-                logits[path[number]] = found[0, 0].float().cpu().clamp(-SURE, SURE)
+            for place, _, found in predictor.propagate_in_video(state):
+                logits[path[place]] = found[0, 0].float().cpu().clamp(-SURE, SURE)
     return torch.stack([logits[place] for place in range(len(windows))])
 
 

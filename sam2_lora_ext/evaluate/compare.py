@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.evaluate.gallery import refuse_gallery, write_gallery
+from sam2_lora_ext.evaluate.gallery import write_gallery
 from sam2_lora_ext.evaluate.kaggle import KaggleTally
 from sam2_lora_ext.evaluate.models import Candidate, build
 from sam2_lora_ext.evaluate.protocol import Protocol

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sam2_lora_ext.settings.containers import INSIDE, ListOf, MapOf, Nullable, Part, Section, either
+from sam2_lora_ext.settings.containers import INSIDE, ListOf, MapOf, Nullable, Section, either
 from sam2_lora_ext.settings.data import CLASS, PATH, RESOLUTION, SEED, SHARE
 from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of
 
