@@ -37,6 +37,6 @@ def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)`, of which backward keeps the arguments alone; its second run shares with the first."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    held = _held.get()
+    held = None if torch.compiler.is_compiling() else _held.get()
     contexts = {} if held is None else {"context_fn": lambda: (nullcontext(), sharing(held))}
     return checkpoint(function, *args, use_reentrant=False, **contexts, **kwargs)
