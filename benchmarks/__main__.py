@@ -1,7 +1,9 @@
-"""`python -m benchmarks [NAME ...]`, or `make bench`: what training, data, ranks and merging cost; all of them without a name.
+"""`python -m benchmarks [NAME ...]`, or `make bench`: what training, data, ranks and merging cost; all of them without
+a name.
 
-Each is a module of its own with options of its own: `python -m benchmarks.NAME --help`. Not among them, for they answer other questions:
-`benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB, four minutes) and `benchmarks.estimate` (of a config of yours).
+Each is a module of its own with options of its own: `python -m benchmarks.NAME --help`. Not among them, for they answer
+other questions: `benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB, four minutes) and
+`benchmarks.estimate` (of a config of yours).
 """
 
 from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
@@ -18,7 +20,9 @@ NAMES = ("train_step", "features", "traffic", "merge", "data")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     names = parser.parse_args(argv).names or NAMES
     if unknown := [name for name in names if name not in NAMES]:

@@ -1,9 +1,11 @@
-"""What one training step of a method costs, counted: a row of numbers that repeat exactly, on fake tensors or on real ones.
+"""What one training step of a method costs, counted: a row of numbers that repeat exactly, on fake tensors or on real
+ones.
 
-Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and attention; CUDA's keeps
-norms, sums and softplus in float32 and so casts more. Of the small model's full fine-tuning it makes 942 kernels of the forward pass,
-not 887, and moves a tenth more bytes there; the loss is the same (`tests/test_bench_cuda.py` counts both). Counted as on a CPU are also
-attention (one kernel, both ways) and what fake tensors leave out: the clicks, which stand still.
+Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and
+attention; CUDA's keeps norms, sums and softplus in float32 and so casts more. Of the small model's full fine-tuning it
+makes 942 kernels of the forward pass, not 887, and moves a tenth more bytes there; the loss is the same
+(`tests/test_bench_cuda.py` counts both). Counted as on a CPU are also attention (one kernel, both ways) and what fake
+tensors leave out: the clicks, which stand still.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,9 @@ from benchmarks.methods import Setup, build, make_batch, make_optimizer, tensors
 from benchmarks.roofline import largest_batch, modelled
 
 
-def count(method: str, size: str, resolution: int, images: int = 1, objects: int = 2, autocast: bool = False) -> dict[str, Any]:
+def count(
+    method: str, size: str, resolution: int, images: int = 1, objects: int = 2, autocast: bool = False
+) -> dict[str, Any]:
     """A step's `Cost` on fake tensors, its modelled times, and what of the model is trained, as one row.
 
     Args:
@@ -77,4 +81,6 @@ def _counted(setup: Setup, batch: Any, autocast: bool, seed: Callable[[], None])
     if hasattr(setup.model, "hold_weights"):
         with context():
             setup.model.hold_weights("cpu")  # else the first step would, and its new weights count as kept
-    return step_cost(setup.model, setup.optimizer, tensors_of(batch), forward, lambda out: setup.loss_of(out, batch), context)
+    return step_cost(
+        setup.model, setup.optimizer, tensors_of(batch), forward, lambda out: setup.loss_of(out, batch), context
+    )

@@ -89,8 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(LINES), choices=list(LINES), metavar="PART", help="(all)")
-    parser.add_argument("--images", type=number(COUNT), default=IMAGES, metavar="N", help="of the full-size set (%(default)s)")
-    parser.add_argument("--samples", type=number(COUNT), default=120, metavar="N", help="per loader and run (%(default)s)")
+    parser.add_argument(
+        "--images", type=number(COUNT), default=IMAGES, metavar="N", help="of the full-size set (%(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=number(COUNT), default=120, metavar="N", help="per loader and run (%(default)s)"
+    )
     add_out(parser, REPOSITORY / "runs/bench/data.json")
     args = parser.parse_args(argv)
     check_out(args)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.estimate -c configs/severstal_lora.yaml [key=value ...]
 
-The model and the loss are those of the config, one training step runs on fake tensors (shapes and storages, no arithmetic) with
-one image, with two and with three, and what a further image adds is taken to be the same from there on. Not counted: what CUDA,
-cuDNN and the allocator take for themselves, about 1 GB, for which --reserve stands; and validation, which keeps nothing for
-backward.
+The model and the loss are those of the config, one training step runs on fake tensors (shapes and storages, no
+arithmetic) with one image, with two and with three, and what a further image adds is taken to be the same from there
+on. Not counted: what CUDA, cuDNN and the allocator take for themselves, about 1 GB, for which --reserve stands; and
+validation, which keeps nothing for backward.
 """
 
 from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
@@ -70,8 +70,12 @@ def main(argv: Sequence[str]) -> None:
     """Prints the estimate of a config; see the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimate", description=__doc__.splitlines()[0])
     parser.add_argument("-c", "--config", required=True)
-    parser.add_argument("--objects", type=number(Whole(1, 10_000)), help="per image; default: the config's scratch.max_num_objects")
-    parser.add_argument("--reserve", type=number(Number(0, 10_000)), default=1.0, metavar="GB", help="what the GPU's libraries take")
+    parser.add_argument(
+        "--objects", type=number(Whole(1, 10_000)), help="per image; default: the config's scratch.max_num_objects"
+    )
+    parser.add_argument(
+        "--reserve", type=number(Number(0, 10_000)), default=1.0, metavar="GB", help="what the GPU's libraries take"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     name, folder = locate(args.config)
@@ -82,8 +86,9 @@ def main(argv: Sequence[str]) -> None:
     found = estimate(config, objects)
     size = config.trainer.model.image_size
     print(f"{args.config}: {size} px, {objects} objects an image, {'bfloat16 autocast' if _amp(config) else 'float32'}")
-    for title, value in zip(("weights", "gradients", "optimizer", "kept for backward, one image", "peak of a step, one image",
-                             "peak of a step, two images", "each further image"), found, strict=True):  # fmt: skip
+    for title, value in zip(("weights", "gradients", "optimizer", "kept for backward, one image",
+                             "peak of a step, one image", "peak of a step, two images",
+                             "each further image"), found, strict=True):  # fmt: skip
         print(f"  {title:<32}{value / 1e9:8.3f} GB")
     for gigabytes in GPUS:
         print(f"  largest batch on {gigabytes} GB: {found.largest_batch((gigabytes - args.reserve) * 1e9)}")
@@ -99,7 +104,8 @@ def estimate(config: Any, objects: int) -> Estimate:
     from hydra.utils import instantiate
 
     model = instantiate(config.trainer.model).train()
-    model.prob_to_use_box_input_for_train = 0.0  # a click first: steps that begin with a box peak one or two percent lower
+    # a click first: steps that begin with a box peak one or two percent lower
+    model.prob_to_use_box_input_for_train = 0.0
     loss = instantiate(next(iter(config.trainer.loss.values())))
     with fake_tensors() as mode:
         convert(model, mode)

@@ -1,7 +1,9 @@
-"""Runs a training step on fake tensors: true shapes and storages, true FLOPs and bytes, but no memory and no arithmetic.
+"""Runs a training step on fake tensors: true shapes and storages, true FLOPs and bytes, but no memory and no
+arithmetic.
 
-A SAM 2 is constructed on the CPU first (Hiera's constructor reads values) and converted then. What a step decides from values
-is fixed: the clicks, and which mask of an object has a gradient in the loss (the first). Dropout is CUDA's, see `cuda_dropout`.
+A SAM 2 is constructed on the CPU first (Hiera's constructor reads values) and converted then. What a step decides from
+values is fixed: the clicks, and which mask of an object has a gradient in the loss (the first). Dropout is CUDA's, see
+`cuda_dropout`.
 """
 
 import sys
@@ -30,7 +32,8 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
 
 @contextmanager
 def fake_cuda(objects: int) -> Iterator[FakeTensorMode]:
-    """`fake_tensors` for tensors that say they are on CUDA, on a machine without it; autograd's backward pass does not run on them.
+    """`fake_tensors` for tensors that say they are on CUDA, on a machine without it; autograd's backward pass does not
+    run on them.
 
     Args:
         objects: in the batch: the one value that stock's loss reads back. Any other reading raises.

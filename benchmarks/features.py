@@ -2,8 +2,8 @@
 
     python -m benchmarks.features [--model large] [--resolution 1024] [--rounds 3]
 
-Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed image, whose features the cache has after the step that is
-not counted. Prints a table and writes `runs/bench/features.json`.
+Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed image, whose features the cache has after
+the step that is not counted. Prints a table and writes `runs/bench/features.json`.
 """
 
 from sam2_lora_ext.errors import catch_interrupts, run_cli
@@ -43,11 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         times = step_times(builds, args.rounds, torch.get_num_threads())
         seconds = {method: statistics.median(values) for method, values in times.items()}
         stored = sum(path.stat().st_size for path in Path(folder).iterdir())
-    print(f"{args.model} {args.resolution} px, decoder-only, {torch.get_num_threads()} threads; features of an image: {stored / 1e6:.1f} MB")
-    rows = [{"method": method, "what": what, "step_seconds": seconds[method], "speed_to_stock": seconds["decoder"] / seconds[method]}
+    print(f"{args.model} {args.resolution} px, decoder-only, {torch.get_num_threads()} threads; "
+          f"features of an image: {stored / 1e6:.1f} MB")  # fmt: skip
+    rows = [{"method": method, "what": what, "step_seconds": seconds[method],
+             "speed_to_stock": seconds["decoder"] / seconds[method]}
             for method, what in METHODS.items()]  # fmt: skip
     for row in rows:
-        print(f"  {row['what']:<26} {row['step_seconds']:8.2f} s a step   {row['speed_to_stock']:6.2f} times stock's steps per second")
+        print(f"  {row['what']:<26} {row['step_seconds']:8.2f} s a step   "
+              f"{row['speed_to_stock']:6.2f} times stock's steps per second")  # fmt: skip
     write_result(args, {"model": args.model, "resolution": args.resolution, "bytes_per_image": stored, "rows": rows})
     print(f"written {args.out}")
 

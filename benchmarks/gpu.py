@@ -1,9 +1,11 @@
-"""The real table: seconds, images per second, memory and launches of training steps on a GPU, beside what the model predicts.
+"""The real table: seconds, images per second, memory and launches of training steps on a GPU, beside what the model \
+predicts.
 
     python -m benchmarks.gpu [--cases tiny:1024 base_plus:1024 large:1024] [--minutes 6]
 
-Needs no network: weights are random, the batch is fixed. Part of `make gpu`. Writes `runs/bench/gpu.json`: a row for each case, method
-and batch, with `modelled_ms` of every card that `benchmarks.roofline` knows. `--device cpu` runs the same on a small model, to test it.
+Needs no network: weights are random, the batch is fixed. Part of `make gpu`. Writes `runs/bench/gpu.json`: a row for
+each case, method and batch, with `modelled_ms` of every card that `benchmarks.roofline` knows. `--device cpu` runs the
+same on a small model, to test it.
 """
 
 from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
@@ -33,7 +35,8 @@ from benchmarks.train_step import BATCHES, CASES, COMPARED, TYPES, parse_batch, 
 from sam2_lora_ext.arguments import COUNT, number
 from sam2_lora_ext.settings.kinds import Number
 
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")  # also with a suffix, as cudaLaunchKernelExC
+# also with a suffix, as cudaLaunchKernelExC
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -46,20 +49,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="IMAGESxOBJECTS")
     parser.add_argument("--types", nargs="+", default=("bfloat16",), choices=TYPES)
     parser.add_argument("--steps", type=number(COUNT), default=10, help="timed steps of each, after two that are not")
-    parser.add_argument("--minutes", type=number(Number(0, 1000)), default=6.0, help="start no further row after so long")
+    parser.add_argument(
+        "--minutes", type=number(Number(0, 1000)), default=6.0, help="start no further row after so long"
+    )
     add_out(parser, Path("runs/bench/gpu.json"))
     args = parser.parse_args(argv)
     check_out(args)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no GPU is visible: run this on a CUDA machine, or try its parts with --device cpu --cases nano:128")
+        raise UserError(
+            "no GPU is visible: run this on a CUDA machine, or try its parts with --device cpu --cases nano:128"
+        )
     end, rows = time.monotonic() + 60 * args.minutes, []
     wanted = list(product(map(parse_case, args.cases), map(parse_batch, args.batches), args.types, args.methods))
     for (size, resolution), (images, objects), kind, method in wanted:
         if time.monotonic() > end:
             print(f"--minutes {args.minutes:g} are over: {len(wanted) - len(rows)} of {len(wanted)} rows are left out")
             break
-        place = {"model": size, "resolution": resolution, "images": images, "objects": objects, "autocast": kind == "bfloat16",
-                 "method": method}  # fmt: skip
+        place = {"model": size, "resolution": resolution, "images": images, "objects": objects,
+                 "autocast": kind == "bfloat16", "method": method}  # fmt: skip
         rows.append({**place, **apart(measured, args.device, args.steps, *place.values())})
         print(line(rows[-1]), flush=True)
         write_result(args, rows)
@@ -67,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if time.monotonic() < end + 60:
             place = [row[key] for key in ("method", "model", "resolution", "images", "objects", "autocast")]
             predicted = count(*place)
-            row |= {key: predicted[key] for key in ("kernels", "optimizer_kernels", "peak_live_bytes", "moved_bytes", "host_ms",
-                                                    "device_ms", "modelled_ms", "weight_bytes", "optimizer_bytes")}  # fmt: skip
+            row |= {key: predicted[key] for key in ("kernels", "optimizer_kernels", "peak_live_bytes", "moved_bytes",
+                                                    "host_ms", "device_ms", "modelled_ms", "weight_bytes",
+                                                    "optimizer_bytes")}  # fmt: skip
             write_result(args, rows)
     print(f"written {args.out}")
 
@@ -78,9 +86,9 @@ def measured(
 ) -> dict[str, Any]:  # fmt: skip
     """One row from real steps on `device`.
 
-    `cuda_step_seconds` is the median of `steps` steps, each from an idle device to an idle device; `images_per_second` is of as many
-    steps in a row without a wait between them; `cuda_peak_bytes` is `max_memory_allocated`; `launches` and `device_seconds` are the
-    profiler's, of one step. On a CPU memory and launches are None.
+    `cuda_step_seconds` is the median of `steps` steps, each from an idle device to an idle device; `images_per_second`
+    is of as many steps in a row without a wait between them; `cuda_peak_bytes` is `max_memory_allocated`; `launches`
+    and `device_seconds` are the profiler's, of one step. On a CPU memory and launches are None.
     """
     cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name() if cuda else "CPU"
@@ -106,7 +114,8 @@ def measured(
 def make_step(
     device: str, method: str, size: str, resolution: int, images: int, objects: int, dtype: torch.dtype | None
 ) -> Any:  # fmt: skip
-    """A function that makes one training step: forward pass and loss under autocast, backward pass, AdamW; it returns the loss."""
+    """A function that makes one training step: forward pass and loss under autocast, backward pass, AdamW; it returns
+    the loss."""
     setup, batch = build(method, size, resolution), make_batch(resolution, images, objects).to(device)
     setup.model.to(device)
     setup = setup._replace(optimizer=make_optimizer(setup.model))
@@ -132,7 +141,8 @@ def timed(function: Any, device: str) -> float:
 
 
 def profiled(step: Any, device: str) -> dict[str, float | None]:
-    """`launches` of a step by torch's profiler, and `device_seconds`, the sum of its kernels' times; None without CUDA."""
+    """`launches` of a step by torch's profiler, and `device_seconds`, the sum of its kernels' times; None without
+    CUDA."""
     if not device.startswith("cuda"):
         return {"launches": None, "device_seconds": None}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -144,7 +154,8 @@ def profiled(step: Any, device: str) -> dict[str, float | None]:
 
 def line(row: dict[str, Any]) -> str:
     """A row in a line of print."""
-    place = f"{row['model']} {row['resolution']} {row['images']}x{row['objects']} {'bfloat16' if row['autocast'] else 'float32'}"
+    place = f"{row['model']} {row['resolution']} {row['images']}x{row['objects']} " \
+            f"{'bfloat16' if row['autocast'] else 'float32'}"  # fmt: skip
     if row["error"]:
         return f"{place} {row['method']}: {row['error']}"
     cuda = "" if row["launches"] is None else f", {row['cuda_peak_bytes'] / 1e6:,.0f} MB, {row['launches']:,} launches"

@@ -1,12 +1,14 @@
-"""Counts what a GPU would be asked to do in a block: kernels, their FLOPs and the bytes that they move; all repeat exactly.
+"""Counts what a GPU would be asked to do in a block: kernels, their FLOPs and the bytes that they move; all repeat
+exactly.
 
-A kernel here is an operation that torch dispatches inside the block and that computes or copies. Not counted: views; allocations
-(`empty` and its kin, not `zeros`, which is filled); `_unsafe_view`, a view by another name; `_local_scalar_dense`, which reads a
-value back and is a wait (see `benchmarks.waits`); the profiler's marks. One operation counts one, whatever a GPU makes of it: a
-convolution or an attention's backward may be two or three launches, `cat` or `_foreach_...` over many tensors several.
+A kernel here is an operation that torch dispatches inside the block and that computes or copies. Not counted: views;
+allocations (`empty` and its kin, not `zeros`, which is filled); `_unsafe_view`, a view by another name;
+`_local_scalar_dense`, which reads a value back and is a wait (see `benchmarks.waits`); the profiler's marks. One
+operation counts one, whatever a GPU makes of it: a convolution or an attention's backward may be two or three launches,
+`cat` or `_foreach_...` over many tensors several.
 
-Bytes moved are those of an operation's inputs and outputs, each tensor at its own size, expanded ones as if they were full; what is
-written in place is read and written. No cache is assumed between operations.
+Bytes moved are those of an operation's inputs and outputs, each tensor at its own size, expanded ones as if they were
+full; what is written in place is read and written. No cache is assumed between operations.
 """
 
 from collections import Counter
@@ -22,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 
 aten = torch.ops.aten
-UNKNOWN = {  # operations that torch's counter does not know, in place or of the CPU, with its formulas for those that it knows
+# operations that torch's counter does not know, in place or of the CPU, with its formulas for those that it knows
+UNKNOWN = {
     aten.addmm_: addmm_flop.__wrapped__,  # which the counter wraps itself
     aten.baddbmm_: baddbmm_flop.__wrapped__,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
@@ -33,7 +36,9 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }  # fmt: skip
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_", "set_"}
+ALLOCATIONS = {
+    "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_", "set_"
+}
 NO_KERNEL = ALLOCATIONS | {"_unsafe_view", "_local_scalar_dense", "detach", "lift_fresh", "alias"}
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -83,7 +88,9 @@ class Kernels(TorchDispatchMode):
 
     def moved(self, *phases: str) -> int:
         """Bytes moved in these phases, of all without a name."""
-        return sum(count * kernel.moved for kernel, count in self.counts.items() if not phases or kernel.phase in phases)
+        return sum(
+            count * kernel.moved for kernel, count in self.counts.items() if not phases or kernel.phase in phases
+        )
 
     def flops(self) -> int:
         """FLOPs of all phases."""
@@ -105,14 +112,18 @@ def tensors(tree: Any) -> list[Tensor]:
 def written(func: Any, args: tuple) -> list[Tensor]:
     """The tensors among the arguments that an operation writes to, as `_foreach_add_`, which returns none."""
     formal = zip(func._schema.arguments, args)  # not strict: defaults are left out
-    return tensors([value for argument, value in formal if argument.alias_info is not None and argument.alias_info.is_write])
+    return tensors(
+        [value for argument, value in formal if argument.alias_info is not None and argument.alias_info.is_write]
+    )
 
 
 @contextmanager
 def cuda_dropout() -> Iterator[None]:
-    """Inside, `F.dropout` and `nn.Dropout` are what they are on CUDA: one kernel and a mask of bools, both ways, for all methods.
+    """Inside, `F.dropout` and `nn.Dropout` are what they are on CUDA: one kernel and a mask of bools, both ways, for
+    all methods.
 
-    On a CPU torch draws a mask of the input's type, divides and multiplies: three kernels, and as many bytes as the input.
+    On a CPU torch draws a mask of the input's type, divides and multiplies: three kernels, and as many bytes as the
+    input.
     """
     plain = torch.nn.functional.dropout
 

@@ -1,4 +1,5 @@
-"""Counts what a training step needs: kernels, FLOPs, bytes kept for backward, peak live bytes; all repeat exactly, on any machine.
+"""Counts what a training step needs: kernels, FLOPs, bytes kept for backward, peak live bytes; all repeat exactly, on
+any machine.
 
 Everything here also works on fake tensors, which have shapes and storages but no memory (see `benchmarks.estimate`).
 """
@@ -23,11 +24,11 @@ class Cost(NamedTuple):
 
     Attributes:
         flops: multiply-adds count two; elementwise operations count nothing.
-        saved_bytes: live when the loss is there and the model's outputs are dropped, beyond the weights, the batch and the
-            optimizer's state: what is kept for backward, by whatever means.
-        hooked_bytes: what autograd's saved-tensor hooks see (distinct storages, without parameters, buffers and the batch):
-            also what is saved for parts that get no gradient and is dropped before backward, but not the inputs of
-            checkpoints.
+        saved_bytes: live when the loss is there and the model's outputs are dropped, beyond the weights, the batch and
+            the optimizer's state: what is kept for backward, by whatever means.
+        hooked_bytes: what autograd's saved-tensor hooks see (distinct storages, without parameters, buffers and the
+            batch): also what is saved for parts that get no gradient and is dropped before backward, but not the inputs
+            of checkpoints.
         peak_live_bytes: the largest sum of live storages from forward to the end of the optimizer's step, beyond the
             weights, the batch and the optimizer's state; with the gradients.
         gradient_bytes: of all parameters.
@@ -116,7 +117,8 @@ def step_cost(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Iterable[Tensor], forward: Callable[[], Any],
     loss: Callable[[Any], Tensor], autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[Cost, Kernels]:  # fmt: skip
-    """Runs a forward pass that fills caches, then one training step that is counted; also gives its kernels by phase and operation.
+    """Runs a forward pass that fills caches, then one training step that is counted; also gives its kernels by phase
+    and operation.
 
     What autograd's hooks see is counted in the first of them, for with hooks some of what is dropped lives on.
 
@@ -153,7 +155,8 @@ def step_cost(
     optimizer.zero_grad()
     step = ("forward", "loss", "backward")
     return Cost(
-        kernels.flops(), kept, saved.total, peak, gradient_bytes, optimizer_bytes, kernels.total(*step), kernels.moved(*step),
+        kernels.flops(), kept, saved.total, peak, gradient_bytes, optimizer_bytes, kernels.total(*step),
+        kernels.moved(*step),
         kernels.total("optimizer"), kernels.moved("optimizer"),
     ), kernels  # fmt: skip
 

@@ -65,7 +65,8 @@ class Setup(NamedTuple):
 
 
 def build(
-    method: str, size: str, resolution: int, dropout: float = DROPOUT, activations: str | Mapping[str, Any] | None = None,
+    method: str, size: str, resolution: int, dropout: float = DROPOUT,
+    activations: str | Mapping[str, Any] | None = None,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> Setup:
     """The setup of one of `METHODS` (or of "plain", "decoder_plain"), randomly initialised from a fixed seed.
@@ -82,7 +83,9 @@ def build(
     torch.manual_seed(0)
     if method.endswith(("lean", "lean_memory", "lean_fast", "plain")):
         kind = "plain" if method.endswith("plain") else "lean"
-        preset = activations or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(method.removeprefix("decoder_"), "default")
+        preset = activations or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(
+            method.removeprefix("decoder_"), "default"
+        )
         lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
         settings = {"lora": lora, "activations": preset, "prompt_seed": PROMPT_SEED, "feature_cache": feature_cache}
         model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", **settings)
@@ -96,7 +99,8 @@ def build(
 
 
 def make_optimizer(model: torch.nn.Module, foreach: bool | None = None) -> torch.optim.Optimizer:
-    """AdamW over all parameters, as the Trainer makes it; `foreach`: many tensors at once, as it does by itself on CUDA."""
+    """AdamW over all parameters, as the Trainer makes it; `foreach`: many tensors at once, as it does by itself on
+    CUDA."""
     return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, foreach=foreach)
 
 

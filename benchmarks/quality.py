@@ -1,10 +1,11 @@
-"""How much of full fine-tuning's gain LoRA recovers, on real steel: NEU-Seg, the small SAM 2, the same Trainer and steps for all.
+"""How much of full fine-tuning's gain LoRA recovers, on real steel: NEU-Seg, the small SAM 2, the same Trainer and \
+steps for all.
 
     python -m benchmarks.quality [--data FOLDER] [--steps 300] [--methods lora_r8 full ...]
 
-Trains each method on 1,500 images with SAM 2's Trainer and reports on 300 others, which nothing was chosen by, through the
-stock predictor. Methods that are already there (same settings) are not trained again. Needs about 40 minutes on two cores.
-Writes quality.json, quality.md and quality.png into --out.
+Trains each method on 1,500 images with SAM 2's Trainer and reports on 300 others, which nothing was chosen by, through
+the stock predictor. Methods that are already there (same settings) are not trained again. Needs about 40 minutes on two
+cores. Writes quality.json, quality.md and quality.png into --out.
 """
 
 from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
@@ -44,8 +45,9 @@ from sam2_lora_ext.lora.adapter import attach_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, BASE = "configs/sam2_nano.yaml", ROOT / "assets/sam2_nano.pt"
-DECODER = "[sam_mask_decoder.transformer.*.q_proj,sam_mask_decoder.transformer.*.k_proj,sam_mask_decoder.transformer.*.v_proj," \
-          "sam_mask_decoder.transformer.*.out_proj,sam_mask_decoder.transformer.*.mlp.layers.*]"  # fmt: skip
+DECODER = "[sam_mask_decoder.transformer.*.q_proj,sam_mask_decoder.transformer.*.k_proj," \
+          "sam_mask_decoder.transformer.*.v_proj,sam_mask_decoder.transformer.*.out_proj," \
+          "sam_mask_decoder.transformer.*.mlp.layers.*]"  # fmt: skip
 ALL = DECODER[:-1] + ",sam_mask_decoder.output_hypernetworks_mlps.*.layers.*,image_encoder.trunk.blocks.*.attn.qkv," \
       "image_encoder.trunk.blocks.*.attn.proj,image_encoder.trunk.blocks.*.mlp.layers.*]"  # fmt: skip
 NO_ADAPTERS = "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null"
@@ -67,7 +69,8 @@ SEED, TRAIN, TEST, VAL = 20, 1500, 300, 60
 
 
 def distinct_images(folder: Path) -> list[str]:
-    """The names of a folder's images in order, one of each group of exact or near duplicates: none may be on both sides."""
+    """The names of a folder's images in order, one of each group of exact or near duplicates: none may be on both
+    sides."""
     paths = sorted(folder.iterdir())
     hashes, thumbnails, digests = [], [], []
     for path in tqdm(paths, desc="duplicates", unit="image"):
@@ -84,7 +87,8 @@ def write_split(data: Path, file: Path) -> None:
     """1,500 images to train on, 60 for the curves, 300 to report on; drawn once from a fixed seed."""
     names = distinct_images(data / "images")
     if len(names) < TRAIN + TEST + VAL:
-        raise UserError(f"{data}/images holds {len(names)} images, but {TRAIN + TEST + VAL} are needed: give NEU-Seg's training part")
+        raise UserError(f"{data}/images holds {len(names)} images, but {TRAIN + TEST + VAL} are needed: "
+                        "give NEU-Seg's training part")
     chosen = [names[i] for i in np.random.default_rng(SEED).permutation(len(names))[: TRAIN + TEST + VAL]]
     parts = ["train"] * TRAIN + ["test"] * TEST + ["val"] * VAL
     file.write_text(csv_text(["image", "split"], zip(chosen, parts, strict=True)), encoding="utf-8")
@@ -103,7 +107,8 @@ def train(run: Path, overrides: Sequence[str], data: Path, split: Path, steps: i
     write_json(stamp, command[1:])
     with open(run / "train.log", "w") as log:
         process = subprocess.run(
-            [*command, f"launcher.experiment_log_dir={run}"], env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            [*command, f"launcher.experiment_log_dir={run}"], env=environment, cwd=ROOT, stdout=log,
+            stderr=subprocess.STDOUT
         )
     if process.returncode:
         raise UserError(f"the training of {run.name} failed: see {run / 'train.log'}")
@@ -123,8 +128,8 @@ def measure(method: str, run: Path, samples: list) -> dict:
         if not whole.exists():
             attach_adapter(model, load_adapter(run / "adapters/final"))
     rows = evaluate(model, tqdm(samples, desc=f"evaluating {method}", unit="image"))
-    return {"method": method, **averages(rows), **intervals(rows), "params_trained": facts["trained"], "checkpoint_bytes": size,
-            "objects": len(rows), "rows": [asdict(row) for row in rows]}  # fmt: skip
+    return {"method": method, **averages(rows), **intervals(rows), "params_trained": facts["trained"],
+            "checkpoint_bytes": size, "objects": len(rows), "rows": [asdict(row) for row in rows]}  # fmt: skip
 
 
 def intervals(rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -151,12 +156,15 @@ def recovered(rows: list[dict], method: str, metric: str) -> float | None:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table with intervals, and the recovered share of the gain."""
-    lines = ["| method | IoU 1 click | IoU 8 clicks | IoU box | gain recovered (1 click / 8 clicks / box) | trained | checkpoint |",
+    lines = ["| method | IoU 1 click | IoU 8 clicks | IoU box "
+             "| gain recovered (1 click / 8 clicks / box) | trained | checkpoint |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         cells = [f"{row[m]:.3f} [{row[f'{m}_ci95'][0]:.3f}, {row[f'{m}_ci95'][1]:.3f}]" for m in METRICS]
         shares = [recovered(rows, row["method"], metric) for metric in METRICS]
-        gain = " / ".join("-" if share is None else f"{share:.0%}" for share in shares) if row["method"] != "base" else "-"
+        gain = (
+            " / ".join("-" if share is None else f"{share:.0%}" for share in shares) if row["method"] != "base" else "-"
+        )
         size = f"{row['checkpoint_bytes'] / 1e6:.2f} MB" if row["checkpoint_bytes"] else "-"
         lines.append(f"| {row['method']} | {' | '.join(cells)} | {gain} | {row['params_trained']:,} | {size} |")
     return "\n".join(lines) + "\n"
@@ -170,13 +178,19 @@ def draw(rows: list[dict], out: Path, path: Path) -> None:
         heights = np.array([row[metric] for row in rows])
         bounds = np.array([row[f"{metric}_ci95"] for row in rows]).T
         axes[0].bar(centres, heights, 0.25, yerr=np.abs(bounds - heights), capsize=2, label=title)
-    axes[0].set(xticks=range(len(rows)), xticklabels=[row["method"] for row in rows], ylabel="mean IoU, 300 held-out images", ylim=(0, 1))
+    axes[0].set(
+        xticks=range(len(rows)), xticklabels=[row["method"] for row in rows], ylabel="mean IoU, 300 held-out images",
+        ylim=(0, 1)
+    )
     axes[0].legend()
     for row in rows:
         file = out / row["method"] / "validations.json"
         if file.exists():
             history = json.loads(file.read_text())
-            axes[1].plot([e["step"] for e in history], [e["metrics"]["iou_1click"] for e in history], marker="o", label=row["method"])
+            axes[1].plot(
+                [e["step"] for e in history], [e["metrics"]["iou_1click"] for e in history], marker="o",
+                label=row["method"]
+            )
     axes[1].set(xlabel="optimizer step", ylabel=f"IoU at 1 click, {VAL} validation images")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes[1].grid(alpha=0.3)
@@ -187,7 +201,9 @@ def draw(rows: list[dict], out: Path, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     default = Path(os.environ.get("SAM2_LORA_REAL_DATA", ROOT / "../shared/data")) / "neu_seg"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=default, help="NEU-Seg: images/ and annotations/")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/quality")
     parser.add_argument("--steps", type=number(COUNT), default=300)
@@ -200,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = out / "split.csv"
     write_split(data, split)
     reader = LabelPNGReader(data / "images", data / "annotations", classes=3)
-    dataset = SeverstalRawDataset(reader, training=False, split_file=split, split="test", min_area=16, include_clean=False)
+    dataset = SeverstalRawDataset(
+        reader, training=False, split_file=split, split="test", min_area=16, include_clean=False
+    )
     samples = list(read_samples(dataset, None))
     rows = []
     for method in tqdm(args.methods, desc="methods", unit="method"):

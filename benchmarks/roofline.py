@@ -1,11 +1,12 @@
-"""A model of a GPU's time for a step, from counted kernels: no measurement, and labelled "modelled" wherever it is shown.
+"""A model of a GPU's time for a step, from counted kernels: no measurement, and labelled "modelled" wherever it is
+shown.
 
     device = sum over kernels of max(LAUNCH_FLOOR, FLOPs / (0.6 peak), bytes moved / (0.8 bandwidth))
     host   = kernels x HOST_PER_KERNEL
     step   = max(device, host)
 
-What it leaves out: caches (an output that the next kernel finds in L2), fusion, waits for the device, the optimizer's step and the
-data. It is for comparing methods and cards. `python -m benchmarks.gpu` measures where there is a card.
+What it leaves out: caches (an output that the next kernel finds in L2), fusion, waits for the device, the optimizer's
+step and the data. It is for comparing methods and cards. `python -m benchmarks.gpu` measures where there is a card.
 """
 
 from collections.abc import Mapping
@@ -48,7 +49,9 @@ def device_ms(kernels: Mapping[Kernel, int], card: Card) -> float:
     for kernel, count in kernels.items():
         if kernel.phase != "optimizer":
             peak = OF_PEAK * 1e12 * (card.narrow if kernel.narrow else card.wide)
-            seconds += count * max(LAUNCH_FLOOR, kernel.flops / peak, kernel.moved / (OF_BANDWIDTH * 1e9 * card.bandwidth))
+            seconds += count * max(
+                LAUNCH_FLOOR, kernel.flops / peak, kernel.moved / (OF_BANDWIDTH * 1e9 * card.bandwidth)
+            )
     return 1e3 * seconds
 
 
@@ -61,11 +64,14 @@ def modelled(kernels: Mapping[Kernel, int]) -> dict[str, float | dict[str, float
     """`host_ms`, and by card `device_ms` and `modelled_ms`, the larger of the two."""
     host = host_ms(sum(count for kernel, count in kernels.items() if kernel.phase != "optimizer"))
     device = {name: device_ms(kernels, card) for name, card in CARDS.items()}
-    return {"host_ms": host, "device_ms": device, "modelled_ms": {name: max(host, value) for name, value in device.items()}}
+    return {
+        "host_ms": host, "device_ms": device, "modelled_ms": {name: max(host, value) for name, value in device.items()}
+    }
 
 
 def largest_batch(weights: int, optimizer: int, gradients: int, peak: int, images: int, capacity: float = 24e9) -> int:
-    """How many images a batch may have within `capacity` bytes, `RESERVE` of them not for us; 0 where not even one fits.
+    """How many images a batch may have within `capacity` bytes, `RESERVE` of them not for us; 0 where not even one
+    fits.
 
     By a straight line: of a step's peak all but the gradients grows with the images.
 

@@ -4,8 +4,10 @@ import statistics
 from typing import Any
 
 COLUMNS = {  # key -> heading, unit, format
-    "kernels": ("kernels", 1, ",.0f"), "saved_bytes": ("MB kept", 1e6, ",.0f"), "peak_live_bytes": ("MB peak", 1e6, ",.0f"),
-    "flops": ("GFLOP", 1e9, ",.0f"), "moved_bytes": ("GB moved", 1e9, ",.1f"), "host_ms": ("host ms, modelled", 1, ",.0f"),
+    "kernels": ("kernels", 1, ",.0f"), "saved_bytes": ("MB kept", 1e6, ",.0f"),
+    "peak_live_bytes": ("MB peak", 1e6, ",.0f"),
+    "flops": ("GFLOP", 1e9, ",.0f"), "moved_bytes": ("GB moved", 1e9, ",.1f"),
+    "host_ms": ("host ms, modelled", 1, ",.0f"),
     "A10G": ("A10G ms, modelled", 1, ",.0f"), "RTX4090": ("RTX 4090", 1, ",.0f"), "A100": ("A100", 1, ",.0f"),
     "H200": ("H200", 1, ",.0f"), "waits": ("waits", 1, ".0f"), "largest_batch_24gb": ("images in 24 GB", 1, ".0f"),
     "optimizer_bytes": ("MB optimizer", 1e6, ",.0f"), "peak_rss_bytes": ("MB resident", 1e6, ",.0f"),
@@ -21,10 +23,13 @@ def value(row: dict[str, Any], key: str) -> float | None:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds `ratio_to_full` to each row: key -> its value by that of full fine-tuning in the same place, of times by rounds."""
+    """Adds `ratio_to_full` to each row: key -> its value by that of full fine-tuning in the same place, of times by
+    rounds."""
     for row in rows:
         full = next((one for one in rows if one["method"] == "full" and _place(one) == _place(row)), {})
-        row["ratio_to_full"] = {key: value(row, key) / value(full, key) for key in COLUMNS if value(row, key) and value(full, key)}
+        row["ratio_to_full"] = {
+            key: value(row, key) / value(full, key) for key in COLUMNS if value(row, key) and value(full, key)
+        }
         if "rounds_seconds" in row and "rounds_seconds" in full:
             pairs = zip(row["rounds_seconds"], full["rounds_seconds"], strict=True)
             row["ratio_to_full"]["step_seconds"] = statistics.median(one / other for one, other in pairs)
@@ -42,7 +47,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         for key in keys:
             _, unit, style = COLUMNS[key]
             number, ratio = value(row, key), row["ratio_to_full"].get(key)
-            cells.append((f"{number / unit:{style}}" + (f" ({ratio:.2f})" if ratio is not None else "")) if number else "")
+            cells.append(
+                (f"{number / unit:{style}}" + (f" ({ratio:.2f})" if ratio is not None else "")) if number else ""
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """Times of real training steps on this machine's CPU, and the resident memory of a process that makes them.
 
-The methods go in turns, each in a process of its own as in training: in one process, memory that another method has freed serves the
-next step or does not. Of one process all steps may be some percent faster than of the next, so the processes are fresh every few
-rounds. Ratios of times are medians of the ratios in each round. A CPU's time says little about a GPU's.
+The methods go in turns, each in a process of its own as in training: in one process, memory that another method has
+freed serves the next step or does not. Of one process all steps may be some percent faster than of the next, so the
+processes are fresh every few rounds. Ratios of times are medians of the ratios in each round. A CPU's time says little
+about a GPU's.
 """
 
 import gc
@@ -27,7 +28,8 @@ def step_times(builds: Mapping[str, Mapping[str, Any]], rounds: int, threads: in
     """Seconds of each step by name, in turns (A B C A B C ...), after one in each process that is not counted.
 
     Args:
-        builds: the arguments of `build` by name; each is built, and stepped, in a process of its own, a fresh one every `FRESH` rounds.
+        builds: the arguments of `build` by name; each is built, and stepped, in a process of its own, a fresh one every
+            `FRESH` rounds.
         rounds: timed steps of each.
         threads: of each process.
     """
@@ -35,7 +37,10 @@ def step_times(builds: Mapping[str, Mapping[str, Any]], rounds: int, threads: in
     with tqdm(total=rounds, desc="steps in turns", unit="round", leave=False) as progress:
         for start in range(0, rounds, FRESH):
             with ExitStack() as stack:
-                pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for name in builds}
+                pools = {
+                    name: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+                    for name in builds
+                }
                 for name, pool in pools.items():
                     pool.submit(_prepare, threads, builds[name]).result()
                 for turn in range(min(FRESH, rounds - start) + 1):

@@ -2,12 +2,14 @@
 
     python -m benchmarks.train_step                                              all cases, counted
     python -m benchmarks.train_step --cases tiny:1024 --methods full lean --batches 1x2 --types bfloat16       two rows
-    python -m benchmarks.train_step --cases tiny:512 --batches 1x2 --types float32 --timed tiny:512            times on this CPU too
+    python -m benchmarks.train_step --cases tiny:512 --batches 1x2 --types float32 --timed tiny:512
+        times on this CPU too
 
-Kernels, bytes and FLOPs are counted on fake tensors, so they repeat exactly on any machine and need no memory (tests compare them with
-real ones); see `benchmarks.kernels` for what a kernel is. GPU times are modelled from them (`benchmarks.roofline`), not measured. Waits
-for the device are counted on a real step of the small model through the Trainer (`benchmarks.waits`). `--timed` adds seconds of real
-steps on this CPU (`benchmarks.timing`), which say little about a GPU's.
+Kernels, bytes and FLOPs are counted on fake tensors, so they repeat exactly on any machine and need no memory (tests
+compare them with real ones); see `benchmarks.kernels` for what a kernel is. GPU times are modelled from them
+(`benchmarks.roofline`), not measured. Waits for the device are counted on a real step of the small model through the
+Trainer (`benchmarks.waits`). `--timed` adds seconds of real steps on this CPU (`benchmarks.timing`), which say little
+about a GPU's.
 """
 
 from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
@@ -44,11 +46,15 @@ TYPES = ("float32", "bfloat16")
 def main(argv: Sequence[str] | None = None) -> None:
     """Counts, measures and prints; see the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:RESOLUTION", help=f"of {', '.join(CONFIGS)}")
+    parser.add_argument(
+        "--cases", nargs="+", default=CASES, metavar="MODEL:RESOLUTION", help=f"of {', '.join(CONFIGS)}"
+    )
     parser.add_argument("--methods", nargs="+", default=COMPARED, choices=METHODS)
     parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="IMAGESxOBJECTS", help="objects of each image")
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES, help="bfloat16: under autocast")
-    parser.add_argument("--timed", nargs="*", default=(), metavar="MODEL:RESOLUTION", help="cases to run for real, or none")
+    parser.add_argument(
+        "--timed", nargs="*", default=(), metavar="MODEL:RESOLUTION", help="cases to run for real, or none"
+    )
     parser.add_argument("--rounds", type=number(COUNT), default=12, help="timed steps of each method")
     parser.add_argument("--threads", type=number(THREADS), default=torch.get_num_threads())
     parser.add_argument("--jobs", type=number(COUNT), default=2, help="processes that count")
@@ -88,12 +94,15 @@ def parse_batch(batch: str) -> tuple[int, int]:
 
 
 def counted_rows(
-    size: str, resolution: int, methods: Sequence[str], batches: Sequence[tuple[int, int]], types: Sequence[str], jobs: int
+    size: str, resolution: int, methods: Sequence[str], batches: Sequence[tuple[int, int]], types: Sequence[str],
+    jobs: int
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each type, batch and method, counted in `jobs` fresh processes."""
     wanted = list(product(types, batches, methods))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=4) as pool:
-        counts = [pool.submit(count, method, size, resolution, *batch, kind == "bfloat16") for kind, batch, method in wanted]
+        counts = [
+            pool.submit(count, method, size, resolution, *batch, kind == "bfloat16") for kind, batch, method in wanted
+        ]
         waits = {key: pool.submit(count_waits, *key) for key in product(methods, batches)}
         results = [future.result() for future in tqdm(counts, desc=f"{size}:{resolution}", unit="row", leave=False)]
         found = {key: future.result().total() for key, future in waits.items()}

@@ -2,17 +2,19 @@
 
     python -m benchmarks.waits [--methods full lean] [--batches 1x2 8x3]
 
-Counted on the small model on this CPU, float32 with the settings of bfloat16 autocast (CUDA's autocast does nothing here; stock's scaler
-is at work), over the Trainer's whole second step: loading the batch, forward pass, loss, guard, meters, backward pass, clipping,
-optimizer. Stock SAM 2 and PEFT run stock's Trainer without meters, ours runs `LoRATrainer`. A wait is
+Counted on the small model on this CPU, float32 with the settings of bfloat16 autocast (CUDA's autocast does nothing
+here; stock's scaler is at work), over the Trainer's whole second step: loading the batch, forward pass, loss, guard,
+meters, backward pass, clipping, optimizer. Stock SAM 2 and PEFT run stock's Trainer without meters, ours runs
+`LoRATrainer`. A wait is
 
 - a value read back: `.item()`, `bool()`, `int()` and `float()` of a tensor, `if tensor`, `torch.equal`;
 - an operation whose result's size depends on values: `nonzero`, `masked_select`, `unique`, indexing with booleans;
-- a Python call of `.cpu()`, `.to("cpu")` or `.tolist()`, one each whatever happens inside; `.numpy()` counts nothing, since a GPU's
-  tensor needs `.cpu()` first.
+- a Python call of `.cpu()`, `.to("cpu")` or `.tolist()`, one each whatever happens inside; `.numpy()` counts nothing,
+  since a GPU's tensor needs `.cpu()` first.
 
-Not seen: which tensors would lie on the host anyway, so that their reading is no wait (AdamW's step counters alone are known and left
-out, as are `.to(some_device)`); copies to the device; waits of NCCL and of DDP, which reads its map of unused parameters.
+Not seen: which tensors would lie on the host anyway, so that their reading is no wait (AdamW's step counters alone are
+known and left out, as are `.to(some_device)`); copies to the device; waits of NCCL and of DDP, which reads its map of
+unused parameters.
 """
 
 from sam2_lora_ext.errors import catch_interrupts, run_cli
@@ -103,14 +105,16 @@ class Waits(TorchDispatchMode):
 
 
 def reads_booleans(args: Sequence[Any]) -> bool:
-    """Whether an index or `index_put` looks up where a mask is true; of one value that is put, a GPU fills the mask without."""
+    """Whether an index or `index_put` looks up where a mask is true; of one value that is put, a GPU fills the mask
+    without."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     masks = any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
     return masks and not (len(args) > 2 and isinstance(args[2], Tensor) and args[2].numel() == 1)
 
 
 def asked_by_engine() -> bool:
-    """Whether C++ code in the backward pass asks: of integers that is DDP with its host-side map of unused parameters."""
+    """Whether C++ code in the backward pass asks: of integers that is DDP with its host-side map of unused
+    parameters."""
     frame = sys._getframe(2)
     while frame.f_code.co_filename.endswith(("eval_frame.py", "_compile.py")):
         frame = frame.f_back
@@ -122,7 +126,8 @@ def asking_line() -> str:
     frame = sys._getframe(1)
     while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
         frame = frame.f_back
-    return "?" if frame is None else f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
+    return "?" if frame is None else (f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno} "
+                                      f"{frame.f_code.co_name}")  # fmt: skip
 
 
 class _Done(Exception):
@@ -149,7 +154,8 @@ class Batches:
         raise _Done
 
 
-def count_waits(method: str, batch: tuple[int, int] = (1, 2), size: str = "nano", resolution: int = 128) -> Counter[tuple[str, str]]:
+def count_waits(method: str, batch: tuple[int, int] = (1, 2), size: str = "nano",
+                resolution: int = 128) -> Counter[tuple[str, str]]:  # fmt: skip
     """The waits of a step of one of `benchmarks.methods.METHODS`, by kind and line.
 
     Args:
@@ -189,13 +195,16 @@ def _trainer(method: str, size: str, resolution: int, folder: str, batch: tuple[
     config = {
         "_target_": "training.trainer.Trainer" if stock else "sam2_lora_ext.trainer.LoRATrainer",
         "mode": "train_only", "accelerator": "cpu", "max_epochs": 1,
-        "data": {"train": {"_target_": "benchmarks.waits.Batches", "images": batch[0], "objects": batch[1], "resolution": resolution}},
-        "model": {"_target_": "benchmarks.waits.model_of", **built}, "loss": {"severstal": {"_target_": "benchmarks.waits.loss_of", **built}},
+        "data": {"train": {"_target_": "benchmarks.waits.Batches", "images": batch[0], "objects": batch[1],
+                           "resolution": resolution}},
+        "model": {"_target_": "benchmarks.waits.model_of", **built},
+        "loss": {"severstal": {"_target_": "benchmarks.waits.loss_of", **built}},
         "optim": {"amp": {"enabled": True, "amp_dtype": "bfloat16"}, "optimizer": {"_target_": "torch.optim.AdamW"},
                   "gradient_clip": clip, "options": {"lr": [{"scheduler": rate}]}},
         "distributed": {"backend": "gloo", "find_unused_parameters": stock},
         "logging": {"log_dir": f"{folder}/logs", "log_freq": 10, "log_scalar_frequency": 100,
-                    "tensorboard_writer": {"_target_": "sam2_lora_ext.logger.make_csv_logger", "log_dir": f"{folder}/tensorboard",
+                    "tensorboard_writer": {"_target_": "sam2_lora_ext.logger.make_csv_logger",
+                                           "log_dir": f"{folder}/tensorboard",
                                            "csv_path": f"{folder}/logs/scalars.csv"}},
         "checkpoint": {"save_dir": f"{folder}/checkpoints", "save_freq": 0, "model_weight_initializer": None},
         **({} if stock else {"run_dir": folder}),

@@ -1,7 +1,7 @@
 """Evaluates a SAM 2 as it runs in production: through the stock `SAM2ImagePredictor`, at the strip's own resolution.
 
-Legend: O objects, H W pixels of the (cropped) strip. Clicks are simulated as SAM does: the first in the middle of the defect,
-each next one in the middle of the largest error.
+Legend: O objects, H W pixels of the (cropped) strip. Clicks are simulated as SAM does: the first in the middle of the
+defect, each next one in the middle of the largest error.
 """
 
 import warnings
@@ -67,7 +67,9 @@ def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None
     image = Image.fromarray(dataset.index.read(video.video_id, dataset.bits)[:, start:stop])
     masks = segments.load(frame_idx)
     objects = [Object(identifier, frame_idx, masks[identifier]) for identifier in masks.keys()]
-    point = FixedStripCrop(crop_width)(VideoDatapoint([Frame(image, objects)], video.video_id, (image.height, image.width)))
+    point = FixedStripCrop(crop_width)(
+        VideoDatapoint([Frame(image, objects)], video.video_id, (image.height, image.width))
+    )
     objects = point.frames[0].objects
     return Sample(
         name=video.video_name,
@@ -80,7 +82,8 @@ def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None
 def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
     """The stock predictor, also for models that do not take 1024 px."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)  # in stock's transforms
+        # the warning is in stock's transforms
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
         return fit_predictor(SAM2ImagePredictor(model))
 
 
@@ -92,9 +95,13 @@ class Prompter:
         self.predictor, self.size = predictor, image.shape[:2]
 
     def _scaled(self, coords: Tensor) -> Tensor:
-        return self.predictor._transforms.transform_coords(coords.to(self.predictor.device), normalize=True, orig_hw=self.size)
+        return self.predictor._transforms.transform_coords(
+            coords.to(self.predictor.device), normalize=True, orig_hw=self.size
+        )
 
-    def points(self, coords: Tensor, labels: Tensor, previous: Tensor | None = None, *, all_masks: bool = False) -> tuple[Tensor, Tensor]:
+    def points(
+        self, coords: Tensor, labels: Tensor, previous: Tensor | None = None, *, all_masks: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Answers clicks.
 
         Args:
@@ -136,7 +143,9 @@ def evaluate(model: SAM2Base, samples: Iterable[Sample], clicks: int = 8) -> lis
             continue
         masks = sample.masks[sample.defects]
         prompter = Prompter(predictor, sample.image)
-        coords, labels, low, steps = torch.zeros(len(masks), 0, 2), torch.zeros(len(masks), 0, dtype=torch.int32), None, []
+        coords, labels, low, steps = (
+            torch.zeros(len(masks), 0, 2), torch.zeros(len(masks), 0, dtype=torch.int32), None, [],
+        )  # fmt: skip
         pred = None
         for _ in range(clicks):
             new_coords, new_labels = get_next_point(masks, pred, "center")
@@ -159,12 +168,16 @@ def averages(rows: Sequence[Row]) -> dict[str, float]:
     last = counts.shape[1]
     chosen = {"1click": counts[:, 0], f"{last}clicks": counts[:, -1], "box": torch.tensor([row.by_box for row in rows])}
     metrics = (("iou", iou), ("dice", dice))
-    return {f"{metric}_{name}": exact_mean(function(areas)) for metric, function in metrics for name, areas in chosen.items()}
+    return {
+        f"{metric}_{name}": exact_mean(function(areas))
+        for metric, function in metrics for name, areas in chosen.items()
+    }
 
 
 @torch.inference_mode()
 def max_logit_difference(one: SAM2Base, other: SAM2Base, samples: Iterable[Sample]) -> float:
-    """The largest difference of any low-resolution mask logit: a click's three candidates and a box's mask, on each sample."""
+    """The largest difference of any low-resolution mask logit: a click's three candidates and a box's mask, on each
+    sample."""
     largest = 0.0
     predictors = make_predictor(one.eval()), make_predictor(other.eval())
     for sample in samples:

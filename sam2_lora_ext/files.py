@@ -115,7 +115,8 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
     """The content of a regular file of at most `limit` bytes; raises `UserError` as `open_regular` does."""
     try:
         with open_regular(path, limit) as file:
-            pieces, size = [], 0  # a file may grow, and /proc says 0 for all of its own; read(limit) takes so much at once
+            # a file may grow, and /proc says 0 for all of its own; read(limit) takes so much at once
+            pieces, size = [], 0
             while size <= limit and (piece := file.read(PIECE)):
                 pieces.append(piece)
                 size += len(piece)
@@ -139,7 +140,8 @@ def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
 
 
 def read_json(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
-    """The value of a JSON file; raises `UserError` where `read_text` does, and for what is no JSON or nested too deep."""
+    """The value of a JSON file; raises `UserError` where `read_text` does, and for what is no JSON or nested too
+    deep."""
     return parse_json(read_text(path, limit), path)
 
 
@@ -156,7 +158,9 @@ def inside(folder: Path, name: object) -> Path:
     """The file of a relative name in a folder; raises `UserError` where the name, or a link, leads out of it."""
     path = folder / name if isinstance(name, str) and "\0" not in name else None
     if path is None or not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder} names the file {str(name)[:200]!r}, which does not lie in that folder: it is not used")
+        raise UserError(
+            f"{folder} names the file {str(name)[:200]!r}, which does not lie in that folder: it is not used"
+        )
     return path
 
 

@@ -98,7 +98,8 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         )
 
     def selected_terms(self, masks: Tensor, targets: Tensor, ious: Tensor, num_objects: float) -> dict[str, Tensor]:
-        """The lean terms of one prediction step, each [O]: of the channel that stock selects, which alone has a gradient.
+        """The lean terms of one prediction step, each [O]: of the channel that stock selects, which alone has a
+        gradient.
 
         Args:
             masks: logits [O M h w], of the targets' size or smaller.
@@ -169,7 +170,9 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         """Each term as a sum over objects and steps, divided, and [O] of each object without a gradient."""
         masks = outputs[SMALL_MASKS if SMALL_MASKS in outputs else STEP_OUTPUTS[0]]
         ious, scores = (outputs[key] for key in STEP_OUTPUTS[1:])
-        steps = [self.selected_terms(*step, num_objects) for step in zip(masks, [targets] * len(masks), ious, strict=True)]
+        steps = [
+            self.selected_terms(*step, num_objects) for step in zip(masks, [targets] * len(masks), ious, strict=True)
+        ]
         classes = self.class_term(torch.cat(scores), found.repeat(len(steps))).view(len(steps), -1)  # S O
         sums = {
             name: classes.sum(0) * weights if name == "loss_class"

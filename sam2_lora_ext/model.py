@@ -44,8 +44,9 @@ class LoRASAM2Train(SAM2Train):
     """
 
     def __init__(
-        self, *args: Any, lora: Mapping | LoRAConfig | None = None, activations: Mapping | ActivationsConfig | str = "stock",
-        prompt_seed: int | None = None, feature_cache: Mapping | None = None, memory: Mapping | str | None = None,
+        self, *args: Any, lora: Mapping | LoRAConfig | None = None,
+        activations: Mapping | ActivationsConfig | str = "stock", prompt_seed: int | None = None,
+        feature_cache: Mapping | None = None, memory: Mapping | str | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -76,7 +77,8 @@ class LoRASAM2Train(SAM2Train):
         for t, frame in enumerate(outputs):
             frame["gt_masks"] = input.masks[t].unsqueeze(1)
             frame["class_ids"] = class_ids[t]
-            if not self.prompted_by_points:  # the large masks of a mask prompt are the prompt, not its small ones enlarged
+            # the large masks of a mask prompt are the prompt, not its small ones enlarged
+            if not self.prompted_by_points:
                 frame.pop(SMALL_MASKS)
         return outputs
 
@@ -90,8 +92,9 @@ class LoRASAM2Train(SAM2Train):
             cast_frozen(self, dtype)  # here, for by now the base is loaded
             self.weights_dtype = dtype
         if self.weights_dtype not in (None, dtype):
-            raise UserError(f"the frozen weights are held in {self.weights_dtype} since a step under autocast, and this one is "
-                            f"{'without' if dtype is None else f'under {dtype}'}: build the model anew, or set activations.weights to false")
+            raise UserError(f"the frozen weights are held in {self.weights_dtype} since a step under autocast, "
+                            f"and this one is {'without' if dtype is None else f'under {dtype}'}: "
+                            "build the model anew, or set activations.weights to false")
 
     def forward_image(self, img_batch: Tensor) -> dict[str, Any]:
         """Stock's image features; of the position encodings those of the last level alone, where `activations` says so.
@@ -119,7 +122,9 @@ class LoRASAM2Train(SAM2Train):
 
     def track_step(self, *args: Any, num_frames: int, run_mem_encoder: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Stock's step; the memory of a single frame is read by nobody, so it is not encoded."""
-        return super().track_step(*args, num_frames=num_frames, run_mem_encoder=run_mem_encoder and num_frames > 1, **kwargs)
+        return super().track_step(
+            *args, num_frames=num_frames, run_mem_encoder=run_mem_encoder and num_frames > 1, **kwargs
+        )
 
     def _forward_sam_heads(self, *args: Any, **kwargs: Any) -> tuple:
         """Stock's prediction step, keeping for backward what `activations` says."""

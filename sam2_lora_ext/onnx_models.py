@@ -1,6 +1,7 @@
 """The two halves of a stock SAM 2 that go into ONNX files: what sees the image once, and what answers prompts.
 
-Legend: S pixels of a side of the input · D width of the features · B prompts · N points of each · C = 4 mask outputs.
+Legend: S pixels of a side of the input · D width of the features · B prompts · N points of each ·
+C = 4 mask outputs.
 
     pixels (1, 3, S, S), RGB in [0, 1]                       -> image_embed (1, D, S/16, S/16)
                                                                 high_res_0 (1, D/8, S/4, S/4)

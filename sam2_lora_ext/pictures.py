@@ -1,4 +1,5 @@
-"""Pictures for people: masks over strips, and grids of them with captions. Images are uint8 [H, W, 3], masks bool [H, W]."""
+"""Pictures for people: masks over strips, and grids of them with captions. Images are uint8 [H, W, 3], masks bool
+[H, W]."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,10 +39,14 @@ def overlay(
     return picture
 
 
-def save_grid(path: str | Path, rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], titles: Sequence[str]) -> None:
+def save_grid(
+    path: str | Path, rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], titles: Sequence[str]
+) -> None:
     """Writes a PNG of equally large cells in rows, a title over each column and a caption under each cell."""
     height, width = rows[0][0].shape[:2]
-    sheet = Image.new("RGB", (GAP + len(titles) * (width + GAP), CAPTION + GAP + len(rows) * (height + CAPTION + GAP)), "white")
+    sheet = Image.new(
+        "RGB", (GAP + len(titles) * (width + GAP), CAPTION + GAP + len(rows) * (height + CAPTION + GAP)), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=14)
     for column, title in enumerate(titles):

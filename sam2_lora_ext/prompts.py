@@ -30,7 +30,8 @@ class PromptSampler:
     Args:
         empty: bool [O], which objects are clean: of a class that has no pixels.
         sound: bool [O, H, W], where a clean object may be clicked.
-        keys: int64 [O], the start of each object's own random numbers, whatever else is in the batch and on whichever rank.
+        keys: int64 [O], the start of each object's own random numbers, whatever else is in the batch and on whichever
+            rank.
         seeded: whether defects are clicked by these numbers too, and not from the global generator as in stock.
         exact_boxes: boxes without the stock jitter of 10 % (for validation).
     """
@@ -124,9 +125,9 @@ def _like(flags: Tensor, other: Tensor) -> Tensor:
 def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:
     """A pixel (x, y) int64 [O, 2] of each object's region: uniform, where the numbers are.
 
-    It is the first of the frame's pixels `numbers[:, 1:]` that lies inside, so that a pixel at the region's edge that rounding
-    turns hardly ever changes it; where none does, the region's own pixel `numbers[:, 0]`. Both are modulo how many there are.
-    No value is read back, for which the host would wait for a GPU.
+    It is the first of the frame's pixels `numbers[:, 1:]` that lies inside, so that a pixel at the region's edge that
+    rounding turns hardly ever changes it; where none does, the region's own pixel `numbers[:, 0]`. Both are modulo how
+    many there are. No value is read back, for which the host would wait for a GPU.
 
     Args:
         numbers: int64 [O, N], not negative.
@@ -146,7 +147,8 @@ def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:
 
 
 def pixels_in_order(numbers: Tensor, regions: Tensor) -> Tensor:
-    """Of regions bool [O, H, W], none empty, the pixels (x, y) int64 [O, 2] in place `numbers` [O] modulo their count, row by row."""
+    """Of regions bool [O, H, W], none empty, the pixels (x, y) int64 [O, 2] in place `numbers` [O] modulo their count,
+    row by row."""
     objects, in_row = torch.arange(len(regions), device=regions.device), regions.sum(2)  # O H
     up_to = in_row.cumsum(1)
     place = numbers % up_to[:, -1]

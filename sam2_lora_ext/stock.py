@@ -1,6 +1,7 @@
 """Stock SAM 2 on one image: built from its config and a weight file, its input, its mask logits. Needs sam2.
 
-Legend: B prompts · N points of a prompt · C = 4 mask outputs, the single one and multimask's three · H W input pixels.
+Legend: B prompts · N points of a prompt · C = 4 mask outputs, the single one and multimask's three ·
+H W input pixels.
 """
 
 from pathlib import Path

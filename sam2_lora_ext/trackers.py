@@ -3,7 +3,8 @@
     trainer.logging.tensorboard_writer._target_=sam2_lora_ext.trackers.make_wandb_logger
     +trainer.logging.tensorboard_writer.project=steel
 
-or, in a config of one's own, `defaults: [/configs/severstal_lora, /configs/base/wandb, _self_]`. Only rank 0 tracks. What the Trainer logs by optimizer step or by epoch comes with the number that it gives.
+or, in a config of one's own, `defaults: [/configs/severstal_lora, /configs/base/wandb, _self_]`. Only rank 0 tracks.
+What the Trainer logs by optimizer step or by epoch comes with the number that it gives.
 """
 
 import atexit

@@ -117,8 +117,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: key=value, +new_key=value, "
                         "~key_to_remove; quote lists and dicts: 'lora.targets=[a,b]'")
     parser.add_argument("--print-config", action="store_true", help="print the composed config as YAML and exit")
-    parser.add_argument("--resume-with-changes", action="store_true", help="trainer.resume_with_changes=true: go on with a "
-                        "run though settings that change its result are not what they were; its record says which")
+    parser.add_argument("--resume-with-changes", action="store_true", help="trainer.resume_with_changes=true: go on "
+                        "with a run though settings that change its result are not what they were; its record "
+                        "says which")
     slurm = parser.add_argument_group("options of SAM 2's launcher")
     slurm.add_argument("--use-cluster", type=int, choices=(0, 1), help="1: submit (SLURM); 0: run here")
     slurm.add_argument("--partition", help="SLURM partition")

@@ -1,4 +1,5 @@
-"""A small set of strips in every annotation format, for tests that damage one of its files: `file`, read by `reader`."""
+"""A small set of strips in every annotation format, for tests that damage one of its files: `file`, read by
+`reader`."""
 
 import json
 

@@ -21,7 +21,8 @@ HOSTILE = [
 
 
 def rows(config: Mapping[str, Any]) -> Iterator[tuple[tuple, Kind]]:
-    """The place (keys and list indices) and the kind of every row; of sections also those that the config leaves out."""
+    """The place (keys and list indices) and the kind of every row; of sections also those that the config leaves
+    out."""
     for name, section in SECTIONS.items():
         yield from _inside((name,), section, config.get(name))
     yield from _inside(("trainer",), TARGETS[config["trainer"]["_target_"]], config["trainer"])

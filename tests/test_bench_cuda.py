@@ -1,4 +1,5 @@
-"""Device discipline without a GPU: forward pass and loss of a step on fake CUDA tensors, where a tensor on the wrong device raises.
+"""Device discipline without a GPU: forward pass and loss of a step on fake CUDA tensors, where a tensor on the wrong
+device raises.
 
 The backward pass does not run there, and the clicks stand still: `test_clicks_are_made_on_the_device` runs those.
 """
@@ -16,7 +17,8 @@ from benchmarks.methods import SAMPLING, Setup, build, make_batch
 from sam2_lora_ext.prompts import PromptSampler
 
 IMAGES, OBJECTS = 2, 3
-# Kernels of forward pass and loss under the CPU's autocast by those under CUDA's, which keeps norms, sums and softplus in float32.
+# Kernels of forward pass and loss under the CPU's autocast by those under CUDA's, which keeps norms, sums and softplus
+# in float32.
 CPU_BY_CUDA = {"full": 0.95, "lean": 0.97}
 
 
@@ -73,7 +75,9 @@ def test_a_tensor_on_the_wrong_device_fails(few_clicks):
 def test_clicks_are_made_on_the_device():
     """Nothing is copied there, no value is read back."""
     with FakeTensorMode():
-        empty, sound = torch.zeros(2, dtype=torch.bool, device="cuda:0"), torch.ones(2, 8, 8, dtype=torch.bool, device="cuda:0")
+        empty, sound = (
+            torch.zeros(2, dtype=torch.bool, device="cuda:0"), torch.ones(2, 8, 8, dtype=torch.bool, device="cuda:0"),
+        )  # fmt: skip
         keys = torch.ones(2, dtype=torch.int64, device="cuda:0")
         sampler = PromptSampler(empty, sound, keys, seeded=True, exact_boxes=False)
         masks = torch.ones(2, 1, 8, 8, dtype=torch.bool, device="cuda:0")

@@ -33,7 +33,8 @@ def composed(name: str, tmp_path: Path):
 def test_the_configs_of_the_product_are_there():
     names = {Path(name).stem for name in LEAVES}
     wanted = {"severstal_lora", "severstal_lora_tiny", "severstal_lora_small", "severstal_lora_base_plus",
-              "severstal_lora_2.0_large", "severstal_lora_r4", "severstal_lora_r16", "severstal_lora_all", "severstal_lora_decoder",
+              "severstal_lora_2.0_large", "severstal_lora_r4", "severstal_lora_r16", "severstal_lora_all",
+              "severstal_lora_decoder",
               "severstal_full", "severstal_norms", "demo"}  # fmt: skip
     assert wanted <= names
 

@@ -51,7 +51,9 @@ def test_the_naive_decoder_is_right(text):
 
 
 def test_the_table_says_what_is_missed():
-    figures = dict.fromkeys(("rate", "naive_rate", "class_rate", "naive_class_rate", "class_ratio"), 1.0) | {"ratio": 3.0}
+    figures = dict.fromkeys(("rate", "naive_rate", "class_rate", "naive_class_rate", "class_ratio"), 1.0) | {
+        "ratio": 3.0
+    }
     lines = table({"masks": figures}).splitlines()
     assert len(lines) == 2 + len(LINES["masks"]) and lines[3].endswith("| 10 times (missed) |")
     assert "missed" not in table({"masks": figures | {"ratio": 10.0}})

@@ -100,7 +100,9 @@ def test_previews_are_no_pages(tmp_path):
 def test_too_large_is_said_from_the_header(tmp_path, width, height):
     path = tmp_path / "a.png"
     path.write_bytes(png_of_size(width, height))
-    with pytest.raises(ImageError, match=f"has {width}x{height} = .* limit of 178,956,970; cut it.*SAM2_LORA_MAX_PIXELS"):
+    with pytest.raises(
+        ImageError, match=f"has {width}x{height} = .* limit of 178,956,970; cut it.*SAM2_LORA_MAX_PIXELS"
+    ):
         probe(path)
 
 

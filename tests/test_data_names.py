@@ -87,7 +87,9 @@ def test_categories_by_name(tmp_path):
     index = build_index(one)
     assert one.class_names == given
     assert {index.name(i): {n for n, _ in index.masks(i)} for i in range(6)}["a.jpg"] == {5, 2}
-    with pytest.raises(UserError, match=r"10 \(pit\).*patch is used but.*1 \(pit\), 2 .*--classes pit,slit,scratch,patch"):
+    with pytest.raises(
+        UserError, match=r"10 \(pit\).*patch is used but.*1 \(pit\), 2 .*--classes pit,slit,scratch,patch"
+    ):
         with_categories(tmp_path, FOUR, classes=["pit", "slit", "scratch"])
     with pytest.raises(UserError, match="not one of the given classes"):
         with_categories(tmp_path, FOUR, classes=4)  # defect_1 to defect_4

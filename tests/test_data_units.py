@@ -56,7 +56,8 @@ def test_floats_in_0_to_1_are_scaled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("most", "words"), [(250.0, "0.3..250"), (np.inf, "not all finite"), (np.nan, "not all finite"), (-0.1, "-0.1..0.3")]
+    ("most", "words"),
+    [(250.0, "0.3..250"), (np.inf, "not all finite"), (np.nan, "not all finite"), (-0.1, "-0.1..0.3")]
 )
 def test_other_floats_are_refused_when_the_data_is_read(tmp_path, most, words):
     values = np.full((40, 60), 0.3, np.float32)
@@ -80,7 +81,9 @@ def test_twelve_bits_in_sixteen_are_said_everywhere(tmp_path, caplog, run_python
         data = SeverstalRawDataset(reader(tmp_path))
     assert sentence in caplog.text
     assert sorted(finding.level for finding in decode_some("train", data)) == ["green", "yellow"]
-    assert [f"{f.text}: {f.advice}" for f in decode_some("train", data) if f.level == "yellow"] == [f"train: {sentence}"]
+    assert [f"{f.text}: {f.advice}" for f in decode_some("train", data) if f.level == "yellow"] == [
+        f"train: {sentence}"
+    ]
     done = run_python(
         [repository / "tools/prepare_data.py", "scan", tmp_path, "--classes", "pit", "--out", tmp_path / "scan"],
         check=True,

@@ -19,7 +19,9 @@ METRICS = {"iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks"
 
 def demo(out: Path, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools/demo.py"), "--out", str(out), "--strips", "10"]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "SAM2_LORA_DEMO_STEPS": "4"}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "SAM2_LORA_DEMO_STEPS": "4"}, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 def test_summary_has_every_number(finished):
     summary = json.loads((finished[0] / "summary.json").read_text())
-    assert {name: set(summary[name]) for name in ("base", "lora", "merged")} == dict.fromkeys(("base", "lora", "merged"), METRICS)
+    assert {name: set(summary[name]) for name in ("base", "lora", "merged")} == dict.fromkeys(
+        ("base", "lora", "merged"), METRICS
+    )
     assert summary["merge"]["max_abs_weight_diff"] < 1e-6 and summary["merge"]["max_abs_logit_diff"] < 1e-4
     assert 0 < summary["params"]["trained"] < 0.1 * summary["params"]["total"]
     assert set(summary["seconds"]) == {"train", "evaluate"}

@@ -69,7 +69,8 @@ def test_agrees_with_the_training_models_forward(nano):
         model.prob_to_use_box_input_for_eval = box
         with torch.no_grad():
             frame = model(batch)[0]
-        # the training model empties a mask whose object score is negative, the stock image predictor does not: not so here
+        # the training model empties a mask whose object score is negative, the stock image predictor does not: not so
+        # here
         assert (frame["multistep_object_score_logits"][0] > 0).all()
         areas = (frame["multistep_pred_masks_high_res"][:2, 0] > 0).sum((1, 2)).tolist()
         assert areas == [(row.by_box if box else row.by_clicks[0])[1] for row in rows]
@@ -93,7 +94,9 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
 
 
 def test_averages_are_means_over_defects():
-    rows = [Row("a", 1, [[10, 10, 20], [20, 20, 20]], [0, 5, 20]), Row("b", 1, [[0, 10, 10], [5, 10, 10]], [10, 10, 10])]
+    rows = [
+        Row("a", 1, [[10, 10, 20], [20, 20, 20]], [0, 5, 20]), Row("b", 1, [[0, 10, 10], [5, 10, 10]], [10, 10, 10])
+    ]
     result = averages(rows)
     assert result["iou_1click"] == pytest.approx((0.5 + 0.0) / 2)
     assert result["iou_2clicks"] == pytest.approx((1.0 + 5 / 15) / 2)
@@ -123,5 +126,7 @@ def test_bootstrap_agrees_with_scipy():
 
     values = np.random.default_rng(1).random(80)
     low, high = bootstrap_interval(values.tolist(), list(range(80)), draws=4000)
-    theirs = bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)).confidence_interval
+    theirs = bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.01)  # both are Monte-Carlo, 4,000 draws

@@ -1,4 +1,5 @@
-"""The baseline beside LoRA: every parameter trained; it resumes, leaves weights that stock loads, and has nothing to merge."""
+"""The baseline beside LoRA: every parameter trained; it resumes, leaves weights that stock loads, and has nothing to
+merge."""
 
 import json
 import shutil
@@ -37,7 +38,8 @@ def test_its_weights_load_in_stock_sam2_and_changed(run, nano_base):
 
 
 def test_a_finished_run_started_again_does_nothing(run, nano_base, strips):
-    before = {path: path.read_bytes() for path in (run / "validations.json", run / "logs/metrics.csv", run / "weights/final.pt")}
+    before = {path: path.read_bytes()
+              for path in (run / "validations.json", run / "logs/metrics.csv", run / "weights/final.pt")}
     train_here(environment(nano_base, strips, run), *FULL, "scratch.steps=4")
     assert {path: path.read_bytes() for path in before} == before
 
@@ -62,7 +64,9 @@ def test_there_is_nothing_to_merge(run):
         read_adapter(run / "checkpoints/checkpoint.pt")
 
 
-@pytest.mark.parametrize(("value", "text"), [(1e-3, "1e-3"), (1.5e-3, "1.5e-3"), (2.5e-4, "2.5e-4"), (0.01, "1e-2"), (0, "0")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(1e-3, "1e-3"), (1.5e-3, "1.5e-3"), (2.5e-4, "2.5e-4"), (0.01, "1e-2"), (0, "0")]
+)
 def test_a_learning_rate_is_named_as_it_is(value, text):
     assert short_number(value) == text
 

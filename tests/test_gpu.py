@@ -1,4 +1,5 @@
-"""What `make gpu` checks on a CUDA machine, each also on a CPU, so that the checks themselves work when such a machine is there.
+"""What `make gpu` checks on a CUDA machine, each also on a CPU, so that the checks themselves work when such a machine
+is there.
 
 Small models, minutes in all, no network. The real table is `benchmarks.gpu`'s.
 """
@@ -54,10 +55,15 @@ def run(device, tmp_path_factory, nano_base, strips) -> Path:
 
 def settings(device: str) -> tuple[str, ...]:
     """Overrides for a run on the device; on a GPU with bfloat16, as the shipped configs have it."""
-    return (f"trainer.accelerator={device}", f"trainer.optim.amp.enabled={device == 'cuda'}", "trainer.optim.amp.amp_dtype=bfloat16")
+    return (
+        f"trainer.accelerator={device}", f"trainer.optim.amp.enabled={device == 'cuda'}",
+        "trainer.optim.amp.amp_dtype=bfloat16"
+    )
 
 
-def loss_and_gradients(setup: Setup, device: str, dtype: torch.dtype | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    setup: Setup, device: str, dtype: torch.dtype | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Of one step on the device, under autocast to `dtype`; the gradients on the CPU."""
     setup.model.to(device)
     batch = make_batch(128, 2, 2).to(device)
@@ -70,7 +76,9 @@ def loss_and_gradients(setup: Setup, device: str, dtype: torch.dtype | None = No
 @pytest.mark.parametrize("method", ["full", *OURS])
 def test_the_cpu_and_the_device_agree(method, device, fixed_clicks):
     """Float32 without dropout; sums of 16,384 pixels in another order, and a random model whose losses are large."""
-    (loss, found), (wanted, expected) = (loss_and_gradients(build(method, "nano", 128, dropout=0.0), where) for where in (device, "cpu"))
+    (loss, found), (wanted, expected) = (
+        loss_and_gradients(build(method, "nano", 128, dropout=0.0), where) for where in (device, "cpu")
+    )
     assert loss == pytest.approx(wanted, rel=1e-4) and found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 2e-3 * gradient.norm() + 1e-6, name
@@ -122,22 +130,30 @@ def test_a_run_is_merged_and_evaluated_on_the_device(device, run, nano_base, str
     assert facts["device"] == device and next(model.parameters()).device.type == device
     data = ["--data", str(strips), "--split-file", str(strips / "split.csv"), "--split", "val", "--device", device]
     quick = ["--max-clicks", "2", "--clean-clicks", "1", "--pictures", "0"]
-    tool.main(["--compare", f"lora={run}", f"merged={tmp_path / 'merged.pt'}", *data, *quick, "--out", str(tmp_path / "out")])
+    tool.main(
+        ["--compare", f"lora={run}", f"merged={tmp_path / 'merged.pt'}", *data, *quick, "--out", str(tmp_path / "out")]
+    )
     found = json.loads((tmp_path / "out/evaluation.json").read_text())
     lora, merged = found["models"]
     assert lora["metrics"].keys() == merged["metrics"].keys()
     for key, value in lora["metrics"].items():
         if value["mean"] is not None and "iou" in key:
-            assert value["mean"] == pytest.approx(merged["metrics"][key]["mean"], abs=0.05), key  # a pixel at an edge may turn
+            # a pixel at an edge may turn
+            assert value["mean"] == pytest.approx(merged["metrics"][key]["mean"], abs=0.05), key
 
 
 def test_the_table_is_written_beside_the_model_s(device, tmp_path, fixed_clicks):
     out = tmp_path / "gpu.json"
-    main(["--device", device, "--cases", "nano:128", "--methods", "full", "lean", "--batches", "1x2", "--steps", "2", "--out", str(out)])
+    main([
+        "--device", device, "--cases", "nano:128", "--methods", "full", "lean", "--batches", "1x2", "--steps", "2",
+        "--out", str(out),
+    ])  # fmt: skip
     rows = json.loads(out.read_text())
     assert [row["method"] for row in rows] == ["full", "lean"] and all(row["error"] is None for row in rows)
     for row in rows:
         assert row["cuda_step_seconds"] > 0 and row["images_per_second"] > 0 and row["modelled_ms"]["H200"] > 0
         assert (row["cuda_peak_bytes"] is None) == (row["launches"] is None) == (device == "cpu")
         assert device == "cpu" or row["launches"] > 0.5 * row["kernels"]
-    assert profiled(make_step("cpu", "full", "nano", 128, 1, 2, None), "cpu") == {"launches": None, "device_seconds": None}
+    assert profiled(make_step("cpu", "full", "nano", 128, 1, 2, None), "cpu") == {
+        "launches": None, "device_seconds": None
+    }

@@ -1,4 +1,5 @@
-"""What is no file where one is expected, names that no system takes, YAML and JSON that explode: a sentence, at once."""
+"""What is no file where one is expected, names that no system takes, YAML and JSON that explode: a sentence, at
+once."""
 
 import json
 import os

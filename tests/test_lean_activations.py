@@ -16,7 +16,9 @@ from benchmarks.measure import LiveBytes, Saved, run_step
 from benchmarks.methods import build, make_batch
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lean.conv import LeanConv2d, LeanConvTranspose2d
-from sam2_lora_ext.lean.activations import PRESETS, ActivationsConfig, CheckpointedBlock, blocks_for_share, falls_due, renamed
+from sam2_lora_ext.lean.activations import (
+    PRESETS, ActivationsConfig, CheckpointedBlock, blocks_for_share, falls_due, renamed,
+)  # fmt: skip
 from sam2_lora_ext.lean.maps import LeanLayerNorm2d
 from sam2_lora_ext.lean.pool import LeanMaxPool2d
 from sam2_lora_ext.lean.shared import checkpointed
@@ -168,10 +170,14 @@ def test_gradients_equal_the_plain_implementation_in_double_precision(lean, imag
             loss = setup.step_loss(batch)
             loss.backward()
         assert loss.dtype == torch.float64
-        results.append({"loss": loss.detach()} | {n: p.grad for n, p in setup.model.named_parameters() if p.grad is not None})
+        results.append(
+            {"loss": loss.detach()} | {n: p.grad for n, p in setup.model.named_parameters() if p.grad is not None}
+        )
     assert len(results[0]) > 20
     for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            results[1][name], value, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_keys_copies_pickles_and_evaluation():
@@ -196,7 +202,9 @@ def test_which_of_a_series_fall_due():
 def test_the_share_of_prediction_steps_is_counted_anew_in_each_forward_pass(monkeypatch):
     setup, batch = build("lean", SIZE, RESOLUTION, activations={"decoder": 0.75}), make_batch(RESOLUTION)
     calls = []
-    monkeypatch.setattr("sam2_lora_ext.model.checkpointed", lambda heads, *args, **kwargs: (calls.append(1), heads(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        "sam2_lora_ext.model.checkpointed", lambda heads, *args, **kwargs: (calls.append(1), heads(*args, **kwargs))[1]
+    )
     for _ in range(2):
         setup.step_loss(batch)
         assert setup.model.predictions == 8 and len(calls) == 6
@@ -210,7 +218,10 @@ def test_which_blocks_are_computed_again():
     assert [blocks_for_share(blocks, share) for share in shares] == [0, 0, 0, 1, 2, 3, 3, 4, 10, 11, 12]
 
 
-@pytest.mark.parametrize(("stages", "default", "low"), [((1, 2, 7, 2), 3, 12), ((1, 2, 11, 2), 5, 16), ((2, 3, 16, 3), 7, 24), ((2, 6, 36, 4), 19, 48)])
+@pytest.mark.parametrize(
+    ("stages", "default", "low"),
+    [((1, 2, 7, 2), 3, 12), ((1, 2, 11, 2), 5, 16), ((2, 3, 16, 3), 7, 24), ((2, 6, 36, 4), 19, 48)]
+)
 def test_what_presets_compute_again_of_tiny_small_base_plus_and_large(stages, default, low):
     blocks = blocks_of(*stages)
     assert [blocks_for_share(blocks, PRESETS[name].encoder) for name in ("default", "low")] == [default, low]
@@ -229,7 +240,8 @@ def blocks_of(*stages):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("small", "'small'.*stock, fast, default, low"), ({"encoder": 1.5}, "encoder.*1.5"), ({"encoder": math.nan}, "encoder"),
+    [("small", "'small'.*stock, fast, default, low"), ({"encoder": 1.5}, "encoder.*1.5"),
+     ({"encoder": math.nan}, "encoder"),
      ({"decoder": True}, "decoder.*number.*True"), ({"pool": "yes"}, "pool.*'yes'"),
      ({"trunk": 1}, "'trunk'.*encoder, decoder, pool, conv, norms, positions, weights")],
 )
@@ -274,7 +286,8 @@ def test_pooling_equals_stock_to_the_bit_with_ties(shape, dtype):
 @pytest.mark.parametrize(
     ("stock", "settings"),
     [(nn.Conv2d, {}), (nn.Conv2d, {"bias": False}), (nn.Conv2d, {"stride": 2, "padding": 1, "kernel_size": 3}),
-     (nn.Conv2d, {"groups": 2}), (nn.ConvTranspose2d, {"stride": 2, "output_padding": 1, "kernel_size": 2}), (nn.ConvTranspose2d, {"stride": 2, "kernel_size": 2}),
+     (nn.Conv2d, {"groups": 2}), (nn.ConvTranspose2d, {"stride": 2, "output_padding": 1, "kernel_size": 2}),
+     (nn.ConvTranspose2d, {"stride": 2, "kernel_size": 2}),
      (nn.ConvTranspose2d, {"bias": False, "groups": 2, "padding": 1, "kernel_size": 3})],
 )  # fmt: skip
 def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(stock, settings, autocast, layout):

@@ -37,7 +37,9 @@ def test_live_bytes_follow_storages():
 
 def test_the_cost_of_one_linear_layer():
     layer, x = nn.Linear(8, 16, bias=False), torch.ones(10, 8)
-    cost, kernels = step_cost(layer, torch.optim.AdamW(layer.parameters(), foreach=True), [x], lambda: layer(x), lambda y: y.square().sum())
+    cost, kernels = step_cost(
+        layer, torch.optim.AdamW(layer.parameters(), foreach=True), [x], lambda: layer(x), lambda y: y.square().sum()
+    )
     assert cost.flops == 2 * 2 * 10 * 8 * 16  # forward and the weight's gradient
     assert cost.hooked_bytes == 10 * 16 * 4 and cost.saved_bytes == cost.hooked_bytes + 4  # and the loss itself
     assert cost.gradient_bytes == 8 * 16 * 4 and cost.optimizer_bytes == 2 * 8 * 16 * 4 + 4  # and the step counter
@@ -52,12 +54,14 @@ def test_the_cost_of_an_attention_on_a_cpu():
     optimizer = torch.optim.SGD([q, k, v])
     attention = nn.functional.scaled_dot_product_attention
     cost, _ = step_cost(nn.Identity(), optimizer, [q, k, v], lambda: attention(q, k, v), Tensor.sum)
-    assert cost.flops == (2 + 5) * 2 * (2 * 3 * 10 * 14 * 16)  # two products, and in backward one of them again and four gradients
+    # two products, and in backward one of them again and four gradients
+    assert cost.flops == (2 + 5) * 2 * (2 * 3 * 10 * 14 * 16)
 
 
 @pytest.fixture
 def few_clicks(monkeypatch):
-    """Four prediction steps, of which the low preset keeps one, not eight: fake tensors take as long for a small model as for a large one."""
+    """Four prediction steps, of which the low preset keeps one, not eight: fake tensors take as long for a small model
+    as for a large one."""
     monkeypatch.setitem(SAMPLING, "num_correction_pt_per_frame", 3)
 
 
@@ -68,7 +72,8 @@ def test_fake_tensors_cost_what_real_ones_do(method, monkeypatch, few_clicks):
     fake, real = count(method, "nano", 128), real_step(method, "nano", 128)[0]._asdict()
     assert fake["flops"] == real["flops"]
     for key in ("saved_bytes", "hooked_bytes", "peak_live_bytes", "gradient_bytes", "optimizer_bytes"):
-        assert fake[key] == pytest.approx(real[key], rel=0.01), key  # which map of the loss has a gradient, values decide
+        # which map of the loss has a gradient, values decide
+        assert fake[key] == pytest.approx(real[key], rel=0.01), key
 
 
 def test_lean_keeps_less_than_full_and_the_low_preset_least(few_clicks):
@@ -79,7 +84,10 @@ def test_lean_keeps_less_than_full_and_the_low_preset_least(few_clicks):
 @pytest.mark.parametrize("amp", [False, True])
 def test_the_estimate_is_what_a_real_step_takes(amp):
     """Under autocast a model's first step casts its frozen weights for good: they are no part of what a step keeps."""
-    changes = [f"trainer.optim.amp.enabled={amp}", "trainer.optim.amp.amp_dtype=bfloat16", "trainer.model.num_correction_pt_per_frame=1"]
+    changes = [
+        f"trainer.optim.amp.enabled={amp}", "trainer.optim.amp.amp_dtype=bfloat16",
+        "trainer.model.num_correction_pt_per_frame=1"
+    ]
     config = compose(locate("configs/demo.yaml")[0], changes)
     found = estimate(config, objects=2)
     model, loss = instantiate(config.trainer.model).train(), instantiate(config.trainer.loss.severstal)
@@ -112,11 +120,14 @@ def test_the_largest_batch():
 
 
 def test_ratios_table_and_cases():
-    rows = add_ratios([{"model": "tiny", "resolution": 512, "method": m, "flops": f} for m, f in (("full", 4e9), ("lean", 3e9))])
+    rows = add_ratios(
+        [{"model": "tiny", "resolution": 512, "method": m, "flops": f} for m, f in (("full", 4e9), ("lean", 3e9))]
+    )
     assert rows[1]["ratio_to_full"] == {"flops": 0.75}
     times = {"full": [1.0, 2.0, 4.0], "lean": [0.5, 1.8, 2.8]}
     timed = add_ratios([{"method": m, "step_seconds": sorted(t)[1], "rounds_seconds": t} for m, t in times.items()])
-    assert timed[1]["ratio_to_full"]["step_seconds"] == pytest.approx(0.7)  # the median of 0.5, 0.9 and 0.7, not 1.8 / 2.0
+    # the median of 0.5, 0.9 and 0.7, not 1.8 / 2.0
+    assert timed[1]["ratio_to_full"]["step_seconds"] == pytest.approx(0.7)
     assert table(rows).splitlines()[-1] == "| tiny 512 | lean | 3 (0.75) |"
     assert parse_case("tiny:512") == ("tiny", 512) and parse_batch("8x3") == (8, 3)
     for batch in ("8", "0x2", "8x", "ax2"):
@@ -151,11 +162,16 @@ def test_the_command_writes_every_key(tmp_path, capsys, monkeypatch):
           "--methods", "full", "lean", "--batches", "1x2", "2x3"])  # fmt: skip
     rows = json.loads(out.read_text())
     keys = {"model", "resolution", "method", "images", "objects", "autocast", "flops", "saved_bytes", "hooked_bytes", "peak_live_bytes",
-            "gradient_bytes", "optimizer_bytes", "kernels", "moved_bytes", "waits", "host_ms", "modelled_ms", "step_seconds",
+            "gradient_bytes", "optimizer_bytes", "kernels", "moved_bytes", "waits", "host_ms", "modelled_ms",
+            "step_seconds",
             "peak_rss_bytes", "threads", "torch", "parameters", "trained_parameters", "ratio_to_full"}  # fmt: skip
-    assert all(keys <= set(row) for row in rows) and all(set(row["modelled_ms"]) == {"A10G", "RTX4090", "A100", "H200"} for row in rows)
+    assert all(keys <= set(row) for row in rows) and all(
+        set(row["modelled_ms"]) == {"A10G", "RTX4090", "A100", "H200"} for row in rows
+    )
     places = [(row["autocast"], row["images"], row["objects"], row["method"]) for row in rows]
-    assert places == [(kind, *batch, method) for kind in (False, True) for batch in ((1, 2), (2, 3)) for method in ("full", "lean")]
+    assert places == [
+        (kind, *batch, method) for kind in (False, True) for batch in ((1, 2), (2, 3)) for method in ("full", "lean")
+    ]
     assert [len(row.get("rounds_seconds", ())) for row in rows] == [2, 2, 0, 0, 0, 0, 0, 0]
     assert len(processes) == 6  # of each method two that are timed and one for its resident memory
     assert "| nano 128 1x2 float32 | lean |" in capsys.readouterr().out and set(METHODS) >= {"peft", "decoder"}

@@ -49,12 +49,16 @@ def test_nothing_is_cast_without_autocast():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("lora", "dtype"), [({"variant": "lora"}, torch.bfloat16), ({"variant": "dora"}, torch.float32)])
+@pytest.mark.parametrize(
+    ("lora", "dtype"), [({"variant": "lora"}, torch.bfloat16), ({"variant": "dora"}, torch.float32)]
+)
 def test_what_is_trained_or_measured_stays(lora, dtype):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
     build_lora_model(model, {"targets": ["0"], "trainable": ["1"], **lora})
     cast_frozen(model, torch.bfloat16)
-    assert [model[0].weight.dtype, model[1].weight.dtype, model[2].weight.dtype] == [dtype, torch.float32, torch.float32]
+    assert [model[0].weight.dtype, model[1].weight.dtype, model[2].weight.dtype] == [
+        dtype, torch.float32, torch.float32
+    ]
 
 
 def test_a_model_without_adapters_stays_as_it_is_for_it_is_what_a_run_exports():
@@ -69,5 +73,7 @@ def test_a_later_step_without_autocast_is_a_sentence():
     model(batch)
     with torch.autocast("cpu", torch.bfloat16):
         model(batch)
-    with pytest.raises(UserError, match="bfloat16 since a step under autocast, and this one is without.*activations.weights to false"):
+    with pytest.raises(
+        UserError, match="bfloat16 since a step under autocast, and this one is without.*activations.weights to false"
+    ):
         model(batch)

@@ -31,7 +31,9 @@ def step(model, batch, autocast=False):
         frames = model.train()(batch)
     loss = sum(x.square().mean() for frame in frames for x in frame["multistep_pred_multimasks_high_res"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [frame["pred_masks_high_res"] for frame in frames] + list(torch.autograd.grad(loss, trained, allow_unused=True))
+    return [frame["pred_masks_high_res"] for frame in frames] + list(
+        torch.autograd.grad(loss, trained, allow_unused=True)
+    )
 
 
 def equal(values, expected):
@@ -118,5 +120,7 @@ def test_training_and_validation_use_it(tmp_path, nano_base, strips):
     stored = len(list(folder.iterdir()))
     assert stored == cache.missed > 0 and cache.found > 0  # later validations find the first one's windows
     plain = train_here({**env, "SAM2_LORA_DEMO_RUN": str(tmp_path / "plain")}, targets)
-    for (name, value), other in zip(trainer.model.module.named_parameters(), plain.model.module.parameters(), strict=True):
+    for (name, value), other in zip(
+        trainer.model.module.named_parameters(), plain.model.module.parameters(), strict=True
+    ):
         assert torch.equal(value, other), name

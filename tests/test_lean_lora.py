@@ -152,7 +152,8 @@ def test_zeros_are_at_the_right_rate(p):
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_dropout_on_channels_drops_whole_columns(lean):
-    """The same channels for all tokens of a call, others in the next; no pass over the input, of which nothing more is kept."""
+    """The same channels for all tokens of a call, others in the next; no pass over the input, of which nothing more is
+    kept."""
     layer = pair(dropout=0.5, width=(60, 24), dropout_on="channels")[lean]
     x = torch.randn(2, 3, 60, dtype=torch.float64, requires_grad=True)
     base = nn.functional.linear(x, layer.weight, layer.bias)

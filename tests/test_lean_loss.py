@@ -54,7 +54,8 @@ def test_double_precision_equals_plain_closely():
 
     (values, grads), (expected, expected_grads) = doubled("lean"), doubled("plain")
     for value, expected_value in zip((*values.values(), *grads), (*expected.values(), *expected_grads), strict=True):
-        torch.testing.assert_close(value.double(), expected_value.double(), rtol=1e-6, atol=1e-15)  # plain has float32 sums
+        # plain has float32 sums
+        torch.testing.assert_close(value.double(), expected_value.double(), rtol=1e-6, atol=1e-15)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])

@@ -41,9 +41,13 @@ def assert_equal_outputs(one: list[dict], other: list[dict], keys: set[str] | No
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("frames", [1, 2])
 def test_without_lora_it_is_stocks_model(train, frames):
-    """Bitwise, from the same random numbers: outputs, and gradients of all parameters, with `activations: stock` and `prompt_seed: null`."""
+    """Bitwise, from the same random numbers: outputs, and gradients of all parameters, with `activations: stock` and
+    `prompt_seed: null`."""
     batch = make_batch(DEFECTS, frames)
-    settings = {"lora": None, "activations": "stock", "prompt_seed": None, "num_init_cond_frames_for_train": 1, "prob_to_use_box_input_for_train": 0.5, **FEW}
+    settings = {
+        "lora": None, "activations": "stock", "prompt_seed": None, "num_init_cond_frames_for_train": 1,
+        "prob_to_use_box_input_for_train": 0.5, **FEW
+    }
     ours, stock = make_model(**settings), make_model(**settings, _target_=STOCK)
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in stock.state_dict().items())
     for seed in (5, 6, 7):  # clicks and boxes
@@ -63,7 +67,8 @@ def test_without_lora_it_is_stocks_model(train, frames):
 def test_at_step_0_the_adapters_change_nothing(train):
     """B = 0; also with dropout on A's input, whose random numbers must not shift stock's clicks' (dropout 0 here)."""
     lora = make_model(**FEW)
-    base = make_model(lora=None, **FEW).requires_grad_(False)  # as in the other: frozen convolutions are rounded otherwise
+    # as in the other: frozen convolutions are rounded otherwise
+    base = make_model(lora=None, **FEW).requires_grad_(False)
     assert sum(1 for _ in lora_layers(lora)) == 48
     got, expected = (outputs_of(model, make_batch(MIXED), train=train) for model in (lora, base))
     assert_equal_outputs(got, expected)
@@ -106,7 +111,9 @@ def test_validation_draws_the_same_prompts_each_time():
 @pytest.mark.parametrize("prompt_seed", [None, 3])
 def test_clicks_differ_between_training_steps(prompt_seed):
     """A defect's and a clean object's, however often the same image comes."""
-    model = make_model(prompt_seed=prompt_seed, prob_to_use_box_input_for_train=0.0, prob_to_sample_from_gt_for_train=0.0, **FEW).train()
+    model = make_model(
+        prompt_seed=prompt_seed, prob_to_use_box_input_for_train=0.0, prob_to_sample_from_gt_for_train=0.0, **FEW
+    ).train()
     torch.manual_seed(0)
     prompts = [model(make_batch(MIXED))[0]["multistep_point_inputs"][0]["point_coords"][:, 0] for _ in range(5)]
     for clicks in zip(*prompts):
@@ -176,5 +183,7 @@ def test_every_adapter_of_the_video_config_gets_a_gradient(prompt, corrected):
     video = OmegaConf.load(config_root() / "configs/base/video.yaml")
     targets = list(video.lora.targets)
     assert any(target.startswith("memory_attention") for target in targets)
-    clips = {**video.trainer.model, "num_frames_to_correct_for_train": corrected, "rand_frames_to_correct_for_train": False}
+    clips = {
+        **video.trainer.model, "num_frames_to_correct_for_train": corrected, "rand_frames_to_correct_for_train": False
+    }
     assert_every_adapter_gets_a_gradient(prompt, 3, lora={"targets": targets, "rank": 2}, **clips)

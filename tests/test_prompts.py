@@ -181,17 +181,23 @@ def test_seeded_clicks_stay_where_a_pixel_of_the_region_is_turned():
 def test_a_mask_that_fills_the_frame_and_is_found_is_clicked_positively():
     masks = torch.ones(1, 1, SIZE, SIZE, dtype=torch.bool)
     drawn = [sampler_of(masks, seeds=[seed]).next_point(masks, masks, "uniform") for seed in range(5)]
-    assert all(labels.tolist() == [[1]] for _, labels in drawn) and len({tuple(points[0, 0].tolist()) for points, _ in drawn}) == 5
+    assert all(labels.tolist() == [[1]] for _, labels in drawn) and len(
+        {tuple(points[0, 0].tolist()) for points, _ in drawn}
+    ) == 5
 
 
 def test_seeded_clicks_are_spread_as_stocks_are():
-    """Over the pixels of an error region of two parts, one to be clicked positively: chi-squared of 4,000 draws each."""
+    """Over the pixels of an error region of two parts, one to be clicked positively: chi-squared of 4,000 draws
+    each."""
     masks = masks_of(True)
     pred = masks.roll(8, -1)
     wrong = (masks ^ pred)[0, 0].flatten()
     counts = []
     torch.manual_seed(1)
-    for draw in (lambda i: sampler_of(masks, seeds=[i]).next_point(masks, pred, "uniform"), lambda i: get_next_point(masks, pred, "uniform")):
+    for draw in (
+        lambda i: sampler_of(masks, seeds=[i]).next_point(masks, pred, "uniform"),
+        lambda i: get_next_point(masks, pred, "uniform")
+    ):
         points = torch.stack([draw(i)[0][0, 0] for i in range(4000)]).long()
         counts.append(torch.bincount(points[:, 1] * SIZE + points[:, 0], minlength=SIZE * SIZE)[wrong])
     for found in counts:

@@ -1,4 +1,5 @@
-"""Every command and every piece of Python in the README's blocks, in its order, on the small model and a few synthetic strips."""
+"""Every command and every piece of Python in the README's blocks, in its order, on the small model and a few synthetic
+strips."""
 
 import os
 import re
@@ -20,9 +21,12 @@ ELSEWHERE = {  # what other tests run, to the letter or as a user would
     "cd sam2 &&": "test_install.py", "--use-cluster": "test_slurm.py", "make quality": "the benchmark itself",
 }  # fmt: skip
 SMALL = [  # (what the README says, what is run here)
-    ("configs/sam2.1/sam2.1_hiera_l.yaml", "configs/sam2_nano.yaml"), ("-c configs/severstal_lora.yaml", "-c quick.yaml"),
-    ("-c severstal_lora_video", "-c quick.yaml"), ("-c severstal_lora ", "-c quick.yaml "), ("--device cuda", "--device cpu"),
-    ("--num-gpus 4", "--num-gpus 1"), ("/models/", "checkpoints/"), ("--grid lora.rank=4,8,16", "scratch.steps=2 --grid lora.rank=2,4"),
+    ("configs/sam2.1/sam2.1_hiera_l.yaml", "configs/sam2_nano.yaml"),
+    ("-c configs/severstal_lora.yaml", "-c quick.yaml"),
+    ("-c severstal_lora_video", "-c quick.yaml"), ("-c severstal_lora ", "-c quick.yaml "),
+    ("--device cuda", "--device cpu"),
+    ("--num-gpus 4", "--num-gpus 1"), ("/models/", "checkpoints/"),
+    ("--grid lora.rank=4,8,16", "scratch.steps=2 --grid lora.rank=2,4"),
     ("S = 1024", "S = 128"), ('"steel.pt")', '"steel.pt", device="cpu")'),
 ]  # fmt: skip
 PRELUDE = """
@@ -98,9 +102,13 @@ def test_every_command_works(desk):
         if "line_1 line_2" in command:
             for line, run in (("line_1", "severstal_lora"), ("line_2", "r16")):
                 shutil.copytree(folder / "runs" / run / "adapters/final", folder / line)
-        done = subprocess.run(small(command), shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            small(command), shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, f"{small(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     for code in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", PRELUDE + small(code)], cwd=folder, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE + small(code)], cwd=folder, env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
     assert (folder / "steel.pt").exists() and (folder / "onnx/image_encoder.onnx").exists()

@@ -107,7 +107,9 @@ def test_wandb_tracks_a_training_of_the_stock_launcher_offline(nano_base, strips
     written = list((run_dir / "tensorboard/wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 1
     settings, history, identity = read_wandb(written[0])
-    assert settings["lora.rank"] == 8 and settings["scratch.steps"] == 6 and not any("schedule" in key for key in settings)
+    assert settings["lora.rank"] == 8 and settings["scratch.steps"] == 6 and not any(
+        "schedule" in key for key in settings
+    )
     events = written_to_tensorboard(run_dir)
     assert set(events) == set(history)
     for name, points in events.items():

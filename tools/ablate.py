@@ -79,9 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     slurm.add_argument("--partition", help="Slurm partition")
     slurm.add_argument("--account", help="Slurm account")
     slurm.add_argument("--qos", help="Slurm quality of service")
-    slurm.add_argument("--hours", type=number(Whole(1, 100_000)), default=24, help="time limit of a member (default: 24)")
+    slurm.add_argument(
+        "--hours", type=number(Whole(1, 100_000)), default=24, help="time limit of a member (default: 24)"
+    )
     slurm.add_argument("--cpus", type=number(Whole(1, 10_000)), default=6, help="of each member (default: 6)")
-    slurm.add_argument("--parallel", type=number(Whole(1, 10_000)), default=16, help="members at a time, at most (default: 16)")
+    slurm.add_argument(
+        "--parallel", type=number(Whole(1, 10_000)), default=16, help="members at a time, at most (default: 16)"
+    )
     slurm.add_argument("--no-gpus", dest="gpus", action="store_false", help="ask for no GPU")
     args = parser.parse_intermixed_args(argv)
     import_launcher()

@@ -110,7 +110,9 @@ def tool(*arguments: str | Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/demo", help="cleared first (default: runs/demo)")
-    parser.add_argument("--strips", type=number(Whole(5, 100_000)), default=200, help="synthetic strips to draw (default: 200)")
+    parser.add_argument(
+        "--strips", type=number(Whole(5, 100_000)), default=200, help="synthetic strips to draw (default: 200)"
+    )
     parser.add_argument("--seed", type=number(SEED), default=42)
     args = parser.parse_args(argv)
     import_launcher()  # one sentence now rather than a traceback later
@@ -131,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = out / "data"
     write_data(data, args.strips, args.seed)
     dataset = SeverstalRawDataset(
-        KaggleReader(data / "train_images", data / "train.csv"), training=False, split_file=data / "split.csv", split="val",
+        KaggleReader(data / "train_images", data / "train.csv"), training=False, split_file=data / "split.csv",
+        split="val",
         min_area=16, max_objects=16, group_width=CROP,
     )  # fmt: skip
     samples = list(read_samples(dataset, CROP))
@@ -196,7 +199,10 @@ def draw(path: Path, samples: list, base: object, merged: object) -> None:
         place = sample.defects.index(fresh[0])
         shown[class_of(sample.object_ids[fresh[0]])] += 1
         truth = sample.masks[fresh[0], 0]
-        cells, texts = [sample.image, overlay(sample.image, truth.numpy(), TRUTH)], [sample.name, f"class {class_of(sample.object_ids[fresh[0]])}"]
+        cells, texts = (
+            [sample.image, overlay(sample.image, truth.numpy(), TRUTH)],
+            [sample.name, f"class {class_of(sample.object_ids[fresh[0]])}"],
+        )
         for model, colour in ((base, BEFORE), (merged, AFTER)):
             answers, clicks = first_answers(model, sample)
             cells.append(overlay(sample.image, answers[place].numpy(), colour, tuple(clicks[place].tolist())))
@@ -213,8 +219,10 @@ def show(summary: dict, out: Path, count: int) -> None:
     for name in ("base", "lora", "merged"):
         print(f"{name:8}" + "".join(f"{summary[name][column]:14.4f}" for column in COLUMNS))
     params, merge, seconds = summary["params"], summary["merge"], summary["seconds"]
-    print(f"\ntrained parameters   {params['trained']:,} of {params['total']:,} ({params['trained'] / params['total']:.2%})")
-    print(f"merged vs unmerged   weights {merge['max_abs_weight_diff']:.2e}, mask logits {merge['max_abs_logit_diff']:.2e} at most")
+    print(f"\ntrained parameters   {params['trained']:,} of {params['total']:,} "
+          f"({params['trained'] / params['total']:.2%})")
+    print(f"merged vs unmerged   weights {merge['max_abs_weight_diff']:.2e}, "
+          f"mask logits {merge['max_abs_logit_diff']:.2e} at most")
     print(f"time                 training {seconds['train']:.0f} s, evaluation {seconds['evaluate']:.0f} s")
     print(f"written              {out / 'summary.json'}, overlays.png, sam2_nano_steel.pt, adapter/, train/")
 

@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, metavar="FILE",
                         help="the weights that training began with: checked, or noted where the run did not")
     parser.add_argument(
-        "--alpha", type=number(ALPHA), help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
+        "--alpha", type=number(ALPHA),
+        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
     )
     parser.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     args = parser.parse_args(argv)

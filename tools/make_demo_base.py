@@ -74,7 +74,8 @@ def turn(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_image: int) -> BatchedVideoDatapoint:
-    """SAM 2's batch from scenes with the same number of frames; without `rng` nothing is drawn and all objects are taken."""
+    """SAM 2's batch from scenes with the same number of frames; without `rng` nothing is drawn and all objects are
+    taken."""
     images, where, masks, identifiers = [], [], [], []
     for b, scene in enumerate(scenes):
         frames, segments = turn(rng, scene) if rng is not None else (scene[0].astype(np.float32), scene[1])
@@ -82,7 +83,8 @@ def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_im
         count = segments.shape[1]
         chosen = np.arange(count) if rng is None else rng.permutation(count)[:objects_per_image]
         taken = [(object_id(1, int(o)), segments[:, o]) for o in chosen]
-        for identifier, segment in taken or [(object_id(CLEAN, 0), np.zeros(segments.shape[:1] + segments.shape[2:], bool))]:
+        for identifier, segment in taken or [(object_id(CLEAN, 0),
+                                             np.zeros(segments.shape[:1] + segments.shape[2:], bool))]:  # fmt: skip
             where.append(b)
             masks.append(torch.from_numpy(segment.copy()))
             identifiers.append((b, identifier))
@@ -90,22 +92,16 @@ def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_im
     time_index = torch.arange(length, dtype=torch.int)[:, None].expand(length, total)
     frame_and_image = torch.stack([time_index, torch.tensor(where, dtype=torch.int).expand(length, total)], -1)
     names = torch.tensor(identifiers)[None].expand(length, total, 2)
-    metadata = BatchedVideoMetaData(
-        unique_objects_identifier=torch.cat([names, time_index[..., None]], -1).long(),
-        frame_orig_size=torch.full((length, total, 2), SIZE),
-    )
-    return BatchedVideoDatapoint(
-        img_batch=torch.stack(images, 1),
-        obj_to_frame_idx=frame_and_image,
-        masks=torch.stack(masks, 1),
-        metadata=metadata,
-        dict_key="shapes",
-        batch_size=[length],
-    )
+    metadata = BatchedVideoMetaData(unique_objects_identifier=torch.cat([names, time_index[..., None]], -1).long(),
+                                    frame_orig_size=torch.full((length, total, 2), SIZE))  # fmt: skip
+    return BatchedVideoDatapoint(img_batch=torch.stack(images, 1), obj_to_frame_idx=frame_and_image,
+                                 masks=torch.stack(masks, 1), metadata=metadata, dict_key="shapes",
+                                 batch_size=[length])  # fmt: skip
 
 
 def corrections(progress: float) -> int:
-    """Correction clicks in training: few while the masks are still poor, all seven at the end, few while polishing (> 1)."""
+    """Correction clicks in training: few while the masks are still poor, all seven at the end, few while polishing
+    (> 1)."""
     return 1 if progress < 0.55 or progress >= 1 else 3 if progress < 0.9 else 7
 
 
@@ -153,15 +149,19 @@ def build(config: Path, seed: int) -> torch.nn.Module:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "assets/sam2_nano.pt", help="half-precision weights to write")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--out", type=Path, default=ROOT / "assets/sam2_nano.pt",
+                        help="half-precision weights to write")  # fmt: skip
     parser.add_argument("--config", type=Path, default=ROOT / "configs/sam2_nano.yaml")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/demo_base", help="checkpoint, log and curve")
     parser.add_argument("--steps", type=number(COUNT), default=6000)
-    parser.add_argument("--polish", type=number(Whole(0, 10**9)), default=2000, help="steps after that, with few clicks, at a restarted rate")
+    parser.add_argument("--polish", type=number(Whole(0, 10**9)), default=2000,
+                        help="steps after that, with few clicks, at a restarted rate")  # fmt: skip
     parser.add_argument("--batch", type=number(Whole(1, 100_000)), default=16, help="images a step")
     parser.add_argument("--objects", type=number(Whole(1, 1000)), default=2, help="objects an image, at most")
-    parser.add_argument("--scenes", type=number(Whole(10, 10**7)), default=12000, help="different training images; clips are a tenth as many")
+    parser.add_argument("--scenes", type=number(Whole(10, 10**7)), default=12000,
+                        help="different training images; clips are a tenth as many")  # fmt: skip
     parser.add_argument("--lr", type=number(Number(0, 100, above=True)), default=8e-4)
     parser.add_argument("--seed", type=number(SEED), default=42)
     parser.add_argument("--threads", type=number(THREADS), default=1)
@@ -175,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     average = {name: value.clone() for name, value in model.state_dict().items()}
     decay = [p for p in model.parameters() if p.dim() > 1]
     no_decay = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr)
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
+                                   {"params": no_decay, "weight_decay": 0.0}], lr=args.lr)  # fmt: skip
     # Focal loss from scratch collapses to empty masks (measured), so plain cross-entropy: gamma 0, no alpha.
     loss_of = MultiStepMultiMasksAndIous(
         {"loss_mask": 10, "loss_dice": 1, "loss_iou": 1, "loss_class": 1},
@@ -188,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         if saved["facts"] != facts:
-            raise UserError(f"{checkpoint} is from other settings ({saved['facts']}): use them again, or another --work")
+            raise UserError(f"{checkpoint} is from other settings ({saved['facts']}): "
+                            "use them again, or another --work")  # fmt: skip
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average, first = saved["average"], saved["step"]
@@ -227,12 +229,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         done = step + 1
         if done % 250 == 0 or done == total:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done, "facts": facts}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+                     "step": done, "facts": facts}  # fmt: skip
             write_atomic(checkpoint, lambda path: torch.save(state, path))
         if done % 1000 == 0 or done == total:
             raw = {name: value.clone() for name, value in model.state_dict().items()}
             model.load_state_dict(average)
-            row = {"step": done, "loss": round(running, 4), **{k: round(v, 4) for k, v in evaluate(model, held_out).items()}}
+            row = {"step": done, "loss": round(running, 4),
+                   **{k: round(v, 4) for k, v in evaluate(model, held_out).items()}}  # fmt: skip
             model.load_state_dict(raw)
             tqdm.write(json.dumps(row))
             with open(args.work / "log.jsonl", "a") as log:

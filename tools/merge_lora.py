@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=FORMATS, help="default: what the suffix of --out says; build_sam2 loads pt")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: that of the base, or float32 if that is a half")
     parser.add_argument(
-        "--alpha", type=number(ALPHA), help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
+        "--alpha", type=number(ALPHA),
+        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
     )
     parser.add_argument("--verify", metavar="CONFIG",
                         help="build this stock config from the result and compare its masks with the live adapter's")

@@ -53,8 +53,8 @@ COMMANDS = {  # the help of each: in one line, in full
     "scan": (
         "what is in a data set, and what is wrong with it",
         "Reads a whole data set and writes scan.json and scan.html: counts by class and combination, object sizes, "
-        "clean share, sizes and modes, unexposed share, images that are the same or nearly so, every problem, and a sheet of "
-        "overlays. Problems do not stop it.",
+        "clean share, sizes and modes, unexposed share, images that are the same or nearly so, every problem, and a "
+        "sheet of overlays. Problems do not stop it.",
     ),
     "split": (
         "train, val and test, or folds, as a csv",
@@ -155,12 +155,13 @@ def run_scan(args: argparse.Namespace) -> None:
     for name in ("scan.json", "scan.html"):
         refuse_input_files(args.out / name, [*reader.inputs(), *reader.files()])
     summary, index = scan(reader, not args.quiet, source.bits)
-    page = render(index, summary, source.bits).encode("utf-8", "backslashreplace")  # a bad file name is shown, not fatal
+    # a bad file name is shown, not fatal
+    page = render(index, summary, source.bits).encode("utf-8", "backslashreplace")
     write_json(args.out / "scan.json", summary, force=args.force)
     write_atomic(args.out / "scan.html", lambda path: path.write_bytes(page), force=args.force)
     print(
-        f"{summary['images']} images, {summary['clean']} clean, {summary['unknown']} unknown, {summary['masks']} masks, "
-        f"{summary['objects']} objects ({summary['objects_are']}), "
+        f"{summary['images']} images, {summary['clean']} clean, {summary['unknown']} unknown, "
+        f"{summary['masks']} masks, {summary['objects']} objects ({summary['objects_are']}), "
         f"{len(summary['duplicates']['near'])} groups of duplicates, "
         f"{len(summary['problems'])} problems"
     )

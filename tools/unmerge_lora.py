@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that were merged into")
     parser.add_argument("--merged", type=Path, required=True, metavar="FILE", help="the result, in any precision")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
-    parser.add_argument("--rank", type=number(RANK), metavar="R", help="of every layer (default: what rounding lets be seen)")
+    parser.add_argument(
+        "--rank", type=number(RANK), metavar="R", help="of every layer (default: what rounding lets be seen)"
+    )
     parser.add_argument("--bound", type=number(Number(0, 1)), default=BOUND, metavar="SHARE",
                         help="largest error of a layer as a share of its change (default: %(default)g)")
     parser.add_argument("--full", action="store_true", help="keep what is not low-rank as modules trained in full")

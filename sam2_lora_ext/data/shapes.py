@@ -10,7 +10,8 @@ MIN_AREA = 60  # visible pixels at 128 px; smaller objects are dropped
 
 
 def texture(rng: np.random.Generator, size: int, octaves: tuple[int, ...] = (2, 4, 8, 16, 64)) -> np.ndarray:
-    """Smooth noise float32 [H, W], mean about 0 and deviation about 1: random grids of several sizes, enlarged and summed."""
+    """Smooth noise float32 [H, W], mean about 0 and deviation about 1: random grids of several sizes, enlarged and
+    summed."""
     total = np.zeros((size, size), np.float32)
     for grid in octaves:
         weight = rng.random() ** 2
@@ -103,8 +104,8 @@ def sample(rng: np.random.Generator, size: int = 128, max_objects: int = 5) -> t
     """One image and the visible part of each of its objects, later ones in front.
 
     Returns:
-        The image uint8 [H, W, 3] and masks bool [O, H, W], O from 1 to `max_objects`, each of at least `MIN_AREA` pixels
-        (scaled with the side).
+        The image uint8 [H, W, 3] and masks bool [O, H, W], O from 1 to `max_objects`, each of at least `MIN_AREA`
+        pixels (scaled with the side).
     """
     least = MIN_AREA * (size / 128) ** 2
     while True:

@@ -1,7 +1,7 @@
 """Synthetic steel strips in the Kaggle layout of Severstal, for the demo and the tests: 1600x256, four kinds of defect.
 
-Nothing of the real set is in them; they have its geometry, its file format and its habits: long thin defects, clusters that
-are annotated as one region, unexposed black ends, clean strips, sometimes two classes on one strip.
+Nothing of the real set is in them; they have its geometry, its file format and its habits: long thin defects, clusters
+that are annotated as one region, unexposed black ends, clean strips, sometimes two classes on one strip.
 Legend: H = 256 and W = 1600 pixels; images are uint8 [H, W]; masks are bool [H, W].
 """
 
@@ -28,7 +28,8 @@ def _noise(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 
 def steel(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A sound strip float32 [H, W] and where it is exposed, bool [H, W]: rolling marks, uneven light, grain, black ends."""
+    """A sound strip float32 [H, W] and where it is exposed, bool [H, W]: rolling marks, uneven light, grain, black
+    ends."""
     image = rng.uniform(75, 150) + 9 * _noise(rng, 3, 14) + 5 * _noise(rng, 64, 5) + 4 * _noise(rng, 40, 250)
     image += rng.normal(0, rng.uniform(2, 5), image.shape).astype(np.float32)
     exposed = np.ones((HEIGHT, WIDTH), bool)
@@ -52,7 +53,9 @@ def pits(rng: np.random.Generator, image: np.ndarray, x: float, y: float) -> np.
     region = _blob(rng, x, y, rng.uniform(25, 70), rng.uniform(18, 55))
     rows, columns = region.nonzero()
     for index in rng.integers(len(rows), size=max(8, int(len(rows) * rng.uniform(0.010, 0.022)))):
-        cv2.circle(image, (int(columns[index]), int(rows[index])), int(rng.integers(1, 4)), float(rng.uniform(15, 55)), -1)
+        cv2.circle(
+            image, (int(columns[index]), int(rows[index])), int(rng.integers(1, 4)), float(rng.uniform(15, 55)), -1
+        )
     return region
 
 
@@ -131,7 +134,9 @@ def strip(rng: np.random.Generator, clean: bool = False) -> tuple[np.ndarray, di
     return np.clip(np.round(image), 0, 255).astype(np.uint8), masks
 
 
-def write_strips(folder: str | Path, count: int, seed: int = 42, clean_share: float = 0.3, progress: bool = True) -> Path:
+def write_strips(
+    folder: str | Path, count: int, seed: int = 42, clean_share: float = 0.3, progress: bool = True
+) -> Path:
     """Writes `count` strips as `train_images/*.jpg` and `train.csv` (new Kaggle format), the same for a seed.
 
     Args:

@@ -36,7 +36,9 @@ class RandomStripCrop:
         self.height = None if height is None else _positive("height", height)
         self.grid = 1 if grid is None else _positive("grid", grid)
         if self.width is not None and self.grid > self.width:
-            raise UserError(f"a crop of {self.width} columns at every {self.grid} would leave columns out: lower the grid")
+            raise UserError(
+                f"a crop of {self.width} columns at every {self.grid} would leave columns out: lower the grid"
+            )
 
     def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
         height, width = datapoint.size

@@ -13,8 +13,8 @@ from sam2_lora_ext.errors import UserError
 
 BASE = "compare with configs/base/severstal.yaml"
 STEP_ADVICE = (
-    "out of memory: lower scratch.resolution or scratch.max_num_objects, or set trainer.model.activations=low; anything "
-    "else: start the training with scratch.num_workers=0 and read the traceback"
+    "out of memory: lower scratch.resolution or scratch.max_num_objects, or set trainer.model.activations=low; "
+    "anything else: start the training with scratch.num_workers=0 and read the traceback"
 )
 
 
@@ -61,7 +61,9 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
     training = Training(config)
     checks = [("adapters", training.check_adapters), ("checkpoint", training.check_checkpoint)]
     checks += [("data", lambda phase=phase: training.data.check(phase)) for phase in ("train", "val")]
-    checks += [("data", training.data.check_apart), ("data", training.data.check_classes), ("loss", training.check_loss)]
+    checks += [
+        ("data", training.data.check_apart), ("data", training.data.check_classes), ("loss", training.check_loss)
+    ]
     causes: list[str] = []
     for area, check in checks:
         for finding in guarded(area, check, BASE):

@@ -50,7 +50,8 @@ def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult |
 
 
 def refuse_gallery(folder: Path, force: bool) -> None:
-    """Raises a `UserError` when pictures may not be written to `folder`, or with `force` when it holds something else."""
+    """Raises a `UserError` when pictures may not be written to `folder`, or with `force` when it holds something
+    else."""
     folder = existing_folder(folder)
     if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()):
         return

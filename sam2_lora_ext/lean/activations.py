@@ -125,7 +125,8 @@ def _swap(modules: Iterable[nn.Module], classes: Mapping[type, type]) -> None:
 
 
 def falls_due(count: int, share: float) -> bool:
-    """Whether the `count`-th of a series, from 1 on, is among the `share` of it that is taken: the first, then evenly."""
+    """Whether the `count`-th of a series, from 1 on, is among the `share` of it that is taken: the first, then
+    evenly."""
     return math.ceil(count * share) > math.ceil((count - 1) * share)
 
 

@@ -22,7 +22,9 @@ class LeanConvTranspose2d(nn.ConvTranspose2d):
     """`nn.ConvTranspose2d` that keeps its input only while its weight is trained."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return _frozen(self, x, True) if output_size is None and _is_frozen(self, x) else super().forward(x, output_size)
+        return (
+            _frozen(self, x, True) if output_size is None and _is_frozen(self, x) else super().forward(x, output_size)
+        )
 
 
 def _is_frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
@@ -45,7 +47,8 @@ def _frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, transposed: bool) 
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, stride, padding, dilation, output_padding, groups
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, stride, padding, dilation,
+        output_padding, groups
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.size, ctx.strides, ctx.dtype = x.size(), x.stride(), x.dtype
@@ -58,7 +61,8 @@ class _FrozenConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        x = dy.new_empty_strided(ctx.size, ctx.strides)  # for its layout: in another the product takes three times as long
+        # for its layout: in another the product takes three times as long
+        x = dy.new_empty_strided(ctx.size, ctx.strides)
         dx, _, dbias = torch.ops.aten.convolution_backward(
             dy, x, weight.to(dy.dtype), [dy.shape[1]], *ctx.how, (True, False, ctx.needs_input_grad[2])
         )

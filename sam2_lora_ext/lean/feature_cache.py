@@ -1,10 +1,10 @@
 """Features of a frozen image encoder, kept on disk: training the decoder alone then encodes each image once.
 
-A file holds one image's feature maps as the decoder reads them, in the type in which they came. Its name is a hash of all
-that they depend on: the pixels as the encoder sees them (so crop, flips and brightness too), its modules and weights (as they
-are at first use), and autocast's type. So runs, ranks and validations may share a folder; but only an image that comes again to
-the bit is found again. When the bound is reached nothing more is stored: to drop the oldest for the newest would, in passes
-over a larger data set, find nothing at all.
+A file holds one image's feature maps as the decoder reads them, in the type in which they came. Its name is a hash of
+all that they depend on: the pixels as the encoder sees them (so crop, flips and brightness too), its modules and
+weights (as they are at first use), and autocast's type. So runs, ranks and validations may share a folder; but only an
+image that comes again to the bit is found again. When the bound is reached nothing more is stored: to drop the oldest
+for the newest would, in passes over a larger data set, find nothing at all.
 
 Shapes: B images, C H W of a feature map, by level from the largest to the smallest.
 """
@@ -46,8 +46,11 @@ class FeatureCache:
             if trained := [name for name, value in module.named_parameters() if value.requires_grad]:
                 raise UserError(f"feature_cache needs a frozen image encoder, but {part}.{trained[0]} is trained: set "
                                 "it to null, or adapt the decoder alone as severstal_lora_decoder_cached.yaml does")
-            if any(getattr(inner, "drop_prob", getattr(inner, "p", 0)) for inner in module.modules()):  # DropPath, dropout
-                raise UserError(f"feature_cache needs features that do not change, but {part} has dropout or drop_path: set it to 0")
+            # DropPath, dropout
+            if any(getattr(inner, "drop_prob", getattr(inner, "p", 0)) for inner in module.modules()):
+                raise UserError(
+                    f"feature_cache needs features that do not change, but {part} has dropout or drop_path: set it to 0"
+                )
         self.folder, self.max_bytes, self.parts = Path(config["folder"]).expanduser(), config["max_gb"] * 1e9, parts
         self.found = self.missed = 0
         self.weights: str | None = None
@@ -70,7 +73,9 @@ class FeatureCache:
         return [_stacked(level) for level in zip(*maps, strict=True)]
 
     def _open(self) -> None:
-        state = {f"{part}.{key}": value for part, module in self.parts.items() for key, value in module.state_dict().items()}
+        state = {
+            f"{part}.{key}": value for part, module in self.parts.items() for key, value in module.state_dict().items()
+        }
         self.weights = f"{weights_id(state)} {hashlib.sha256(repr(dict(self.parts)).encode()).hexdigest()}"
         held = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
         ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -100,7 +105,9 @@ class FeatureCache:
         tensors = {}
         for number, level in enumerate(maps):
             last = _channels_last(level)
-            tensors[f"level_{number}_{'hwc' if last else 'chw'}"] = (level.permute(1, 2, 0) if last else level).contiguous()
+            tensors[f"level_{number}_{'hwc' if last else 'chw'}"] = (
+                level.permute(1, 2, 0) if last else level
+            ).contiguous()
         try:
             write_weights(path, tensors, "safetensors")
             self.room -= size

@@ -1,6 +1,7 @@
 """The sums over pixels that SAM 2's mask losses are made of, keeping nothing for backward but the small logits.
 
-With g the target (0 or 1) and z = (1 - 2 g) x the logit away from it, q = sigmoid(z) is the probability of the wrong answer:
+With g the target (0 or 1) and z = (1 - 2 g) x the logit away from it, q = sigmoid(z) is the probability of the wrong
+answer:
 
     focal    = mean of w q^gamma softplus(z),  w = alpha where g = 1, 1 - alpha elsewhere (1 everywhere for alpha < 0)
     overlap  = sum of p g,   drawn = sum of p,  p = sigmoid(x)
@@ -41,7 +42,8 @@ class MaskSums(NamedTuple):
 
 
 def mask_sums(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> MaskSums:
-    """The sums of each map of `logits` [O M h w], finite, for `targets` [O 1 H W], 0 or 1 in any type, differentiable in the logits."""
+    """The sums of each map of `logits` [O M h w], finite, for `targets` [O 1 H W], 0 or 1 in any type, differentiable
+    in the logits."""
     objects = max(1, MOST_NUMBERS // (logits.shape[1] * targets.shape[2:].numel()))
     parts = [_MaskSums.apply(*part, alpha, gamma) for part in zip(logits.split(objects), targets.split(objects))]
     return MaskSums(*(column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts)))
@@ -102,8 +104,8 @@ def _enlarged(logits: Tensor, targets: Tensor) -> Tensor:
 def _reduced(dy: Tensor, size: torch.Size) -> Tensor:
     """The gradient at the small maps, of `size`, from that at the large ones [O M H W].
 
-    Two products with the weights of the enlargement along each side: on a GPU they repeat exactly, torch's own gradient of
-    `interpolate` does not. Where TF32 is allowed, they are in TF32 like other products.
+    Two products with the weights of the enlargement along each side: on a GPU they repeat exactly, torch's own gradient
+    of `interpolate` does not. Where TF32 is allowed, they are in TF32 like other products.
     """
     if dy.shape[2:] == size:
         return dy

@@ -26,14 +26,17 @@ class _MaxPool(torch.autograd.Function):
         behind = index - _firsts(x)  # 0, 1, W or W + 1, where W is even
         ctx.save_for_backward((behind & 1).to(torch.uint8).add_(behind > 1, alpha=2))
         ctx.shape = x.shape
-        ctx.layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        ctx.layout = (
+            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         (place,) = ctx.saved_tensors
-        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.layout)  # whose numbers nobody reads
+        # its numbers nobody reads
+        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.layout)
         index = place % 2 + (place // 2).long() * ctx.shape[3] + _firsts(x)
         return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
 

@@ -34,7 +34,8 @@ def shared(key: Hashable, make: Callable[[], Made]) -> Made:
 
 
 def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, of which backward keeps the arguments alone; its second run shares with the first."""
+    """`function(*args, **kwargs)`, of which backward keeps the arguments alone; its second run shares with the
+    first."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     held = None if torch.compiler.is_compiling() else _held.get()

@@ -38,8 +38,8 @@ class LoRAConfig:
         rank: r of the update B A.
         alpha: the update is scaled by alpha / r.
         dropout: probability in [0, 1) with which training zeroes an input of A.
-        dropout_on: "inputs" draws for each number of an input, as PEFT does; "channels" draws once for all tokens of a call, which
-            costs no pass over the activations but is another regulariser.
+        dropout_on: "inputs" draws for each number of an input, as PEFT does; "channels" draws once for all tokens of a
+            call, which costs no pass over the activations but is another regulariser.
         rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern: glob -> rank of the adapted layers that it matches.
         alpha_pattern: glob -> alpha of the adapted layers that it matches.

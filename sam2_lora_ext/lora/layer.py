@@ -106,7 +106,8 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + self.scaling * update
 
     def drop_channels(self, a: Tensor) -> Tensor:
-        """A (n·r, in) with columns set to zero and the others scaled, as if x had lost these channels in every token."""
+        """A (n·r, in) with columns set to zero and the others scaled, as if x had lost these channels in every
+        token."""
         return a * F.dropout(a.new_ones(a.shape[1]), self.dropout, self.training) if self.dropout else a
 
     def factors(self) -> tuple[Tensor, Tensor]:

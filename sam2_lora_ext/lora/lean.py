@@ -1,10 +1,11 @@
-"""`LoRALinear` with a backward pass of its own, which keeps the dropped input and its mask and nothing else of that size.
+"""`LoRALinear` with a backward pass of its own, which keeps the dropped input and its mask and nothing else of that
+size.
 
     y = W x + b + B' A D x,          B' = s B,   D x = native_dropout(x)
     dB' = dy (A D x)^T,   dA = B'^T dy (D x)^T,   dx = W^T dy + D A^T B'^T dy
 
-The plain layer also keeps x or the update, and passes over the outputs twice more: here the update is added by the product
-that makes it. A and B' are cast, and B is scaled, once for all uses in a forward pass (`lean.shared`).
+The plain layer also keeps x or the update, and passes over the outputs twice more: here the update is added by the
+product that makes it. A and B' are cast, and B is scaled, once for all uses in a forward pass (`lean.shared`).
 
 Shapes: x (..., in) · W (out, in) · A (n·r, in) · B' (out, n·r), block-diagonal for a fused layer.
 """
@@ -19,7 +20,8 @@ from sam2_lora_ext.lora.layer import LoRALinear, block_diagonal
 
 
 class LoRAFunction(torch.autograd.Function):
-    """The formula above of N tokens x (N, in), for W and b without a gradient; A and B' in the type of x, W and b in any."""
+    """The formula above of N tokens x (N, in), for W and b without a gradient; A and B' in the type of x, W and b in
+    any."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float) -> Tensor:
@@ -50,7 +52,8 @@ class LoRAFunction(torch.autograd.Function):
 
 
 class LeanLoRALinear(LoRALinear):
-    """`LoRALinear` that computes the same with less kept for backward; parameters, keys and numbers are those of the base.
+    """`LoRALinear` that computes the same with less kept for backward; parameters, keys and numbers are those of the
+    base.
 
     Where the weight itself is trained it is the plain layer. Derivatives of derivatives are not available.
     """

@@ -97,7 +97,8 @@ TERMS = Section({**STOCK_TERMS, "loss_tversky": WEIGHT}, required=NEEDED, rules=
 
 TARGETS = {
     "sam2_lora_ext.model.LoRASAM2Train": Section({
-        **MODEL, "lora": Nullable(LORA), "activations": ACTIVATIONS, "memory": Nullable(MEMORY), "feature_cache": Nullable(CACHE),
+        **MODEL, "lora": Nullable(LORA), "activations": ACTIVATIONS, "memory": Nullable(MEMORY),
+        "feature_cache": Nullable(CACHE),
         "prompt_seed": Nullable(SEED).called("trainer.seed_value"),
     }, required=("image_encoder",), rules=(corrects_prompted,)),
     "training.model.sam2.SAM2Train": Section(MODEL, required=("image_encoder",), rules=(corrects_prompted,)),
