@@ -187,3 +187,28 @@ def test_every_adapter_of_the_video_config_gets_a_gradient(prompt, corrected):
         **video.trainer.model, "num_frames_to_correct_for_train": corrected, "rand_frames_to_correct_for_train": False
     }
     assert_every_adapter_gets_a_gradient(prompt, 3, lora={"targets": targets, "rank": 2}, **clips)
+
+
+def compiled_gradients(activations: str, compile_as: str | None) -> list[torch.Tensor]:
+    """Of the encoder's adapters, after a step whose image encoder is compiled as SAM 2 does it, or not at all."""
+    settings = {"activations": activations, "num_correction_pt_per_frame": 1}
+    model = make_model(compile_image_encoder=compile_as == "inductor", **settings)
+    if compile_as == "aot_eager":
+        torch._dynamo.reset()
+        model.image_encoder.forward = torch.compile(model.image_encoder.forward, fullgraph=True, backend=compile_as)
+    layers = [layer for name, layer in lora_layers(model) if name.startswith("image_encoder")]
+    for layer in layers:
+        layer.lora_b.data.fill_(0.01)
+    outputs = outputs_of(model, make_batch(DEFECTS), train=True)
+    sum(frame["multistep_pred_masks_high_res"].square().mean() for frame in outputs).backward()
+    return [layer.lora_a.grad for layer in layers]
+
+
+@pytest.mark.parametrize(("activations", "compile_as"), [
+    ("default", "aot_eager"), pytest.param("low", "aot_eager", marks=pytest.mark.slow),
+    pytest.param("default", "inductor", marks=pytest.mark.slow),
+])
+def test_a_compiled_image_encoder_trains_its_adapters(activations, compile_as):
+    """SAM 2's `compile_image_encoder` wants one graph without a break."""
+    for got, expected in zip(*(compiled_gradients(activations, how) for how in (compile_as, None)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-8)
