@@ -20,7 +20,7 @@ from types import NoneType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sam2_lora_ext.adapter_files import (
@@ -116,15 +116,16 @@ def load_adapter(path: str | Path) -> Adapter:
         try:
             return _read_folder(existing_folder(folder))
         except UserError:
-            if _identity(folder) == before:
+            if before is not None and _identity(folder) == before:
                 raise
     return _read_folder(existing_folder(folder))
 
 
-def _identity(folder: Path) -> int | None:
-    """What changes when `replace_folder` puts another folder there."""
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What changes when `replace_folder` puts another folder there; the number alone may come again."""
     try:
-        return folder.stat().st_ino
+        found = folder.stat()
+        return found.st_ino, found.st_ctime_ns
     except OSError:
         return None
 
@@ -197,8 +198,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_header(weights: Path) -> dict[str, Any]:
     if weights.suffix != ".safetensors":
         return {}
-    with safe_open(weights, "pt") as file:
-        text = (file.metadata() or {}).get(HEADER, "{}")
+    try:
+        with safe_open(weights, "pt") as file:
+            text = (file.metadata() or {}).get(HEADER, "{}")
+    except (OSError, RuntimeError, SafetensorError) as error:  # replaced since its tensors were read
+        raise UserError(f"cannot read {weights}: {error}") from error
     metadata = parse_json(text, f"{weights} is damaged: its header entry {HEADER}")
     if not isinstance(metadata, dict) or not isinstance(metadata.get(FUSED, {}), dict):
         raise UserError(f"{weights} is damaged: its header entry {HEADER} is not what this package writes")

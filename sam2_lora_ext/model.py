@@ -4,6 +4,7 @@ Legend: T frames, O objects, H W pixels of the model's square input.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -139,6 +140,7 @@ class LoRASAM2Train(SAM2Train):
         sound = (input.flat_img_batch.mean(1) > BLACK_LEVEL)[input.flat_obj_to_img_idx[0]]  # O H W
         seeded = self.training and self.prompt_seed is not None
         # A click is new each time in training and the same each time in validation.
-        step = int(self.rng.integers(2**31)) if seeded else 0
+        rng = self.rng if seeded else deepcopy(self.rng)  # stock's numbers stay its own
+        step = int(rng.integers(2**31)) if self.training else 0
         keys = mixed(mixed(video + derive_seed(self.prompt_seed or 0, step)) + identifier)
         return PromptSampler(class_of(identifier) == CLEAN, sound, keys, seeded=seeded, exact_boxes=not self.training)

@@ -129,7 +129,7 @@ def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
     ({"--out": "new", "--checkpoint": "adapter/adapter_model.safetensors"}, "the weights do not fit the model"),
     ({"--out": "new", "--config": "configs/sam2/sam2_hiera_t.yaml"}, "look like configs/sam2_nano.yaml, the model"),
     ({"--out": "new", "--image": "merged.pt"}, "cannot read the image merged.pt"),
-    ({"--out": "new", "--image-size": "100"}, "--image-size must be a multiple of 32 pixels, at least 32, got 100"),
+    ({"--out": "new", "--image-size": "100"}, "--image-size: must be a multiple of 32 from 32 to 8192, got 100"),
 ])
 def test_mistakes_are_one_sentence(folder, monkeypatch, capsys, repository, options, words):
     monkeypatch.syspath_prepend(repository / "tools")
