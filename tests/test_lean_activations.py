@@ -263,7 +263,8 @@ def test_presets_mappings_and_what_they_were_called():
 
 def arguments_of(model):
     """The parts that a `LoRASAM2Train` is made of, for another one."""
-    return {name: copy.deepcopy(getattr(model, name)) for name in ("image_encoder", "memory_attention", "memory_encoder")} | {
+    parts = "image_encoder", "memory_attention", "memory_encoder"
+    return {name: copy.deepcopy(getattr(model, name)) for name in parts} | {
         "image_size": RESOLUTION
     }
 
@@ -302,7 +303,8 @@ def test_a_frozen_convolution_equals_stock_to_the_bit_and_keeps_nothing(stock, s
             layer.bias.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Saved(layer.parameters()) as saved:
             y = layer(x)
-        results.append((y, *torch.autograd.grad(y.float().square().sum(), [x, *[p for p in layer.parameters() if p.requires_grad]])))
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), [x, *trained])))
     assert all(map(torch.equal, *results)) and results[1][1].dtype == x.dtype
     assert results[1][1].stride() == results[0][1].stride()
     assert saved.total == 0

@@ -161,7 +161,8 @@ def test_the_command_writes_every_key(tmp_path, capsys, monkeypatch):
     main(["--cases", "nano:128", "--timed", "nano:128", "--rounds", "2", "--threads", "1", "--out", str(out),
           "--methods", "full", "lean", "--batches", "1x2", "2x3"])  # fmt: skip
     rows = json.loads(out.read_text())
-    keys = {"model", "resolution", "method", "images", "objects", "autocast", "flops", "saved_bytes", "hooked_bytes", "peak_live_bytes",
+    keys = {"model", "resolution", "method", "images", "objects", "autocast", "flops", "saved_bytes", "hooked_bytes",
+            "peak_live_bytes",
             "gradient_bytes", "optimizer_bytes", "kernels", "moved_bytes", "waits", "host_ms", "modelled_ms",
             "step_seconds",
             "peak_rss_bytes", "threads", "torch", "parameters", "trained_parameters", "ratio_to_full"}  # fmt: skip

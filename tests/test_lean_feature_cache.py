@@ -95,7 +95,8 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("lora", "cache", "words"),
-    [({"targets": ["image_encoder.*.attn.qkv"]}, {"folder": "x", "max_gb": 1}, "image_encoder.*is trained.*decoder alone"),
+    [({"targets": ["image_encoder.*.attn.qkv"]}, {"folder": "x", "max_gb": 1},
+      "image_encoder.*is trained.*decoder alone"),
      ({**LORA, "trainable": ["sam_mask_decoder.conv_s0"]}, {"folder": "x", "max_gb": 1}, "conv_s0.*is trained"),
      (None, {"folder": "x", "max_gb": 1}, "is trained"), (LORA, {"folder": "x", "max_gb": 0}, "max_gb above 0"),
      (LORA, {"folder": "x", "max_gb": 1, "size": 3}, "size"), (LORA, {"max_gb": 1}, "needs a folder")],

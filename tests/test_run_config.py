@@ -154,7 +154,8 @@ def test_the_record_is_read_as_it_was_written(record, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "trainer: 3", "trainer: {}\ndata: 3", "a: &a [1]\ntrainer: {b: *a}", "{" * 9999, "\0", "!!python/name:os.system"],
+    ["", "[]", "trainer: 3", "trainer: {}\ndata: 3", "a: &a [1]\ntrainer: {b: *a}", "{" * 9999,
+     "\0", "!!python/name:os.system"],
     ids=range(8),
 )
 def test_a_damaged_record(tmp_path, text):
