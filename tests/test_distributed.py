@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_told_by_all(tmp_path):
         "ids = torch.tensor([[[rank, 1, 0]]]); batch = types.SimpleNamespace(img_batch=ids, masks=ids, "
         "obj_to_frame_idx=ids, metadata=types.SimpleNamespace(unique_objects_identifier=ids))\n"
         "loss = torch.tensor(float('nan') if rank else 1.0)\n"
-        "try:\n    StepGuard(Path(sys.argv[1])).check_loss(batch, {'Losses/total': loss}, 3, 'train', [])\n"
+        "try:\n    StepGuard(Path(sys.argv[1])).watch(batch, {'Losses/total': loss}, 3, 'train', [])\n"
         "except ValueError as error:\n    Path(sys.argv[1], f'said{rank}').write_text(str(error))\n"
     )
     run_ranks(program, tmp_path, 2)

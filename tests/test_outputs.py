@@ -10,7 +10,7 @@ import pytest
 
 from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.gallery import refuse_gallery
-from sam2_lora_ext.files import replace_folder
+from sam2_lora_ext.folders import replace_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import ablate
