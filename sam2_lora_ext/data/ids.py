@@ -1,12 +1,16 @@
 """Object identifiers that carry the defect class, since a SAM 2 batch has room for integers only.
 
 `object_id = class_id * OBJECTS_PER_CLASS + component`. Class 0 is a clean sample: an empty mask on sound steel.
+An object that a class prompt stands for is a whole class of an image: its identifier has `CLASS_PROMPT` added, and
+`CORRECTED` too where correction clicks follow the prompt. These two are the kind of prompt, not the class.
 """
 
 from typing import TypeVar
 
 OBJECTS_PER_CLASS = 1_000_000
 CLEAN = 0
+CLASS_PROMPT = 1 << 40
+CORRECTED = 1 << 41
 
 Integers = TypeVar("Integers")  # int, numpy integer array or torch integer tensor
 
@@ -19,4 +23,19 @@ def object_id(class_id: int, component: int) -> int:
 
 def class_of(object_ids: Integers) -> Integers:
     """The class of an identifier, or of an array or tensor of them."""
-    return object_ids // OBJECTS_PER_CLASS
+    return object_ids % CLASS_PROMPT // OBJECTS_PER_CLASS
+
+
+def class_prompt_id(class_id: int, corrected: bool = False) -> int:
+    """The identifier of a whole class of an image, whose prompt is the class's tokens."""
+    return object_id(class_id, 0) + CLASS_PROMPT + (CORRECTED if corrected else 0)
+
+
+def by_class_prompt(object_ids: Integers) -> Integers:
+    """Whether the prompt of an object is a class prompt."""
+    return object_ids // CLASS_PROMPT % 2 == 1
+
+
+def is_corrected(object_ids: Integers) -> Integers:
+    """Whether correction clicks follow the class prompt of an object."""
+    return object_ids // CORRECTED % 2 == 1
