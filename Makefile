@@ -53,7 +53,7 @@ $(STAMP): requirements.txt requirements-sam2.txt setup.py pyproject.toml
 	SAM2_BUILD_CUDA=0 $(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation --require-hashes \
 	    -r requirements-sam2.txt
 	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(PY) -c 'import torch, torchvision, training.train, sam2_lora_ext.host'
+	@$(PY) -c 'import torch, torchvision, training.train, sam2_lora_ext.host.configs'
 	@pwd -P > $(STAMP)
 
 demo: env
@@ -70,11 +70,11 @@ test-slow: env
 # The second command measures for six minutes at most; cuBLAS wants a workspace of its own to be deterministic.
 gpu: env
 	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available() and "make gpu needs a GPU, and torch sees none")'
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PY) -m pytest -m gpu tests/test_gpu.py $(ARGS)
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PY) -m pytest -m gpu tests/product/test_gpu.py $(ARGS)
 	$(PY) -m benchmarks.gpu
 
 fuzz: env
-	SAM2_LORA_FUZZ_SECONDS=60 $(PY) -m pytest tests/test_fuzz_readers.py -s $(ARGS)
+	SAM2_LORA_FUZZ_SECONDS=60 $(PY) -m pytest tests/data/test_fuzz_readers.py -s $(ARGS)
 
 bench: env
 	$(PY) -m benchmarks $(ARGS)

@@ -6,7 +6,7 @@ other questions: `benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB
 `benchmarks.estimate` (of a config of yours).
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import argparse
 import subprocess
 import sys
-
 
 NAMES = ("train_step", "features", "traffic", "merge", "data")
 

@@ -4,7 +4,7 @@ ones.
 Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and
 attention; CUDA's keeps norms, sums and softplus in float32 and so casts more. Of the small model's full fine-tuning it
 makes 942 kernels of the forward pass, not 887, and moves a tenth more bytes there; the loss is the same
-(`tests/test_bench_cuda.py` counts both). Counted as on a CPU are also attention (one kernel, both ways) and what fake
+(`tests/benchmarks/test_bench_cuda.py` counts both). Counted as on a CPU are also attention (one kernel, both ways) and what fake
 tensors leave out: the clicks, which stand still.
 """
 
@@ -38,11 +38,13 @@ def count(
     parameters = list(setup.model.parameters())
     weights = sum(tensor.nbytes for tensor in (*parameters, *setup.model.buffers()))
     row = {
-        **cost._asdict(), **modelled(kernels.counts),
+        **cost._asdict(),
+        **modelled(kernels.counts),
         "kernels_by_phase": {phase: kernels.total(phase) for phase in ("forward", "loss", "backward", "optimizer")},
-        "weight_bytes": weights, "parameters": sum(p.numel() for p in parameters),
+        "weight_bytes": weights,
+        "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-    }  # fmt: skip
+    }
     if images > 1:
         facts = weights, cost.optimizer_bytes, cost.gradient_bytes, cost.peak_live_bytes
         row["largest_batch_24gb"] = largest_batch(*facts, images)

@@ -6,7 +6,7 @@ Needs the real data (`SAM2_LORA_REAL_DATA`, default `../shared/data` beside the 
 writes `runs/bench/data.json`.
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -26,7 +26,7 @@ from benchmarks.data_masks import mask_figures
 from benchmarks.data_samples import sample_figures
 from benchmarks.data_workers import worker_figures
 from benchmarks.output import add_out, check_out, write_result
-from sam2_lora_ext.arguments import COUNT, number
+from sam2_lora_ext.settings.arguments import COUNT, number
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -42,45 +42,87 @@ class Line(NamedTuple):
 
 LINES = {
     "index": (
-        Line("index of {images:,} images and {masks:,} masks, built",
-             lambda f: f"{f['build_s']:.1f} s; CPU {f['build_cpu_s']:.1f} s", "5 s", lambda f: f["build_s"] < 5),
-        Line("the same from its cache", lambda f: f"{f['cached_s']:.2f} s; CPU {f['cached_cpu_s']:.2f} s", "1 s",
-             lambda f: f["cached_s"] < 1),
-        Line("in memory: masks; masks and {objects:,} objects",
-             lambda f: f"{f['index_mb']:.0f}; {f['dataset_mb']:.0f} MB", "150 MB", lambda f: f["dataset_mb"] < 150),
-        Line("peak of building it, beyond what Python and torch take", lambda f: f"{f['peak_mb']:.0f} MB", "150 MB",
-             lambda f: f["peak_mb"] < 150),
+        Line(
+            "index of {images:,} images and {masks:,} masks, built",
+            lambda f: f"{f['build_s']:.1f} s; CPU {f['build_cpu_s']:.1f} s",
+            "5 s",
+            lambda f: f["build_s"] < 5,
+        ),
+        Line(
+            "the same from its cache",
+            lambda f: f"{f['cached_s']:.2f} s; CPU {f['cached_cpu_s']:.2f} s",
+            "1 s",
+            lambda f: f["cached_s"] < 1,
+        ),
+        Line(
+            "in memory: masks; masks and {objects:,} objects",
+            lambda f: f"{f['index_mb']:.0f}; {f['dataset_mb']:.0f} MB",
+            "150 MB",
+            lambda f: f["dataset_mb"] < 150,
+        ),
+        Line(
+            "peak of building it, beyond what Python and torch take",
+            lambda f: f"{f['peak_mb']:.0f} MB",
+            "150 MB",
+            lambda f: f["peak_mb"] < 150,
+        ),
         Line("pickled for a worker: size; there and back", lambda f: f"{f['pickle_mb']:.0f} MB; {f['pickle_s']:.2f} s"),
     ),
     "workers": (
-        Line("a spawned worker holds for the full set, with 1 worker; with 4, each",
-             lambda f: f"{f['with_1_mb']:.0f}; {f['with_4_mb']:.0f} MB", "no growth",
-             lambda f: f["with_4_mb"] < f["with_1_mb"] + 5),
-        Line("the same after {samples} samples", lambda f: f"{f['later_1_mb']:.0f}; {f['later_4_mb']:.0f} MB",
-             "no growth", lambda f: max(f["later_1_mb"] - f["with_1_mb"], f["later_4_mb"] - f["with_4_mb"]) < 10),
+        Line(
+            "a spawned worker holds for the full set, with 1 worker; with 4, each",
+            lambda f: f"{f['with_1_mb']:.0f}; {f['with_4_mb']:.0f} MB",
+            "no growth",
+            lambda f: f["with_4_mb"] < f["with_1_mb"] + 5,
+        ),
+        Line(
+            "the same after {samples} samples",
+            lambda f: f"{f['later_1_mb']:.0f}; {f['later_4_mb']:.0f} MB",
+            "no growth",
+            lambda f: max(f["later_1_mb"] - f["with_1_mb"], f["later_4_mb"] - f["with_4_mb"]) < 10,
+        ),
     ),
     "samples": (
         Line("samples a second, one worker, 1600x256 to 1024 px", lambda f: f"{f['rate']:.0f}"),
-        Line("the same with SAM 2's `PNGRawDataset` and transforms",
-             lambda f: f"{f['stock_rate']:.0f}; {f['ratio']:.1f} times", "2 times", lambda f: f["ratio"] >= 2),
-        Line("CPU of the worker for a sample, handing it over included; stock",
-             lambda f: f"{f['worker_ms']:.1f}; {f['stock_worker_ms']:.1f} ms; {f['worker_ratio']:.1f} times"),
-        Line("CPU of data set and collate function alone; stock",
-             lambda f: f"{f['cpu_ms']:.1f}; {f['stock_cpu_ms']:.1f} ms; {f['cpu_ratio']:.1f} times"),
-        Line("where it goes: JPEG, masks, resizing the image, the masks, normalising, the rest",
-             lambda f: f"{f['shares']} %"),
-        Line("images differ by at most (a grey level is 0.0175); mask pixels",
-             lambda f: f"{f['image_difference']:.4f}; {f['mask_difference']}", "0.0175; 0",
-             lambda f: f["image_difference"] < 0.0176 and f["mask_difference"] == 0),
+        Line(
+            "the same with SAM 2's `PNGRawDataset` and transforms",
+            lambda f: f"{f['stock_rate']:.0f}; {f['ratio']:.1f} times",
+            "2 times",
+            lambda f: f["ratio"] >= 2,
+        ),
+        Line(
+            "CPU of the worker for a sample, handing it over included; stock",
+            lambda f: f"{f['worker_ms']:.1f}; {f['stock_worker_ms']:.1f} ms; {f['worker_ratio']:.1f} times",
+        ),
+        Line(
+            "CPU of data set and collate function alone; stock",
+            lambda f: f"{f['cpu_ms']:.1f}; {f['stock_cpu_ms']:.1f} ms; {f['cpu_ratio']:.1f} times",
+        ),
+        Line(
+            "where it goes: JPEG, masks, resizing the image, the masks, normalising, the rest",
+            lambda f: f"{f['shares']} %",
+        ),
+        Line(
+            "images differ by at most (a grey level is 0.0175); mask pixels",
+            lambda f: f"{f['image_difference']:.4f}; {f['mask_difference']}",
+            "0.0175; 0",
+            lambda f: f["image_difference"] < 0.0176 and f["mask_difference"] == 0,
+        ),
     ),
     "masks": (
         Line("masks of objects a second, of 500 real strips", lambda f: f"{f['rate']:,.0f}"),
-        Line("the same by a naive per-run decoder and scipy's labels",
-             lambda f: f"{f['naive_rate']:,.0f}; {f['ratio']:.0f} times", "10 times", lambda f: f["ratio"] >= 10),
-        Line("masks of whole classes, nothing to cut apart; naive",
-             lambda f: f"{f['class_rate']:,.0f}; {f['naive_class_rate']:,.0f}; {f['class_ratio']:.1f} times"),
+        Line(
+            "the same by a naive per-run decoder and scipy's labels",
+            lambda f: f"{f['naive_rate']:,.0f}; {f['ratio']:.0f} times",
+            "10 times",
+            lambda f: f["ratio"] >= 10,
+        ),
+        Line(
+            "masks of whole classes, nothing to cut apart; naive",
+            lambda f: f"{f['class_rate']:,.0f}; {f['naive_class_rate']:,.0f}; {f['class_ratio']:.1f} times",
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

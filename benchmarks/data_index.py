@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.data.cache import cached_index
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
+from sam2_lora_ext.utils.csv_text import csv_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGES, MASKS = 12568, 7095  # of the full Severstal training set

@@ -15,7 +15,6 @@ from benchmarks.data_index import table
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
 
-
 ROUNDS = 3
 
 

@@ -51,12 +51,17 @@ def sample_figures(data: Path, folder: Path, samples: int) -> dict[str, Any]:
     best = {name: max(values) if name.endswith("rate") else min(values) for name, values in seen.items()}
     parts = where_time_goes(ours)
     parts["rest_ms"] = max(0.0, best["cpu_ms"] - sum(parts.values()))
-    return best | parts | compare(plugin, stock) | {
-        "ratio": best["rate"] / best["stock_rate"],
-        "worker_ratio": best["stock_worker_ms"] / best["worker_ms"],
-        "cpu_ratio": best["stock_cpu_ms"] / best["cpu_ms"],
-        "shares": ", ".join(f"{value / sum(parts.values()):.0%}"[:-1] for value in parts.values()),
-    }
+    return (
+        best
+        | parts
+        | compare(plugin, stock)
+        | {
+            "ratio": best["rate"] / best["stock_rate"],
+            "worker_ratio": best["stock_worker_ms"] / best["worker_ms"],
+            "cpu_ratio": best["stock_cpu_ms"] / best["cpu_ms"],
+            "shares": ", ".join(f"{value / sum(parts.values()):.0%}"[:-1] for value in parts.values()),
+        }
+    )
 
 
 def both_paths(data: Path, folder: Path) -> tuple[SeverstalRawDataset, VOSDataset, VOSDataset]:

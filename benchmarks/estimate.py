@@ -8,7 +8,7 @@ on. Not counted: what CUDA, cuDNN and the allocator take for themselves, about 1
 validation, which keeps nothing for backward.
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -25,9 +25,9 @@ from training.trainer import CORE_LOSS_KEY
 from benchmarks.fake import convert, fake_tensors
 from benchmarks.measure import LiveBytes
 from benchmarks.methods import make_batch
-from sam2_lora_ext.arguments import number
-from sam2_lora_ext.compose import compose, locate
+from sam2_lora_ext.host.compose import compose, locate
 from sam2_lora_ext.model import LoRASAM2Train
+from sam2_lora_ext.settings.arguments import number
 from sam2_lora_ext.settings.kinds import Number, Whole
 
 GPUS = (12, 16, 24, 40, 80)  # GB (10^9 bytes)
@@ -86,9 +86,19 @@ def main(argv: Sequence[str]) -> None:
     found = estimate(config, objects)
     size = config.trainer.model.image_size
     print(f"{args.config}: {size} px, {objects} objects an image, {'bfloat16 autocast' if _amp(config) else 'float32'}")
-    for title, value in zip(("weights", "gradients", "optimizer", "kept for backward, one image",
-                             "peak of a step, one image", "peak of a step, two images",
-                             "each further image"), found, strict=True):  # fmt: skip
+    for title, value in zip(
+        (
+            "weights",
+            "gradients",
+            "optimizer",
+            "kept for backward, one image",
+            "peak of a step, one image",
+            "peak of a step, two images",
+            "each further image",
+        ),
+        found,
+        strict=True,
+    ):
         print(f"  {title:<32}{value / 1e9:8.3f} GB")
     for gigabytes in GPUS:
         print(f"  largest batch on {gigabytes} GB: {found.largest_batch((gigabytes - args.reserve) * 1e9)}")

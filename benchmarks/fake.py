@@ -23,10 +23,12 @@ from sam2_lora_ext.model import LoRASAM2Train
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Inside, operations make fake tensors, and SAM 2 clicks without looking."""
-    with mock.patch.object(host, "get_next_point", _click), \
-            mock.patch.object(LoRASAM2Train, "_prompt_sampler", lambda self, input: _NoSampler), \
-            cuda_dropout(), \
-            FakeTensorMode(allow_non_fake_inputs=True) as mode:  # fmt: skip
+    with (
+        mock.patch.object(host, "get_next_point", _click),
+        mock.patch.object(LoRASAM2Train, "_prompt_sampler", lambda self, input: _NoSampler),
+        cuda_dropout(),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+    ):
         yield mode
 
 
@@ -38,20 +40,25 @@ def fake_cuda(objects: int) -> Iterator[FakeTensorMode]:
     Args:
         objects: in the batch: the one value that stock's loss reads back. Any other reading raises.
     """
+
     def item(tensor: Tensor) -> float:
         code = sys._getframe(1).f_code
         if code.co_filename.endswith("training/loss_fns.py"):
             return float(objects)
         raise RuntimeError(f"{code.co_filename} reads a value back from the device in {code.co_name}")
 
-    with fake_tensors() as mode, mock.patch.object(Tensor, "item", item), \
-            mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False), \
-            mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True):  # fmt: skip
+    with (
+        fake_tensors() as mode,
+        mock.patch.object(Tensor, "item", item),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
+    ):
         yield mode
 
 
 def convert(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
     """Replaces the parameters and buffers of a model by fake ones, in place; their memory is freed."""
+
     def fake(tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor.data) if device == "cpu" else torch.empty_like(tensor.data, device=device)
 

@@ -6,7 +6,7 @@ Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed imag
 the step that is not counted. Prints a table and writes `runs/bench/features.json`.
 """
 
-from sam2_lora_ext.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -22,7 +22,7 @@ import torch
 from benchmarks.methods import CONFIGS
 from benchmarks.output import add_out, check_out, write_result
 from benchmarks.timing import step_times
-from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
+from sam2_lora_ext.settings.arguments import COUNT, RESOLUTION, number
 
 METHODS = {"decoder": "stock", "decoder_lean": "ours", "decoder_cached": "ours, features from disk"}
 
@@ -43,14 +43,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         times = step_times(builds, args.rounds, torch.get_num_threads())
         seconds = {method: statistics.median(values) for method, values in times.items()}
         stored = sum(path.stat().st_size for path in Path(folder).iterdir())
-    print(f"{args.model} {args.resolution} px, decoder-only, {torch.get_num_threads()} threads; "
-          f"features of an image: {stored / 1e6:.1f} MB")  # fmt: skip
-    rows = [{"method": method, "what": what, "step_seconds": seconds[method],
-             "speed_to_stock": seconds["decoder"] / seconds[method]}
-            for method, what in METHODS.items()]  # fmt: skip
+    print(
+        f"{args.model} {args.resolution} px, decoder-only, {torch.get_num_threads()} threads; "
+        f"features of an image: {stored / 1e6:.1f} MB"
+    )
+    rows = [
+        {
+            "method": method,
+            "what": what,
+            "step_seconds": seconds[method],
+            "speed_to_stock": seconds["decoder"] / seconds[method],
+        }
+        for method, what in METHODS.items()
+    ]
     for row in rows:
-        print(f"  {row['what']:<26} {row['step_seconds']:8.2f} s a step   "
-              f"{row['speed_to_stock']:6.2f} times stock's steps per second")  # fmt: skip
+        print(
+            f"  {row['what']:<26} {row['step_seconds']:8.2f} s a step   "
+            f"{row['speed_to_stock']:6.2f} times stock's steps per second"
+        )
     write_result(args, {"model": args.model, "resolution": args.resolution, "bytes_per_image": stored, "rows": rows})
     print(f"written {args.out}")
 

@@ -8,7 +8,7 @@ each case, method and batch, with `modelled_ms` of every card that `benchmarks.r
 same on a small model, to test it.
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -32,7 +32,7 @@ from benchmarks.methods import METHODS, build, make_batch, make_optimizer
 from benchmarks.output import add_out, check_out, write_result
 from benchmarks.timing import apart
 from benchmarks.train_step import BATCHES, CASES, COMPARED, TYPES, parse_batch, parse_case
-from sam2_lora_ext.arguments import COUNT, number
+from sam2_lora_ext.settings.arguments import COUNT, number
 from sam2_lora_ext.settings.kinds import Number
 
 # also with a suffix, as cudaLaunchKernelExC
@@ -65,8 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if time.monotonic() > end:
             print(f"--minutes {args.minutes:g} are over: {len(wanted) - len(rows)} of {len(wanted)} rows are left out")
             break
-        place = {"model": size, "resolution": resolution, "images": images, "objects": objects,
-                 "autocast": kind == "bfloat16", "method": method}  # fmt: skip
+        place = {
+            "model": size,
+            "resolution": resolution,
+            "images": images,
+            "objects": objects,
+            "autocast": kind == "bfloat16",
+            "method": method,
+        }
         rows.append({**place, **apart(measured, args.device, args.steps, *place.values())})
         print(line(rows[-1]), flush=True)
         write_result(args, rows)
@@ -74,16 +80,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if time.monotonic() < end + 60:
             place = [row[key] for key in ("method", "model", "resolution", "images", "objects", "autocast")]
             predicted = count(*place)
-            row |= {key: predicted[key] for key in ("kernels", "optimizer_kernels", "peak_live_bytes", "moved_bytes",
-                                                    "host_ms", "device_ms", "modelled_ms", "weight_bytes",
-                                                    "optimizer_bytes")}  # fmt: skip
+            row |= {
+                key: predicted[key]
+                for key in (
+                    "kernels",
+                    "optimizer_kernels",
+                    "peak_live_bytes",
+                    "moved_bytes",
+                    "host_ms",
+                    "device_ms",
+                    "modelled_ms",
+                    "weight_bytes",
+                    "optimizer_bytes",
+                )
+            }
             write_result(args, rows)
     print(f"written {args.out}")
 
 
 def measured(
     device: str, steps: int, size: str, resolution: int, images: int, objects: int, autocast: bool, method: str
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One row from real steps on `device`.
 
     `cuda_step_seconds` is the median of `steps` steps, each from an idle device to an idle device; `images_per_second`
@@ -92,8 +109,16 @@ def measured(
     """
     cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name() if cuda else "CPU"
-    facts = {"device": name, "torch": torch.__version__, "cuda_step_seconds": None, "images_per_second": None,
-             "cuda_peak_bytes": None, "launches": None, "device_seconds": None, "error": None}  # fmt: skip
+    facts = {
+        "device": name,
+        "torch": torch.__version__,
+        "cuda_step_seconds": None,
+        "images_per_second": None,
+        "cuda_peak_bytes": None,
+        "launches": None,
+        "device_seconds": None,
+        "error": None,
+    }
     try:
         step = make_step(device, method, size, resolution, images, objects, torch.bfloat16 if autocast else None)
         for _ in range(2):
@@ -113,7 +138,7 @@ def measured(
 
 def make_step(
     device: str, method: str, size: str, resolution: int, images: int, objects: int, dtype: torch.dtype | None
-) -> Any:  # fmt: skip
+) -> Any:
     """A function that makes one training step: forward pass and loss under autocast, backward pass, AdamW; it returns
     the loss."""
     setup, batch = build(method, size, resolution), make_batch(resolution, images, objects).to(device)
@@ -154,8 +179,10 @@ def profiled(step: Any, device: str) -> dict[str, float | None]:
 
 def line(row: dict[str, Any]) -> str:
     """A row in a line of print."""
-    place = f"{row['model']} {row['resolution']} {row['images']}x{row['objects']} " \
-            f"{'bfloat16' if row['autocast'] else 'float32'}"  # fmt: skip
+    place = (
+        f"{row['model']} {row['resolution']} {row['images']}x{row['objects']} "
+        f"{'bfloat16' if row['autocast'] else 'float32'}"
+    )
     if row["error"]:
         return f"{place} {row['method']}: {row['error']}"
     cuda = "" if row["launches"] is None else f", {row['cuda_peak_bytes'] / 1e6:,.0f} MB, {row['launches']:,} launches"

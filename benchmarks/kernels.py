@@ -32,12 +32,21 @@ UNKNOWN = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
 }
 FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry, aten.addmm_: addmm_flop, aten.baddbmm_: baddbmm_flop,
+    **flop_registry,
+    aten.addmm_: addmm_flop,
+    aten.baddbmm_: baddbmm_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}  # fmt: skip
+}
 ALLOCATIONS = {
-    "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_", "set_"
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "empty_permuted",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "set_",
 }
 NO_KERNEL = ALLOCATIONS | {"_unsafe_view", "_local_scalar_dense", "detach", "lift_fresh", "alias"}
 NARROW = (torch.bfloat16, torch.float16)

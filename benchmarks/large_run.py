@@ -7,7 +7,7 @@ Without --base, weights with Meta's key names are made by stock `build_sam2` (ra
 large_run.json, seconds and peak resident memory of each stage. Needs about 7 GB of memory and four minutes.
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -28,16 +28,22 @@ from sam2.build_sam import build_sam2
 
 from sam2_lora_ext.data.splits import write_split
 from sam2_lora_ext.data.synthetic import write_strips
-from sam2_lora_ext.files import write_json
+from sam2_lora_ext.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".sam2_lora_large"  # tells our folder from a user's own
 CONFIG = "configs/sam2.1/sam2.1_hiera_l.yaml"
 OVERRIDES = [
-    "trainer.accelerator=cpu", "trainer.optim.amp.enabled=false", "scratch.num_workers=0", "scratch.steps=2",
-    "scratch.steps_per_phase=1", "trainer.data.train.pin_memory=false", "trainer.data.val.pin_memory=false",
-    "scratch.clean_share=0.0", "trainer.metrics_every=1",
-]  # fmt: skip
+    "trainer.accelerator=cpu",
+    "trainer.optim.amp.enabled=false",
+    "scratch.num_workers=0",
+    "scratch.steps=2",
+    "scratch.steps_per_phase=1",
+    "trainer.data.train.pin_memory=false",
+    "trainer.data.val.pin_memory=false",
+    "scratch.clean_share=0.0",
+    "trainer.metrics_every=1",
+]
 
 
 def watch(
@@ -87,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = sorted(path.name for path in (table.parent / "train_images").iterdir())
     write_split(out / "data/split.csv", names, ["val" if i == 3 else "train" for i in range(len(names))], force=True)
     environment = {
-        **os.environ, "SEVERSTAL_ROOT": str(out / "data"), "SAM2_CHECKPOINTS": str(base.parent),
-        "SAM2_LORA_RUNS": str(out)
+        **os.environ,
+        "SEVERSTAL_ROOT": str(out / "data"),
+        "SAM2_CHECKPOINTS": str(base.parent),
+        "SAM2_LORA_RUNS": str(out),
     }
     run = out / "severstal_lora"
     command = [sys.executable, "-m", "sam2_lora_ext.train", "-c", "severstal_lora", *OVERRIDES]
@@ -107,15 +115,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     export = [sys.executable, "tools/export_adapter.py", str(run), str(out / "adapter")]
     stages["export"] = watch(export, environment, out / "tools.log")
     merge = [
-        sys.executable, "tools/merge_lora.py", "--base", str(base), "--adapter", str(out / "adapter"),
-        "--out", str(out / "merged.pt"),
+        sys.executable,
+        "tools/merge_lora.py",
+        "--base",
+        str(base),
+        "--adapter",
+        str(out / "adapter"),
+        "--out",
+        str(out / "merged.pt"),
     ]
     stages["merge"] = watch(merge, environment, out / "tools.log")
     stages["merge_and_verify"] = watch([*merge, "--force", "--verify", CONFIG], environment, out / "tools.log")
-    sizes = {name: (out / path).stat().st_size for name, path in {
-        "checkpoint_bytes": "severstal_lora/checkpoints/checkpoint.pt",
-        "adapter_bytes": "adapter/adapter_model.safetensors",
-        "merged_bytes": "merged.pt"}.items()}  # fmt: skip
+    sizes = {
+        name: (out / path).stat().st_size
+        for name, path in {
+            "checkpoint_bytes": "severstal_lora/checkpoints/checkpoint.pt",
+            "adapter_bytes": "adapter/adapter_model.safetensors",
+            "merged_bytes": "merged.pt",
+        }.items()
+    }
     write_json(out / "large_run.json", {"stages": stages, **sizes, "threads": torch.get_num_threads()})
     for name, stage in stages.items():
         print(f"{name:24} {stage['seconds']:8.1f} s   {stage['peak_rss_bytes'] / 1e9:6.2f} GB peak resident")

@@ -114,9 +114,13 @@ class Saved(AbstractContextManager):
 
 
 def step_cost(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Iterable[Tensor], forward: Callable[[], Any],
-    loss: Callable[[Any], Tensor], autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[Cost, Kernels]:  # fmt: skip
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Iterable[Tensor],
+    forward: Callable[[], Any],
+    loss: Callable[[Any], Tensor],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[Cost, Kernels]:
     """Runs a forward pass that fills caches, then one training step that is counted; also gives its kernels by phase
     and operation.
 
@@ -155,10 +159,17 @@ def step_cost(
     optimizer.zero_grad()
     step = ("forward", "loss", "backward")
     return Cost(
-        kernels.flops(), kept, saved.total, peak, gradient_bytes, optimizer_bytes, kernels.total(*step),
+        kernels.flops(),
+        kept,
+        saved.total,
+        peak,
+        gradient_bytes,
+        optimizer_bytes,
+        kernels.total(*step),
         kernels.moved(*step),
-        kernels.total("optimizer"), kernels.moved("optimizer"),
-    ), kernels  # fmt: skip
+        kernels.total("optimizer"),
+        kernels.moved("optimizer"),
+    ), kernels
 
 
 def run_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:

@@ -7,7 +7,7 @@ base's identity and the record with its hashes. Both run in processes of their o
 Python's start.
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import add_out, check_out, write_result
-from sam2_lora_ext.arguments import COUNT, number
+from sam2_lora_ext.settings.arguments import COUNT, number
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = """
 import sys, torch
-from sam2_lora_ext.adapter import Adapter, save_adapter
-from sam2_lora_ext.checkpoints import weights_id, write_weights
+from sam2_lora_ext.adapters.peft import Adapter, save_adapter
+from sam2_lora_ext.adapters.weights import weights_id, write_weights
 from sam2_lora_ext.lora import build_lora_model
-from sam2_lora_ext.stock import build_stock
+from sam2_lora_ext.deploy.stock import build_stock
 config, base, adapter, globs = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
 torch.manual_seed(0)
 model = build_stock(config)
@@ -90,8 +90,16 @@ def measure(folder: Path, config: str, targets: Sequence[str], rounds: int) -> d
     (folder / "plain.py").write_text(PLAIN)
     scripts = {
         "plain": [folder / "plain.py", base, folder / "plain.pt"],
-        "merge": [ROOT / "tools/merge_lora.py", "--base", base, "--adapter", adapter, "--out", folder / "merged.pt",
-                  "--force"],
+        "merge": [
+            ROOT / "tools/merge_lora.py",
+            "--base",
+            base,
+            "--adapter",
+            adapter,
+            "--out",
+            folder / "merged.pt",
+            "--force",
+        ],
     }
     found: dict[str, list[tuple[float, int, float]]] = {name: [] for name in scripts}
     for turn in range(rounds + 1):
@@ -102,11 +110,19 @@ def measure(folder: Path, config: str, targets: Sequence[str], rounds: int) -> d
                 peak, cpu = printed.splitlines()[-1].split()
                 found[name].append((time.perf_counter() - began, int(peak), float(cpu)))
     rows: dict[str, dict[str, Any]] = {
-        name: {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu),
-               "peak_rss_bytes": statistics.median_low(peaks), "all_seconds": seconds}
-        for name, values in found.items() for seconds, peaks, cpu in [zip(*values)]}  # fmt: skip
-    ratios = {f"ratio_{short}": rows["merge"][key] / rows["plain"][key] for short, key in (
-        ("seconds", "seconds"), ("cpu_seconds", "cpu_seconds"), ("peak_rss", "peak_rss_bytes"))}  # fmt: skip
+        name: {
+            "seconds": statistics.median(seconds),
+            "cpu_seconds": statistics.median(cpu),
+            "peak_rss_bytes": statistics.median_low(peaks),
+            "all_seconds": seconds,
+        }
+        for name, values in found.items()
+        for seconds, peaks, cpu in [zip(*values)]
+    }
+    ratios = {
+        f"ratio_{short}": rows["merge"][key] / rows["plain"][key]
+        for short, key in (("seconds", "seconds"), ("cpu_seconds", "cpu_seconds"), ("peak_rss", "peak_rss_bytes"))
+    }
     sizes = {"base_bytes": base.stat().st_size, "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size}
     return {"config": config, "targets": list(targets), "rounds": rounds, **rows, **ratios, **sizes}
 

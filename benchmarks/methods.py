@@ -22,20 +22,27 @@ from sam2_lora_ext.losses import SeverstalLoss
 
 METHODS = ("full", "peft", "lean", "lean_memory", "lean_fast", "decoder", "decoder_lean")
 CONFIGS = {
-    "nano": "configs/sam2_nano.yaml", "tiny": "configs/sam2.1/sam2.1_hiera_t.yaml",
-    "base_plus": "configs/sam2.1/sam2.1_hiera_b+.yaml", "large": "configs/sam2.1/sam2.1_hiera_l.yaml",
-}  # fmt: skip
+    "nano": "configs/sam2_nano.yaml",
+    "tiny": "configs/sam2.1/sam2.1_hiera_t.yaml",
+    "base_plus": "configs/sam2.1/sam2.1_hiera_b+.yaml",
+    "large": "configs/sam2.1/sam2.1_hiera_l.yaml",
+}
 RANK, ALPHA, DROPOUT, PROMPT_SEED = 8, 16, 0.05, 42  # as in configs/base/severstal.yaml, the last by its seed_value
 DECODER_TARGETS = [target for target in DEFAULT_TARGETS if target.startswith("sam_mask_decoder")]
 SAMPLING = {  # as in configs/base/severstal.yaml, but always a click first, so that each step does the same
-    "prob_to_use_pt_input_for_train": 1.0, "prob_to_use_pt_input_for_eval": 1.0,
-    "prob_to_use_box_input_for_train": 0.0, "num_correction_pt_per_frame": 7,
-}  # fmt: skip
+    "prob_to_use_pt_input_for_train": 1.0,
+    "prob_to_use_pt_input_for_eval": 1.0,
+    "prob_to_use_box_input_for_train": 0.0,
+    "num_correction_pt_per_frame": 7,
+}
 LOSS = {
     "weight_dict": {"loss_mask": 20, "loss_dice": 1, "loss_iou": 1, "loss_class": 1},
-    "supervise_all_iou": True, "iou_use_l1_loss": True, "pred_obj_scores": True,
-    "focal_gamma_obj_score": 0.0, "focal_alpha_obj_score": -1.0,
-}  # fmt: skip
+    "supervise_all_iou": True,
+    "iou_use_l1_loss": True,
+    "pred_obj_scores": True,
+    "focal_gamma_obj_score": 0.0,
+    "focal_alpha_obj_score": -1.0,
+}
 
 
 class Setup(NamedTuple):
@@ -65,7 +72,10 @@ class Setup(NamedTuple):
 
 
 def build(
-    method: str, size: str, resolution: int, dropout: float = DROPOUT,
+    method: str,
+    size: str,
+    resolution: int,
+    dropout: float = DROPOUT,
     activations: str | Mapping[str, Any] | None = None,
     feature_cache: Mapping[str, Any] | None = None,
 ) -> Setup:
@@ -143,8 +153,11 @@ def _add_peft(model: torch.nn.Module, targets: list[str], dropout: float) -> Map
 
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-             and any(fnmatchcase(name, target) for target in targets)]  # fmt: skip
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(fnmatchcase(name, target) for target in targets)
+    ]
     return inject_adapter_in_model(
         LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=names), model
     )

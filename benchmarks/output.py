@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.files import refuse_existing, write_json
+from sam2_lora_ext.utils.files import refuse_existing, write_json
 
 
 def add_out(parser: argparse.ArgumentParser, default: Path) -> None:

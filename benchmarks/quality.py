@@ -8,7 +8,7 @@ the stock predictor. Methods that are already there (same settings) are not trai
 cores. Writes quality.json, quality.md and quality.png into --out.
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -32,24 +32,28 @@ from PIL import Image
 from sam2.build_sam import build_sam2
 from tqdm import tqdm
 
-from sam2_lora_ext.adapter import load_adapter
-from sam2_lora_ext.arguments import COUNT, number
-from sam2_lora_ext.bootstrap import bootstrap_interval
-from sam2_lora_ext.csv_text import csv_text
+from sam2_lora_ext.adapters.peft import load_adapter
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.duplicates import difference_hash, equal_pairs, groups, near_pairs, thumbnail
 from sam2_lora_ext.data.label_png import LabelPNGReader
-from sam2_lora_ext.evaluation import Row, averages, evaluate, read_samples
-from sam2_lora_ext.files import write_json
-from sam2_lora_ext.lora.adapter import attach_adapter
+from sam2_lora_ext.evaluate.bootstrap import bootstrap_interval
+from sam2_lora_ext.evaluate.predictor import Row, averages, evaluate, read_samples
+from sam2_lora_ext.lora.adapter_state import attach_adapter
+from sam2_lora_ext.settings.arguments import COUNT, number
+from sam2_lora_ext.utils.csv_text import csv_text
+from sam2_lora_ext.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, BASE = "configs/sam2_nano.yaml", ROOT / "assets/sam2_nano.pt"
-DECODER = "[sam_mask_decoder.transformer.*.q_proj,sam_mask_decoder.transformer.*.k_proj," \
-          "sam_mask_decoder.transformer.*.v_proj,sam_mask_decoder.transformer.*.out_proj," \
-          "sam_mask_decoder.transformer.*.mlp.layers.*]"  # fmt: skip
-ALL = DECODER[:-1] + ",sam_mask_decoder.output_hypernetworks_mlps.*.layers.*,image_encoder.trunk.blocks.*.attn.qkv," \
-      "image_encoder.trunk.blocks.*.attn.proj,image_encoder.trunk.blocks.*.mlp.layers.*]"  # fmt: skip
+DECODER = (
+    "[sam_mask_decoder.transformer.*.q_proj,sam_mask_decoder.transformer.*.k_proj,"
+    "sam_mask_decoder.transformer.*.v_proj,sam_mask_decoder.transformer.*.out_proj,"
+    "sam_mask_decoder.transformer.*.mlp.layers.*]"
+)
+ALL = (
+    DECODER[:-1] + ",sam_mask_decoder.output_hypernetworks_mlps.*.layers.*,image_encoder.trunk.blocks.*.attn.qkv,"
+    "image_encoder.trunk.blocks.*.attn.proj,image_encoder.trunk.blocks.*.mlp.layers.*]"
+)
 NO_ADAPTERS = "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null"
 METHODS = {
     "base": None,
@@ -59,11 +63,12 @@ METHODS = {
     "all_r8": [f"lora.targets={ALL}"],  # as in configs/severstal_lora_all.yaml
     "decoder_r8": [f"lora.targets={DECODER}"],
     "norms": [  # as in configs/severstal_norms.yaml
-        "lora.targets=[]", "lora.trainable=[image_encoder.trunk.blocks.*.norm*,sam_mask_decoder.transformer.*norm*]",
+        "lora.targets=[]",
+        "lora.trainable=[image_encoder.trunk.blocks.*.norm*,sam_mask_decoder.transformer.*norm*]",
         NO_ADAPTERS,
     ],
     "full": ["lora=null", "scratch.lr=5e-4", "trainer.distributed.find_unused_parameters=true", NO_ADAPTERS],
-}  # fmt: skip
+}
 METRICS = {"iou_1click": "1 click", "iou_8clicks": "8 clicks", "iou_box": "box"}
 SEED, TRAIN, TEST, VAL = 20, 1500, 300, 60
 
@@ -87,8 +92,10 @@ def write_split(data: Path, file: Path) -> None:
     """1,500 images to train on, 60 for the curves, 300 to report on; drawn once from a fixed seed."""
     names = distinct_images(data / "images")
     if len(names) < TRAIN + TEST + VAL:
-        raise UserError(f"{data}/images holds {len(names)} images, but {TRAIN + TEST + VAL} are needed: "
-                        "give NEU-Seg's training part")
+        raise UserError(
+            f"{data}/images holds {len(names)} images, but {TRAIN + TEST + VAL} are needed: "
+            "give NEU-Seg's training part"
+        )
     chosen = [names[i] for i in np.random.default_rng(SEED).permutation(len(names))[: TRAIN + TEST + VAL]]
     parts = ["train"] * TRAIN + ["test"] * TEST + ["val"] * VAL
     file.write_text(csv_text(["image", "split"], zip(chosen, parts, strict=True)), encoding="utf-8")
@@ -107,8 +114,11 @@ def train(run: Path, overrides: Sequence[str], data: Path, split: Path, steps: i
     write_json(stamp, command[1:])
     with open(run / "train.log", "w") as log:
         process = subprocess.run(
-            [*command, f"launcher.experiment_log_dir={run}"], env=environment, cwd=ROOT, stdout=log,
-            stderr=subprocess.STDOUT
+            [*command, f"launcher.experiment_log_dir={run}"],
+            env=environment,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
     if process.returncode:
         raise UserError(f"the training of {run.name} failed: see {run / 'train.log'}")
@@ -128,12 +138,20 @@ def measure(method: str, run: Path, samples: list) -> dict:
         if not whole.exists():
             attach_adapter(model, load_adapter(run / "adapters/final"))
     rows = evaluate(model, tqdm(samples, desc=f"evaluating {method}", unit="image"))
-    return {"method": method, **averages(rows), **intervals(rows), "params_trained": facts["trained"],
-            "checkpoint_bytes": size, "objects": len(rows), "rows": [asdict(row) for row in rows]}  # fmt: skip
+    return {
+        "method": method,
+        **averages(rows),
+        **intervals(rows),
+        "params_trained": facts["trained"],
+        "checkpoint_bytes": size,
+        "objects": len(rows),
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def intervals(rows: Sequence[Row]) -> dict[str, list[float]]:
     """95 % bootstrap intervals by image, for IoU."""
+
     def area_iou(counts: Sequence[int]) -> float:
         return counts[0] / max(counts[1] + counts[2] - counts[0], 1)
 
@@ -156,9 +174,11 @@ def recovered(rows: list[dict], method: str, metric: str) -> float | None:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table with intervals, and the recovered share of the gain."""
-    lines = ["| method | IoU 1 click | IoU 8 clicks | IoU box "
-             "| gain recovered (1 click / 8 clicks / box) | trained | checkpoint |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| method | IoU 1 click | IoU 8 clicks | IoU box "
+        "| gain recovered (1 click / 8 clicks / box) | trained | checkpoint |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         cells = [f"{row[m]:.3f} [{row[f'{m}_ci95'][0]:.3f}, {row[f'{m}_ci95'][1]:.3f}]" for m in METRICS]
         shares = [recovered(rows, row["method"], metric) for metric in METRICS]
@@ -179,8 +199,10 @@ def draw(rows: list[dict], out: Path, path: Path) -> None:
         bounds = np.array([row[f"{metric}_ci95"] for row in rows]).T
         axes[0].bar(centres, heights, 0.25, yerr=np.abs(bounds - heights), capsize=2, label=title)
     axes[0].set(
-        xticks=range(len(rows)), xticklabels=[row["method"] for row in rows], ylabel="mean IoU, 300 held-out images",
-        ylim=(0, 1)
+        xticks=range(len(rows)),
+        xticklabels=[row["method"] for row in rows],
+        ylabel="mean IoU, 300 held-out images",
+        ylim=(0, 1),
     )
     axes[0].legend()
     for row in rows:
@@ -188,8 +210,10 @@ def draw(rows: list[dict], out: Path, path: Path) -> None:
         if file.exists():
             history = json.loads(file.read_text())
             axes[1].plot(
-                [e["step"] for e in history], [e["metrics"]["iou_1click"] for e in history], marker="o",
-                label=row["method"]
+                [e["step"] for e in history],
+                [e["metrics"]["iou_1click"] for e in history],
+                marker="o",
+                label=row["method"],
             )
     axes[1].set(xlabel="optimizer step", ylabel=f"IoU at 1 click, {VAL} validation images")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -65,7 +65,9 @@ def modelled(kernels: Mapping[Kernel, int]) -> dict[str, float | dict[str, float
     host = host_ms(sum(count for kernel, count in kernels.items() if kernel.phase != "optimizer"))
     device = {name: device_ms(kernels, card) for name, card in CARDS.items()}
     return {
-        "host_ms": host, "device_ms": device, "modelled_ms": {name: max(host, value) for name, value in device.items()}
+        "host_ms": host,
+        "device_ms": device,
+        "modelled_ms": {name: max(host, value) for name, value in device.items()},
     }
 
 

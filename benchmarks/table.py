@@ -4,15 +4,22 @@ import statistics
 from typing import Any
 
 COLUMNS = {  # key -> heading, unit, format
-    "kernels": ("kernels", 1, ",.0f"), "saved_bytes": ("MB kept", 1e6, ",.0f"),
+    "kernels": ("kernels", 1, ",.0f"),
+    "saved_bytes": ("MB kept", 1e6, ",.0f"),
     "peak_live_bytes": ("MB peak", 1e6, ",.0f"),
-    "flops": ("GFLOP", 1e9, ",.0f"), "moved_bytes": ("GB moved", 1e9, ",.1f"),
+    "flops": ("GFLOP", 1e9, ",.0f"),
+    "moved_bytes": ("GB moved", 1e9, ",.1f"),
     "host_ms": ("host ms, modelled", 1, ",.0f"),
-    "A10G": ("A10G ms, modelled", 1, ",.0f"), "RTX4090": ("RTX 4090", 1, ",.0f"), "A100": ("A100", 1, ",.0f"),
-    "H200": ("H200", 1, ",.0f"), "waits": ("waits", 1, ".0f"), "largest_batch_24gb": ("images in 24 GB", 1, ".0f"),
-    "optimizer_bytes": ("MB optimizer", 1e6, ",.0f"), "peak_rss_bytes": ("MB resident", 1e6, ",.0f"),
+    "A10G": ("A10G ms, modelled", 1, ",.0f"),
+    "RTX4090": ("RTX 4090", 1, ",.0f"),
+    "A100": ("A100", 1, ",.0f"),
+    "H200": ("H200", 1, ",.0f"),
+    "waits": ("waits", 1, ".0f"),
+    "largest_batch_24gb": ("images in 24 GB", 1, ".0f"),
+    "optimizer_bytes": ("MB optimizer", 1e6, ",.0f"),
+    "peak_rss_bytes": ("MB resident", 1e6, ",.0f"),
     "step_seconds": ("s a step, CPU", 1, ".2f"),
-}  # fmt: skip
+}
 PLACE = ("model", "resolution", "images", "objects", "autocast")  # what rows that are compared have in common
 CARDS_KEY = "modelled_ms"
 

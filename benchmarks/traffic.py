@@ -5,7 +5,7 @@
 Counted in DDP's own communication hook while one backward pass runs, on SAM 2.1 large by default, with random weights.
 """
 
-from sam2_lora_ext.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.output import add_out, check_out, write_result
-from sam2_lora_ext.compose import compose, locate
+from sam2_lora_ext.host.compose import compose, locate
 
 
 def reduced_bytes(config: str) -> tuple[int, int]:

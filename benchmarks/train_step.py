@@ -12,7 +12,7 @@ Trainer (`benchmarks.waits`). `--timed` adds seconds of real steps on this CPU (
 about a GPU's.
 """
 
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -35,7 +35,7 @@ from benchmarks.output import add_out, check_out, write_result
 from benchmarks.table import add_ratios, table
 from benchmarks.timing import apart, resident, step_times
 from benchmarks.waits import count_waits
-from sam2_lora_ext.arguments import COUNT, THREADS, number
+from sam2_lora_ext.settings.arguments import COUNT, THREADS, number
 
 CASES = ("tiny:1024", "base_plus:1024", "large:1024")
 COMPARED = ("full", "peft", "lean_fast", "lean", "lean_memory")
@@ -80,8 +80,10 @@ def parse_case(case: str) -> tuple[str, int]:
     """`tiny:512` as ("tiny", 512)."""
     size, _, resolution = case.partition(":")
     if size not in CONFIGS or not resolution.isdigit() or int(resolution) % 128 or resolution == "0":
-        raise UserError(f"{case!r} is not a case: expected MODEL:RESOLUTION with a model of {', '.join(CONFIGS)} and a "
-                        "resolution that 128 divides, such as tiny:512")  # fmt: skip
+        raise UserError(
+            f"{case!r} is not a case: expected MODEL:RESOLUTION with a model of {', '.join(CONFIGS)} and a "
+            "resolution that 128 divides, such as tiny:512"
+        )
     return size, int(resolution)
 
 
@@ -94,9 +96,13 @@ def parse_batch(batch: str) -> tuple[int, int]:
 
 
 def counted_rows(
-    size: str, resolution: int, methods: Sequence[str], batches: Sequence[tuple[int, int]], types: Sequence[str],
-    jobs: int
-) -> list[dict[str, Any]]:  # fmt: skip
+    size: str,
+    resolution: int,
+    methods: Sequence[str],
+    batches: Sequence[tuple[int, int]],
+    types: Sequence[str],
+    jobs: int,
+) -> list[dict[str, Any]]:
     """A row for each type, batch and method, counted in `jobs` fresh processes."""
     wanted = list(product(types, batches, methods))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=4) as pool:
@@ -107,11 +113,21 @@ def counted_rows(
         results = [future.result() for future in tqdm(counts, desc=f"{size}:{resolution}", unit="row", leave=False)]
         found = {key: future.result().total() for key, future in waits.items()}
     return [
-        {"model": size, "resolution": resolution, "images": images, "objects": objects, "autocast": kind == "bfloat16",
-         "method": method, "step_seconds": None, "peak_rss_bytes": None, "torch": torch.__version__,
-         "waits": found[method, (images, objects)], **result}
+        {
+            "model": size,
+            "resolution": resolution,
+            "images": images,
+            "objects": objects,
+            "autocast": kind == "bfloat16",
+            "method": method,
+            "step_seconds": None,
+            "peak_rss_bytes": None,
+            "torch": torch.__version__,
+            "waits": found[method, (images, objects)],
+            **result,
+        }
         for (kind, (images, objects), method), result in zip(wanted, results, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def add_times(rows: list[dict[str, Any]], size: str, resolution: int, args: argparse.Namespace) -> None:
@@ -122,8 +138,11 @@ def add_times(rows: list[dict[str, Any]], size: str, resolution: int, args: argp
         raise UserError("--timed needs rows of --batches 1x2 and --types float32")
     seconds = step_times(builds, args.rounds, args.threads)
     for row in rows:
-        row |= {"step_seconds": statistics.median(seconds[row["method"]]), "rounds_seconds": seconds[row["method"]],
-                "peak_rss_bytes": apart(resident, row["method"], size, resolution, args.threads)}  # fmt: skip
+        row |= {
+            "step_seconds": statistics.median(seconds[row["method"]]),
+            "rounds_seconds": seconds[row["method"]],
+            "peak_rss_bytes": apart(resident, row["method"], size, resolution, args.threads),
+        }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ known and left out, as are `.to(some_device)`); copies to the device; waits of N
 unused parameters.
 """
 
-from sam2_lora_ext.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.methods import build, make_batch
-from sam2_lora_ext.host_guards import host_guards
+from sam2_lora_ext.host.patches import host_guards
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 SIZED = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
@@ -126,8 +126,11 @@ def asking_line() -> str:
     frame = sys._getframe(1)
     while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
         frame = frame.f_back
-    return "?" if frame is None else (f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno} "
-                                      f"{frame.f_code.co_name}")  # fmt: skip
+    return (
+        "?"
+        if frame is None
+        else (f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno} {frame.f_code.co_name}")
+    )
 
 
 class _Done(Exception):
@@ -154,8 +157,9 @@ class Batches:
         raise _Done
 
 
-def count_waits(method: str, batch: tuple[int, int] = (1, 2), size: str = "nano",
-                resolution: int = 128) -> Counter[tuple[str, str]]:  # fmt: skip
+def count_waits(
+    method: str, batch: tuple[int, int] = (1, 2), size: str = "nano", resolution: int = 128
+) -> Counter[tuple[str, str]]:
     """The waits of a step of one of `benchmarks.methods.METHODS`, by kind and line.
 
     Args:
@@ -194,21 +198,39 @@ def _trainer(method: str, size: str, resolution: int, folder: str, batch: tuple[
     clip = {"_target_": "training.optimizer.GradientClipper", "max_norm": 1.0, "norm_type": 2}
     config = {
         "_target_": "training.trainer.Trainer" if stock else "sam2_lora_ext.trainer.LoRATrainer",
-        "mode": "train_only", "accelerator": "cpu", "max_epochs": 1,
-        "data": {"train": {"_target_": "benchmarks.waits.Batches", "images": batch[0], "objects": batch[1],
-                           "resolution": resolution}},
+        "mode": "train_only",
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "data": {
+            "train": {
+                "_target_": "benchmarks.waits.Batches",
+                "images": batch[0],
+                "objects": batch[1],
+                "resolution": resolution,
+            }
+        },
         "model": {"_target_": "benchmarks.waits.model_of", **built},
         "loss": {"severstal": {"_target_": "benchmarks.waits.loss_of", **built}},
-        "optim": {"amp": {"enabled": True, "amp_dtype": "bfloat16"}, "optimizer": {"_target_": "torch.optim.AdamW"},
-                  "gradient_clip": clip, "options": {"lr": [{"scheduler": rate}]}},
+        "optim": {
+            "amp": {"enabled": True, "amp_dtype": "bfloat16"},
+            "optimizer": {"_target_": "torch.optim.AdamW"},
+            "gradient_clip": clip,
+            "options": {"lr": [{"scheduler": rate}]},
+        },
         "distributed": {"backend": "gloo", "find_unused_parameters": stock},
-        "logging": {"log_dir": f"{folder}/logs", "log_freq": 10, "log_scalar_frequency": 100,
-                    "tensorboard_writer": {"_target_": "sam2_lora_ext.logger.make_csv_logger",
-                                           "log_dir": f"{folder}/tensorboard",
-                                           "csv_path": f"{folder}/logs/scalars.csv"}},
+        "logging": {
+            "log_dir": f"{folder}/logs",
+            "log_freq": 10,
+            "log_scalar_frequency": 100,
+            "tensorboard_writer": {
+                "_target_": "sam2_lora_ext.logger.make_csv_logger",
+                "log_dir": f"{folder}/tensorboard",
+                "csv_path": f"{folder}/logs/scalars.csv",
+            },
+        },
         "checkpoint": {"save_dir": f"{folder}/checkpoints", "save_freq": 0, "model_weight_initializer": None},
         **({} if stock else {"run_dir": folder}),
-    }  # fmt: skip
+    }
     return instantiate(OmegaConf.create(config), _recursive_=False)
 
 

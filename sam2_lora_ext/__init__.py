@@ -3,8 +3,14 @@
 __version__ = "0.2.0"
 
 _SERVING = (
-    "active_adapter", "adapter_names", "add_adapter", "disable_adapters", "fit_predictor", "load_sam2",
-    "remove_adapter", "set_adapter",
+    "active_adapter",
+    "adapter_names",
+    "add_adapter",
+    "disable_adapters",
+    "fit_predictor",
+    "load_sam2",
+    "remove_adapter",
+    "set_adapter",
 )
 
 
@@ -12,7 +18,7 @@ def __getattr__(name: str) -> object:
     """The functions of `serving.py`, imported when they are asked for: this package is also used without torch."""
     if name not in _SERVING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sam2_lora_ext import serving
+    from sam2_lora_ext.deploy import serving
 
     return getattr(serving, name)
 

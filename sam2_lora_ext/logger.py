@@ -14,13 +14,23 @@ from typing import Any
 
 from training.utils.logger import Scalar, TensorBoardLogger, make_tensorboard_logger
 
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import write_atomic
 
 BASE_COLUMNS = (
-    "step", "epoch", "phase", "loss", "loss_mask", "loss_dice", "loss_iou", "loss_class", "loss_tversky",
-    "iou", "dice", "learning_rate",
-)  # fmt: skip
+    "step",
+    "epoch",
+    "phase",
+    "loss",
+    "loss_mask",
+    "loss_dice",
+    "loss_iou",
+    "loss_class",
+    "loss_tversky",
+    "iou",
+    "dice",
+    "learning_rate",
+)
 SCALAR_COLUMNS = ("step", "name", "value")
 TRAIN = "train"
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from training.loss_fns import MultiStepMultiMasksAndIous, dice_loss, iou_loss, sigmoid_focal_loss
 from training.trainer import CORE_LOSS_KEY
 
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.lean.mask_sums import MaskSums, mask_sums
+from sam2_lora_ext.activations.mask_sums import MaskSums, mask_sums
 from sam2_lora_ext.tversky import focal_tversky, tversky_of_sums
+from sam2_lora_ext.utils.errors import UserError
 
 REQUIRED = ("loss_mask", "loss_dice", "loss_iou")
 TVERSKY = "loss_tversky"
@@ -175,7 +175,8 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         ]
         classes = self.class_term(torch.cat(scores), found.repeat(len(steps))).view(len(steps), -1)  # S O
         sums = {
-            name: classes.sum(0) * weights if name == "loss_class"
+            name: classes.sum(0) * weights
+            if name == "loss_class"
             else torch.stack([step[name] for step in steps]).sum(0) * mask_weights
             for name in self.names
         }

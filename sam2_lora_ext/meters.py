@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sam2_lora_ext.data.ids import CLEAN, class_of
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.metrics import class_means, dice, exact_mean, iou, mask_counts, score_accuracy
+from sam2_lora_ext.evaluate.metrics import class_means, dice, exact_mean, iou, mask_counts, score_accuracy
+from sam2_lora_ext.utils.errors import UserError
 
 REPORTED_CLICKS = (1, 2, 4, 8)
 LOSS_NAMES = ("core_loss", "loss_mask", "loss_dice", "loss_iou", "loss_class", "loss_tversky")

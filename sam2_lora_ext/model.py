@@ -12,17 +12,17 @@ from torch import Tensor
 from training.model.sam2 import SAM2Train
 from training.utils.data_utils import BatchedVideoDatapoint
 
+from sam2_lora_ext.activations.cast import cast_frozen
+from sam2_lora_ext.activations.feature_cache import FeatureCache
+from sam2_lora_ext.activations.maps import UnreadPositions
+from sam2_lora_ext.activations.policy import ActivationsConfig, falls_due, make_lean, renamed
 from sam2_lora_ext.data.ids import CLEAN, class_of
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.lean.activations import ActivationsConfig, falls_due, make_lean, renamed
-from sam2_lora_ext.lean.cast import cast_frozen
-from sam2_lora_ext.lean.feature_cache import FeatureCache
-from sam2_lora_ext.lean.maps import UnreadPositions
-from sam2_lora_ext.lean.shared import checkpointed, sharing
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
+from sam2_lora_ext.lora.shared import checkpointed, sharing
 from sam2_lora_ext.losses import SMALL_MASKS
 from sam2_lora_ext.prompts import PromptSampler
-from sam2_lora_ext.seeding import derive_seed, mixed
+from sam2_lora_ext.run.seeding import derive_seed, mixed
+from sam2_lora_ext.utils.errors import UserError
 
 # Pixels below this are unexposed black (about 10 of 255 after SAM 2's ImageNet normalisation), not steel to click on.
 BLACK_LEVEL = -1.85
@@ -45,9 +45,13 @@ class LoRASAM2Train(SAM2Train):
     """
 
     def __init__(
-        self, *args: Any, lora: Mapping | LoRAConfig | None = None,
-        activations: Mapping | ActivationsConfig | str = "stock", prompt_seed: int | None = None,
-        feature_cache: Mapping | None = None, memory: Mapping | str | None = None,
+        self,
+        *args: Any,
+        lora: Mapping | LoRAConfig | None = None,
+        activations: Mapping | ActivationsConfig | str = "stock",
+        prompt_seed: int | None = None,
+        feature_cache: Mapping | None = None,
+        memory: Mapping | str | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -93,9 +97,11 @@ class LoRASAM2Train(SAM2Train):
             cast_frozen(self, dtype)  # here, for by now the base is loaded
             self.weights_dtype = dtype
         if self.weights_dtype not in (None, dtype):
-            raise UserError(f"the frozen weights are held in {self.weights_dtype} since a step under autocast, "
-                            f"and this one is {'without' if dtype is None else f'under {dtype}'}: "
-                            "build the model anew, or set activations.weights to false")
+            raise UserError(
+                f"the frozen weights are held in {self.weights_dtype} since a step under autocast, "
+                f"and this one is {'without' if dtype is None else f'under {dtype}'}: "
+                "build the model anew, or set activations.weights to false"
+            )
 
     def forward_image(self, img_batch: Tensor) -> dict[str, Any]:
         """Stock's image features; of the position encodings those of the last level alone, where `activations` says so.

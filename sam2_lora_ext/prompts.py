@@ -16,7 +16,7 @@ import training.model.sam2 as host
 from sam2.modeling.sam2_utils import get_next_point, sample_box_points
 from torch import Tensor
 
-from sam2_lora_ext.seeding import mixed
+from sam2_lora_ext.run.seeding import mixed
 
 TRIES = 2**12  # pixels of the frame that are tried for a click, before those of its region are counted
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed integer

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from training.utils.logger import Scalar, TensorBoardLogger, make_tensorboard_logger
 
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 STEP = "trainer_step"
 MODES = ("online", "offline", "disabled")
@@ -62,9 +62,15 @@ class WandbTracker:
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
-            project=project, entity=entity, name=name or folder.resolve().parent.name, id=identity, resume="allow",
-            mode=mode, dir=str(folder), settings=wandb.Settings(console="off", disable_git=True),
-        )  # fmt: skip
+            project=project,
+            entity=entity,
+            name=name or folder.resolve().parent.name,
+            id=identity,
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            settings=wandb.Settings(console="off", disable_git=True),
+        )
         # Steps and epochs are mixed, so W&B's own step, which must grow, is of no use.
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)

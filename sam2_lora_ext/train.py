@@ -8,7 +8,7 @@ once the running step is finished and `latest` is written (on a first signal; a 
 """
 
 if __name__ == "__main__":  # Ctrl-C is a sentence from here on
-    from sam2_lora_ext.errors import catch_interrupts
+    from sam2_lora_ext.utils.errors import catch_interrupts
 
     catch_interrupts()
 
@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.arguments import GPUS, NODES, number
-from sam2_lora_ext.compose import compose, locate
-from sam2_lora_ext.errors import UserError, find_user_error, run_cli
-from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher, known_configs
-from sam2_lora_ext.interrupt import Forward
+from sam2_lora_ext.host.compose import compose, locate
+from sam2_lora_ext.host.configs import USER_CONFIG_DIR, import_launcher, known_configs
+from sam2_lora_ext.run.signals import Forward
+from sam2_lora_ext.settings.arguments import GPUS, NODES, number
+from sam2_lora_ext.utils.errors import UserError, find_user_error, run_cli
 
 EXAMPLES = """\
 examples:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(OmegaConf.to_yaml(config), end="")
         return 0
     launcher.compose = lambda config_name: config
-    from sam2_lora_ext.run_lock import check_free  # needs torch, which `import_launcher` has found
+    from sam2_lora_ext.run.lock import check_free  # needs torch, which `import_launcher` has found
 
     run_dir = config.launcher.experiment_log_dir
     if run_dir is not None:
@@ -93,8 +93,9 @@ def _code_of_rank(error: Any) -> int:
     hint = " (the system does this when memory runs out)" if error.signal_name == "SIGKILL" else ""
     print(
         f"error: rank {error.error_index} was ended by {error.signal_name}{hint}, and so were the others; the same "
-        "command goes on from the last checkpoint", file=sys.stderr,
-    )  # fmt: skip
+        "command goes on from the last checkpoint",
+        file=sys.stderr,
+    )
     return 128 - error.exit_code
 
 
@@ -112,14 +113,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES + "\n".join(f"  {name}" for name in known_configs()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-c", "--config", required=True, help="a name below, with or without configs/ and .yaml, "
-                        "or the path of your own file (./my.yaml), whose defaults may name the configs below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: key=value, +new_key=value, "
-                        "~key_to_remove; quote lists and dicts: 'lora.targets=[a,b]'")
+    parser.add_argument(
+        "-c",
+        "--config",
+        required=True,
+        help="a name below, with or without configs/ and .yaml, "
+        "or the path of your own file (./my.yaml), whose defaults may name the configs below",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Hydra overrides: key=value, +new_key=value, ~key_to_remove; quote lists and dicts: 'lora.targets=[a,b]'",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the composed config as YAML and exit")
-    parser.add_argument("--resume-with-changes", action="store_true", help="trainer.resume_with_changes=true: go on "
-                        "with a run though settings that change its result are not what they were; its record "
-                        "says which")
+    parser.add_argument(
+        "--resume-with-changes",
+        action="store_true",
+        help="trainer.resume_with_changes=true: go on "
+        "with a run though settings that change its result are not what they were; its record "
+        "says which",
+    )
     slurm = parser.add_argument_group("options of SAM 2's launcher")
     slurm.add_argument("--use-cluster", type=int, choices=(0, 1), help="1: submit (SLURM); 0: run here")
     slurm.add_argument("--partition", help="SLURM partition")

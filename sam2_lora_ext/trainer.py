@@ -17,20 +17,20 @@ from training.trainer import Trainer, unwrap_ddp_if_wrapped
 from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
-from sam2_lora_ext.base_weights import base_path, load_base
-from sam2_lora_ext.checkpoint_files import own_options, prepare_resume, write_checkpoint
-from sam2_lora_ext.checkpoints import ADAPTER_KEYS, NOTES, read_file, weights_id
+from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_file, weights_id
 from sam2_lora_ext.data.records import compare_datasets
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.history import History
-from sam2_lora_ext.host_guards import at_work, share_log
+from sam2_lora_ext.host.patches import at_work, share_log
 from sam2_lora_ext.meters import SegmentationMeter
-from sam2_lora_ext.run_record import RunRecord, metrics_of
-from sam2_lora_ext.run_start import RunStart, on_rank_0
-from sam2_lora_ext.seeding import derive_seed, seed_everything
+from sam2_lora_ext.run.base import base_path, load_base
+from sam2_lora_ext.run.checkpoint import own_options, prepare_resume, write_checkpoint
+from sam2_lora_ext.run.guard import StepGuard, raw_datasets
+from sam2_lora_ext.run.history import History
+from sam2_lora_ext.run.record import RunRecord, metrics_of
+from sam2_lora_ext.run.seeding import derive_seed, seed_everything
+from sam2_lora_ext.run.start import RunStart, on_rank_0
+from sam2_lora_ext.run.summary import peak_rate
 from sam2_lora_ext.settings import check_class_ids, check_trainer
-from sam2_lora_ext.step_guard import StepGuard, raw_datasets
-from sam2_lora_ext.summary import peak_rate
+from sam2_lora_ext.utils.errors import UserError
 
 WINDOW = "window"  # the name of the meter over the training steps since the last row of metrics.csv
 
@@ -146,11 +146,19 @@ class LoRATrainer(Trainer):
         if self.mode == "train":
             self.history.check(meter_keys)
         self.record = RunRecord(
-            self.start, model, history=self.history, lora=self.model_conf.get("lora"),
+            self.start,
+            model,
+            history=self.history,
+            lora=self.model_conf.get("lora"),
             facts={"base_id": self.base_id, "base_path": self.base_path, "model_config": self.model_config},
-            export=self.export_conf, meter_keys=meter_keys, learning_rate=peak_rate(self.optim),
-            epoch=self.epoch, step=self.steps[Phase.TRAIN], last_epoch=self.max_epochs, trains=self.mode != "val",
-        )  # fmt: skip
+            export=self.export_conf,
+            meter_keys=meter_keys,
+            learning_rate=peak_rate(self.optim),
+            epoch=self.epoch,
+            step=self.steps[Phase.TRAIN],
+            last_epoch=self.max_epochs,
+            trains=self.mode != "val",
+        )
         self.history = self.record.history
 
     def run(self) -> None:
@@ -168,11 +176,14 @@ class LoRATrainer(Trainer):
                     self.epoch += 1
                 self.run_train()
                 self.record.finish(
-                    self.steps[Phase.TRAIN], seed=self.seed_value,
-                    epochs=self.epoch + 1, planned_epochs=self.max_epochs, stop_reason=self._stop_reason(),
+                    self.steps[Phase.TRAIN],
+                    seed=self.seed_value,
+                    epochs=self.epoch + 1,
+                    planned_epochs=self.max_epochs,
+                    stop_reason=self._stop_reason(),
                     wall_seconds=max(self.time_elapsed_meter.val, self.ckpt_time_elapsed or 0),
                     skipped_steps=self.guard.skipped,
-                )  # fmt: skip
+                )
         finally:
             self.start.release()
 

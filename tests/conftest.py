@@ -43,8 +43,14 @@ def run_python_in(
     """
     command = [str(python), *map(str, args)]
     done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, errors="replace",
+        command,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     if check and done.returncode:
         pytest.fail(f"{command} exited {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}", pytrace=False)
@@ -90,7 +96,7 @@ def shared_cases() -> Path:
 @pytest.fixture(scope="session")
 def nano_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised small SAM 2, where the quality of the base does not matter."""
-    from small_runs import make_base
+    from helpers.small_runs import make_base
 
     return make_base(tmp_path_factory.mktemp("base") / "nano.pt")
 
@@ -98,7 +104,7 @@ def nano_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def strips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve synthetic strips in Kaggle's layout, with split.csv; not to be changed."""
-    from small_runs import make_strips
+    from helpers.small_runs import make_strips
 
     return make_strips(tmp_path_factory.mktemp("strips"))
 
@@ -114,7 +120,7 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def recorder(tmp_path: Path) -> Path:
     """A folder with the gradient logger of `ranks.py`."""
-    from ranks import RECORDER
+    from helpers.ranks import RECORDER
 
     folder = tmp_path / "recorder"
     folder.mkdir()

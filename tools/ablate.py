@@ -5,7 +5,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -15,16 +15,25 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam2_lora_ext.ablation import (
-    MEMBER, best_of, collect, members_of, metrics_of, note_settings, parse_grid, plot, to_csv, to_markdown,
-)  # fmt: skip
-from sam2_lora_ext.ablation_check import MemberCheck
-from sam2_lora_ext.ablation_jobs import Task, run_here, run_on_slurm
-from sam2_lora_ext.arguments import GPUS, number
-from sam2_lora_ext.compose import compose, locate
-from sam2_lora_ext.files import write_atomic
-from sam2_lora_ext.host import USER_CONFIG_DIR, import_launcher
+from sam2_lora_ext.ablation.check import MemberCheck
+from sam2_lora_ext.ablation.grid import (
+    MEMBER,
+    best_of,
+    collect,
+    members_of,
+    metrics_of,
+    note_settings,
+    parse_grid,
+    plot,
+    to_csv,
+    to_markdown,
+)
+from sam2_lora_ext.ablation.jobs import Task, run_here, run_on_slurm
+from sam2_lora_ext.host.compose import compose, locate
+from sam2_lora_ext.host.configs import USER_CONFIG_DIR, import_launcher
+from sam2_lora_ext.settings.arguments import GPUS, number
 from sam2_lora_ext.settings.kinds import Whole
+from sam2_lora_ext.utils.files import write_atomic
 
 RESULTS = ("ablation.csv", "ablation.md", "ablation.png")  # made anew by each command
 EXAMPLES = """\
@@ -62,8 +71,9 @@ def check_metric(args: argparse.Namespace, grid: dict[str, list[str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is not finished, then compares; exit code 1 when a member failed."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-c", "--config", required=True, help="as for python -m sam2_lora_ext.train")
     parser.add_argument(
         "--grid", nargs="+", required=True, metavar="key=value,value", help="the axes; all combinations are run"
@@ -105,8 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     note_settings(members, common)
     here = ["--num-gpus", str(args.num_gpus), "--use-cluster", "0"]
     start = [sys.executable, "-m", "sam2_lora_ext.train", *common, *here]
-    tasks = {member: Task([*start, *member.overrides, f"launcher.experiment_log_dir={member.folder}"], member.folder)
-             for member in open_members}  # fmt: skip
+    tasks = {
+        member: Task([*start, *member.overrides, f"launcher.experiment_log_dir={member.folder}"], member.folder)
+        for member in open_members
+    }
     print(f"members  {len(members)}, of which {len(members) - len(tasks)} are finished already")
     failures: dict[str, str] = {}
     try:

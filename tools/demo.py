@@ -10,7 +10,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -27,10 +27,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-from sam2_lora_ext.arguments import SEED, number
-from sam2_lora_ext.files import write_json
-from sam2_lora_ext.host import import_launcher
+from sam2_lora_ext.host.configs import import_launcher
+from sam2_lora_ext.settings.arguments import SEED, number
 from sam2_lora_ext.settings.kinds import Whole
+from sam2_lora_ext.utils.files import write_json
 
 CONFIG = "configs/sam2_nano.yaml"
 BASE = ROOT / "assets/sam2_nano.pt"
@@ -61,8 +61,13 @@ def write_data(folder: Path, strips: int, seed: int) -> None:
 
 def train(out: Path, data: Path) -> Path:
     """Runs `python -m training.train -c configs/demo.yaml` with a progress bar; returns the run's folder."""
-    environment = {**os.environ, "SEVERSTAL_ROOT": str(data), "SEVERSTAL_SPLIT": str(data / "split.csv"),
-                   "SAM2_LORA_NANO": str(BASE), "SAM2_LORA_DEMO_RUN": str(out / "train")}  # fmt: skip
+    environment = {
+        **os.environ,
+        "SEVERSTAL_ROOT": str(data),
+        "SEVERSTAL_SPLIT": str(data / "split.csv"),
+        "SAM2_LORA_NANO": str(BASE),
+        "SAM2_LORA_DEMO_RUN": str(out / "train"),
+    }
     command = [sys.executable, "-m", "training.train", "-c", "configs/demo.yaml"]
     print("training: " + " ".join(command[1:]), flush=True)
     log = out / "train.log"
@@ -119,12 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
     from sam2.build_sam import build_sam2
 
-    from sam2_lora_ext.adapter import load_adapter
-    from sam2_lora_ext.checkpoints import read_weights
+    from sam2_lora_ext.adapters.peft import load_adapter
+    from sam2_lora_ext.adapters.weights import read_weights
     from sam2_lora_ext.data.dataset import SeverstalRawDataset
     from sam2_lora_ext.data.kaggle import KaggleReader
-    from sam2_lora_ext.evaluation import averages, evaluate, max_logit_difference, read_samples
-    from sam2_lora_ext.lora.adapter import attach_adapter
+    from sam2_lora_ext.evaluate.predictor import averages, evaluate, max_logit_difference, read_samples
+    from sam2_lora_ext.lora.adapter_state import attach_adapter
 
     if not BASE.exists():
         raise UserError(f"there is no {BASE}: restore it from the repository, or make it with tools/make_demo_base.py")
@@ -133,10 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = out / "data"
     write_data(data, args.strips, args.seed)
     dataset = SeverstalRawDataset(
-        KaggleReader(data / "train_images", data / "train.csv"), training=False, split_file=data / "split.csv",
+        KaggleReader(data / "train_images", data / "train.csv"),
+        training=False,
+        split_file=data / "split.csv",
         split="val",
-        min_area=16, max_objects=16, group_width=CROP,
-    )  # fmt: skip
+        min_area=16,
+        max_objects=16,
+        group_width=CROP,
+    )
     samples = list(read_samples(dataset, CROP))
 
     def build(weights: Path) -> torch.nn.Module:
@@ -187,9 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def draw(path: Path, samples: list, base: object, merged: object) -> None:
     """overlays.png: the first two defects of each class: image, truth, and the masks of one click before and after."""
     from sam2_lora_ext.data.ids import class_of
-    from sam2_lora_ext.evaluation import first_answers
-    from sam2_lora_ext.metrics import iou, mask_counts
-    from sam2_lora_ext.pictures import AFTER, BEFORE, TRUTH, overlay, save_grid
+    from sam2_lora_ext.evaluate.metrics import iou, mask_counts
+    from sam2_lora_ext.evaluate.pictures import AFTER, BEFORE, TRUTH, overlay, save_grid
+    from sam2_lora_ext.evaluate.predictor import first_answers
 
     rows, captions, shown = [], [], dict.fromkeys((1, 2, 3, 4), 0)
     for sample in samples:
@@ -219,10 +228,14 @@ def show(summary: dict, out: Path, count: int) -> None:
     for name in ("base", "lora", "merged"):
         print(f"{name:8}" + "".join(f"{summary[name][column]:14.4f}" for column in COLUMNS))
     params, merge, seconds = summary["params"], summary["merge"], summary["seconds"]
-    print(f"\ntrained parameters   {params['trained']:,} of {params['total']:,} "
-          f"({params['trained'] / params['total']:.2%})")
-    print(f"merged vs unmerged   weights {merge['max_abs_weight_diff']:.2e}, "
-          f"mask logits {merge['max_abs_logit_diff']:.2e} at most")
+    print(
+        f"\ntrained parameters   {params['trained']:,} of {params['total']:,} "
+        f"({params['trained'] / params['total']:.2%})"
+    )
+    print(
+        f"merged vs unmerged   weights {merge['max_abs_weight_diff']:.2e}, "
+        f"mask logits {merge['max_abs_logit_diff']:.2e} at most"
+    )
     print(f"time                 training {seconds['train']:.0f} s, evaluation {seconds['evaluate']:.0f} s")
     print(f"written              {out / 'summary.json'}, overlays.png, sam2_nano_steel.pt, adapter/, train/")
 

@@ -12,7 +12,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 
 from sam2_lora_ext.evaluate.arguments import parse
-from sam2_lora_ext.files import write_atomic, write_json
+from sam2_lora_ext.utils.files import write_atomic, write_json
 
 CLICKS = (1, 2, 4, 8)
 
@@ -46,19 +46,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = [candidate(str(args.adapter or args.checkpoint), args.checkpoint, args.config)]
     conditions = settle(args, wanted)
     protocol = Protocol(
-        clicks=tuple(count for count in CLICKS if count <= args.max_clicks), max_clicks=args.max_clicks,
-        clean_clicks=args.clean_clicks, tile=args.tile, overlap=args.overlap, crop=conditions.source.crop,
-        automatic=args.automatic, thresholds=tuple(args.automatic_thresholds), same_clicks=args.same_clicks,
-        image_size=conditions.source.resolution, seed=args.seed,
-    )  # fmt: skip
+        clicks=tuple(count for count in CLICKS if count <= args.max_clicks),
+        max_clicks=args.max_clicks,
+        clean_clicks=args.clean_clicks,
+        tile=args.tile,
+        overlap=args.overlap,
+        crop=conditions.source.crop,
+        automatic=args.automatic,
+        thresholds=tuple(args.automatic_thresholds),
+        same_clicks=args.same_clicks,
+        image_size=conditions.source.resolution,
+        seed=args.seed,
+    )
     if args.submission_prompt not in protocol.prompts:
         raise UserError(f"--submission-prompt is one of {', '.join(protocol.prompts)}, got {args.submission_prompt!r}")
     samples, said = prepare(wanted, conditions, args.out, args.limit, args.force)
     print(shown("\n".join(conditions_lines(said))), flush=True)
     record = compare(
-        wanted, samples, protocol, args.out, device=args.device, submitted=args.submission_prompt,
-        pictures=args.pictures, conditions=said, force=args.force,
-    )  # fmt: skip
+        wanted,
+        samples,
+        protocol,
+        args.out,
+        device=args.device,
+        submitted=args.submission_prompt,
+        pictures=args.pictures,
+        conditions=said,
+        force=args.force,
+    )
     record["command"] = ["python", "tools/evaluate.py", *(sys.argv[1:] if argv is None else argv)]
     text = shown(describe(record))
     write_json(args.out / "evaluation.json", record, force=args.force)

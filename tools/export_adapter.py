@@ -5,7 +5,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -14,11 +14,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam2_lora_ext.adapter import save_adapter
-from sam2_lora_ext.adapter_files import refuse_adapter_folder
-from sam2_lora_ext.adapter_sources import check_base, read_adapter, source_files
-from sam2_lora_ext.arguments import ALPHA, number
-from sam2_lora_ext.checkpoints import identify, read_weights, weights_id
+from sam2_lora_ext.adapters.folder import refuse_adapter_folder
+from sam2_lora_ext.adapters.peft import save_adapter
+from sam2_lora_ext.adapters.sources import check_base, read_adapter, source_files
+from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
+from sam2_lora_ext.settings.arguments import ALPHA, number
 
 EXAMPLES = """\
 examples:
@@ -33,16 +33,26 @@ PEFT loads it on a stock SAM 2: PeftModel.from_pretrained(build_sam2(...), "my_a
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads an adapter from wherever it is, writes it as a folder, and prints a summary."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN_DIR|checkpoint.pt",
-                        help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the adapter folder to write")
-    parser.add_argument("--base", type=Path, metavar="FILE",
-                        help="the weights that training began with: checked, or noted where the run did not")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--alpha", type=number(ALPHA),
-        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
+        "source",
+        type=Path,
+        metavar="RUN_DIR|checkpoint.pt",
+        help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="the adapter folder to write")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="the weights that training began with: checked, or noted where the run did not",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=number(ALPHA),
+        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json",
     )
     parser.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     args = parser.parse_args(argv)
@@ -55,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_adapter(adapter, args.out, force=args.force)
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     size = sum(file.stat().st_size for file in args.out.iterdir() if file.name.startswith("adapter_"))
-    print(f"written  {args.out}: {len(adapter.layers)} LoRA layers (rank {', '.join(map(str, ranks)) or '-'}), "
-          f"{len(adapter.full_modules)} modules trained in full, {size / 1e6:,.2f} MB")
+    print(
+        f"written  {args.out}: {len(adapter.layers)} LoRA layers (rank {', '.join(map(str, ranks)) or '-'}), "
+        f"{len(adapter.full_modules)} modules trained in full, {size / 1e6:,.2f} MB"
+    )
     print(f"base     {adapter.metadata.get('base_path') or 'not noted; give --base to note it'}")
 
 

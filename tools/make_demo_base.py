@@ -11,7 +11,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -32,11 +32,11 @@ from tqdm import tqdm
 from training.loss_fns import MultiStepMultiMasksAndIous
 from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
-from sam2_lora_ext.arguments import COUNT, SEED, THREADS, number
 from sam2_lora_ext.data import shapes
 from sam2_lora_ext.data.ids import CLEAN, object_id
-from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
+from sam2_lora_ext.settings.arguments import COUNT, SEED, THREADS, number
 from sam2_lora_ext.settings.kinds import Number, Whole
+from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 128
@@ -83,8 +83,9 @@ def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_im
         count = segments.shape[1]
         chosen = np.arange(count) if rng is None else rng.permutation(count)[:objects_per_image]
         taken = [(object_id(1, int(o)), segments[:, o]) for o in chosen]
-        for identifier, segment in taken or [(object_id(CLEAN, 0),
-                                             np.zeros(segments.shape[:1] + segments.shape[2:], bool))]:  # fmt: skip
+        for identifier, segment in taken or [
+            (object_id(CLEAN, 0), np.zeros(segments.shape[:1] + segments.shape[2:], bool))
+        ]:
             where.append(b)
             masks.append(torch.from_numpy(segment.copy()))
             identifiers.append((b, identifier))
@@ -92,11 +93,18 @@ def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_im
     time_index = torch.arange(length, dtype=torch.int)[:, None].expand(length, total)
     frame_and_image = torch.stack([time_index, torch.tensor(where, dtype=torch.int).expand(length, total)], -1)
     names = torch.tensor(identifiers)[None].expand(length, total, 2)
-    metadata = BatchedVideoMetaData(unique_objects_identifier=torch.cat([names, time_index[..., None]], -1).long(),
-                                    frame_orig_size=torch.full((length, total, 2), SIZE))  # fmt: skip
-    return BatchedVideoDatapoint(img_batch=torch.stack(images, 1), obj_to_frame_idx=frame_and_image,
-                                 masks=torch.stack(masks, 1), metadata=metadata, dict_key="shapes",
-                                 batch_size=[length])  # fmt: skip
+    metadata = BatchedVideoMetaData(
+        unique_objects_identifier=torch.cat([names, time_index[..., None]], -1).long(),
+        frame_orig_size=torch.full((length, total, 2), SIZE),
+    )
+    return BatchedVideoDatapoint(
+        img_batch=torch.stack(images, 1),
+        obj_to_frame_idx=frame_and_image,
+        masks=torch.stack(masks, 1),
+        metadata=metadata,
+        dict_key="shapes",
+        batch_size=[length],
+    )
 
 
 def corrections(progress: float) -> int:
@@ -125,7 +133,7 @@ def evaluate(model: torch.nn.Module, scenes: list[Scene]) -> dict[str, float]:
             model.prob_to_use_box_input_for_eval = box
             out = model(batch)[0]
             pred, truth = out["multistep_pred_masks_high_res"] > 0, out["gt_masks"]
-            iou = ((pred & truth).sum((2, 3)) / (pred | truth).sum((2, 3)).clamp(min=1))  # O steps
+            iou = (pred & truth).sum((2, 3)) / (pred | truth).sum((2, 3)).clamp(min=1)  # O steps
             defect = out["class_ids"] != CLEAN
             if box:
                 sums["iou_box"] += iou[defect, 0].tolist()
@@ -149,19 +157,29 @@ def build(config: Path, seed: int) -> torch.nn.Module:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=Path, default=ROOT / "assets/sam2_nano.pt",
-                        help="half-precision weights to write")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "assets/sam2_nano.pt", help="half-precision weights to write"
+    )
     parser.add_argument("--config", type=Path, default=ROOT / "configs/sam2_nano.yaml")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/demo_base", help="checkpoint, log and curve")
     parser.add_argument("--steps", type=number(COUNT), default=6000)
-    parser.add_argument("--polish", type=number(Whole(0, 10**9)), default=2000,
-                        help="steps after that, with few clicks, at a restarted rate")  # fmt: skip
+    parser.add_argument(
+        "--polish",
+        type=number(Whole(0, 10**9)),
+        default=2000,
+        help="steps after that, with few clicks, at a restarted rate",
+    )
     parser.add_argument("--batch", type=number(Whole(1, 100_000)), default=16, help="images a step")
     parser.add_argument("--objects", type=number(Whole(1, 1000)), default=2, help="objects an image, at most")
-    parser.add_argument("--scenes", type=number(Whole(10, 10**7)), default=12000,
-                        help="different training images; clips are a tenth as many")  # fmt: skip
+    parser.add_argument(
+        "--scenes",
+        type=number(Whole(10, 10**7)),
+        default=12000,
+        help="different training images; clips are a tenth as many",
+    )
     parser.add_argument("--lr", type=number(Number(0, 100, above=True)), default=8e-4)
     parser.add_argument("--seed", type=number(SEED), default=42)
     parser.add_argument("--threads", type=number(THREADS), default=1)
@@ -175,13 +193,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     average = {name: value.clone() for name, value in model.state_dict().items()}
     decay = [p for p in model.parameters() if p.dim() > 1]
     no_decay = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
-                                   {"params": no_decay, "weight_decay": 0.0}], lr=args.lr)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr
+    )
     # Focal loss from scratch collapses to empty masks (measured), so plain cross-entropy: gamma 0, no alpha.
     loss_of = MultiStepMultiMasksAndIous(
         {"loss_mask": 10, "loss_dice": 1, "loss_iou": 1, "loss_class": 1},
-        focal_alpha=-1, focal_gamma=0, pred_obj_scores=True, iou_use_l1_loss=True, supervise_all_iou=True,
-    )  # fmt: skip
+        focal_alpha=-1,
+        focal_gamma=0,
+        pred_obj_scores=True,
+        iou_use_l1_loss=True,
+        supervise_all_iou=True,
+    )
 
     first, total = 0, args.steps + args.polish
     checkpoint = args.work / "checkpoint.pt"
@@ -189,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         if saved["facts"] != facts:
-            raise UserError(f"{checkpoint} is from other settings ({saved['facts']}): "
-                            "use them again, or another --work")  # fmt: skip
+            raise UserError(
+                f"{checkpoint} is from other settings ({saved['facts']}): use them again, or another --work"
+            )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average, first = saved["average"], saved["step"]
@@ -229,14 +253,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         done = step + 1
         if done % 250 == 0 or done == total:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
-                     "step": done, "facts": facts}  # fmt: skip
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "step": done,
+                "facts": facts,
+            }
             write_atomic(checkpoint, lambda path: torch.save(state, path))
         if done % 1000 == 0 or done == total:
             raw = {name: value.clone() for name, value in model.state_dict().items()}
             model.load_state_dict(average)
-            row = {"step": done, "loss": round(running, 4),
-                   **{k: round(v, 4) for k, v in evaluate(model, held_out).items()}}  # fmt: skip
+            row = {
+                "step": done,
+                "loss": round(running, 4),
+                **{k: round(v, 4) for k, v in evaluate(model, held_out).items()},
+            }
             model.load_state_dict(raw)
             tqdm.write(json.dumps(row))
             with open(args.work / "log.jsonl", "a") as log:

@@ -8,7 +8,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -20,13 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.adapter_sources import source_files
-from sam2_lora_ext.arguments import ALPHA, number
-from sam2_lora_ext.checkpoints import FORMATS
-from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_json
-from sam2_lora_ext.merge import DTYPES, Merged, merge_files
-from sam2_lora_ext.merge_record import describe, record_path, with_proof
+from sam2_lora_ext.adapters.merge import DTYPES, Merged, merge_files
+from sam2_lora_ext.adapters.record import describe, record_path, with_proof
+from sam2_lora_ext.adapters.sources import source_files
+from sam2_lora_ext.adapters.weights import FORMATS
+from sam2_lora_ext.settings.arguments import ALPHA, number
 from sam2_lora_ext.settings.kinds import Number
+from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_json
 
 EXAMPLES = """\
 examples:
@@ -49,22 +49,38 @@ Beside it, merged.pt.json says what it was made of, with SHA-256 sums. tools/unm
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Merges, verifies on request, and prints a summary."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that training began with")
-    parser.add_argument("--adapter", type=Path, required=True, nargs="+", metavar="PATH",
-                        help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt")
-    parser.add_argument("--weights", type=number(Number(-1e6, 1e6)), nargs="+", metavar="W",
-                        help="of several adapters, how much of each update is added (default for a single one: 1)")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt",
+    )
+    parser.add_argument(
+        "--weights",
+        type=number(Number(-1e6, 1e6)),
+        nargs="+",
+        metavar="W",
+        help="of several adapters, how much of each update is added (default for a single one: 1)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the merged file to write")
     parser.add_argument("--format", choices=FORMATS, help="default: what the suffix of --out says; build_sam2 loads pt")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: that of the base, or float32 if that is a half")
     parser.add_argument(
-        "--alpha", type=number(ALPHA),
-        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json"
+        "--alpha",
+        type=number(ALPHA),
+        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json",
     )
-    parser.add_argument("--verify", metavar="CONFIG",
-                        help="build this stock config from the result and compare its masks with the live adapter's")
+    parser.add_argument(
+        "--verify",
+        metavar="CONFIG",
+        help="build this stock config from the result and compare its masks with the live adapter's",
+    )
     parser.add_argument("--image", type=Path, metavar="FILE", help="what --verify segments (default: smooth noise)")
     parser.add_argument("--force", action="store_true", help="replace --out and its record when they exist")
     args = parser.parse_args(argv)
@@ -73,10 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.verify:
         try:
-            import hydra, sam2  # noqa: E401, F401
+            import hydra  # noqa: E401, F401
+            import sam2
         except ModuleNotFoundError as error:
             raise UserError(f"--verify needs SAM 2 ({error}): pip install -e '.[sam2]', or merge without it") from error
-        from sam2_lora_ext.stock import check_inputs
+        from sam2_lora_ext.deploy.stock import check_inputs
 
         check_inputs(args.verify, args.image)
 
@@ -86,15 +103,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.out, record):
         refuse_existing(path, args.force)
         refuse_input_files(path, read)
-    merged = merge_files(args.base, args.adapter, args.out, weights=args.weights, file_format=args.format,
-                         dtype=args.dtype, alpha=args.alpha, force=args.force, progress=True)
+    merged = merge_files(
+        args.base,
+        args.adapter,
+        args.out,
+        weights=args.weights,
+        file_format=args.format,
+        dtype=args.dtype,
+        alpha=args.alpha,
+        force=args.force,
+        progress=True,
+    )
     facts = describe(merged, args.base, args.out, [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     write_json(record, facts, force=args.force)
     for path, weight, _ in merged.sources:
         print(f"merged   {path}{'' if weight == 1 else f', times {weight:g}'}")
     print(f"into     {args.base}: {merged.changed} of {merged.tensors} tensors changed")
-    print(f"written  {args.out}: {args.out.stat().st_size / 1e6:,.1f} MB, {' and '.join(merged.dtypes)}, "
-          f"in {time.perf_counter() - start:.1f} s")
+    print(
+        f"written  {args.out}: {args.out.stat().st_size / 1e6:,.1f} MB, {' and '.join(merged.dtypes)}, "
+        f"in {time.perf_counter() - start:.1f} s"
+    )
     print(f"record   {record}: sha256 {merged.sha256[:12]} from base {merged.base_id[:12]}")
     for note in merged.notes:
         print(f"note     {note}")
@@ -104,20 +132,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def verify(args: argparse.Namespace, merged: Merged, facts: dict[str, Any]) -> None:
     """Compares the written file with base plus live adapter, notes that in the record, and fails past the bound."""
-    from sam2_lora_ext.verify import compare_merged
+    from sam2_lora_ext.deploy.verify import compare_merged
 
     print(f"verify   stock SAM 2 from {args.out}, and from {args.base} with the live adapter ...", flush=True)
     result = compare_merged(args.out, args.base, merged.adapter, args.verify, args.image)
     write_json(record_path(args.out), with_proof(facts, args.verify, asdict(result)))
     print(f"weights  differ by at most {result.max_abs_weight_diff:.3g}")
-    print(f"logits   differ by at most {result.max_abs_logit_diff:.3g} (allowed {result.bound:.3g}; they reach "
-          f"{result.max_abs_logit:.3g})")
+    print(
+        f"logits   differ by at most {result.max_abs_logit_diff:.3g} (allowed {result.bound:.3g}; they reach "
+        f"{result.max_abs_logit:.3g})"
+    )
     half = [name for name in merged.dtypes if name in ("float16", "bfloat16")]
-    print(f"masks    {result.flipped:.4%} of the pixels differ, IoU at least {result.lowest_iou:.4f}, on average "
-          f"{result.mean_iou:.4f}{f': what {half[0]} costs' if half else ''}")
+    print(
+        f"masks    {result.flipped:.4%} of the pixels differ, IoU at least {result.lowest_iou:.4f}, on average "
+        f"{result.mean_iou:.4f}{f': what {half[0]} costs' if half else ''}"
+    )
     if not result.passed:
-        raise UserError(f"{args.out} is not the adapter's model: its mask logits differ by "
-                        f"{result.max_abs_logit_diff:.3g}, and {result.bound:.3g} is allowed")
+        raise UserError(
+            f"{args.out} is not the adapter's model: its mask logits differ by "
+            f"{result.max_abs_logit_diff:.3g}, and {result.bound:.3g} is allowed"
+        )
     print("verified")
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -19,21 +19,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.arguments import COUNT, SEED, number
 from sam2_lora_ext.data.arguments import add_source, source_of
 from sam2_lora_ext.data.duplicates import groups
 from sam2_lora_ext.data.folders import refuse_inputs, write_folder
 from sam2_lora_ext.data.index import build_index, remarks
 from sam2_lora_ext.data.kaggle import SIZE
 from sam2_lora_ext.data.records import settle, shorten
-from sam2_lora_ext.data.report import render
 from sam2_lora_ext.data.scan import class_sets, combination, look_at_pixels, scan
+from sam2_lora_ext.data.scan_text import render
 from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.data.splits import fold_shares, given_splits, parse_shares, stratified_split, write_split
 from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.data.writers import FORMATS, convert
-from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic, write_json
+from sam2_lora_ext.settings.arguments import COUNT, SEED, number
 from sam2_lora_ext.settings.kinds import Number, Whole
+from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_atomic, write_json
 
 EXAMPLES = """\
 examples:

@@ -9,7 +9,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -18,8 +18,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
-from sam2_lora_ext.run_paths import find_run
+from sam2_lora_ext.run.paths import find_run
+from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_atomic
 
 EXAMPLES = """\
 examples:
@@ -33,10 +33,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR",
-                        help="what launcher.experiment_log_dir was, or something inside, such as adapters/best")
-    parser.add_argument("--evaluation", type=Path, action="append", metavar="DIR",
-                        help="an evaluation to show, several times for several (default: RUN_DIR/evaluation)")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="what launcher.experiment_log_dir was, or something inside, such as adapters/best",
+    )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="an evaluation to show, several times for several (default: RUN_DIR/evaluation)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     parser.add_argument("--force", action="store_true", help="replace --out when it exists")
     args = parser.parse_args(argv)

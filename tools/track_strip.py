@@ -10,7 +10,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sam2_lora_ext.arguments import COUNT, RESOLUTION, number
 from sam2_lora_ext.data.arguments import OVERRIDE, add_config, add_pixels, source_of_model
 from sam2_lora_ext.data.images import ImageError, probe, read_rgb
 from sam2_lora_ext.data.units import look_at_units
 from sam2_lora_ext.data.windows import Windows
-from sam2_lora_ext.files import refuse_existing, refuse_input_files, write_atomic
-from sam2_lora_ext.tiles import stitch
+from sam2_lora_ext.evaluate.tiles import stitch
+from sam2_lora_ext.settings.arguments import COUNT, RESOLUTION, number
+from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_atomic
 
 EXAMPLES = """\
 examples:
@@ -102,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from sam2.build_sam import build_sam2_video_predictor
 
-    from sam2_lora_ext.checkpoints import identify, read_weights
+    from sam2_lora_ext.adapters.weights import identify, read_weights
+    from sam2_lora_ext.deploy.stock import check_inputs, load_strictly
     from sam2_lora_ext.evaluate.models import check_device
-    from sam2_lora_ext.stock import check_inputs, load_strictly
 
     check_device(args.device)
     config = args.config or identify(read_weights(args.checkpoint))

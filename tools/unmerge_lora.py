@@ -5,7 +5,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from sam2_lora_ext.adapter import save_adapter
-from sam2_lora_ext.adapter_files import refuse_adapter_folder
-from sam2_lora_ext.arguments import RANK, number
-from sam2_lora_ext.checkpoints import identify, read_weights, weights_id
+from sam2_lora_ext.adapters.folder import refuse_adapter_folder
+from sam2_lora_ext.adapters.peft import save_adapter
+from sam2_lora_ext.adapters.unmerge import BOUND, Change, unmerge
+from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
+from sam2_lora_ext.settings.arguments import RANK, number
 from sam2_lora_ext.settings.kinds import Number
-from sam2_lora_ext.unmerge import BOUND, Change, unmerge
 
 EXAMPLES = """\
 examples:
@@ -37,16 +37,22 @@ The folder is one for merge_lora.py, for further training, and for PEFT. Its sca
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Recovers, writes the adapter folder, and prints a summary."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that were merged into")
     parser.add_argument("--merged", type=Path, required=True, metavar="FILE", help="the result, in any precision")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
     parser.add_argument(
         "--rank", type=number(RANK), metavar="R", help="of every layer (default: what rounding lets be seen)"
     )
-    parser.add_argument("--bound", type=number(Number(0, 1)), default=BOUND, metavar="SHARE",
-                        help="largest error of a layer as a share of its change (default: %(default)g)")
+    parser.add_argument(
+        "--bound",
+        type=number(Number(0, 1)),
+        default=BOUND,
+        metavar="SHARE",
+        help="largest error of a layer as a share of its change (default: %(default)g)",
+    )
     parser.add_argument("--full", action="store_true", help="keep what is not low-rank as modules trained in full")
     parser.add_argument("--force", action="store_true", help="replace an adapter in --out")
     args = parser.parse_args(argv)
@@ -55,16 +61,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, merged = read_weights(args.base), read_weights(args.merged)
     found = unmerge(base, merged, args.rank, bound=args.bound, keep_full=args.full, shown=bar)
     adapter = found.adapter
-    adapter.metadata |= {"base_id": weights_id(base), "base_path": str(args.base), "model_config": identify(base),
-                         "unmerged_from": str(args.merged)}
+    adapter.metadata |= {
+        "base_id": weights_id(base),
+        "base_path": str(args.base),
+        "model_config": identify(base),
+        "unmerged_from": str(args.merged),
+    }
     save_adapter(adapter, args.out, force=args.force)
     ranks = sorted(layer.rank for layer in adapter.layers.values())
-    print(f"written  {args.out}: {len(ranks)} LoRA layers" + (f" of rank {ranks[0]} to {ranks[-1]}" if ranks else "")
-          + f", {len(adapter.full_modules)} modules kept whole")
+    print(
+        f"written  {args.out}: {len(ranks)} LoRA layers"
+        + (f" of rank {ranks[0]} to {ranks[-1]}" if ranks else "")
+        + f", {len(adapter.full_modules)} modules kept whole"
+    )
     if found.errors:
         worst = max(found.errors, key=found.errors.__getitem__)
-        print(f"error    {median(found.errors.values()):.3g} of a layer's change, at most {found.errors[worst]:.3g} in "
-              f"{worst} ({args.bound:g} is allowed beside the file's own rounding)")
+        print(
+            f"error    {median(found.errors.values()):.3g} of a layer's change, at most {found.errors[worst]:.3g} in "
+            f"{worst} ({args.bound:g} is allowed beside the file's own rounding)"
+        )
         print(f"weights  base and adapter differ from {args.merged} by at most {found.max_abs_weight_diff:.3g}")
 
 

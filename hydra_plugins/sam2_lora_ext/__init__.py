@@ -5,7 +5,7 @@ import os
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from sam2_lora_ext.host import USER_CONFIG_DIR, config_root
+from sam2_lora_ext.host.configs import USER_CONFIG_DIR, config_root
 
 
 class SAM2LoRASearchPath(SearchPathPlugin):

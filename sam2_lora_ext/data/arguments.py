@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.arguments import number
 from sam2_lora_ext.data.guess import guessed
 from sam2_lora_ext.data.source import Source, from_config, from_run
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.run_paths import find_run
+from sam2_lora_ext.run.paths import find_run
+from sam2_lora_ext.settings.arguments import number
 from sam2_lora_ext.settings.data import BITS
+from sam2_lora_ext.utils.errors import UserError
 
 DATA = "the data set's folder, its csv or its json; or a run, which knows its data"
 OVERRIDE = "overrides of -c, as training takes them"

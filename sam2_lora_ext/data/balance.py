@@ -6,7 +6,7 @@ import torch
 from training.dataset.vos_dataset import VOSDataset
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 
 class BalancedVOSDataset(VOSDataset):

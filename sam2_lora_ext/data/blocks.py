@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from sam2_lora_ext.data.records import Reader
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 PLACES = ("csv", "json", "label_dir", "root", "image_dir")  # a reader's arguments that say where its data is
 FORMATS = {

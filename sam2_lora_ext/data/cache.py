@@ -16,8 +16,8 @@ import numpy as np
 
 from sam2_lora_ext.data.index import AnnotationIndex, announce, build_index
 from sam2_lora_ext.data.records import OnInvalid, Problem, Reader
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import read_bytes, write_atomic
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import read_bytes, write_atomic
 
 VERSION = 2  # of the arrays' layout and of the checks; raise it when either changes
 log = logging.getLogger(__name__)

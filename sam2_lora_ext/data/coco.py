@@ -10,7 +10,7 @@ from sam2_lora_ext.data.coco_names import ImageFinder, number_categories
 from sam2_lora_ext.data.images import not_taken, probe, turning
 from sam2_lora_ext.data.json_file import read_annotations
 from sam2_lora_ext.data.records import ImageRecord, InvalidData, Note, Problem, Unread, source_id
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 
 class COCOReader:

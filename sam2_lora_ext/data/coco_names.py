@@ -9,7 +9,7 @@ from typing import Any
 
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import MOST_CLASSES, InvalidData, class_table, describe_classes, shorten
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 
 def number_categories(

@@ -20,7 +20,7 @@ from sam2_lora_ext.data.segments import StripPixels, StripSegmentLoader, WindowF
 from sam2_lora_ext.data.splits import given_splits, take
 from sam2_lora_ext.data.units import check_bits, look_at_units
 from sam2_lora_ext.data.windows import Windows
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

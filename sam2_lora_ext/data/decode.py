@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from sam2_lora_ext.data import tiff
 from sam2_lora_ext.data.orientation import BACK, ORIENTATION, orientation, turned
 from sam2_lora_ext.data.records import InvalidData
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import open_regular
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP")  # by content; suffixes are not believed
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import EXISTS
-from sam2_lora_ext.folders import existing_folder, replace_folder
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import EXISTS
+from sam2_lora_ext.utils.folders import existing_folder, replace_folder
 
 PARTS = frozenset(  # what a data set that this package wrote may hold
     {"train_images", "train.csv", "split.csv", "images", "annotations", "annotations.json", "meta.json", "train"}

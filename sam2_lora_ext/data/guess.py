@@ -14,8 +14,8 @@ from sam2_lora_ext.data.label_png import LabelPNGReader
 from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.data.supervisely import SuperviselyReader
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import open_regular, read_json
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import open_regular, read_json
 
 HEADER = 1 << 16  # bytes of a table that are read to tell what it is
 LABEL_FOLDERS = ("annotations", "labels", "masks", "label", "mask", "gt")

@@ -23,7 +23,7 @@ from sam2_lora_ext.data.decode import (
 from sam2_lora_ext.data.orientation import orientation
 from sam2_lora_ext.data.records import Unread, is_text
 from sam2_lora_ext.data.units import to_eight
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 DARK = 16  # a grey level at most so high (of 255) is unexposed, not steel

@@ -16,13 +16,20 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.images import ImageError, read_rgb
 from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Reader, Unread, listed, settle, shorten
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 DIGESTED = {  # array -> its type in the digest
-    "name_bytes": "u1", "name_offsets": "<i8", "sizes": "<i8", "complete": "u1", "mask_offsets": "<i8",
-    "mask_class": "<i8", "mask_id": "<i8", "run_offsets": "<i8", "runs": "<i8",
-}  # fmt: skip
+    "name_bytes": "u1",
+    "name_offsets": "<i8",
+    "sizes": "<i8",
+    "complete": "u1",
+    "mask_offsets": "<i8",
+    "mask_class": "<i8",
+    "mask_id": "<i8",
+    "run_offsets": "<i8",
+    "runs": "<i8",
+}
 
 
 @dataclass

@@ -17,8 +17,8 @@ from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.objects import ObjectTable
 from sam2_lora_ext.data.splits import take
 from sam2_lora_ext.data.windows import Windows
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import open_regular
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import open_regular
 
 NO_OBJECTS = np.zeros(0, dtype=np.int64)
 MARGIN = 16  # columns between a clean part and the nearest defect: borders of masks are vague

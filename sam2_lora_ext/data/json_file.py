@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.data.records import InvalidData
-from sam2_lora_ext.files import read_bytes
+from sam2_lora_ext.utils.files import read_bytes
 
 
 def read_annotations(path: Path) -> Any:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sam2_lora_ext.data.records import is_text
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import open_regular
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import open_regular
 
 FIELD_LIMIT = 1 << 26  # characters of one RLE
 LONGEST_NAME = 16  # fields that an image's name with commas may be torn into

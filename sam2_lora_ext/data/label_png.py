@@ -13,7 +13,7 @@ from sam2_lora_ext.data.images import ImageError, list_images, mode_and_tag, not
 from sam2_lora_ext.data.near_names import NearNames
 from sam2_lora_ext.data.records import ImageRecord, Problem, Unread, class_table, describe_classes, shorten
 from sam2_lora_ext.data.rle import encode_mask
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 LOSSY = frozenset({"JPEG", "MPO", "WEBP"})
 JPEG_2000 = dict.fromkeys((33003, 33005, 34712), "JPEG 2000")

@@ -12,7 +12,7 @@ from sam2_lora_ext.data.components import find_components
 from sam2_lora_ext.data.ids import OBJECTS_PER_CLASS, class_of
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.rle import union_runs
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 ObjectMode = Literal["instances", "components", "classes", "all"]
 MODES: tuple[str, ...] = get_args(ObjectMode)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from training.dataset.sam2_datasets import MixedDataLoader, TorchTrainMixedDataset
 from training.dataset.utils import RepeatFactorWrapper
 
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 
 class PhasedDataset(TorchTrainMixedDataset):

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.v2 import functional as F2
 from training.utils.data_utils import VideoDatapoint
 
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of SAM 2's input, R G B in 0..1
 

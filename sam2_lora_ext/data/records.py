@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 SEVERSTAL_CLASSES = {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
 MOST_CLASSES = 32767  # the largest class number: the index keeps 16 bits

@@ -7,7 +7,7 @@ from training.dataset.vos_sampler import SampledFramesAndObjects, VOSSampler
 
 from sam2_lora_ext.data.segments import StripSegmentLoader
 from sam2_lora_ext.data.windows import fits, walk
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 
 class ObjectSampler(VOSSampler):

@@ -16,9 +16,9 @@ from sam2_lora_ext.data.index import collect
 from sam2_lora_ext.data.items import read_split
 from sam2_lora_ext.data.records import OnInvalid, Reader, class_table
 from sam2_lora_ext.data.splits import given_splits, take
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.run_config import NAME, OLD_NAME
-from sam2_lora_ext.run_paths import find_run, started_in, trainer_of
+from sam2_lora_ext.run.config import NAME, OLD_NAME
+from sam2_lora_ext.run.paths import find_run, started_in, trainer_of
+from sam2_lora_ext.utils.errors import UserError
 
 if TYPE_CHECKING:
     from sam2_lora_ext.data.dataset import SeverstalRawDataset
@@ -159,7 +159,7 @@ def from_config(name: str, overrides: Sequence[str] = (), phase: str = "val", **
     Raises:
         UserError: the config cannot be composed, or has no data set of this package.
     """
-    from sam2_lora_ext.compose import load
+    from sam2_lora_ext.host.compose import load
 
     return from_trainer(load(name, overrides)["trainer"], phase, f"the config {name}", **reader)
 

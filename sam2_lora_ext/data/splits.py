@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from sam2_lora_ext.csv_text import csv_text
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.utils.csv_text import csv_text
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import write_atomic
 
 
 def parse_shares(text: str) -> dict[str, float]:

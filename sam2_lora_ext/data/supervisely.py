@@ -23,7 +23,7 @@ from sam2_lora_ext.data.records import (
 )
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.data.supervisely_bitmap import BitmapError, place_bitmap
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 SPLIT_SUFFIXES = ("", "_images", "_split")  # `train`, `train_images`, `train_split`
 

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sam2_lora_ext.csv_text import csv_text
 from sam2_lora_ext.data.rle import encode_mask, format_rle
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import write_atomic
+from sam2_lora_ext.utils.csv_text import csv_text
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import write_atomic
 
 HEIGHT, WIDTH = 256, 1600
 
@@ -99,8 +99,11 @@ def patches(rng: np.random.Generator, image: np.ndarray, x: float, y: float) -> 
 
 
 DEFECTS: dict[int, Callable[[np.random.Generator, np.ndarray, float, float], np.ndarray]] = {
-    1: pits, 2: notches, 3: scratches, 4: patches,
-}  # fmt: skip
+    1: pits,
+    2: notches,
+    3: scratches,
+    4: patches,
+}
 
 
 def strip(rng: np.random.Generator, clean: bool = False) -> tuple[np.ndarray, dict[int, np.ndarray]]:

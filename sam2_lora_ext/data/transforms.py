@@ -14,7 +14,7 @@ from training.utils.data_utils import Object, VideoDatapoint
 
 from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.data.images import DARK
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 
 class RandomStripCrop:

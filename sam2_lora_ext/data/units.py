@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from sam2_lora_ext.data.decode import ImageError, decode
-from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.settings.data import BITS
+from sam2_lora_ext.utils.errors import UserError
 
 DEPTHS = (8, 10, 12, 14, 16)  # of sensors
 LOOKED_AT = 64  # images, when training starts

@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 from sam2_lora_ext.data.rle import crop_columns
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 
 class Windows:

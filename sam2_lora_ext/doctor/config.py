@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yellow
-from sam2_lora_ext.run_state import is_finished
+from sam2_lora_ext.run.state import is_finished
 
 AREA = "config"
 ANOTHER = "choose another launcher.experiment_log_dir for a new run"

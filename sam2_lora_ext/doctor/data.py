@@ -12,7 +12,7 @@ from sam2_lora_ext.data.objects import components_note
 from sam2_lora_ext.data.records import compare_datasets
 from sam2_lora_ext.data.units import look_at_units, spread
 from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 AREA = "data"
 LOOKED_AT = 16  # images of each phase that are decoded

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yellow
-from sam2_lora_ext.host import INSTALL_SAM2
+from sam2_lora_ext.host.configs import INSTALL_SAM2
 
 AREA = "environment"
 HIDDEN = "run from another folder, take that one off PYTHONPATH, or rename it"

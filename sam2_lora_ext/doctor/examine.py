@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sam2_lora_ext.compose import load
 from sam2_lora_ext.doctor import config as configs
 from sam2_lora_ext.doctor import environment
 from sam2_lora_ext.doctor.findings import Finding, green, guarded, red, yellow
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.host.compose import load
+from sam2_lora_ext.utils.errors import UserError
 
 BASE = "compare with configs/base/severstal.yaml"
 STEP_ADVICE = (
@@ -62,7 +62,9 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
     checks = [("adapters", training.check_adapters), ("checkpoint", training.check_checkpoint)]
     checks += [("data", lambda phase=phase: training.data.check(phase)) for phase in ("train", "val")]
     checks += [
-        ("data", training.data.check_apart), ("data", training.data.check_classes), ("loss", training.check_loss)
+        ("data", training.data.check_apart),
+        ("data", training.data.check_classes),
+        ("loss", training.check_loss),
     ]
     causes: list[str] = []
     for area, check in checks:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TextIO
 
-from sam2_lora_ext.errors import find_user_error, system_sentence
+from sam2_lora_ext.utils.errors import find_user_error, system_sentence
 
 Level = Literal["green", "yellow", "red"]
 COLOURS = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}

@@ -13,8 +13,8 @@ from torch import nn
 from sam2_lora_ext.doctor.data import DataSets
 from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
 from sam2_lora_ext.doctor.looks import check_gradients, peak_memory
-from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.settings import check_class_ids
+from sam2_lora_ext.utils.errors import UserError
 
 GIGA = 1e9
 TRIES = 50  # samples that are looked at for one with a defect
@@ -63,7 +63,7 @@ class Training:
 
     def check_checkpoint(self) -> Iterator[Finding]:
         """The base: readable, which SAM 2 it is, its identity, and whether it fits the model; then it is loaded."""
-        from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights, weights_id
+        from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, explain_mismatch, identify, read_weights, weights_id
 
         area = "checkpoint"
         if self.base_path is None:
@@ -109,7 +109,7 @@ class Training:
 
     def check_adapters(self) -> Iterator[Finding]:
         """What is trained; targets that hit nothing are an error when the model is built."""
-        from sam2_lora_ext.lora import report
+        from sam2_lora_ext.lora import overview as report
 
         facts = report(self.model)
         if not facts["trained"]:

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam2_lora_ext.arguments import COUNT, RESOLUTION, SEED, number
 from sam2_lora_ext.data.arguments import add_source
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.settings.arguments import COUNT, RESOLUTION, SEED, number
 from sam2_lora_ext.settings.kinds import Number, Whole
+from sam2_lora_ext.utils.errors import UserError
 
 FEW = Whole(1, 1000)  # clicks, or points of a side
 
@@ -41,46 +41,93 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--adapter", type=Path, metavar="PATH", help="a run folder, an adapter folder or a Trainer's checkpoint.pt")
     add("--compare", nargs="+", metavar="[NAME=]PATH", help="several models; the others are compared with the first")
     add("--config", metavar="NAME", help="the stock config, as build_sam2 takes it (default: told from the weights)")
-    add("--image-size", type=number(RESOLUTION), metavar="PIXELS",
-        help="of the model's input, as scratch.resolution was (default: the run's, else the stock config's)")
+    add(
+        "--image-size",
+        type=number(RESOLUTION),
+        metavar="PIXELS",
+        help="of the model's input, as scratch.resolution was (default: the run's, else the stock config's)",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     data = parser.add_argument_group("data (default: the validation data of the first run among the models)")
     add_source(data, positional=False)
     add = data.add_argument
     add("--split-file", type=Path, metavar="FILE", help="csv with the columns image and split")
-    add("--split", metavar="NAME[,..]",
-        help="of the split file; of a run or config: val (default) or train, the data that it validates or trains on")
-    add("--objects", choices=("instances", "components", "classes", "all"),
-        help="what an object is (default: the run's, else instances where the format has them, else components)")
-    add("--min-area", type=number(COUNT), metavar="PIXELS",
-        help="smaller specks are no objects (default: the run's, else 16)")
+    add(
+        "--split",
+        metavar="NAME[,..]",
+        help="of the split file; of a run or config: val (default) or train, the data that it validates or trains on",
+    )
+    add(
+        "--objects",
+        choices=("instances", "components", "classes", "all"),
+        help="what an object is (default: the run's, else instances where the format has them, else components)",
+    )
+    add(
+        "--min-area",
+        type=number(COUNT),
+        metavar="PIXELS",
+        help="smaller specks are no objects (default: the run's, else 16)",
+    )
     add("--limit", type=number(COUNT), metavar="N", help="only N items, spread evenly (then without Kaggle's score)")
     add = parser.add_argument_group("how it is asked").add_argument
     add("--max-clicks", type=number(FEW), default=8, help="clicks that a user makes at most (default: 8)")
-    add("--same-clicks", action="store_true",
-        help="all models get the clicks of the first one's errors (default: from the second click on, each its own)")
+    add(
+        "--same-clicks",
+        action="store_true",
+        help="all models get the clicks of the first one's errors (default: from the second click on, each its own)",
+    )
     add("--clean-clicks", type=number(FEW), default=4, help="clicks on each clean image (default: 4)")
     add("--tile", type=number(COUNT), metavar="COLUMNS", help="look at the strip in tiles of this width")
-    add("--overlap", type=number(Whole(0, 10**6)), default=0, metavar="COLUMNS",
-        help="columns that neighbouring tiles share at least")
-    add("--crop", type=_crop, metavar="COLUMNS|none",
-        help="cut so many columns around the objects; none: whole images (default: as the run's own validation does)")
-    add("--automatic", type=number(FEW), metavar="POINTS",
-        help="also automatic masks, from POINTS x POINTS clicks (stock: 32)")
-    add("--automatic-thresholds", type=number(Number(0, 1)), nargs=2, default=(0.8, 0.95), metavar=("IOU", "STABILITY"),
-        help="of automatic masks (default: stock's, 0.8 0.95)")
-    add("--submission-prompt", default="1click", metavar="PROMPT",
-        help="whose masks go into submission.csv (default: 1click)")
+    add(
+        "--overlap",
+        type=number(Whole(0, 10**6)),
+        default=0,
+        metavar="COLUMNS",
+        help="columns that neighbouring tiles share at least",
+    )
+    add(
+        "--crop",
+        type=_crop,
+        metavar="COLUMNS|none",
+        help="cut so many columns around the objects; none: whole images (default: as the run's own validation does)",
+    )
+    add(
+        "--automatic",
+        type=number(FEW),
+        metavar="POINTS",
+        help="also automatic masks, from POINTS x POINTS clicks (stock: 32)",
+    )
+    add(
+        "--automatic-thresholds",
+        type=number(Number(0, 1)),
+        nargs=2,
+        default=(0.8, 0.95),
+        metavar=("IOU", "STABILITY"),
+        help="of automatic masks (default: stock's, 0.8 0.95)",
+    )
+    add(
+        "--submission-prompt",
+        default="1click",
+        metavar="PROMPT",
+        help="whose masks go into submission.csv (default: 1click)",
+    )
     add("--seed", type=number(SEED), default=0, help="of shifted boxes and clicks on clean steel")
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: runs/evaluation")
-    add("--pictures", type=number(Whole(0, 1000)), default=4, metavar="N",
-        help="of each kind in the galleries (default: 4; 0 for none)")
+    add(
+        "--pictures",
+        type=number(Whole(0, 1000)),
+        default=4,
+        metavar="N",
+        help="of each kind in the galleries (default: 4; 0 for none)",
+    )
     add("--force", action="store_true", help="replace an earlier evaluation in --out")
     args = parser.parse_intermixed_args(argv)
     if not (args.checkpoint or args.adapter or args.compare):
-        raise UserError("say what to evaluate: --checkpoint FILE, --adapter PATH (with --checkpoint for its base), or "
-                        "--compare A B ...")
+        raise UserError(
+            "say what to evaluate: --checkpoint FILE, --adapter PATH (with --checkpoint for its base), or "
+            "--compare A B ..."
+        )
     if args.compare and args.adapter:
         raise UserError("--adapter is for one model: put it among those of --compare")
     if args.tile and args.crop not in (None, "none"):

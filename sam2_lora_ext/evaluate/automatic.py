@@ -11,9 +11,10 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
-from sam2_lora_ext.metrics import iou, mask_counts
-from sam2_lora_ext.predictors import fit_predictor
-from sam2_lora_ext.tiles import tile_starts
+from sam2_lora_ext.deploy.predictors import fit_predictor
+from sam2_lora_ext.evaluate.metrics import iou, mask_counts
+from sam2_lora_ext.evaluate.tiles import tile_starts
+
 
 class AutomaticMasks:
     """The stock generator, on whole strips or on tiles; a defect of two tiles is found in neither as a whole.
@@ -27,15 +28,23 @@ class AutomaticMasks:
     """
 
     def __init__(
-        self, model: SAM2Base, points_per_side: int, thresholds: tuple[float, float],
-        tile: int | None = None, overlap: int = 0,
-    ):  # fmt: skip
+        self,
+        model: SAM2Base,
+        points_per_side: int,
+        thresholds: tuple[float, float],
+        tile: int | None = None,
+        overlap: int = 0,
+    ):
         with warnings.catch_warnings():  # in stock's transforms
             warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
-            self.generator = fit_predictor(SAM2AutomaticMaskGenerator(
-                model, points_per_side=points_per_side, pred_iou_thresh=thresholds[0],
-                stability_score_thresh=thresholds[1],
-            ))  # fmt: skip
+            self.generator = fit_predictor(
+                SAM2AutomaticMaskGenerator(
+                    model,
+                    points_per_side=points_per_side,
+                    pred_iou_thresh=thresholds[0],
+                    stability_score_thresh=thresholds[1],
+                )
+            )
         self.tile, self.overlap = tile, overlap
 
     def masks(self, image: np.ndarray) -> Tensor:

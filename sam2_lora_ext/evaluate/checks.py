@@ -8,12 +8,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.compare import GALLERY, SUBMISSION, Samples
 from sam2_lora_ext.evaluate.conditions import Conditions
 from sam2_lora_ext.evaluate.gallery import refuse_gallery
 from sam2_lora_ext.evaluate.models import Candidate, build
-from sam2_lora_ext.files import refuse_existing
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import refuse_existing
 
 RECORDS = ("evaluation.json", "evaluation.md")  # in the output folder
 LONGEST = 200  # bytes of a folder's name: file systems end at 255

@@ -9,15 +9,15 @@ import torch
 from tqdm import tqdm
 
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.evaluate.evaluation import ModelResult, ObjectResult, run_model
 from sam2_lora_ext.evaluate.gallery import write_gallery
-from sam2_lora_ext.evaluate.kaggle import KaggleTally
+from sam2_lora_ext.evaluate.kaggle_score import KaggleTally
 from sam2_lora_ext.evaluate.models import Candidate, build
+from sam2_lora_ext.evaluate.predictor import Sample, read_sample
 from sam2_lora_ext.evaluate.protocol import Protocol
-from sam2_lora_ext.evaluate.run import ModelResult, ObjectResult, run_model
 from sam2_lora_ext.evaluate.tables import differences, summarize
-from sam2_lora_ext.evaluation import Sample, read_sample
-from sam2_lora_ext.summary import versions
+from sam2_lora_ext.run.summary import versions
+from sam2_lora_ext.utils.errors import UserError
 
 SUBMISSION, GALLERY = "submission.csv", "gallery"
 
@@ -47,9 +47,17 @@ class Samples(Sequence[Sample]):
 
 
 def compare(
-    candidates: Sequence[Candidate], samples: Samples, protocol: Protocol, out: Path, *, device: str = "cpu",
-    submitted: str = "1click", pictures: int = 4, conditions: Mapping[str, Any] | None = None, force: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    candidates: Sequence[Candidate],
+    samples: Samples,
+    protocol: Protocol,
+    out: Path,
+    *,
+    device: str = "cpu",
+    submitted: str = "1click",
+    pictures: int = 4,
+    conditions: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
     """Evaluates every model; writes galleries and submissions below `out`. See `checks.prepare` for what goes before.
 
     Args:
@@ -92,13 +100,15 @@ def compare(
         if tally is not None:
             tally.write(out / wanted.name / SUBMISSION, force)
             tallies.append(tally)
-        records.append({
-            **facts,
-            **summarize(result, protocol, dataset.class_names),
-            "kaggle": tally and tally.summary(),
-            "gallery": [{**entry, "file": f"{wanted.name}/{entry['file']}"} for entry in gallery],
-            "objects": _rows(result, samples),
-        })  # fmt: skip
+        records.append(
+            {
+                **facts,
+                **summarize(result, protocol, dataset.class_names),
+                "kaggle": tally and tally.summary(),
+                "gallery": [{**entry, "file": f"{wanted.name}/{entry['file']}"} for entry in gallery],
+                "objects": _rows(result, samples),
+            }
+        )
         results.append(result)
     changes = {}
     for number, wanted in enumerate(candidates[1:], start=1):
@@ -133,6 +143,4 @@ def _rows(result: ModelResult, samples: Samples) -> list[dict[str, Any]]:
         return None if number < 0 else number
 
     kept = ("image", "object_id", "by_clicks", "clicks", "areas", "boundary", "score", "automatic")
-    return [
-        {**{name: getattr(row, name) for name in kept}, "annotation": annotation(row)} for row in result.objects
-    ]
+    return [{**{name: getattr(row, name) for name in kept}, "annotation": annotation(row)} for row in result.objects]

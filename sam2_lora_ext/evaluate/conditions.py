@@ -15,9 +15,9 @@ from typing import Any
 from sam2_lora_ext.data.arguments import source_of
 from sam2_lora_ext.data.records import describe_classes
 from sam2_lora_ext.data.source import Source, from_run
-from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.evaluate.models import Candidate
-from sam2_lora_ext.files import sha256_of
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import sha256_of
 
 VIEW = ("crop", "stride", "max_objects", "group_width", "resolution")  # how a model looks at images
 HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # how other data is read for a run

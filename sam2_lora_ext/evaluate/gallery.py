@@ -13,13 +13,13 @@ from sam2.modeling.sam2_utils import get_next_point
 
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.rle import decode_runs
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.evaluate.run import CleanResult, ModelResult, ObjectResult
-from sam2_lora_ext.evaluation import Sample
-from sam2_lora_ext.files import EXISTS
-from sam2_lora_ext.folders import existing_folder, replace_folder
-from sam2_lora_ext.metrics import iou
-from sam2_lora_ext.pictures import AFTER, BEFORE, TRUTH, overlay
+from sam2_lora_ext.evaluate.evaluation import CleanResult, ModelResult, ObjectResult
+from sam2_lora_ext.evaluate.metrics import iou
+from sam2_lora_ext.evaluate.pictures import AFTER, BEFORE, TRUTH, overlay
+from sam2_lora_ext.evaluate.predictor import Sample
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import EXISTS
+from sam2_lora_ext.utils.folders import existing_folder, replace_folder
 
 PICTURE = re.compile(r"(best|median|worst|false_alarms)_\d+\.jpg")
 WIDEST, GAP = 900, 4  # pixels of a picture, and between its halves
@@ -57,17 +57,27 @@ def refuse_gallery(folder: Path, force: bool) -> None:
         return
     if not force:
         raise UserError(EXISTS.format(folder))
-    strangers = sorted(entry.name for entry in folder.iterdir() if not PICTURE.fullmatch(entry.name)) \
-        if folder.is_dir() else [folder.name]
+    strangers = (
+        sorted(entry.name for entry in folder.iterdir() if not PICTURE.fullmatch(entry.name))
+        if folder.is_dir()
+        else [folder.name]
+    )
     if strangers:
-        raise UserError(f"--force replaces a gallery, but {folder} has {strangers[0]!r}, which is no picture of one: "
-                        "choose another --out")
+        raise UserError(
+            f"--force replaces a gallery, but {folder} has {strangers[0]!r}, which is no picture of one: "
+            "choose another --out"
+        )
 
 
 def write_gallery(
-    folder: Path, result: ModelResult, samples: Sequence[Sample], class_names: dict[int, str], count: int = 4, *,
+    folder: Path,
+    result: ModelResult,
+    samples: Sequence[Sample],
+    class_names: dict[int, str],
+    count: int = 4,
+    *,
     force: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Replaces a gallery by new pictures, JPEG; returns `{kind, file, caption}` of each, `file` relative to the
     folder's parent.
 

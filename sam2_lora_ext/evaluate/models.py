@@ -9,15 +9,15 @@ import torch
 from sam2.build_sam import build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 
-from sam2_lora_ext.adapter import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter
-from sam2_lora_ext.adapter_sources import check_base, find_adapter, read_adapter, source_files
-from sam2_lora_ext.checkpoints import ADAPTER_KEYS, explain_mismatch, identify, read_weights
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import LARGEST_NOTE, read_json
-from sam2_lora_ext.folders import existing_folder
-from sam2_lora_ext.lora.adapter import attach_adapter
-from sam2_lora_ext.run_paths import find_run
-from sam2_lora_ext.stock import check_inputs
+from sam2_lora_ext.adapters.peft import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter
+from sam2_lora_ext.adapters.sources import check_base, find_adapter, read_adapter, source_files
+from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, explain_mismatch, identify, read_weights
+from sam2_lora_ext.deploy.stock import check_inputs
+from sam2_lora_ext.lora.adapter_state import attach_adapter
+from sam2_lora_ext.run.paths import find_run
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import LARGEST_NOTE, read_json
+from sam2_lora_ext.utils.folders import existing_folder
 
 SUFFIXES = (".pt", ".safetensors", ".torch")
 
@@ -54,9 +54,7 @@ def candidates(texts: Sequence[str], base: Path | None = None, config: str | Non
     return [candidate(text, base, config, spare) for text in texts]
 
 
-def candidate(
-    text: str, base: Path | None = None, config: str | None = None, spare: Path | None = None
-) -> Candidate:
+def candidate(text: str, base: Path | None = None, config: str | None = None, spare: Path | None = None) -> Candidate:
     """The model behind `path` or `name=path`: a weight file, an adapter folder, a run folder or a Trainer's checkpoint.
 
     Args:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sam2_lora_ext.errors import UserError, check_keys
+from sam2_lora_ext.utils.errors import UserError, check_keys
 
 
 @dataclass(frozen=True)

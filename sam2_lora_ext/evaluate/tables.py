@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sam2_lora_ext.bootstrap import bootstrap_interval
 from sam2_lora_ext.data.ids import class_of
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.evaluate.bootstrap import bootstrap_interval
+from sam2_lora_ext.evaluate.evaluation import ModelResult, ObjectResult
+from sam2_lora_ext.evaluate.metrics import dice, iou
 from sam2_lora_ext.evaluate.presence import Scores, presence_difference, presence_table
 from sam2_lora_ext.evaluate.protocol import Protocol
-from sam2_lora_ext.evaluate.run import ModelResult, ObjectResult
-from sam2_lora_ext.metrics import dice, iou
+from sam2_lora_ext.utils.errors import UserError
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, None)}  # COCO's, in pixels of the strip
 GOALS = (0.80, 0.90)
@@ -84,9 +84,11 @@ def summarize(result: ModelResult, protocol: Protocol, class_names: Mapping[int,
 def scores_of(result: ModelResult) -> Scores:
     """The object scores of a model's first clicks."""
     return Scores(
-        [row.score for row in result.objects], [row.image for row in result.objects],
-        [row.score for row in result.clean], [row.image for row in result.clean],
-    )  # fmt: skip
+        [row.score for row in result.objects],
+        [row.image for row in result.objects],
+        [row.score for row in result.clean],
+        [row.image for row in result.clean],
+    )
 
 
 def differences(first: ModelResult, other: ModelResult, protocol: Protocol) -> dict[str, Interval]:

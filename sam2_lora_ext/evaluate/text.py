@@ -6,8 +6,15 @@ from typing import Any
 from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.tables import Interval
 from sam2_lora_ext.evaluate.titles import (
-    OTHER, OTHER_TITLE, SIZES_TITLE, details, grouped, headline, overview, prompt_title,
-)  # fmt: skip
+    OTHER,
+    OTHER_TITLE,
+    SIZES_TITLE,
+    details,
+    grouped,
+    headline,
+    overview,
+    prompt_title,
+)
 
 
 def describe(record: Mapping[str, Any]) -> str:

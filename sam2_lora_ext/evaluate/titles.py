@@ -43,5 +43,8 @@ def overview(protocol: Protocol) -> dict[str, str]:
 
 def grouped(protocol: Protocol) -> dict[str, str]:
     """The metrics of the tables by class and size."""
-    return {key: title for key, title in headline(protocol).items() if key.startswith(("iou_", "automatic"))
-            and "±" not in title} | {"boundary_box": details(protocol)["boundary_box"]}  # fmt: skip
+    return {
+        key: title
+        for key, title in headline(protocol).items()
+        if key.startswith(("iou_", "automatic")) and "±" not in title
+    } | {"boundary_box": details(protocol)["boundary_box"]}

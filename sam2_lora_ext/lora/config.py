@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.lora.layer import PLAIN
+from sam2_lora_ext.utils.errors import UserError, check_keys
 
 DEFAULT_TARGETS = (
     "image_encoder.trunk.blocks.*.attn.qkv",

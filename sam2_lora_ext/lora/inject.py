@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.lora.config import LoRAConfig
 from sam2_lora_ext.lora.layer import LoRALinear
-from sam2_lora_ext.lora.report import report
+from sam2_lora_ext.lora.overview import report
 from sam2_lora_ext.lora.variants import LAYERS
+from sam2_lora_ext.utils.errors import UserError
 
 Config = LoRAConfig | Mapping[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,14 +60,18 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
             if isinstance(modules[name], LoRALinear):
                 raise UserError(f"{name} has a LoRA adapter already: inject into a model only once, freshly built")
             if type(modules[name]) is not nn.Linear:  # a subclass has a forward of its own, which an adapter would drop
-                raise UserError(f"lora.targets: {glob!r} matches {name}, which is a {type(modules[name]).__name__}; "
-                                "only nn.Linear can be adapted: write a narrower glob")
+                raise UserError(
+                    f"lora.targets: {glob!r} matches {name}, which is a {type(modules[name]).__name__}; "
+                    "only nn.Linear can be adapted: write a narrower glob"
+                )
     names = [name for name in modules if name in wanted]
     for outer in find_trainable(model, config):
         for name in names:
             if f"{name}.".startswith(f"{outer}."):
-                raise UserError(f"{name} cannot have an adapter, for {outer} is trained in full: "
-                                "take it out of lora.targets or of lora.trainable")
+                raise UserError(
+                    f"{name} cannot have an adapter, for {outer} is trained in full: "
+                    "take it out of lora.targets or of lora.trainable"
+                )
     for where in ("rank_pattern", "alpha_pattern"):
         for glob in getattr(config, where):
             _matches(where, glob, names)
@@ -79,8 +83,10 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
         if outputs % len(parts):
             raise UserError(f"{name} has {outputs} outputs, which do not divide into q, k and v")
         if config.variant == "pissa" and rank > (most := min(outputs // len(parts), inputs)):
-            raise UserError(f"{name} has {most} singular values, fewer than its rank {rank}: give it a lower one in "
-                            "lora.rank_pattern, or take it out of lora.targets")
+            raise UserError(
+                f"{name} has {most} singular values, fewer than its rank {rank}: give it a lower one in "
+                "lora.rank_pattern, or take it out of lora.targets"
+            )
     return targets
 
 
@@ -96,8 +102,10 @@ def find_trainable(model: nn.Module, config: Config) -> list[str]:
     found = outermost([name for name in modules if name in wanted])
     for name in found:
         if next(modules[name].parameters(), None) is None:
-            raise UserError(f"lora.trainable matches {name}, a {type(modules[name]).__name__} without parameters: "
-                            "name the modules that have some")
+            raise UserError(
+                f"lora.trainable matches {name}, a {type(modules[name]).__name__} without parameters: "
+                "name the modules that have some"
+            )
     return found
 
 
@@ -153,10 +161,17 @@ def build_lora_model(model: Model, lora: Config) -> Model:
 
 
 def _trained(model: nn.Module, config: LoRAConfig) -> set[str]:
-    adapters = {f"{name}.{key}" for name, layer in lora_layers(model) for key in layer.adapter_parameters()
-                if not (config.freeze_a and key == "lora_a")}
-    return adapters | {f"{outer}.{name}" for outer in find_trainable(model, config)
-                       for name, _ in model.get_submodule(outer).named_parameters()}
+    adapters = {
+        f"{name}.{key}"
+        for name, layer in lora_layers(model)
+        for key in layer.adapter_parameters()
+        if not (config.freeze_a and key == "lora_a")
+    }
+    return adapters | {
+        f"{outer}.{name}"
+        for outer in find_trainable(model, config)
+        for name, _ in model.get_submodule(outer).named_parameters()
+    }
 
 
 def _matches(where: str, glob: str, names: Iterable[str]) -> list[str]:

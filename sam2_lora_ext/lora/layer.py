@@ -57,8 +57,14 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(
-        self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
-        parts: tuple[bool, ...] = PLAIN, rslora: bool = False, dropout_on: str = "inputs",
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        parts: tuple[bool, ...] = PLAIN,
+        rslora: bool = False,
+        dropout_on: str = "inputs",
     ) -> None:
         """Shares the parameters of `base`, on their device and in their dtype, and draws A from the global generator.
 

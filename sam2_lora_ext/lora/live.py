@@ -13,12 +13,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.lora.adapter import Adapter
+from sam2_lora_ext.lora.adapter_state import Adapter
 from sam2_lora_ext.lora.inject import lora_layers
 from sam2_lora_ext.lora.layer import LoRALinear
-from sam2_lora_ext.lora.layer_adapter import LayerAdapter
+from sam2_lora_ext.lora.layer_state import LayerAdapter
 from sam2_lora_ext.lora.variants import DoRALinear
+from sam2_lora_ext.utils.errors import UserError
 
 TABLE = "sam2_lora_adapters"  # the attribute of a model that holds its table
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,8 +58,10 @@ def table_of(model: nn.Module) -> Table:
     """
     if not hasattr(model, TABLE):
         if fixed := next(lora_layers(model), None):
-            raise UserError(f"{fixed[0]} has an adapter that cannot be switched: build the model with load_sam2, or "
-                            "add adapters to a model that has none")
+            raise UserError(
+                f"{fixed[0]} has an adapter that cannot be switched: build the model with load_sam2, or "
+                "add adapters to a model that has none"
+            )
         setattr(model, TABLE, Table())
     return getattr(model, TABLE)
 
@@ -81,13 +83,16 @@ def put_adapter(model: nn.Module, name: str, adapter: Adapter) -> None:
         base = {place: model.get_submodule(place) for place in (*adapter.layers, *adapter.full_modules)}
         for place in adapter.layers:
             if type(base[place]) is not nn.Linear:
-                raise UserError(f"the adapter changes {place}, a {type(base[place]).__name__}: "
-                                "only nn.Linear can be adapted")
+                raise UserError(
+                    f"the adapter changes {place}, a {type(base[place]).__name__}: only nn.Linear can be adapted"
+                )
         modules = {place: live_layer(base[place], layer, adapter.dropout) for place, layer in adapter.layers.items()}
         for place in adapter.full_modules:
             start = f"{place}."
-            modules[place] = trained_copy(base[place], {
-                key.removeprefix(start): value for key, value in adapter.full.items() if key.startswith(start)})
+            modules[place] = trained_copy(
+                base[place],
+                {key.removeprefix(start): value for key, value in adapter.full.items() if key.startswith(start)},
+            )
         parents = {place: model.get_submodule(place.rpartition(".")[0]) for place in base}
     table.adapters[name] = modules
     # a module before those inside it, so that these are moved to its device after it

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam2_lora_ext.lora.backward import LeanLoRALinear
 from sam2_lora_ext.lora.layer import PLAIN, LoRALinear, merged_weight, row_norms
-from sam2_lora_ext.lora.lean import LeanLoRALinear
 
 
 def subtracted(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, parts: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,10 @@ TENSORS = {  # by `LoRAConfig.variant`, what a layer has in a state dict beside 
     "pissa": ("lora_a", "lora_b", "lora_a0", "lora_b0"),
 }
 LAYERS: dict[tuple[str, str], type[LoRALinear]] = {  # by `LoRAConfig.variant` and `.implementation`
-    ("lora", "plain"): LoRALinear, ("lora", "lean"): LeanLoRALinear,
-    ("dora", "plain"): DoRALinear, ("dora", "lean"): LeanDoRALinear,
-    ("pissa", "plain"): PiSSALinear, ("pissa", "lean"): LeanPiSSALinear,
+    ("lora", "plain"): LoRALinear,
+    ("lora", "lean"): LeanLoRALinear,
+    ("dora", "plain"): DoRALinear,
+    ("dora", "lean"): LeanDoRALinear,
+    ("pissa", "plain"): PiSSALinear,
+    ("pissa", "lean"): LeanPiSSALinear,
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sam2_lora_ext.lora.adapter import Adapter
+from sam2_lora_ext.lora.adapter_state import Adapter
 
 BLOCK = re.compile(
     r"image_encoder\.trunk\.blocks\.\d+|sam_mask_decoder\.transformer\.[a-z_]+(\.\d+)?|memory_attention\.layers\.\d+"

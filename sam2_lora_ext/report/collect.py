@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.adapter import load_adapter
-from sam2_lora_ext.adapter_files import is_adapter_folder
-from sam2_lora_ext.checkpoints import read_weights
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import LARGEST_NOTE, read_json, read_text
-from sam2_lora_ext.lora.adapter import Adapter
-from sam2_lora_ext.run_state import OLD_SUMMARY, SUMMARY, is_finished
+from sam2_lora_ext.adapters.folder import is_adapter_folder
+from sam2_lora_ext.adapters.peft import load_adapter
+from sam2_lora_ext.adapters.weights import read_weights
+from sam2_lora_ext.lora.adapter_state import Adapter
+from sam2_lora_ext.run.state import OLD_SUMMARY, SUMMARY, is_finished
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import LARGEST_NOTE, read_json, read_text
 
 TABLE = "logs/metrics.csv"
 

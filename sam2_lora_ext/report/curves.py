@@ -34,9 +34,14 @@ def plot(curves: Mapping[tuple[str, str], Curve], title: str, ylabel: str, *, lo
         colour, style = (runs.index(run), kinds.index(kind)) if len(runs) > 1 else (kinds.index(kind), 0)
         label = " ".join([*[run] * (len(runs) > 1), *[kind] * (len(kinds) > 1)]) or kind
         axes.plot(
-            steps, values, label=_plain(label), color=COLOURS[colour % len(COLOURS)],
-            linestyle=STYLES[style % len(STYLES)], marker="o" if len(steps) < 30 else None, markersize=3,
-        )  # fmt: skip
+            steps,
+            values,
+            label=_plain(label),
+            color=COLOURS[colour % len(COLOURS)],
+            linestyle=STYLES[style % len(STYLES)],
+            marker="o" if len(steps) < 30 else None,
+            markersize=3,
+        )
     scale = "log" if log and _spans(curves) else "linear"
     axes.set(xlabel="optimizer step", ylabel=ylabel, title=_plain(title), yscale=scale)
     if len(curves) < 4:

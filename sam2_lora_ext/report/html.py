@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sam2_lora_ext.errors import UserError
-from sam2_lora_ext.files import read_bytes
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import read_bytes
 
 WIDE = 2.5  # width by height
 LARGEST_PICTURE = 1 << 26  # bytes; a page with larger ones opens nowhere

@@ -15,8 +15,14 @@ from sam2_lora_ext.evaluate.text import (
     summary_line,
 )
 from sam2_lora_ext.evaluate.titles import (
-    FEWER_IS_BETTER, OTHER_TITLE, SIZES_TITLE, details, grouped, headline, overview,
-)  # fmt: skip
+    FEWER_IS_BETTER,
+    OTHER_TITLE,
+    SIZES_TITLE,
+    details,
+    grouped,
+    headline,
+    overview,
+)
 from sam2_lora_ext.report.collect import Evaluation
 from sam2_lora_ext.report.html import Raw, folded, table
 

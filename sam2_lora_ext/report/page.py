@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from sam2_lora_ext.files import inside
 from sam2_lora_ext.report.adapter_stats import Change, adapter_changes, by_block, weight_changes
 from sam2_lora_ext.report.collect import Evaluation, Run, understood
 from sam2_lora_ext.report.commands import data_of, training_command, use_commands
 from sam2_lora_ext.report.curves import bars, plot
 from sam2_lora_ext.report.html import figure, folded, page, picture, table
 from sam2_lora_ext.report.numbers import tables
+from sam2_lora_ext.utils.files import inside
 
 LEGEND = (
     "The truth (green), then the mask of one click (blue, the click red); on clean steel what was taken for a defect "

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sam2_lora_ext.errors import UserError
 from sam2_lora_ext.settings.containers import INSIDE
 from sam2_lora_ext.settings.table import SECTIONS, TARGETS, USERS
+from sam2_lora_ext.utils.errors import UserError
 
 TRAINER = "sam2_lora_ext.trainer.LoRATrainer"
 

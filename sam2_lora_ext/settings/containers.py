@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sam2_lora_ext.errors import UserError, check_keys
 from sam2_lora_ext.settings.kinds import Kind, Text, accepts, recordable, shown
+from sam2_lora_ext.utils.errors import UserError, check_keys
 
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 

@@ -20,9 +20,7 @@ FULL_CHECK = Flag().called("dataset.full_check")
 EXIF = Flag().called("dataset.exif")
 CLASS = Whole(1, 32767)
 CLASS_NAME = Text(longest=300)
-CLASSES = Nullable(
-    either(CLASS, ListOf(CLASS_NAME, least=1, most=32767), MapOf(CLASS, CLASS_NAME, most=32767))
-)
+CLASSES = Nullable(either(CLASS, ListOf(CLASS_NAME, least=1, most=32767), MapOf(CLASS, CLASS_NAME, most=32767)))
 COLOUR = ListOf(Whole(0, 255), least=3, most=3)
 MIN_AREA = Whole(1).called("dataset.min_area")
 CLEAN_PART = Nullable(Whole(1, PIXELS)).called("dataset.clean_part_width")
@@ -108,76 +106,191 @@ def distinct_colours(section: Mapping[str, Any]) -> str | None:
     return None
 
 
-WINDOWS = Section({"width": Whole(2, PIXELS), "stride": Whole(1, PIXELS), "num_frames": Whole(2, 10_000)},
-                  required=("width", "stride", "num_frames"), rules=(overlapping,))
+WINDOWS = Section(
+    {"width": Whole(2, PIXELS), "stride": Whole(1, PIXELS), "num_frames": Whole(2, 10_000)},
+    required=("width", "stride", "num_frames"),
+    rules=(overlapping,),
+)
 READER = {"classes": CLASSES, "full_check": FULL_CHECK, "exif": EXIF}
-DATASET = Section({
-    "root": PATH, "split_file": Nullable(PATH), "objects": OBJECTS, "include_clean": Flag(), "on_invalid": ON_INVALID,
-    "min_area": MIN_AREA, "max_objects": MAX_OBJECTS, "group_width": GROUP_WIDTH, "windows": Nullable(WINDOWS),
-    "class_threshold": THRESHOLD, "clean_part_width": CLEAN_PART, "full_check": FULL_CHECK, "exif": EXIF, "bits": BITS,
-    "cache_dir": Nullable(PATH), "reader": Part(), "readers": MapOf(kind=Part()),
-})
+DATASET = Section(
+    {
+        "root": PATH,
+        "split_file": Nullable(PATH),
+        "objects": OBJECTS,
+        "include_clean": Flag(),
+        "on_invalid": ON_INVALID,
+        "min_area": MIN_AREA,
+        "max_objects": MAX_OBJECTS,
+        "group_width": GROUP_WIDTH,
+        "windows": Nullable(WINDOWS),
+        "class_threshold": THRESHOLD,
+        "clean_part_width": CLEAN_PART,
+        "full_check": FULL_CHECK,
+        "exif": EXIF,
+        "bits": BITS,
+        "cache_dir": Nullable(PATH),
+        "reader": Part(),
+        "readers": MapOf(kind=Part()),
+    }
+)
 VOS = Section({"train_transforms": ListOf(Part()), "val_transforms": ListOf(Part())})
 
 DATA = "sam2_lora_ext.data"
 TARGETS = {
-    f"{DATA}.kaggle.KaggleReader": Section({
-        "image_dir": PATH, "csv": PATH, "size": Nullable(ListOf(Whole(1, PIXELS), least=2, most=2)), **READER,
-    }, required=("image_dir", "csv"), rules=(distinct_names,)),
-    f"{DATA}.label_png.LabelPNGReader": Section({
-        "image_dir": PATH, "label_dir": PATH, "colors": Nullable(MapOf(CLASS, COLOUR, most=32767)), **READER,
-    }, required=("image_dir", "label_dir"), rules=(distinct_names, distinct_colours)),
-    f"{DATA}.supervisely.SuperviselyReader": Section({
-        "root": PATH, "split": Nullable(Text(longest=300)), **READER,
-    }, required=("root",), rules=(distinct_names,)),
-    f"{DATA}.coco.COCOReader": Section({
-        "image_dir": PATH, "json": PATH, "crowd": Flag(), **READER,
-    }, required=("image_dir", "json"), rules=(distinct_names,)),
-    f"{DATA}.dataset.SeverstalRawDataset": Section({
-        "reader": Part(), "training": Flag(), "objects": OBJECTS, "min_area": MIN_AREA, "include_clean": Flag(),
-        "clean_share": Nullable(Number(0, 1, below=True)).called("scratch.clean_share"), "clean_part_width": CLEAN_PART,
-        "split_file": Nullable(PATH).called("dataset.split_file"),
-        "split": Nullable(either(Text(longest=300), ListOf(Text(longest=300), least=1))), "max_objects": MAX_OBJECTS,
-        "group_width": GROUP_WIDTH, "windows": Nullable(WINDOWS), "on_invalid": ON_INVALID, "bits": BITS,
-        "cache_dir": Nullable(PATH).called("dataset.cache_dir"),
-    }, required=("reader",), rules=(clean_parts,)),
-    f"{DATA}.sampler.ObjectSampler": Section({
-        "num_frames": FRAMES, "max_num_objects": Nullable(Whole(1)).called("scratch.max_num_objects"),
-        "training": Flag(), "reverse_time_prob": SHARE.called("scratch.reverse_time_prob"),
-    }, rules=(evaluates_all,)),
-    f"{DATA}.balance.BalancedVOSDataset": Section({
-        "video_dataset": Part(), "class_threshold": THRESHOLD, "multiplier": Number(0, 1e4, above=True),
-        "training": Flag(), "sampler": Part(), "transforms": ListOf(Part()), "always_target": Flag(),
-        "target_segments_available": Flag(),
-    }, required=("video_dataset", "sampler", "transforms", "training")),
-    f"{DATA}.phases.PhasedDataset": Section({
-        "datasets": ListOf(Part(), least=1, most=1), "batch_sizes": ListOf(BATCH, least=1, most=1),
-        "num_workers": WORKERS, "pin_memory": Flag(), "steps": STEPS, "epochs": EPOCHS,
-        "steps_per_phase": Whole(1).called("scratch.steps_per_phase"), "seed": SEED.called("trainer.seed_value"),
-        "collate_fn": Nullable(Part()), "worker_init_fn": Nullable(Part()),
-    }, required=("datasets", "batch_sizes", "num_workers", "pin_memory", "steps_per_phase"), rules=(one_length,)),
-    f"{DATA}.transforms.RandomStripCrop": Section({
-        "width": CROP, "height": Nullable(Whole(1, PIXELS)), "grid": Nullable(Whole(1, PIXELS)),
-    }, required=("width",), rules=(whole_strips,)),
+    f"{DATA}.kaggle.KaggleReader": Section(
+        {
+            "image_dir": PATH,
+            "csv": PATH,
+            "size": Nullable(ListOf(Whole(1, PIXELS), least=2, most=2)),
+            **READER,
+        },
+        required=("image_dir", "csv"),
+        rules=(distinct_names,),
+    ),
+    f"{DATA}.label_png.LabelPNGReader": Section(
+        {
+            "image_dir": PATH,
+            "label_dir": PATH,
+            "colors": Nullable(MapOf(CLASS, COLOUR, most=32767)),
+            **READER,
+        },
+        required=("image_dir", "label_dir"),
+        rules=(distinct_names, distinct_colours),
+    ),
+    f"{DATA}.supervisely.SuperviselyReader": Section(
+        {
+            "root": PATH,
+            "split": Nullable(Text(longest=300)),
+            **READER,
+        },
+        required=("root",),
+        rules=(distinct_names,),
+    ),
+    f"{DATA}.coco.COCOReader": Section(
+        {
+            "image_dir": PATH,
+            "json": PATH,
+            "crowd": Flag(),
+            **READER,
+        },
+        required=("image_dir", "json"),
+        rules=(distinct_names,),
+    ),
+    f"{DATA}.dataset.SeverstalRawDataset": Section(
+        {
+            "reader": Part(),
+            "training": Flag(),
+            "objects": OBJECTS,
+            "min_area": MIN_AREA,
+            "include_clean": Flag(),
+            "clean_share": Nullable(Number(0, 1, below=True)).called("scratch.clean_share"),
+            "clean_part_width": CLEAN_PART,
+            "split_file": Nullable(PATH).called("dataset.split_file"),
+            "split": Nullable(either(Text(longest=300), ListOf(Text(longest=300), least=1))),
+            "max_objects": MAX_OBJECTS,
+            "group_width": GROUP_WIDTH,
+            "windows": Nullable(WINDOWS),
+            "on_invalid": ON_INVALID,
+            "bits": BITS,
+            "cache_dir": Nullable(PATH).called("dataset.cache_dir"),
+        },
+        required=("reader",),
+        rules=(clean_parts,),
+    ),
+    f"{DATA}.sampler.ObjectSampler": Section(
+        {
+            "num_frames": FRAMES,
+            "max_num_objects": Nullable(Whole(1)).called("scratch.max_num_objects"),
+            "training": Flag(),
+            "reverse_time_prob": SHARE.called("scratch.reverse_time_prob"),
+        },
+        rules=(evaluates_all,),
+    ),
+    f"{DATA}.balance.BalancedVOSDataset": Section(
+        {
+            "video_dataset": Part(),
+            "class_threshold": THRESHOLD,
+            "multiplier": Number(0, 1e4, above=True),
+            "training": Flag(),
+            "sampler": Part(),
+            "transforms": ListOf(Part()),
+            "always_target": Flag(),
+            "target_segments_available": Flag(),
+        },
+        required=("video_dataset", "sampler", "transforms", "training"),
+    ),
+    f"{DATA}.phases.PhasedDataset": Section(
+        {
+            "datasets": ListOf(Part(), least=1, most=1),
+            "batch_sizes": ListOf(BATCH, least=1, most=1),
+            "num_workers": WORKERS,
+            "pin_memory": Flag(),
+            "steps": STEPS,
+            "epochs": EPOCHS,
+            "steps_per_phase": Whole(1).called("scratch.steps_per_phase"),
+            "seed": SEED.called("trainer.seed_value"),
+            "collate_fn": Nullable(Part()),
+            "worker_init_fn": Nullable(Part()),
+        },
+        required=("datasets", "batch_sizes", "num_workers", "pin_memory", "steps_per_phase"),
+        rules=(one_length,),
+    ),
+    f"{DATA}.transforms.RandomStripCrop": Section(
+        {
+            "width": CROP,
+            "height": Nullable(Whole(1, PIXELS)),
+            "grid": Nullable(Whole(1, PIXELS)),
+        },
+        required=("width",),
+        rules=(whole_strips,),
+    ),
     f"{DATA}.transforms.FixedStripCrop": Section({"width": CROP}, required=("width",)),
     f"{DATA}.transforms.RandomHorizontalFlip": Section({"p": SHARE}),
     f"{DATA}.transforms.RandomVerticalFlip": Section({"p": SHARE}),
     f"{DATA}.pixels.RandomBrightnessContrast": Section({"brightness": SHARE, "contrast": SHARE}),
-    f"{DATA}.pixels.ModelInput": Section({
-        "size": RESOLUTION, "normalise": Flag(), "mean": LEVELS, "std": SPREADS,
-    }, required=("size",)),
-    f"{DATA}.collate.collate_fn": Section({
-        "dict_key": Text(longest=100), "mean": LEVELS, "std": SPREADS,
-    }, required=("dict_key",)),
-    "training.dataset.sam2_datasets.TorchTrainMixedDataset": Section({
-        "datasets": ListOf(Part(), least=1), "batch_sizes": ListOf(Whole(1, 100_000), least=1), "num_workers": WORKERS,
-        "shuffle": Flag(), "pin_memory": Flag(), "drop_last": Flag(), "collate_fn": Nullable(Part()),
-        "worker_init_fn": Nullable(Part()), "phases_per_epoch": Whole(1, 10_000),
-        "dataset_prob": Nullable(ListOf(SHARE, least=1)),
-    }, required=("datasets", "batch_sizes", "num_workers", "shuffle", "pin_memory", "drop_last")),
-    "training.dataset.vos_dataset.VOSDataset": Section({
-        "transforms": ListOf(Part()), "training": Flag(), "video_dataset": Part(), "sampler": Part(),
-        "multiplier": Number(0, 1e4, above=True), "always_target": Flag(), "target_segments_available": Flag(),
-    }, required=("transforms", "training", "video_dataset", "sampler", "multiplier")),
+    f"{DATA}.pixels.ModelInput": Section(
+        {
+            "size": RESOLUTION,
+            "normalise": Flag(),
+            "mean": LEVELS,
+            "std": SPREADS,
+        },
+        required=("size",),
+    ),
+    f"{DATA}.collate.collate_fn": Section(
+        {
+            "dict_key": Text(longest=100),
+            "mean": LEVELS,
+            "std": SPREADS,
+        },
+        required=("dict_key",),
+    ),
+    "training.dataset.sam2_datasets.TorchTrainMixedDataset": Section(
+        {
+            "datasets": ListOf(Part(), least=1),
+            "batch_sizes": ListOf(Whole(1, 100_000), least=1),
+            "num_workers": WORKERS,
+            "shuffle": Flag(),
+            "pin_memory": Flag(),
+            "drop_last": Flag(),
+            "collate_fn": Nullable(Part()),
+            "worker_init_fn": Nullable(Part()),
+            "phases_per_epoch": Whole(1, 10_000),
+            "dataset_prob": Nullable(ListOf(SHARE, least=1)),
+        },
+        required=("datasets", "batch_sizes", "num_workers", "shuffle", "pin_memory", "drop_last"),
+    ),
+    "training.dataset.vos_dataset.VOSDataset": Section(
+        {
+            "transforms": ListOf(Part()),
+            "training": Flag(),
+            "video_dataset": Part(),
+            "sampler": Part(),
+            "multiplier": Number(0, 1e4, above=True),
+            "always_target": Flag(),
+            "target_segments_available": Flag(),
+        },
+        required=("transforms", "training", "video_dataset", "sampler", "multiplier"),
+    ),
     "training.dataset.utils.RepeatFactorWrapper": Section({"dataset": Part(), "seed": SEED}, required=("dataset",)),
 }

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from sam2_lora_ext.errors import UserError
+from sam2_lora_ext.utils.errors import UserError
 
 LARGEST = 2**31 - 1  # of whole numbers without a bound of their own: what torch and numpy take everywhere
 SHOWN = 80  # characters of a refused value in a sentence
@@ -146,7 +146,6 @@ def recordable(value: Any) -> bool:
     if value == "???" or "${" in value:  # OmegaConf's marks for what is missing and for interpolations
         return False
     return not any("\ud800" <= one <= "\udfff" or one in "\x85\u2028\u2029" for one in value)  # YAML folds these three
-
 
 
 def accepts(kind: Kind, value: Any) -> bool:

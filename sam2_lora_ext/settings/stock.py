@@ -79,52 +79,104 @@ def frames_suffice(section: Mapping[str, Any]) -> str | None:
     return None
 
 
-OPTION = Section({
-    "scheduler": Part(), "param_names": Nullable(ListOf(NAME)), "module_cls_names": Nullable(ListOf(NAME)),
-}, required=("scheduler",))
-OPTIM = Section({
-    "optimizer": Part(), "options": Nullable(MapOf(NAME, ListOf(OPTION, least=1))),
-    "param_group_modifiers": Nullable(ListOf(Part())),
-    "amp": Nullable(Section({"enabled": Flag(), "amp_dtype": HALF})),
-    "gradient_clip": Nullable(Part()), "gradient_logger": Nullable(Part()),
-})
-LOGGING = Section({
-    "log_dir": PATH, "log_freq": Whole(1), "tensorboard_writer": Nullable(Part()), "log_level_primary": LEVEL,
-    "log_level_secondary": LEVEL, "log_scalar_frequency": Whole(1), "log_visual_frequency": Whole(1),
-    "scalar_keys_to_log": Nullable(MapOf(NAME, INSIDE)), "log_batch_stats": Flag(),
-}, required=("log_dir", "log_freq", "tensorboard_writer"))
-CHECKPOINT = Section({
-    "save_dir": PATH, "save_freq": Whole(0), "save_list": ListOf(Whole(0)),
-    "model_weight_initializer": Nullable(Part()),
-    "save_best_meters": Nullable(ListOf(NAME)), "skip_saving_parameters": ListOf(NAME),
-    "initialize_after_preemption": Nullable(Flag()), "resume_from": Nullable(PATH),
-}, required=("save_dir", "save_freq"))
+OPTION = Section(
+    {
+        "scheduler": Part(),
+        "param_names": Nullable(ListOf(NAME)),
+        "module_cls_names": Nullable(ListOf(NAME)),
+    },
+    required=("scheduler",),
+)
+OPTIM = Section(
+    {
+        "optimizer": Part(),
+        "options": Nullable(MapOf(NAME, ListOf(OPTION, least=1))),
+        "param_group_modifiers": Nullable(ListOf(Part())),
+        "amp": Nullable(Section({"enabled": Flag(), "amp_dtype": HALF})),
+        "gradient_clip": Nullable(Part()),
+        "gradient_logger": Nullable(Part()),
+    }
+)
+LOGGING = Section(
+    {
+        "log_dir": PATH,
+        "log_freq": Whole(1),
+        "tensorboard_writer": Nullable(Part()),
+        "log_level_primary": LEVEL,
+        "log_level_secondary": LEVEL,
+        "log_scalar_frequency": Whole(1),
+        "log_visual_frequency": Whole(1),
+        "scalar_keys_to_log": Nullable(MapOf(NAME, INSIDE)),
+        "log_batch_stats": Flag(),
+    },
+    required=("log_dir", "log_freq", "tensorboard_writer"),
+)
+CHECKPOINT = Section(
+    {
+        "save_dir": PATH,
+        "save_freq": Whole(0),
+        "save_list": ListOf(Whole(0)),
+        "model_weight_initializer": Nullable(Part()),
+        "save_best_meters": Nullable(ListOf(NAME)),
+        "skip_saving_parameters": ListOf(NAME),
+        "initialize_after_preemption": Nullable(Flag()),
+        "resume_from": Nullable(PATH),
+    },
+    required=("save_dir", "save_freq"),
+)
 STOCK = {
-    "data": Section({"train": Nullable(Part()), "val": Nullable(Part())}), "model": Part(), "logging": LOGGING,
-    "checkpoint": CHECKPOINT, "max_epochs": Whole(1, 10**6), "mode": one_of("train", "train_only", "val"),
-    "accelerator": one_of("cuda", "cpu"), "seed_value": SEED, "val_epoch_freq": Whole(1, 10**6),
-    "distributed": Nullable(Section({
-        "backend": Nullable(one_of("nccl", "gloo")), "comms_dtype": Nullable(HALF), "find_unused_parameters": Flag(),
-        "timeout_mins": Whole(1, 10**6),
-    })),
-    "cuda": Nullable(Section(dict.fromkeys(("cudnn_deterministic", "cudnn_benchmark", "allow_tf32"), Flag())
-                             | dict.fromkeys(("matmul_allow_tf32", "cudnn_allow_tf32"), Nullable(Flag())))),
-    "env_variables": Nullable(MapOf(NAME, Text(empty=True, longest=100_000))), "optim": Nullable(OPTIM),
+    "data": Section({"train": Nullable(Part()), "val": Nullable(Part())}),
+    "model": Part(),
+    "logging": LOGGING,
+    "checkpoint": CHECKPOINT,
+    "max_epochs": Whole(1, 10**6),
+    "mode": one_of("train", "train_only", "val"),
+    "accelerator": one_of("cuda", "cpu"),
+    "seed_value": SEED,
+    "val_epoch_freq": Whole(1, 10**6),
+    "distributed": Nullable(
+        Section(
+            {
+                "backend": Nullable(one_of("nccl", "gloo")),
+                "comms_dtype": Nullable(HALF),
+                "find_unused_parameters": Flag(),
+                "timeout_mins": Whole(1, 10**6),
+            }
+        )
+    ),
+    "cuda": Nullable(
+        Section(
+            dict.fromkeys(("cudnn_deterministic", "cudnn_benchmark", "allow_tf32"), Flag())
+            | dict.fromkeys(("matmul_allow_tf32", "cudnn_allow_tf32"), Nullable(Flag()))
+        )
+    ),
+    "env_variables": Nullable(MapOf(NAME, Text(empty=True, longest=100_000))),
+    "optim": Nullable(OPTIM),
     "optim_overrides": Nullable(ListOf(INSIDE)),
     "meters": Nullable(MapOf(NAME, Nullable(MapOf(NAME, Nullable(MapOf(NAME, Part())))))),
     "loss": Nullable(MapOf(NAME, Part())),
 }
 OURS = {
-    "run_dir": PATH.called("launcher.experiment_log_dir"), "model_config": Nullable(PATH), "monitor": NAME,
+    "run_dir": PATH.called("launcher.experiment_log_dir"),
+    "model_config": Nullable(PATH),
+    "monitor": NAME,
     "monitor_mode": one_of("max", "min"),
-    "early_stop": Nullable(Section({"patience": Whole(1), "min_delta": Number(0, 1e6)})), "metrics_every": Whole(1),
-    "export": Nullable(Section({"merged": Flag(), "flat_files": Flag()})), "keep_previous": Whole(0, 1),
-    "resume_with_changes": Flag(), "max_epochs": Nullable(STOCK["max_epochs"]),
+    "early_stop": Nullable(Section({"patience": Whole(1), "min_delta": Number(0, 1e6)})),
+    "metrics_every": Whole(1),
+    "export": Nullable(Section({"merged": Flag(), "flat_files": Flag()})),
+    "keep_previous": Whole(0, 1),
+    "resume_with_changes": Flag(),
+    "max_epochs": Nullable(STOCK["max_epochs"]),
 }
 WRITER = {
-    "log_dir": PATH, "flush_secs": Whole(1, 10**6), "should_log": Flag(), "max_queue": Whole(1),
+    "log_dir": PATH,
+    "flush_secs": Whole(1, 10**6),
+    "should_log": Flag(),
+    "max_queue": Whole(1),
     "comment": Text(empty=True),
-    "filename_suffix": Text(empty=True, longest=200), "purge_step": Nullable(Whole(0)), "log_every": Whole(1),
+    "filename_suffix": Text(empty=True, longest=200),
+    "purge_step": Nullable(Whole(0)),
+    "log_every": Whole(1),
 }
 NOTED = {"name": Nullable(NAME), "params": Nullable(MapOf(NAME, INSIDE))}
 SCHEDULER = "fvcore.common.param_scheduler"
@@ -134,45 +186,89 @@ PAIR = {"start_value": RATE.called("scratch.lr"), "end_value": RATE.called("scra
 
 TARGETS = {
     "sam2_lora_ext.trainer.LoRATrainer": Section(
-        {**STOCK, **OURS}, required=("run_dir", "data", "model", "logging", "checkpoint"),
+        {**STOCK, **OURS},
+        required=("run_dir", "data", "model", "logging", "checkpoint"),
         rules=(seed_fits, trains_on_something, one_resolution, frames_suffice),
     ),
     "training.trainer.Trainer": Section(
         STOCK, required=("data", "model", "logging", "checkpoint", "max_epochs"), rules=(seed_fits, trains_on_something)
     ),
-    "torch.optim.AdamW": Section({
-        "lr": RATE, "betas": ListOf(BETA, least=2, most=2), "eps": Number(0, 1), "weight_decay": RATE,
-        "amsgrad": Flag(),
-        "maximize": Flag(), "capturable": Flag(), "differentiable": Flag(), "foreach": Nullable(Flag()),
-        "fused": Nullable(Flag()),
-    }),
-    "training.optimizer.GradientClipper": Section({
-        "max_norm": Number(0, 1e6, above=True), "norm_type": Number(0, 100, above=True),
-    }),
-    "training.optimizer.ValueScaler": Section({
-        "scheduler": Part(), "mult_val": Number(0, 1e6, above=True).called("scratch.lr_ratio"),
-    }, required=("scheduler", "mult_val")),
+    "torch.optim.AdamW": Section(
+        {
+            "lr": RATE,
+            "betas": ListOf(BETA, least=2, most=2),
+            "eps": Number(0, 1),
+            "weight_decay": RATE,
+            "amsgrad": Flag(),
+            "maximize": Flag(),
+            "capturable": Flag(),
+            "differentiable": Flag(),
+            "foreach": Nullable(Flag()),
+            "fused": Nullable(Flag()),
+        }
+    ),
+    "training.optimizer.GradientClipper": Section(
+        {
+            "max_norm": Number(0, 1e6, above=True),
+            "norm_type": Number(0, 100, above=True),
+        }
+    ),
+    "training.optimizer.ValueScaler": Section(
+        {
+            "scheduler": Part(),
+            "mult_val": Number(0, 1e6, above=True).called("scratch.lr_ratio"),
+        },
+        required=("scheduler", "mult_val"),
+    ),
     f"{SCHEDULER}.LinearParamScheduler": Section(PAIR, required=tuple(PAIR)),
     f"{SCHEDULER}.CosineParamScheduler": Section(PAIR, required=tuple(PAIR)),
     f"{SCHEDULER}.ConstantParamScheduler": Section({"value": RATE}, required=("value",)),
-    f"{SCHEDULER}.CompositeParamScheduler": Section({
-        "schedulers": ListOf(Part(), least=1), "lengths": ListOf(Number(0, 1), least=1),
-        "interval_scaling": either(SCALING, ListOf(SCALING, least=1)),
-    }, required=("schedulers", "lengths"), rules=(whole_schedule,)),
+    f"{SCHEDULER}.CompositeParamScheduler": Section(
+        {
+            "schedulers": ListOf(Part(), least=1),
+            "lengths": ListOf(Number(0, 1), least=1),
+            "interval_scaling": either(SCALING, ListOf(SCALING, least=1)),
+        },
+        required=("schedulers", "lengths"),
+        rules=(whole_schedule,),
+    ),
     "training.utils.logger.make_tensorboard_logger": Section(WRITER, required=("log_dir",)),
-    "sam2_lora_ext.trackers.make_wandb_logger": Section({
-        **WRITER, **NOTED, "project": NAME, "mode": one_of("online", "offline", "disabled"), "entity": Nullable(NAME),
-    }, required=("log_dir", "project")),
-    "sam2_lora_ext.trackers.make_mlflow_logger": Section({
-        **WRITER, **NOTED, "experiment": NAME, "uri": Nullable(Text()),
-    }, required=("log_dir", "experiment")),
-    "training.utils.checkpoint_utils.load_state_dict_into_model": Section({
-        "strict": Flag(), "ignore_missing_keys": Nullable(ListOf(NAME)),
-        "ignore_unexpected_keys": Nullable(ListOf(NAME)),
-        "state_dict": Part(), "checkpoint_kernels": Nullable(ListOf(Part())),
-    }, required=("state_dict",)),
-    "training.utils.checkpoint_utils.load_checkpoint_and_apply_kernels": Section({
-        "checkpoint_path": PATH, "checkpoint_kernels": Nullable(ListOf(Part())), "ckpt_state_dict_keys": ListOf(NAME),
-        "map_location": Text(longest=100),
-    }, required=("checkpoint_path",)),
+    "sam2_lora_ext.trackers.make_wandb_logger": Section(
+        {
+            **WRITER,
+            **NOTED,
+            "project": NAME,
+            "mode": one_of("online", "offline", "disabled"),
+            "entity": Nullable(NAME),
+        },
+        required=("log_dir", "project"),
+    ),
+    "sam2_lora_ext.trackers.make_mlflow_logger": Section(
+        {
+            **WRITER,
+            **NOTED,
+            "experiment": NAME,
+            "uri": Nullable(Text()),
+        },
+        required=("log_dir", "experiment"),
+    ),
+    "training.utils.checkpoint_utils.load_state_dict_into_model": Section(
+        {
+            "strict": Flag(),
+            "ignore_missing_keys": Nullable(ListOf(NAME)),
+            "ignore_unexpected_keys": Nullable(ListOf(NAME)),
+            "state_dict": Part(),
+            "checkpoint_kernels": Nullable(ListOf(Part())),
+        },
+        required=("state_dict",),
+    ),
+    "training.utils.checkpoint_utils.load_checkpoint_and_apply_kernels": Section(
+        {
+            "checkpoint_path": PATH,
+            "checkpoint_kernels": Nullable(ListOf(Part())),
+            "ckpt_state_dict_keys": ListOf(NAME),
+            "map_location": Text(longest=100),
+        },
+        required=("checkpoint_path",),
+    ),
 }

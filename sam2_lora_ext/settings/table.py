@@ -9,17 +9,34 @@ from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole
 
 NAME = Nullable(Text(longest=300))
 TARGETS = {**data.TARGETS, **model.TARGETS, **stock.TARGETS}
-SCRATCH = Section({
-    "resolution": data.RESOLUTION, "crop_width": data.CROP, "batch_size": data.BATCH,
-    "max_num_objects": Nullable(Whole(1)), "num_workers": data.WORKERS, "num_frames": data.FRAMES,
-    "reverse_time_prob": data.SHARE, "steps": data.STEPS, "epochs": data.EPOCHS, "steps_per_phase": Whole(1),
-    "lr": Number(0, 100, above=True), "lr_ratio": Number(0, 1e6, above=True), "lr_schedule": Part(),
-    "weight_decay": stock.RATE, "clean_share": Nullable(Number(0, 1, below=True)),
-    "window_stride": Whole(1, data.PIXELS),
-}, rules=(data.one_length,))
-LAUNCHER = Section({
-    "num_nodes": Whole(1, 10_000), "gpus_per_node": Whole(1, 1024), "experiment_log_dir": Nullable(Text()),
-})
+SCRATCH = Section(
+    {
+        "resolution": data.RESOLUTION,
+        "crop_width": data.CROP,
+        "batch_size": data.BATCH,
+        "max_num_objects": Nullable(Whole(1)),
+        "num_workers": data.WORKERS,
+        "num_frames": data.FRAMES,
+        "reverse_time_prob": data.SHARE,
+        "steps": data.STEPS,
+        "epochs": data.EPOCHS,
+        "steps_per_phase": Whole(1),
+        "lr": Number(0, 100, above=True),
+        "lr_ratio": Number(0, 1e6, above=True),
+        "lr_schedule": Part(),
+        "weight_decay": stock.RATE,
+        "clean_share": Nullable(Number(0, 1, below=True)),
+        "window_stride": Whole(1, data.PIXELS),
+    },
+    rules=(data.one_length,),
+)
+LAUNCHER = Section(
+    {
+        "num_nodes": Whole(1, 10_000),
+        "gpus_per_node": Whole(1, 1024),
+        "experiment_log_dir": Nullable(Text()),
+    }
+)
 
 
 def ports(section) -> str | None:
@@ -28,15 +45,33 @@ def ports(section) -> str | None:
     return f"port_range begins with {low}, above its end {high}" if low > high else None
 
 
-SUBMITIT = Section({
-    "partition": NAME, "account": NAME, "qos": NAME, "cpus_per_task": Whole(1, 10_000), "use_cluster": Flag(),
-    "timeout_hour": Whole(1, 100_000), "name": NAME, "port_range": ListOf(Whole(1, 65535), least=2, most=2),
-    "mem_gb": Nullable(Number(0, 1e6, above=True)), "mem": NAME, "constraints": NAME, "comment": NAME,
-    "exclude_nodes": ListOf(Text(longest=300)), "include_nodes": ListOf(Text(longest=300)),
-    "srun_args": Nullable(Section({"cpu_bind": NAME})),
-}, required=("port_range",), rules=(ports,))
+SUBMITIT = Section(
+    {
+        "partition": NAME,
+        "account": NAME,
+        "qos": NAME,
+        "cpus_per_task": Whole(1, 10_000),
+        "use_cluster": Flag(),
+        "timeout_hour": Whole(1, 100_000),
+        "name": NAME,
+        "port_range": ListOf(Whole(1, 65535), least=2, most=2),
+        "mem_gb": Nullable(Number(0, 1e6, above=True)),
+        "mem": NAME,
+        "constraints": NAME,
+        "comment": NAME,
+        "exclude_nodes": ListOf(Text(longest=300)),
+        "include_nodes": ListOf(Text(longest=300)),
+        "srun_args": Nullable(Section({"cpu_bind": NAME})),
+    },
+    required=("port_range",),
+    rules=(ports,),
+)
 SECTIONS = {  # in this order: the name that a user knows comes first
-    "scratch": SCRATCH, "dataset": data.DATASET, "lora": Nullable(model.LORA), "vos": data.VOS, "launcher": LAUNCHER,
+    "scratch": SCRATCH,
+    "dataset": data.DATASET,
+    "lora": Nullable(model.LORA),
+    "vos": data.VOS,
+    "launcher": LAUNCHER,
     "submitit": SUBMITIT,
 }
 USERS = ("scratch", "dataset", "vos")

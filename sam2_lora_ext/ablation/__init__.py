@@ -1,0 +1,1 @@
+"""Ablations: grids of overrides, their runs, the check that a folder holds such a run."""

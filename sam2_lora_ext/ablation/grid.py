@@ -1,0 +1,238 @@
+"""Ablations: the members of a grid of overrides, what came out of each, and the table and plot of all.
+
+A member is a run of its own in its own folder, so that it resumes like any run and is finished when its
+summary is there.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.run.state import SUMMARY, is_finished, validations
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import LARGEST_NOTE, read_json, write_atomic, write_json
+
+MEMBER, LOG = "member.json", "ablation.log"
+METRICS = ("iou_1click", "dice_1click", "iou_8clicks", "dice_8clicks", "clean_accuracy")
+OPENING, CLOSING = "[{(", "]})"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One point of the grid: its overrides by key, and its run folder."""
+
+    values: dict[str, str] = field(hash=False)
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The last part of each key with its value, such as "rank=8, dropout=0.1"."""
+        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items())
+
+    @property
+    def overrides(self) -> list[str]:
+        """For Hydra."""
+        return [f"{key}={value}" for key, value in self.values.items()]
+
+
+def parse_grid(axes: Sequence[str]) -> dict[str, list[str]]:
+    """Key -> values of axes such as "lora.rank=4,8,16" or "lora.targets=[a,b],[c]" (commas in brackets do not divide).
+
+    Raises:
+        UserError: an axis is not of this form, names a key again, or a value twice.
+    """
+    grid: dict[str, list[str]] = {}
+    for axis in axes:
+        key, equals, text = axis.partition("=")
+        values = [value.strip() for value in _split(text)]
+        if not equals or not re.fullmatch(r"\+{0,2}[\w.@/-]+", key) or not all(values):
+            raise UserError(f"--grid takes key=value,value ..., got {axis!r}")
+        if key in grid or len(set(values)) < len(values):
+            raise UserError(f"--grid names {key} or one of its values twice: {axis!r}")
+        grid[key] = values
+    return grid
+
+
+def members_of(grid: dict[str, list[str]], out: Path) -> list[Member]:
+    """All combinations of a grid's values, each with a folder below `out` that tells them."""
+    found = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        member = Member(chosen, out / label_of(chosen))
+        found.append(member)
+    return found
+
+
+def note_settings(members: Sequence[Member], common: Sequence[str]) -> None:
+    """Notes in each member's folder, for people, what it is."""
+    for member in members:
+        write_json(member.folder / MEMBER, {"values": member.values, "common": list(common)})
+
+
+def label_of(values: dict[str, str]) -> str:
+    """A folder's name for key -> value, the same in every grid; with a hash where it cannot hold all of the values."""
+    whole = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+    label = re.sub(r"[^\w.-]+", "-", whole).strip("-")
+    if label == whole and len(label) <= 80:
+        return label
+    return f"{label[:70]}_{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]}"
+
+
+def metrics_of(config: Any) -> tuple[list[str], str | None, str]:
+    """What a composed config's validation gives, its monitored metric, and whether its "max" or "min" is best."""
+    from hydra.utils import instantiate
+
+    trainer = config.trainer
+    steps = trainer.model.get("num_correction_pt_per_frame", 7) + 1
+    meters = [instantiate(meter) for group in trainer.meters.val.values() for meter in group.values()]
+    keys = [key for meter in meters if hasattr(meter, "keys") for key in meter.keys(steps, tracked=True)]
+    return keys, trainer.get("monitor"), trainer.get("monitor_mode", "max")
+
+
+def reason_of_failure(member: Member, code: int) -> str:
+    """The sentence with which a member's process ended, from its log."""
+    log = member.folder / LOG
+    lines = (
+        [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    )
+    sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (sentences or lines or ["it left no word"])[-1][:500] + f" (exit code {code}; log: {log})"
+
+
+def collect(members: Sequence[Member], failures: dict[str, str], metric: str = METRICS[0]) -> list[dict[str, Any]]:
+    """One row a member: its values, `status`, what it trained and its best validation (by the monitored metric).
+
+    Args:
+        members: all of them.
+        failures: folder name -> reason, of those that failed now.
+        metric: a column beside the usual ones.
+    """
+    rows = []
+    for member in members:
+        row: dict[str, Any] = {"member": member.folder.name, **member.values, "status": "failed", "reason": ""}
+        if is_finished(member.folder):
+            summary = read_json(member.folder / SUMMARY, LARGEST_NOTE)
+            best = summary["best"] or {"metrics": {}, "step": None}
+            row |= {
+                "status": "finished",
+                "params_trained": summary["parameters"]["trained"],
+                "best_step": best["step"],
+                "steps": summary["steps"],
+                "seconds": summary["wall_seconds"],
+            }
+            row |= {name: best["metrics"].get(name) for name in (*METRICS, summary["monitor"], metric)}
+        elif reason := failures.get(member.folder.name):
+            row["reason"] = reason
+        elif entries := validations(member.folder):
+            row |= {"status": "unfinished", "reason": f"validated last at step {entries[-1]['step']}"}
+        else:
+            row["reason"] = "not run"
+        rows.append(row)
+    return rows
+
+
+def best_of(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") -> dict[str, Any] | None:
+    """The finished member with the highest metric ("max") or the lowest ("min"); of equal ones the smallest."""
+    known = [row for row in rows if row.get(metric) is not None]
+    sign = 1 if mode == "max" else -1
+    return max(known, key=lambda row: (sign * row[metric], -row["params_trained"]), default=None)
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows under the union of their columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def to_markdown(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") -> str:
+    """A table of the members, numbered as in the plot, the best in bold."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("member", "reason")]
+    best = best_of(rows, metric, mode)
+    lines = ["| " + " | ".join(["#", *columns]) + " |", "|" + " --- |" * (len(columns) + 1)]
+    for number, row in enumerate(rows, start=1):
+        cells = [str(number), *(_cell(row.get(column)) for column in columns)]
+        cells = [f"**{cell}**" if row is best and cell else cell for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(members: Sequence[Member], rows: Sequence[dict[str, Any]], metric: str, path: Path, mode: str = "max") -> None:
+    """The metric against the trained parameters, a numbered point a finished member, a star for the best.
+
+    Nothing without any.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
+    known = [
+        (number, member, row)
+        for number, (member, row) in enumerate(zip(members, rows, strict=True), start=1)
+        if row.get(metric) is not None
+    ]
+    if not known:
+        return
+    best = best_of(rows, metric, mode)
+    figure = Figure(figsize=(8, 4.5 + 0.18 * len(known)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, member, row in known:
+        place, name = (row["params_trained"], row[metric]), textwrap.shorten(member.name, 110, placeholder=" ...")
+        chosen = row is best
+        axes.scatter(
+            *place,
+            marker="*" if chosen else "o",
+            s=180 if chosen else 50,
+            color=f"C{(number - 1) % 10}",
+            zorder=3,
+            label=f"{number}: {name}{' (best)' if chosen else ''}",
+        )
+        axes.annotate(str(number), place, textcoords="offset points", xytext=(6, 5), fontsize=9)
+    axes.set(xlabel="trained parameters", ylabel=f"{metric} (best validation)", xscale="log")
+    axes.margins(0.08)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    sizes = [row["params_trained"] for _, _, row in known]
+    axes.xaxis.set_minor_formatter(EngFormatter(sep="") if max(sizes) < 10 * min(sizes) else NullFormatter())
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower left", fontsize=8, frameon=False)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that are in no bracket and no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        depth += (character in OPENING and not quote) - (character in CLOSING and not quote)
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value).replace("|", "\\|")
+    )

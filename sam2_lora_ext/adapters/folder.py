@@ -1,0 +1,101 @@
+"""An adapter folder as one unit: its files are replaced together, and a digest says that they belong together.
+
+The digest stands in the safetensors header's entry `sam2_lora_ext`, which PEFT's own adapters have not, and is over
+
+    tensors              names, types, shapes and values, in the order of the names
+    adapter_config.json  the fields of `BOUND`, which change what the tensors mean
+    the header           the parts of fused layers and the identity of the base
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam2_lora_ext.data.folders import refuse_inputs
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import EXISTS
+from sam2_lora_ext.utils.folders import existing_folder, replace_folder
+
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PARTS = frozenset({CONFIG, WEIGHTS, OLD_WEIGHTS})
+HEADER, FUSED, DIGEST = "sam2_lora_ext", "fused", "digest"
+BOUND = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+log = logging.getLogger(__name__)
+
+
+def write_adapter_folder(folder: str | Path, write: Callable[[Path], Any], force: bool) -> None:
+    """Replaces an adapter folder by the one that `write` fills; see `folders.replace_folder`."""
+    replace_folder(folder, write, PARTS, force=force)
+
+
+def refuse_adapter_folder(out: Path, inputs: Iterable[str | Path], force: bool) -> None:
+    """Raises a `UserError` when an adapter may not be written to the folder `out`.
+
+    Args:
+        out: missing or an empty folder, or with `force` an adapter folder.
+        inputs: files and folders that are read, which it may not be, hold or lie in.
+        force: replace an adapter.
+    """
+    refuse_inputs(out, inputs)
+    there = existing_folder(out.resolve())
+    if not os.path.lexists(there) or there.is_dir() and not any(there.iterdir()):
+        return
+    if not force:
+        raise UserError(EXISTS.format(out))
+    if not is_adapter_folder(there):
+        raise UserError(f"--force replaces an adapter, but {out} is none: choose another folder")
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether both files of an adapter are there; half an adapter is none."""
+    folder = existing_folder(folder)
+    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, OLD_WEIGHTS))
+
+
+def digest_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Mapping[str, Any]) -> str:
+    """SHA-256 of what is said above.
+
+    Args:
+        tensors: of the weight file, on the CPU.
+        config: of adapter_config.json.
+        header: of the safetensors file, with `fused` and the adapter's metadata.
+    """
+    facts = {**{name: config.get(name) for name in BOUND}, FUSED: header.get(FUSED), "base_id": header.get("base_id")}
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"\n{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_digest(
+    weights: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Mapping[str, Any]
+) -> None:
+    """Compares the digest in a header of ours; PEFT's adapters have no such header.
+
+    Raises:
+        UserError: the files of the folder do not belong together.
+    """
+    if not header:
+        return
+    if DIGEST not in header:
+        log.warning(
+            "%s is of version 0.1.0, which did not record that it belongs to the %s beside it: only ranks and shapes "
+            "are compared",
+            weights,
+            CONFIG,
+        )
+    elif header[DIGEST] != digest_of(tensors, config, header):
+        raise UserError(
+            f"{weights} and the {CONFIG} beside it do not belong together, or one of them was changed: "
+            "copy the whole folder again, or export it anew with tools/export_adapter.py"
+        )

@@ -1,0 +1,288 @@
+"""Adapters on disk, in the format of PEFT: torch and safetensors are all that it takes.
+
+A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.safetensors` with the keys
+
+    base_model.model.<module>.lora_A.weight (r, in)   base_model.model.<module>.lora_B.weight (out, r)
+    base_model.model.<module>.lora_magnitude_vector   (out), with DoRA
+    base_model.model.<module>.<parameter>             of a module trained in full (PEFT's `modules_to_save`)
+
+PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
+block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
+`sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
+what binds the two files to each other (`adapter_files`).
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sam2_lora_ext.adapters.folder import (
+    CONFIG,
+    DIGEST,
+    FUSED,
+    HEADER,
+    OLD_WEIGHTS,
+    PARTS,
+    WEIGHTS,
+    check_digest,
+    digest_of,
+    write_adapter_folder,
+)
+from sam2_lora_ext.adapters.name_patterns import NamePatterns
+from sam2_lora_ext.adapters.weights import read_weights, write_weights
+from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
+from sam2_lora_ext.lora.inject import above, outermost
+from sam2_lora_ext.lora.layer import PLAIN, block_diagonal
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import LARGEST_NOTE, parse_json, read_json, write_json
+from sam2_lora_ext.utils.folders import existing_folder
+
+__all__ = ["Adapter", "LayerAdapter", "apply_adapter", "attach_adapter", "load_adapter", "save_adapter"]
+
+PREFIX = "base_model.model."
+A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"
+READS = 3
+KEYS = {A: 2, B: 2, MAGNITUDE: 1}  # ends of a layer's keys after `lora_`, and their numbers of dimensions
+# What a PEFT config may say without changing what the adapter computes; any other setting that is on is refused.
+HARMLESS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+KINDS = {
+    "rank_pattern": (dict, NoneType),
+    "alpha_pattern": (dict, NoneType),
+    "modules_to_save": (list, NoneType),
+    "lora_dropout": (int, float, NoneType),
+}
+# The other ways to begin change the base's weights.
+OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) -> None:
+    """Writes an adapter folder that PEFT and `load_adapter` read, as one unit.
+
+    Args:
+        adapter: what to write.
+        folder: made, or replaced; what it holds beside an adapter is kept.
+        force: replace a folder that is not empty.
+
+    Raises:
+        UserError: the folder is not empty and `force` is off, or the system refuses.
+    """
+    rslora = any(layer.rslora for layer in adapter.layers.values())
+    tensors, ranks, alphas, fused = {}, {}, {}, {}
+    for name, layer in adapter.layers.items():
+        adapted, alpha = sum(layer.parts), layer.alpha_for(rslora)
+        tensors[f"{PREFIX}{name}.lora_{A}"] = layer.lora_a
+        tensors[f"{PREFIX}{name}.lora_{B}"] = block_diagonal(layer.lora_b, layer.parts)
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_{MAGNITUDE}"] = layer.magnitude
+        ranks[name] = adapted * layer.rank
+        alphas[name] = alpha * (math.sqrt(adapted) if rslora else adapted)  # the same scaling at the larger rank
+        if layer.parts != PLAIN:
+            fused[name] = {"parts": layer.parts, "alpha": alpha}
+    rank, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 8)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": adapter.is_dora,
+        "target_modules": list(adapter.layers),
+        "modules_to_save": adapter.full_modules or None,
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+    }
+    tensors |= {PREFIX + key: value for key, value in adapter.full.items()}
+    header = {**adapter.metadata, FUSED: fused}
+    metadata = {HEADER: json.dumps({**header, DIGEST: digest_of(tensors, config, header)}, allow_nan=False)}
+
+    def write(temporary: Path) -> None:
+        write_json(temporary / CONFIG, config)
+        write_weights(temporary / WEIGHTS, tensors, "safetensors", metadata=metadata)
+
+    write_adapter_folder(folder, write, force)
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Reads an adapter folder, ours or PEFT's; `path` is the folder or its weight file.
+
+    Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config. A folder that is
+    replaced while it is read is read again.
+
+    Raises:
+        UserError: a file is missing or damaged, the adapter is of a kind that is not LoRA or DoRA on linear layers, its
+            tensors do not fit its config, or its files do not belong together.
+    """
+    path = Path(path)
+    folder = path.parent if path.name in PARTS or path.is_file() else path
+    for _ in range(READS):
+        before = _identity(folder)
+        try:
+            return _read_folder(existing_folder(folder))
+        except UserError:
+            if before is not None and _identity(folder) == before:
+                raise
+    return _read_folder(existing_folder(folder))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What changes when `replace_folder` puts another folder there; the number alone may come again."""
+    try:
+        found = folder.stat()
+        return found.st_ino, found.st_ctime_ns
+    except OSError:
+        return None
+
+
+def _read_folder(folder: Path) -> Adapter:
+    config = _read_config(folder / CONFIG)
+    weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), folder / WEIGHTS)
+    tensors, header = read_weights(weights), _read_header(weights)
+    fused = header.get(FUSED, {})
+    found: dict[str, dict[str, Tensor]] = {}
+    full = {}
+    for key, tensor in tensors.items():
+        name, matched, kind = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not key.startswith(PREFIX):
+            raise UserError(f"{weights}: {key!r} does not begin with {PREFIX!r}, as PEFT's adapters of a model do")
+        if not matched:
+            full[key.removeprefix(PREFIX)] = tensor
+        elif KEYS.get(kind) != tensor.dim():
+            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only LoRA and DoRA are known")
+        elif kind == MAGNITUDE and not config.get("use_dora"):
+            raise UserError(f"{weights}: {key!r} is DoRA's, but its config does not set use_dora")
+        else:
+            found.setdefault(name, {})[kind] = tensor
+    for name, entries in found.items():
+        for kind in KEYS if config.get("use_dora") else (A, B):
+            if kind not in entries:
+                present, missing = (f"lora_{word.removesuffix('.weight')}" for word in (next(iter(entries)), kind))
+                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is not whole")
+    ranks, alphas = (NamePatterns(config.get(f"{key}_pattern"), str(folder / CONFIG)) for key in ("rank", "alpha"))
+    layers = {
+        name: _layer(
+            name,
+            entries,
+            config,
+            fused.get(name),
+            ranks.value(name, config.get("r")),
+            alphas.value(name, config.get("lora_alpha")),
+        )
+        for name, entries in found.items()
+    }
+    saved = config.get("modules_to_save") or []
+    full_modules = []
+    for key in full:
+        modules = [name for name in above(key) if any(f".{name}".endswith(f".{end}") for end in saved)]
+        if not modules:
+            raise UserError(f"{weights}: {key!r} is neither LoRA nor in a module of the config's modules_to_save")
+        full_modules.append(modules[-1])
+    full_modules = outermost(list(dict.fromkeys(full_modules)))
+    metadata = {key: value for key, value in header.items() if key not in (FUSED, DIGEST)}
+    adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata)
+    check_digest(weights, tensors, config, header)  # last, for it cannot say what is wrong
+    return adapter
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = read_json(path, LARGEST_NOTE)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UserError(f"there is no {path}: an adapter folder holds {CONFIG} and {WEIGHTS}") from error
+        raise UserError(f"{path} is damaged or cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{path} describes an adapter of the kind {kind}: only LORA can be used")
+    for key, value in config.items():
+        if key == "init_lora_weights":
+            if value not in OWN_INIT:
+                raise UserError(
+                    f"{path} sets {key} to {value!r}, which changed the base's weights: save it as plain "
+                    "LoRA with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+                )
+        elif value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS:
+            raise UserError(f"{path} sets {key} to {value!r}: only LoRA and DoRA can be used, this is another kind")
+        if not isinstance(value, KINDS.get(key, object)):
+            raise UserError(f"{path} sets {key} to {value!r}, which PEFT never does: it is damaged")
+    return config
+
+
+def _read_header(weights: Path) -> dict[str, Any]:
+    if weights.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(weights, "pt") as file:
+            text = (file.metadata() or {}).get(HEADER, "{}")
+    except (OSError, RuntimeError, SafetensorError) as error:  # replaced since its tensors were read
+        raise UserError(f"cannot read {weights}: {error}") from error
+    metadata = parse_json(text, f"{weights} is damaged: its header entry {HEADER}")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(FUSED, {}), dict):
+        raise UserError(f"{weights} is damaged: its header entry {HEADER} is not what this package writes")
+    return metadata
+
+
+def _layer(
+    name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused: dict[str, Any] | None, rank: Any, alpha: Any
+) -> LayerAdapter:
+    """One layer of a PEFT adapter; `fused` says which parts of its B are not zero, see `save_adapter`."""
+    a, b = tensors[A], tensors[B]
+    rslora = bool(config.get("use_rslora"))
+    if rank != a.shape[0] or a.shape[0] != b.shape[1] or not isinstance(alpha, (int, float)):
+        raise UserError(
+            f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)}, its config says rank "
+            f"{rank} and alpha {alpha}: they do not belong together"
+        )
+    if not fused:
+        return LayerAdapter(a, b, alpha, rslora, magnitude=tensors.get(MAGNITUDE))
+    try:
+        parts, part_alpha = tuple(map(bool, fused["parts"])), float(fused["alpha"])
+        step_out, step_in = b.shape[0] // len(parts), rank // sum(parts)
+        rows = [index for index, adapted in enumerate(parts) if adapted]
+        blocks = [
+            b[row * step_out : (row + 1) * step_out, column * step_in : (column + 1) * step_in]
+            for column, row in enumerate(rows)
+        ]
+        layer = LayerAdapter(a, torch.cat(blocks), part_alpha, rslora, parts)
+        fits = torch.equal(block_diagonal(layer.lora_b, parts), b)
+        fits = fits and math.isclose(layer.scaling, lora_scaling(rank, alpha, rslora))
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError):
+        fits = False
+    if not fits:
+        raise UserError(f"the adapter of {name} is damaged: its header does not fit its tensors and its config")
+    return layer

@@ -1,0 +1,63 @@
+"""The JSON file beside a merged file: what went in, with hashes, how it was made, and what came out.
+
+<merged file>.json
+    command, created    the command line; the time, with its zone
+    base                path, bytes, model (stock config), weights_id: SHA-256 of its values, which adapters know
+    adapters            of each: path, weight in the sum, files (name -> sha256), what its metadata say of its base
+    result              path, bytes, sha256 of the file, dtypes, tensors, changed: those not the base's own
+    versions, git_commit
+    verify              with --verify: config and the fields of `Comparison`
+"""
+
+import math
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.adapters.merge import Merged
+from sam2_lora_ext.adapters.sources import source_files
+from sam2_lora_ext.run.summary import git_commit, versions
+from sam2_lora_ext.utils.files import sha256_of
+
+FACTS = ("base_id", "base_path", "model_config")
+
+
+def record_path(merged: Path) -> Path:
+    """Where the record of a merged file is."""
+    return merged.with_name(f"{merged.name}.json")
+
+
+def describe(merged: Merged, base: Path, out: Path, command: Sequence[str]) -> dict[str, Any]:
+    """The record of a merge that was just written to `out`, without `verify`."""
+    return {
+        "command": shlex.join(command),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "base": {"path": str(base), "bytes": base.stat().st_size, "weights_id": merged.base_id, "model": merged.model},
+        "adapters": [
+            {
+                "path": str(path),
+                "weight": weight,
+                "files": {file.name: sha256_of(file) for file in source_files(path)},
+                **{key: str(facts[key]) for key in FACTS if facts.get(key)},
+            }
+            for path, weight, facts in merged.sources
+        ],
+        "result": {
+            "path": str(out),
+            "bytes": out.stat().st_size,
+            "sha256": merged.sha256,
+            "dtypes": merged.dtypes,
+            "tensors": merged.tensors,
+            "changed": merged.changed,
+        },
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def with_proof(record: Mapping[str, Any], config: str, proof: Mapping[str, float]) -> dict[str, Any]:
+    """The record with what `--verify CONFIG` found; a number that is not finite, which JSON has not, as null."""
+    numbers = {key: value if math.isfinite(value) else None for key, value in proof.items()}
+    return {**record, "verify": {"config": config, **numbers}}

@@ -1,0 +1,116 @@
+"""Stock SAM 2 with live adapters, for SAM 2's own predictors. SAM 2 is imported only when a model is built.
+
+adapters = {"line 1": "runs/line1", "line 2": "runs/line2"}
+model = load_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt", adapters)
+predictor = fit_predictor(SAM2ImagePredictor(model))
+set_adapter(model, "line 2")
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sam2_lora_ext.adapters.peft import Adapter
+from sam2_lora_ext.adapters.sources import check_base, read_adapter
+from sam2_lora_ext.adapters.weights import weights_id
+from sam2_lora_ext.deploy.predictors import fit_predictor
+from sam2_lora_ext.deploy.stock import check_inputs, load_strictly
+from sam2_lora_ext.lora.live import (
+    active_adapter,
+    adapter_names,
+    disable_adapters,
+    put_adapter,
+    remove_adapter,
+    set_adapter,
+    table_of,
+)
+from sam2_lora_ext.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from sam2.modeling.sam2_base import SAM2Base
+
+__all__ = [
+    "active_adapter",
+    "adapter_names",
+    "add_adapter",
+    "disable_adapters",
+    "fit_predictor",
+    "load_sam2",
+    "remove_adapter",
+    "set_adapter",
+]
+
+Source = str | Path | Adapter
+COARSEST = 32  # pixels of the input that one place of the trunk's last feature map stands for
+
+
+def load_sam2(
+    config: str,
+    base: str | Path,
+    adapter: Source | Mapping[str, Source] | None = None,
+    *,
+    video: bool = False,
+    image_size: int | None = None,
+    device: str | torch.device | None = None,
+    apply_postprocessing: bool = True,
+    hydra_overrides_extra: Sequence[str] = (),
+) -> "SAM2Base":
+    """Builds stock SAM 2 as `build_sam2` does, loads a base and puts live adapters into it; in eval mode.
+
+    Args:
+        config: name of a stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
+        base: the base's weight file (.pt, .safetensors), or any merged one.
+        adapter: a run folder, an adapter folder, a Trainer's checkpoint or an `Adapter`, which is then called
+            "default"; or several by name, of which the first is on. None: the base alone, adapters may be added.
+        video: build a `SAM2VideoPredictor`, which is its own predictor.
+        image_size: pixels of a side of the model's input instead of the config's.
+        device: by default the GPU when there is one, else the CPU.
+        apply_postprocessing: see `build_sam2`.
+        hydra_overrides_extra: see `build_sam2`.
+
+    Raises:
+        UserError: a file is missing or damaged, base and config are not of one model, or an adapter is of another base.
+    """
+    from sam2.build_sam import build_sam2, build_sam2_video_predictor
+
+    check_inputs(config)
+    if image_size is not None and (image_size < COARSEST or image_size % COARSEST):
+        raise UserError(f"image_size must be a multiple of {COARSEST} pixels, got {image_size}")
+    overrides = [*hydra_overrides_extra, *([f"++model.image_size={image_size}"] if image_size else [])]
+    model = (build_sam2_video_predictor if video else build_sam2)(
+        config, device="cpu", apply_postprocessing=apply_postprocessing, hydra_overrides_extra=overrides
+    )
+    load_strictly(model, base)
+    table_of(model).base_id = weights_id(model.state_dict())  # while the values are those of the file
+    adapters = adapter if isinstance(adapter, Mapping) else {} if adapter is None else {"default": adapter}
+    for name, source in adapters.items():
+        add_adapter(model, name, source, base_path=base)
+    if adapters:
+        set_adapter(model, next(iter(adapters)))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(torch.device(device)).eval()
+
+
+def add_adapter(model: nn.Module, name: str, adapter: Source, *, base_path: str | Path = "the model's") -> None:
+    """Makes one more adapter ready for `set_adapter`; which one is on stays.
+
+    Args:
+        model: of `load_sam2`, or any SAM 2 without adapters.
+        name: to call it by.
+        adapter: see `load_sam2`.
+        base_path: where the model's base came from, for messages.
+
+    Raises:
+        UserError: the name is taken, there is no such adapter, or it is of another base.
+    """
+    with disable_adapters(model):
+        state = model.state_dict()
+        found = adapter if isinstance(adapter, Adapter) else read_adapter(adapter, base=state)
+        table = table_of(model)
+        if table.base_id is None:
+            table.base_id = weights_id(state)
+        check_base(base_path, state, found, table.base_id)
+    put_adapter(model, name, found)

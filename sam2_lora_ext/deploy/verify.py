@@ -1,0 +1,89 @@
+"""Proves a merged file on stock SAM 2: its mask logits against those of the base with the live adapter. Needs sam2."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sam2_lora_ext.adapters.peft import Adapter
+from sam2_lora_ext.adapters.weights import read_weights
+from sam2_lora_ext.deploy.stock import build_stock, load_strictly, mask_logits, noise_image, read_image
+from sam2_lora_ext.lora import attach_adapter, lora_layers
+
+LOGIT_BOUND = 1e-4
+HALF_BOUNDS = {torch.float16: 0.01, torch.bfloat16: 0.08}  # share of the largest logit: about ten times what is usual
+
+
+@dataclass
+class Comparison:
+    """Merged against unmerged.
+
+    Attributes:
+        max_abs_weight_diff: largest difference of the file from the merged weights in float64, over all tensors.
+        max_abs_logit_diff: largest difference of a low-resolution mask logit, over all prompts and mask outputs.
+        max_abs_logit: largest logit, for scale.
+        flipped: share of mask pixels that changed side.
+        lowest_iou: of a mask with its counterpart.
+        mean_iou: over all prompts and mask outputs.
+        bound: what `max_abs_logit_diff` may be, given the dtypes in the file.
+    """
+
+    max_abs_weight_diff: float
+    max_abs_logit_diff: float
+    max_abs_logit: float
+    flipped: float
+    lowest_iou: float
+    mean_iou: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the merged file is the adapter's model."""
+        return self.max_abs_logit_diff <= self.bound  # False for NaN
+
+
+def compare_merged(
+    merged: str | Path, base: str | Path, adapter: Adapter, config: str, image: str | Path | None = None
+) -> Comparison:
+    """Builds stock SAM 2 from the merged file, and another from the base with the adapter live, and compares them.
+
+    Args:
+        merged: the file to prove, loaded by `build_sam2` itself unless it is safetensors.
+        base: the weights that were merged.
+        adapter: what was merged into them.
+        config: name of the stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
+        image: what to segment; by default smooth noise, the same each time.
+
+    Raises:
+        UserError: there is no such config, or the weights are of another one, or the image cannot be read.
+    """
+    live = build_stock(config)
+    pixels = read_image(image, live.image_size) if image else noise_image(live.image_size)
+    load_strictly(live, base)
+    attach_adapter(live, adapter)
+    live.requires_grad_(False)
+    live_logits = mask_logits(live, pixels)
+    expected = {f"{name}.weight": layer.merged_weight(torch.float64) for name, layer in lora_layers(live)}
+    expected = {key: expected.get(key, value) for key, value in live.state_dict().items()}
+    written = read_weights(merged)
+    weight_diff = max(float((written[key].double() - expected[key].double()).abs().max()) for key in written)
+    half = max(HALF_BOUNDS.get(value.dtype, 0.0) for value in written.values())
+    del live, expected, written
+    logits = mask_logits(build_stock(config, merged).requires_grad_(False), pixels)
+    largest, ious = float(live_logits.abs().max()), mask_ious(logits > 0, live_logits > 0)
+    return Comparison(
+        weight_diff,
+        float((logits - live_logits).abs().max()),
+        largest,
+        float(((logits > 0) != (live_logits > 0)).double().mean()),
+        float(ious.min()),
+        float(ious.mean()),
+        max(LOGIT_BOUND, half * largest),
+    )
+
+
+def mask_ious(one: Tensor, other: Tensor) -> Tensor:
+    """IoU of bool masks (..., H, W) with their counterparts (...); 1 where both are empty."""
+    common, union = ((one & other).sum((-2, -1)).double(), (one | other).sum((-2, -1)).double())
+    return torch.where(union > 0, common / union.clamp_min(1), 1.0)

@@ -1,0 +1,113 @@
+"""Two things that the stock Trainer cannot do, put right only while `LoRATrainer` is at work.
+
+Without CUDA its first step dies in `MemMeter`; and it writes the whole environment, secrets included, into the log.
+"""
+
+import errno
+import logging
+import os
+import re
+import resource
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import training.trainer as host
+from training.utils.train_utils import MemMeter
+
+from sam2_lora_ext.utils.errors import find_user_error
+
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|_PWD|CREDENTIAL|AUTH|COOKIE|SESSION|DSN|PRIVATE", re.IGNORECASE)
+REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+URL_PASSWORD = re.compile(r"(://(?:[^/@:\s]*:)?)[^/@\s]+@")
+
+
+class HostMemMeter(MemMeter):
+    """The Trainer's memory column on a CPU: the peak resident memory of the process in GB (10^9 bytes)."""
+
+    def update(self, n: int = 1, reset_peak_usage: bool = True) -> None:
+        self.val = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        self.sum += self.val * n
+        self.count += n
+        self.avg = self.sum / self.count
+        self.peak = max(self.peak, self.val)
+
+
+def log_redacted_environment() -> None:
+    """Logs the environment as stock does, without the values of variables whose names speak of secrets."""
+    lines = [f"{name}={redact(name, os.environ[name])}" for name in sorted(os.environ)]
+    logging.info("Logging ENV_VARIABLES\n" + "\n".join(lines))
+
+
+def redact(name: str, value: str) -> str:
+    """The value of a variable as it may be logged: without secrets, told by the name, and without passwords in URLs."""
+    return "<redacted>" if SECRET.search(name) else URL_PASSWORD.sub(r"\1<redacted>@", value)
+
+
+@contextmanager
+def host_guards(accelerator: str) -> Iterator[None]:
+    """Replaces `log_env_variables`, and on a CPU `MemMeter`, in the Trainer's module for the time of the block."""
+    saved, raising = (host.MemMeter, host.log_env_variables), logging.raiseExceptions
+    logging.raiseExceptions = False  # a line that a full disk refuses is no reason for a traceback
+    host.log_env_variables = log_redacted_environment
+    if accelerator == "cpu":
+        host.MemMeter = HostMemMeter
+    try:
+        with warnings.catch_warnings():
+            # The Trainer names CUDA's autocast by its old name, at every step; on a CPU that does nothing and says so.
+            warnings.filterwarnings(
+                "ignore", message=r".*torch\.cuda\.amp\.autocast.*deprecated", category=FutureWarning
+            )
+            warnings.filterwarnings("ignore", message=".*CUDA is not available.*", category=UserWarning)
+            yield
+    finally:
+        (host.MemMeter, host.log_env_variables), logging.raiseExceptions = saved, raising
+
+
+def share_log() -> None:
+    """Lets this package's loggers write where the Trainer, which has taken logging over by now, writes its own."""
+    ours = logging.getLogger("sam2_lora_ext")
+    ours.handlers, ours.propagate = logging.root.handlers, False
+    ours.setLevel(logging.INFO)
+
+
+@contextmanager
+def at_work(accelerator: str) -> Iterator[None]:
+    """Guards the host; ends the process with one sentence on a mistake that the user can mend, or on Ctrl-C.
+
+    The launcher is stock, so nobody above would catch the error: users would see a traceback through Hydra.
+    """
+    with host_guards(accelerator):
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
+        except Exception as error:
+            sentence = find_user_error(error) or system_refusal(error)
+            if sentence is None:
+                raise
+            logging.error(str(sentence))
+            rank = int(os.environ.get("RANK", "0"))  # most mistakes are met by all ranks, but some by one
+            print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+
+def system_refusal(error: BaseException) -> str | None:
+    """A sentence for what the disk or its rights refused somewhere in the host's code; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in REFUSALS:
+        return None
+    return (
+        f"cannot write {error.filename or 'the run'}: {error.strerror}; check the folder, its rights and the free disk"
+    )

@@ -1,0 +1,1 @@
+"""A training run: its folder, record, lock, start and resume, history, checkpoint, signals, random numbers."""

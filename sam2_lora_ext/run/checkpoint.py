@@ -1,0 +1,125 @@
+"""The Trainer's checkpoint.pt on the disk: replaced whole, checked before a resume, the one before kept on request."""
+
+import contextlib
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam2_lora_ext.adapters.weights import read_checkpoint_notes, read_file
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import write_atomic
+
+NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
+FIELDS = ("model", "optimizer", "epoch", "loss", "steps")
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep_previous: bool) -> None:
+    """Replaces the checkpoint in one step; a kill or a full disk leaves the old one.
+
+    Raises:
+        UserError: the system refuses.
+    """
+
+    def save(temporary: Path) -> None:
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # torch hides the system's reason in it
+            raise OSError(str(error).splitlines()[0]) from error
+        if keep_previous and path.name == NAME and path.exists():
+            write_atomic(path.with_name(PREVIOUS), lambda copy: _link(path, copy))
+
+    write_atomic(path, save)
+
+
+def prepare_resume(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Makes sure that checkpoint.pt, if there is one, can be resumed from; the one before replaces a damaged one.
+
+    Args:
+        folder: the checkpoints' folder.
+        state: name -> tensor that a checkpoint of this model holds.
+
+    Raises:
+        UserError: it cannot, and there is no other.
+    """
+    path, previous = folder / NAME, folder / PREVIOUS
+    if not os.path.lexists(path):
+        if not previous.exists():
+            return
+        problem = UserError(f"there is no {path}")
+    else:
+        try:
+            return check_checkpoint(path, state)
+        except UserError as error:
+            problem = error
+    if not previous.exists():
+        raise UserError(
+            f"cannot resume: {problem}; delete it to start anew, or choose another launcher.experiment_log_dir"
+        ) from problem
+    check_checkpoint(previous, state)
+    if path.exists():
+        os.replace(path, folder / DAMAGED)
+    write_atomic(path, lambda copy: _link(previous, copy))
+    logging.warning(f"{problem}. Resuming from {previous}, the checkpoint before it")
+
+
+def check_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Reads a checkpoint as a resume will.
+
+    Raises:
+        UserError: it is damaged, carries code, or is of another model.
+    """
+    content = read_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # mapped tensors are not compared with their checksums
+            if archive.testzip() is not None:
+                raise UserError(f"{path} is damaged")
+    if not isinstance(content, Mapping) or any(field not in content for field in FIELDS):
+        raise UserError(f"{path} is no checkpoint of SAM 2's Trainer: it lacks some of {', '.join(FIELDS)}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in content["model"].items()}
+    wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+    if wrong:
+        raise UserError(
+            f"{path} is of another model or LoRA config: {wrong[0]} is {_shape(found.get(wrong[0]))} in it and "
+            f"{_shape(shapes.get(wrong[0]))} here ({len(wrong)} such)"
+        )
+
+
+def notes_to_resume(folder: Path) -> dict[str, Any] | None:
+    """What the checkpoint says about itself from which a start will go on; None where there is none.
+
+    Empty when it says nothing, or is damaged, which `prepare_resume` finds.
+    """
+    for path in (folder / NAME, folder / PREVIOUS):
+        if os.path.lexists(path):
+            with contextlib.suppress(UserError):
+                return read_checkpoint_notes(path)
+    return {} if any(os.path.lexists(folder / name) for name in (NAME, PREVIOUS)) else None
+
+
+@contextlib.contextmanager
+def own_options(optimizer: torch.optim.Optimizer, keep: bool) -> Iterator[None]:
+    """For loading a state into an optimizer, which brings its own betas and the like: with `keep` those stay as set."""
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    if keep:
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _link(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)

@@ -1,0 +1,106 @@
+"""`run_config.yaml`, the run's own record of what its Trainer received; evaluate, report and resume read this one.
+
+The launcher's `config.yaml` and `config_resolved.yaml` are written before anybody can refuse the run. This file is
+written by the run that has the lock, and only by one that was not refused. It is YAML of
+
+    version   of this package, of the last start that wrote it
+    trainer   the resolved `trainer:` section, with `_target_`
+    ranks     number of processes
+    base      {"id": `weights_id` of the base or null, "path": its file}
+    data      {"train": digest, "val": digest}; null where a data set has no `AnnotationIndex`
+    changes   what `trainer.resume_with_changes` allowed: a list of {"step", "key", "before", "after"}
+
+`config_resolved.yaml` may be overwritten by a start that is refused, until its Trainer puts the copy back that the last
+accepted start made (`.config_resolved.yaml`). Needs neither torch nor Hydra.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import yaml
+
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import LARGEST_NOTE, read_text, write_atomic
+
+NAME, OLD_NAME = "run_config.yaml", "config_resolved.yaml"
+
+log = logging.getLogger(__name__)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no aliases, of which a few lines stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases, which no run writes")
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what is there twice twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def read_run_config(run: Path, *, warn: bool = True) -> dict[str, Any]:
+    """The record of a run, as described above.
+
+    A run of version 0.1.0 has none: then the launcher's `config_resolved.yaml` is taken, `ranks` is None, `base` and
+    `data` are empty, and a warning says so.
+
+    Args:
+        run: the run's folder.
+        warn: log that warning.
+
+    Raises:
+        UserError: neither file is there, or it is damaged.
+    """
+    run = Path(run)
+    unknown: dict[str, Any] = {"version": None, "ranks": None, "base": {}, "data": {}, "changes": []}
+    if (run / NAME).is_file():
+        return {**unknown, **_read(run / NAME)}
+    old = next((run / name for name in (f".{OLD_NAME}", OLD_NAME) if (run / name).is_file()), None)
+    if old is None:
+        raise UserError(f"{run} holds no {NAME} and no {OLD_NAME}: give the folder of a run of LoRATrainer")
+    if warn:
+        log.warning(
+            "%s is of version 0.1.0, which did not record what its Trainer received, its ranks and the content of its "
+            "data: the launcher's %s is taken for it",
+            run,
+            OLD_NAME,
+        )
+    return {"trainer": _read(old)["trainer"], **unknown}
+
+
+def write_run_config(run: Path, record: Mapping[str, Any]) -> None:
+    """Replaces the record atomically; the run must be locked."""
+    text = yaml.dump(dict(record), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    write_atomic(run / NAME, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def plain(value: Any) -> Any:
+    """A config's value as YAML writes and reads it: dicts, lists, numbers, text; interpolations resolved."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {key if type(key) in (bool, int, float) else str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain(inner) for inner in value]
+    return str(value)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = _Loader(read_text(file, LARGEST_NOTE)).get_single_data()
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{file} is damaged or cannot be read ({' '.join(str(error).split())}): restore it") from error
+    if not isinstance(record, dict) or not isinstance(record.get("trainer"), dict):
+        raise UserError(f"{file} does not hold the trainer section of a run: restore it")
+    for name, kind in (("base", dict), ("data", dict), ("changes", list), ("ranks", (int, NoneType))):
+        if name in record and not isinstance(record[name], kind):
+            raise UserError(f"{file} is damaged: its {name} is {record[name]!r}; restore it")
+    return record

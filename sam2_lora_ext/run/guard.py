@@ -1,0 +1,206 @@
+"""Watches the training steps: signals end the run between two of them, non-finite numbers before anything is saved.
+
+In training on one rank it reads nothing back from the device but one flag, a step late, when stock has waited for it.
+"""
+
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from training.utils.data_utils import BatchedVideoDatapoint
+
+from sam2_lora_ext.run.checkpoint import write_checkpoint
+from sam2_lora_ext.run.signals import Interrupt
+from sam2_lora_ext.utils.errors import UserError
+
+SHOWN = 8  # sample names in a sentence
+
+
+class Seen(NamedTuple):
+    """A forward pass: its batch, its losses by name (the total first), the training steps so far with it, its phase."""
+
+    batch: BatchedVideoDatapoint
+    losses: dict[str, Tensor]
+    step: int
+    phase: str
+
+
+class StepGuard(Interrupt):
+    """Catches signals while entered.
+
+    Args:
+        folder: where batches are kept that gave a number which is not finite.
+
+    Attributes:
+        agreed: the signal that some rank got, known to all of them after the next forward pass; 0 for none.
+        skipped: steps that AMP's scaler skipped because float16 overflowed; checkpoints keep the number.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+        self.agreed = self.skipped = 0
+        self.seen: Seen | None = None  # the last forward pass
+        self.pending: Seen | None = None  # whose gradients are checked, but the flag is not read yet
+        self.flag: Tensor | None = None  # on the host: whether a gradient of `pending` is not finite
+        self.scaled = False  # whether AMP's scaler handles that
+        self.datasets: Sequence[Any] = ()
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal to end with now, the same on all ranks; 0 for none."""
+        return self.signum if dist.get_world_size() == 1 else self.agreed
+
+    def exit(self, step: int) -> NoReturn:
+        """Ends the process as the signal would have, 128 + its number, when all ranks are here: torch's launcher kills
+        the others at the end of the first, and one of them may be writing.
+        """
+        dist.barrier()
+        name = signal.Signals(self.stop_signal).name
+        logging.info(f"{name}: stopped after step {step}; the same command goes on from the last checkpoint")
+        raise SystemExit(128 + self.stop_signal)
+
+    def watch(
+        self, batch: BatchedVideoDatapoint, losses: Mapping[str, Tensor], step: int, phase: str, datasets: Sequence[Any]
+    ) -> None:
+        """To be called by all ranks after each forward pass.
+
+        In training on one rank the total is left to stock's own check, see `diagnosis`.
+
+        Args:
+            batch: what went in.
+            losses: name -> scalar; the total first, then its parts.
+            step: training steps so far, with this one.
+            phase: "train" or "val".
+            datasets: the raw data sets, for the samples' names.
+
+        Raises:
+            UserError: the total is not finite on some rank; all of them say the same.
+        """
+        # detached: a graph may hold more than its backward frees, and would do so through the next forward pass
+        self.seen = Seen(batch, {name: loss.detach() for name, loss in losses.items()}, step, phase)
+        self.datasets = datasets
+        if phase == "train" and dist.get_world_size() == 1:
+            return
+        wrong = ~next(iter(self.seen.losses.values())).isfinite()
+        shared = torch.stack([torch.full_like(wrong, self.signum, dtype=torch.int64), wrong.long()])
+        mine = shared.clone()
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        self.agreed, any_wrong, wrong = torch.cat([shared, mine[1:]]).tolist()
+        if any_wrong:
+            raise UserError(_first(self.diagnosis() if wrong else None))
+
+    def diagnosis(self) -> str:
+        """What to say about a total loss that is not finite: it may come from the gradient of the step before."""
+        if self._flagged() and not self.scaled:
+            return self._report("a gradient", self.pending)
+        return self._report(f"the loss ({self.seen.phase})", self.seen)
+
+    def check_gradients(self, parameters: Sequence[nn.Parameter], scaled: bool) -> None:
+        """To be called when all gradients are there, which are the same on all ranks; says what is wrong a step later.
+
+        Args:
+            parameters: what is trained.
+            scaled: whether AMP's scaler handles overflows: it skips such a step and lowers its scale.
+
+        Raises:
+            UserError: a gradient of the step before is not finite, and no scaler expects that.
+        """
+        self.settle()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        wrong = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        if self.flag is None:
+            self.flag = torch.empty((), dtype=torch.bool, pin_memory=wrong.is_cuda)
+        self.flag.copy_(wrong, non_blocking=True)
+        self.pending, self.scaled = self.seen, scaled
+
+    def settle(self) -> None:
+        """Reads the flag of the last gradients; the device must have been waited for since.
+
+        Raises:
+            UserError: see `check_gradients`.
+        """
+        flagged = self._flagged()
+        if flagged and not self.scaled:
+            raise UserError(self._report("a gradient", self.pending))
+        if flagged:
+            self.skipped += 1
+            logging.warning(f"float16 overflow at step {self.pending.step}: {self.skipped} steps skipped so far")
+        self.pending = None
+
+    def check_weights(self, parameters: Sequence[nn.Parameter], step: int) -> None:
+        """To be called before they are saved: a step with good gradients can still be too large.
+
+        Args:
+            parameters: what is trained.
+            step: training steps so far.
+
+        Raises:
+            UserError: one of them is not finite, or a gradient of the last step was not.
+        """
+        norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in parameters]))
+        finite = bool(norms.isfinite().all())
+        self.settle()
+        if not finite:
+            raise UserError(
+                f"trained weights are not finite after step {step}; the last checkpoint is untouched: lower the "
+                "learning rate"
+            )
+
+    def _flagged(self) -> bool:
+        return self.pending is not None and bool(self.flag)
+
+    def _report(self, what: str, seen: Seen) -> str:
+        """Saves the batch and says in a sentence what happened to it."""
+        ids = seen.batch.metadata.unique_objects_identifier
+        parts = {name.rpartition("/")[2]: float(value) for name, value in seen.losses.items()}
+        names = _names(ids[..., 0].flatten().tolist(), self.datasets)
+        file = self.folder / f"step{seen.step}_rank{dist.get_rank()}.pt"
+        content = {"step": seen.step, "names": names, "losses": parts, "unique_objects_identifier": ids}
+        content |= {key: getattr(seen.batch, key) for key in ("img_batch", "masks", "obj_to_frame_idx")}
+        try:
+            write_checkpoint(content, file, keep_previous=False)
+            kept = f"is in {file}"
+        except UserError as error:  # this is not what the user must hear of first
+            kept = f"could not be kept ({error})"
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        numbers = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+        return (
+            f"{what} is not finite at step {seen.step} (samples: {shown}; losses: {numbers}); the batch {kept}, the "
+            "last checkpoint is untouched: lower the learning rate, or look at these samples"
+        )
+
+
+def raw_datasets(dataset: Any) -> list[Any]:
+    """The raw data sets inside stock's wrappers: mixed, concatenated, repeated, a `Subset`, a `VOSDataset`."""
+    if hasattr(dataset, "datasets"):
+        return [raw for part in dataset.datasets for raw in raw_datasets(part)]
+    inner = next((getattr(dataset, name) for name in ("video_dataset", "dataset") if hasattr(dataset, name)), None)
+    return [dataset] if inner is None else raw_datasets(inner)
+
+
+def _names(video_ids: Sequence[int], datasets: Sequence[Any]) -> list[str]:
+    """The images' names, each once; their numbers where no data set has an index.
+
+    A number tells no data set: where several have an image of it, all their names are given.
+    """
+    indices = [raw.index for raw in datasets if hasattr(raw, "index")]
+    names = []
+    for number in dict.fromkeys(video_ids):
+        known = dict.fromkeys(index.name(number) for index in indices if number < len(index))
+        names.append(" or ".join(known) or str(number))
+    return names
+
+
+def _first(message: str | None) -> str:
+    """The message of the first rank that has one; to be called by all of them."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return next(filter(None, messages))

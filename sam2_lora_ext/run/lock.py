@@ -1,0 +1,77 @@
+"""One run a folder: a lock that the system releases when its process ends, however it ends."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import write_atomic
+
+NAME = ".lock"
+CONFIGS = ("config.yaml", "config_resolved.yaml")
+
+
+def read_configs(folder: Path) -> dict[str, bytes]:
+    """The launcher's config files as they are, by name."""
+    return {name: (folder / name).read_bytes() for name in CONFIGS if (folder / name).is_file()}
+
+
+def keep_configs(folder: Path, configs: Mapping[str, bytes]) -> None:
+    """Writes the config files of the run that has the lock, and a copy of each for `restore_configs`.
+
+    Another start may have replaced them since they were read, right after the lock.
+    """
+    for name, content in configs.items():
+        for file in (folder / f".{name}", folder / name):
+            if not file.is_file() or file.read_bytes() != content:
+                write_atomic(file, lambda temporary, content=content: temporary.write_bytes(content))
+
+
+def restore_configs(folder: Path) -> None:
+    """Puts the config files back that the launcher of a start has replaced, which was refused or trained nothing."""
+    with contextlib.suppress(UserError, OSError):
+        kept = {name: (folder / f".{name}").read_bytes() for name in CONFIGS if (folder / f".{name}").is_file()}
+        keep_configs(folder, kept)
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Makes the folder if need be and locks it for as long as the returned file is open.
+
+    Raises:
+        UserError: another process has it, or the system refuses the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / NAME, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot use {folder} as the run's folder: {error.strerror or error}; check it and its rights"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"a run is at work in {folder} ({holder}): wait for its end, or choose another launcher.experiment_log_dir"
+        ) from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    try:
+        file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}; check the free disk") from error
+    return file
+
+
+def check_free(folder: Path) -> None:
+    """Raises a `UserError` when a run is at work in the folder; makes nothing."""
+    if (folder / NAME).exists():
+        lock_folder(folder).close()

@@ -1,0 +1,120 @@
+"""The one error type that users see, and the way a command line ends with it."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+LISTED = 20  # choices in a sentence, at most
+LONGEST = 20_000  # characters of what is said about a mistake: a list of problems may be long, a hostile value endless
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct: one sentence that says what was wrong, where, and what to do."""
+
+
+def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a `UserError` that names the first of the `given` keys of a setting that is not among the `known` ones."""
+    import difflib  # not above: command lines import this file first, see `catch_interrupts`
+
+    choices = list(known)
+    for key in given:
+        if key not in choices:
+            near = difflib.get_close_matches(str(key)[:100], choices, LISTED, cutoff=0)
+            more = f" and {len(choices) - len(near)} more" if len(choices) > len(near) else ""
+            listed = ", ".join(near if more else choices)
+            meant = difflib.get_close_matches(str(key)[:100], choices, 1)
+            asked = f", did you mean {meant[0]!r}?" if meant else ":"
+            raise UserError(f"{where} has no setting {str(key)[:100]!r}{asked} There are {listed or 'none'}{more}")
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The `UserError` at the bottom of a chain of causes, for frameworks (Hydra) that wrap what they call."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def system_sentence(error: BaseException | None) -> str | None:
+    """What the system refused about a file, or for want of memory, as a sentence; None for other errors."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MemoryError):
+            cause = f": {error}" if str(error) else ""
+            return f"memory does not suffice{cause}; give smaller inputs, or take a larger machine"
+        if isinstance(error, OSError) and error.filename is not None:
+            name = str(error.filename)
+            name = name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
+            cause = error.strerror or type(error).__name__
+            return f"cannot use {name!r}: {cause}; check the name, the folder and its rights"
+        seen.add(id(error))
+        error = error.__cause__  # what was raised while another error was handled may be a fault of ours
+    return None
+
+
+def catch_interrupts() -> None:
+    """Makes Ctrl-C a sentence with exit code 130 from here on, wherever it strikes.
+
+    A command line calls this in its first lines, when it is run as a program: its imports take seconds. Those of
+    compiled modules make other errors of the interrupt, so until `run_cli` the signal itself ends the process; later,
+    in a finaliser, Python would print and forget it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, _stop)
+    usual, unraisable = sys.excepthook, sys.unraisablehook
+
+    def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        _stop() if _interrupted(error) else usual(kind, error, trace)
+
+    def on_unraisable(found: Any) -> None:
+        _stop() if _interrupted(found.exc_value) else unraisable(found)
+
+    sys.excepthook, sys.unraisablehook = on_exception, on_unraisable
+
+
+def _stop(*_: Any) -> NoReturn:
+    os.write(2, b"stopped by Ctrl-C\n")  # print could meet itself in a signal's handler
+    os._exit(130)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is at the bottom of an error."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command line and exits: 0 (or what `main` returns), 130 on Ctrl-C, 2 with one sentence on a mistake.
+
+    A mistake is a `UserError`, or a file that the system refuses.
+    """
+    try:
+        if signal.getsignal(signal.SIGINT) is _stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(main(argv) or 0)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if _interrupted(error):
+            print("stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
+        mistake = find_user_error(error) or system_sentence(error)
+        if mistake is None:
+            raise
+        said = str(mistake)
+        print(f"error: {said if len(said) <= LONGEST else f'{said[:LONGEST]}...'}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,186 @@
+"""Files that are either whole or absent: written beside, flushed to the disk, then renamed over. Folders: `folders`."""
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sam2_lora_ext.utils.errors import UserError
+
+LARGEST_TEXT = 1 << 30
+"""Bytes of the largest text file that is read: annotations of a large data set; a note of ours has far fewer."""
+PIECE = 1 << 20  # bytes that are read at a time
+LARGEST_NOTE = 1 << 26
+"""Bytes of the largest file of ours (notes of a run, configs, adapter_config.json)."""
+EXISTS = "{} exists already: choose another name, or give --force to replace it"
+REFUSED = "cannot write {}: {}; check the folder, its rights and the free disk"
+
+
+def refuse_existing(path: str | Path, force: bool) -> None:
+    """Raises a `UserError` when there is something at `path` that may not be replaced: with `force` all but a file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "link" if stat.S_ISLNK(mode) else "device or pipe"
+        raise UserError(f"{path} is a {kind}, and only a file is ever replaced: choose another name")
+    if not force:
+        raise UserError(EXISTS.format(path))
+
+
+def refuse_input_files(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raises a `UserError` when `out` is one of the files that are read, or lies in a folder of them; links count."""
+    if not os.path.exists(out):
+        return
+    real = Path(out).resolve()
+    for source in map(Path, inputs):
+        if source.is_dir() and source.resolve() in real.parents:
+            raise UserError(f"{out} is a file in {source}, which is read: choose another file for the result")
+        if source.is_file() and real.samefile(source):
+            raise UserError(f"{out} is the same file as {source}, which is read: choose another file for the result")
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool = True) -> None:
+    """Calls `write(temporary)` in the folder of `path`, then renames it to `path`; a failure leaves `path` as it was.
+
+    Args:
+        path: the file to make; its folder is made when it is missing.
+        write: writes the whole content to the path that it is given.
+        force: replace an existing file; otherwise that is a `UserError`, even for one that appears in the meantime.
+
+    Raises:
+        UserError: the file exists and `force` is off, or is no regular file, or the system refuses.
+    """
+    path = Path(path)
+    refuse_existing(path, force)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if not force:
+            _claim(temporary, path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(REFUSED.format(path, error.strerror or error)) from error
+    finally:
+        with contextlib.suppress(OSError):  # such as a file where the folder should be
+            temporary.unlink()
+
+
+def write_json(path: str | Path, value: Any, *, force: bool = True) -> None:
+    """Writes `value` as indented JSON, atomically; NaN and infinities are refused, for no JSON reader takes them."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)
+
+
+def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
+    """Opens a regular file for reading; what is no file (a folder, a pipe, a device) is refused, and never waited for.
+
+    Args:
+        path: the file.
+        limit: the most bytes that it may have; None for no bound.
+
+    Raises:
+        UserError: it is missing, cannot be read, is no regular file, or is larger than `limit`.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have, such as one with a null
+        raise UserError(f"cannot read {_short(path)}: {getattr(error, 'strerror', None) or error}") from error
+    state = os.fstat(number)
+    if stat.S_ISREG(state.st_mode) and (limit is None or state.st_size <= limit):
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if not stat.S_ISREG(state.st_mode):
+        kind = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe, a socket or a device"
+        raise UserError(f"cannot read {path}: it is {kind}, not a file; give the file itself")
+    size = f"{state.st_size:,} bytes, expected at most {limit:,}"
+    raise UserError(f"cannot read {path}: it has {size}; give another file")
+
+
+def _short(path: str | Path) -> str:
+    """The path for a sentence: its ends alone, where it is longer than any system takes."""
+    text = str(path)
+    return text if len(text) <= 500 else f"{text[:200]}...{text[-100:]}"
+
+
+def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
+    """The content of a regular file of at most `limit` bytes; raises `UserError` as `open_regular` does."""
+    try:
+        with open_regular(path, limit) as file:
+            # a file may grow, and /proc says 0 for all of its own; read(limit) takes so much at once
+            pieces, size = [], 0
+            while size <= limit and (piece := file.read(PIECE)):
+                pieces.append(piece)
+                size += len(piece)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if size > limit:
+        raise UserError(f"cannot read {path}: it has more than {limit:,} bytes; give another file")
+    return b"".join(pieces)
+
+
+def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
+    """The text of a regular UTF-8 file, with or without a byte order mark, line ends as they are.
+
+    Raises:
+        UserError: as `open_regular`, or the content is no UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is no UTF-8 text (byte {error.start:,}); save it as UTF-8") from error
+
+
+def read_json(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
+    """The value of a JSON file; raises `UserError` where `read_text` does, and for what is no JSON or nested too
+    deep."""
+    return parse_json(read_text(path, limit), path)
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """The value of a JSON text; `where` names it in the `UserError` for what is no JSON or nested too deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        cause = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where} is no JSON that can be read: {cause}") from error
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The file of a relative name in a folder; raises `UserError` where the name, or a link, leads out of it."""
+    path = folder / name if isinstance(name, str) and "\0" not in name else None
+    if path is None or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{folder} names the file {str(name)[:200]!r}, which does not lie in that folder: it is not used"
+        )
+    return path
+
+
+def sha256_of(file: str | Path | BinaryIO) -> str:
+    """The SHA-256 of a file as `sha256sum` prints it; raises `UserError` when it cannot be read."""
+    try:
+        with open_regular(file) if isinstance(file, (str, Path)) else file as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def _claim(temporary: Path, path: Path) -> None:
+    """Gives a whole file its name if that is still free."""
+    try:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links; a kill at this moment leaves an empty file
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        raise UserError(EXISTS.format(path)) from None

@@ -1,0 +1,78 @@
+"""Folders that are either whole or absent: written beside, then renamed; a kill between the renames is recovered."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import EXISTS, REFUSED
+
+
+def replace_folder(
+    folder: str | Path, write: Callable[[Path], Any], parts: Collection[str], *, force: bool = True
+) -> None:
+    """Calls `write(temporary)` with a new empty folder beside `folder`, then puts it in the place of `folder`.
+
+    Args:
+        folder: the folder to make.
+        write: fills the folder that it is given.
+        parts: names of what a folder of this kind consists of, which are deleted with the old one; what else the old
+            one holds goes on to the new one.
+        force: replace a folder that is not empty; otherwise that is a `UserError`, even for one that appears meanwhile.
+
+    Raises:
+        UserError: the folder is not empty and `force` is off, or the system refuses; then `folder` is as it was.
+    """
+    folder = Path(folder).resolve()
+    temporary, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), _old(folder)
+    try:
+        settle_folder(folder, parts)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
+        temporary.mkdir(parents=True)
+        write(temporary)
+        if force and folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        settle_folder(folder, parts)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(folder):
+            raise UserError(EXISTS.format(folder)) from None
+        raise UserError(REFUSED.format(folder, error.strerror or error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def existing_folder(folder: Path) -> Path:
+    """Where the content of a folder is that `replace_folder` makes: there, or under the old one's name."""
+    old = _old(folder)
+    return old if old.is_dir() and not folder.exists() else folder
+
+
+def settle_folder(folder: Path, parts: Collection[str]) -> None:
+    """Ends what a killed `replace_folder` began: the old folder gets its name again, or makes way for the new one."""
+    old = _old(folder)
+    if not old.is_dir():
+        return
+    if not folder.exists():
+        old.rename(folder)
+        return
+    for entry in old.iterdir():
+        if entry.name not in parts:
+            entry.rename(folder / entry.name)
+        elif entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    old.rmdir()
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
