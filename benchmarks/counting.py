@@ -4,8 +4,8 @@ ones.
 Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and
 attention; CUDA's keeps norms, sums and softplus in float32 and so casts more. Of the small model's full fine-tuning it
 makes 942 kernels of the forward pass, not 887, and moves a tenth more bytes there; the loss is the same
-(`tests/benchmarks/test_bench_cuda.py` counts both). Counted as on a CPU are also attention (one kernel, both ways) and what fake
-tensors leave out: the clicks, which stand still.
+(`tests/benchmarks/test_bench_cuda.py` counts both). Counted as on a CPU are also attention (one kernel, both ways) and
+what fake tensors leave out: the clicks, which stand still.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         tversky_beta: see `focal_tversky`.
         tversky_gamma: see `focal_tversky`.
         implementation: "plain" calls stock's functions; "lean" computes the same to rounding from sums of its own (see
-            `lean.mask_sums`), of all masks at once, and keeps nothing for backward but the logits.
+            `activations.mask_sums`), of all masks at once, and keeps nothing for backward but the logits.
         stock: the other arguments of `MultiStepMultiMasksAndIous`.
 
     Raises:

@@ -33,7 +33,7 @@ class LoRASAM2Train(SAM2Train):
 
     Args:
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
-        activations: what a step keeps for backward: the name of one of `lean.activations.PRESETS`, or an
+        activations: what a step keeps for backward: the name of one of `activations.policy.PRESETS`, or an
             `ActivationsConfig` as a mapping. With its `weights`, the first forward pass under autocast casts frozen
             weights in place, for good.
         prompt_seed: draw the training clicks of each object from (prompt_seed, step, video, object), the step as a

@@ -45,7 +45,7 @@ class LoRATrainer(Trainer):
         monitor_mode: "max" or "min".
         early_stop: `patience` and `min_delta`; None trains to the end.
         metrics_every: training steps between two rows of logs/metrics.csv.
-        export: `merged` and `flat_files`, both off by default; see `run_folder`.
+        export: `merged` and `flat_files`, both off by default; see `run.folder`.
         keep_previous: 1 keeps the checkpoint before the last one, which takes over when the last one is damaged.
         resume_with_changes: resume though settings that change the result are not what they were, and record that.
         max_epochs: number of phases; may be left out where the training data is a `PhasedDataset`, which knows it.

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="replace ONNX files in --out")
     args = parser.parse_args(argv)
     try:
-        import hydra  # noqa: E401, F401
-        import sam2
+        import hydra  # noqa: F401
+        import sam2  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"the export needs SAM 2 ({error}): pip install -e '.[sam2,onnx]'") from error
     from sam2_lora_ext.deploy.onnx_export import HALVES, check_output, export, require_packages

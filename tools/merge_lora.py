@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.verify:
         try:
-            import hydra  # noqa: E401, F401
-            import sam2
+            import hydra  # noqa: F401
+            import sam2  # noqa: F401
         except ModuleNotFoundError as error:
             raise UserError(f"--verify needs SAM 2 ({error}): pip install -e '.[sam2]', or merge without it") from error
         from sam2_lora_ext.deploy.stock import check_inputs

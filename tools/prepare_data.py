@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sam2_lora_ext.data.arguments import add_source, source_of
 from sam2_lora_ext.data.duplicates import groups
-from sam2_lora_ext.data.folders import refuse_inputs, write_folder
+from sam2_lora_ext.data.folders import write_folder
 from sam2_lora_ext.data.index import build_index, remarks
 from sam2_lora_ext.data.kaggle import SIZE
 from sam2_lora_ext.data.records import settle, shorten
@@ -34,6 +34,7 @@ from sam2_lora_ext.data.writers import FORMATS, convert
 from sam2_lora_ext.settings.arguments import COUNT, SEED, number
 from sam2_lora_ext.settings.kinds import Number, Whole
 from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_atomic, write_json
+from sam2_lora_ext.utils.folders import refuse_inputs
 
 EXAMPLES = """\
 examples:

@@ -1,4 +1,4 @@
-"""Whether a member's folder holds a run of the settings that are asked for, by the rule of a resume (`run_changes`)."""
+"""Whether a member's folder holds a run of the settings that are asked for, by the rule of a resume (`run.changes`)."""
 
 import json
 from collections.abc import Mapping, Sequence

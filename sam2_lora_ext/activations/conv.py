@@ -1,7 +1,7 @@
 """Frozen convolutions that keep nothing for backward: the gradient of their input needs the weight alone.
 
 Stock keeps the input too. SAM 2's two largest feature maps, the neck's at a quarter and an eighth of the image's side,
-are read by frozen 1x1 convolutions only (see `lean.high_res`), the image's tokens after the two-way transformer by a
+are read by frozen 1x1 convolutions only, the image's tokens after the two-way transformer by a
 frozen transposed one, and the masks of a step before by those of the prompt encoder.
 """
 

@@ -37,7 +37,7 @@ class ActivationsConfig:
         conv: frozen convolutions keep no input.
         norms: norms over channels as one operation.
         positions: the neck's position encodings of the last level alone, which alone are read.
-        weights: under autocast, frozen weights are held in its type (see `lean.cast`).
+        weights: under autocast, frozen weights are held in its type (see `activations.cast`).
     """
 
     encoder: float = 0.0

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam2_lora_ext.data.folders import refuse_inputs
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import EXISTS
-from sam2_lora_ext.utils.folders import existing_folder, replace_folder
+from sam2_lora_ext.utils.folders import existing_folder, refuse_inputs, replace_folder
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PARTS = frozenset({CONFIG, WEIGHTS, OLD_WEIGHTS})
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def write_adapter_folder(folder: str | Path, write: Callable[[Path], Any], force: bool) -> None:
-    """Replaces an adapter folder by the one that `write` fills; see `folders.replace_folder`."""
+    """Replaces an adapter folder by the one that `write` fills; see `utils.folders.replace_folder`."""
     replace_folder(folder, write, PARTS, force=force)
 
 

@@ -9,7 +9,7 @@ A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.sa
 PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
 block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
 `sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
-what binds the two files to each other (`adapter_files`).
+what binds the two files to each other (`adapters.folder`).
 """
 
 import json

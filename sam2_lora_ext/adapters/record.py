@@ -18,8 +18,8 @@ from typing import Any
 
 from sam2_lora_ext.adapters.merge import Merged
 from sam2_lora_ext.adapters.sources import source_files
-from sam2_lora_ext.run.summary import git_commit, versions
 from sam2_lora_ext.utils.files import sha256_of
+from sam2_lora_ext.utils.versions import git_commit, versions
 
 FACTS = ("base_id", "base_path", "model_config")
 

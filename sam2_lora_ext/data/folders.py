@@ -1,7 +1,7 @@
 """A data set's folder: whole or not there at all, and never written over what is read."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,6 @@ from sam2_lora_ext.utils.folders import existing_folder, replace_folder
 PARTS = frozenset(  # what a data set that this package wrote may hold
     {"train_images", "train.csv", "split.csv", "images", "annotations", "annotations.json", "meta.json", "train"}
 )
-
-
-def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Raises a `UserError` when `out` contains, is, or lies in something that is read; links are followed."""
-    out = out.resolve()
-    for source in inputs:
-        real = Path(source).resolve()
-        if out == real or out in real.parents or real in out.parents:
-            how = "holds" if out in real.parents else "is" if out == real else "lies in"
-            raise UserError(f"{out} {how} {source}, which is read; choose another folder for the result")
 
 
 def refuse_folder(out: Path, force: bool) -> None:

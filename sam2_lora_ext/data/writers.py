@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sam2_lora_ext.data.folders import refuse_folder, refuse_inputs, write_folder
+from sam2_lora_ext.data.folders import refuse_folder, write_folder
 from sam2_lora_ext.data.images import mode_and_tag
 from sam2_lora_ext.data.index import AnnotationIndex
 from sam2_lora_ext.data.instance_writers import places, progress_bar, write_coco, write_supervisely
@@ -20,6 +20,7 @@ from sam2_lora_ext.data.objects import make_objects
 from sam2_lora_ext.data.rle import decode_runs, format_rle
 from sam2_lora_ext.utils.csv_text import csv_text
 from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.folders import refuse_inputs
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from sam2_lora_ext.evaluate.models import Candidate, build
 from sam2_lora_ext.evaluate.predictor import Sample, read_sample
 from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.tables import differences, summarize
-from sam2_lora_ext.run.summary import versions
 from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.versions import versions
 
 SUBMISSION, GALLERY = "submission.csv", "gallery"
 

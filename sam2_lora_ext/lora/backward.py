@@ -5,7 +5,7 @@ size.
     dB' = dy (A D x)^T,   dA = B'^T dy (D x)^T,   dx = W^T dy + D A^T B'^T dy
 
 The plain layer also keeps x or the update, and passes over the outputs twice more: here the update is added by the
-product that makes it. A and B' are cast, and B is scaled, once for all uses in a forward pass (`lean.shared`).
+product that makes it. A and B' are cast, and B is scaled, once for all uses in a forward pass (`lora.shared`).
 
 Shapes: x (..., in) · W (out, in) · A (n·r, in) · B' (out, n·r), block-diagonal for a fused layer.
 """

@@ -62,7 +62,7 @@ SECTIONS = {  # key -> what reads a section that names no `_target_`
     "checkpoint": "training.trainer.CheckpointConf",
     "logging": "training.trainer.LoggingConf",
 }
-Record = Mapping[str, Any]  # as in `run_config`
+Record = Mapping[str, Any]  # as in `run.config`
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Change:
 
 
 def changes(before: Record, after: Record) -> list[Change]:
-    """What changed between two records of `run_config` and changes the result; empty when a run may simply go on.
+    """What changed between two records of `run.config` and changes the result; empty when a run may simply go on.
 
     What one of them does not know (None, or no entry) is not compared, see `unrecorded`.
     """

@@ -1,7 +1,7 @@
 """What a run leaves behind beside the Trainer's own files, written by rank 0 and whole at every moment.
 
 run_dir/
-  run_config.yaml         what the Trainer received, ranks, base and data by content, allowed changes: `run_config`
+  run_config.yaml         what the Trainer received, ranks, base and data by content, allowed changes: `run.config`
   run.json                the run's name with its start time, fixed at the first start
   lora.json               which layers are adapted, parameters, the LoRA config, the identity of the base
   validations.json        the metrics of every validation; early stopping and `best` are computed from it

@@ -2,20 +2,27 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import nn
 
 from sam2_lora_ext.logger import MetricsCSV, metric_columns
 from sam2_lora_ext.lora import LoRAConfig, format_report
-from sam2_lora_ext.meters import SegmentationMeter
 from sam2_lora_ext.run.folder import RunFolder
 from sam2_lora_ext.run.history import History
 from sam2_lora_ext.run.start import RunStart, on_rank_0
 from sam2_lora_ext.run.state import SUMMARY
 from sam2_lora_ext.run.summary import summarize
 from sam2_lora_ext.utils.files import write_json
+
+
+class Meter(Protocol):
+    """A meter by the contract of SAM 2's Trainer, such as `meters.SegmentationMeter`."""
+
+    def compute_synced(self) -> Mapping[str, float]: ...
+
+    def reset(self) -> None: ...
 
 
 def metrics_of(outs: Mapping[str, Any], meters: Iterable[str]) -> dict[str, float]:
@@ -117,7 +124,7 @@ class RunRecord:
         first = {name: values.get(f"{name}_1click", values.get(f"{name}_box")) for name in ("iou", "dice")}
         self.csv.write({"step": step, "epoch": epoch, "phase": phase, **first, **known, **more})
 
-    def window_row(self, step: int, epoch: int, window: SegmentationMeter, learning_rate: float) -> None:
+    def window_row(self, step: int, epoch: int, window: Meter, learning_rate: float) -> None:
         """Writes a row of training metrics since the last one, and forgets them; to be called by all ranks."""
         values = window.compute_synced()
         window.reset()

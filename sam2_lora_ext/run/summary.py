@@ -1,29 +1,11 @@
 """`training_summary.json`: what was trained, on what, how long, and what came out."""
 
-import importlib.metadata
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-import sam2_lora_ext
 from sam2_lora_ext.run.history import History
-
-PACKAGES = ("torch", "torchvision", "hydra-core", "numpy", "safetensors")
-
-
-def versions() -> dict[str, str | None]:
-    """The versions of what a result depends on; SAM 2 is called `sam2`, or `SAM-2` in Meta's checkout."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "sam2_lora_ext": sam2_lora_ext.__version__}
-    for name in PACKAGES:
-        found[name] = _version(name)
-    found["sam2"] = _version("sam2") or _version("SAM-2")
-    found["cuda"] = torch.version.cuda if torch.cuda.is_available() else None
-    return found
+from sam2_lora_ext.utils.versions import git_commit, versions
 
 
 def launched_config(argv: Sequence[str]) -> str | None:
@@ -34,17 +16,6 @@ def launched_config(argv: Sequence[str]) -> str | None:
         if word.startswith("--config="):
             return word.removeprefix("--config=")
     return None
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "-dirty" when it was changed; None outside one."""
-    folder = Path(__file__).resolve().parent
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
 
 
 def summarize(
@@ -97,10 +68,3 @@ def peak_rate(optim: Any) -> float:
     """The highest learning rate of the schedule of the first parameter group of SAM 2's `Optimizer`."""
     schedule = (optim.schedulers or [{}])[0].get("lr")
     return max(schedule(w / 200) for w in range(200)) if schedule else optim.optimizer.param_groups[0]["lr"]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

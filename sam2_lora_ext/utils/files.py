@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, flushed to the disk, then renamed over. Folders: `folders`."""
+"""Files that are either whole or absent: written beside, flushed to the disk, then renamed over. See also `folders`."""
 
 import contextlib
 import hashlib

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,13 @@ def settle_folder(folder: Path, parts: Collection[str]) -> None:
 
 def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises a `UserError` when `out` contains, is, or lies in something that is read; links are followed."""
+    out = out.resolve()
+    for source in inputs:
+        real = Path(source).resolve()
+        if out == real or out in real.parents or real in out.parents:
+            how = "holds" if out in real.parents else "is" if out == real else "lies in"
+            raise UserError(f"{out} {how} {source}, which is read; choose another folder for the result")

@@ -110,9 +110,9 @@ def test_a_run_whose_data_cannot_be_read_is_a_sentence(tmp_path):
         source.make_reader()
     assert source.class_names() == {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
     write_kaggle(tmp_path / "k")
-    for number, target in enumerate(("os.system", "no.such.Reader", "sam2_lora_ext.data.coco.COCOReader")):
+    for place, target in enumerate(("os.system", "no.such.Reader", "sam2_lora_ext.data.coco.COCOReader")):
         with pytest.raises(UserError, match="the reader of the run .* cannot be made"):
-            from_run(write_run(tmp_path / str(number), [{**kaggle(tmp_path / "k"), "_target_": target}])).make_reader()
+            from_run(write_run(tmp_path / str(place), [{**kaggle(tmp_path / "k"), "_target_": target}])).make_reader()
     for number, readers in enumerate(([], [kaggle(tmp_path)] * 2)):
         with pytest.raises(UserError, match=f"has {len(readers)} data sets"):
             from_run(write_run(tmp_path / f"other{number}", readers))
@@ -152,8 +152,8 @@ def test_the_other_phase_is_named_where_it_reads_other_data(tmp_path, capsys):
 
 
 def test_overrides_stand_anywhere(composed, tmp_path, capsys):
-    for number, words in enumerate((["-c", "demo", "dataset.bits=12"], ["dataset.bits=12", "-c", "demo"])):
-        run("scan", *words, "--out", tmp_path / str(number), "--quiet", "dataset.min_area=3")
+    for place, words in enumerate((["-c", "demo", "dataset.bits=12"], ["dataset.bits=12", "-c", "demo"])):
+        run("scan", *words, "--out", tmp_path / str(place), "--quiet", "dataset.min_area=3")
     assert capsys.readouterr().out.count("the training data of the config demo") == 2
 
 

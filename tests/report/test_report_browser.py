@@ -10,9 +10,11 @@ from test_report import page, run  # noqa: F401
 from helpers.browsing import browse, chromium  # noqa: F401
 
 PROBE = """<script>addEventListener("load", () => { document.documentElement.dataset.probe = JSON.stringify({
-  broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).length, images: document.images.length,
+  broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).length,
+  images: document.images.length,
   wide: document.documentElement.scrollWidth - innerWidth, background: getComputedStyle(document.body).backgroundColor,
-  ink: getComputedStyle(document.body).color, plots: [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().height) }) })</script>"""
+  ink: getComputedStyle(document.body).color, plots: [...document.querySelectorAll("svg")]
+    .map(svg => svg.getBoundingClientRect().height) }) })</script>"""
 
 
 @pytest.mark.browser
