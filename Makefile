@@ -21,11 +21,12 @@ else
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help env demo test test-slow gpu fuzz bench quality clean
+.PHONY: help env demo lint format test test-slow gpu fuzz bench quality clean
 help:
 	@echo 'make env        the environment in .venv: pinned packages, SAM 2, this project (editable)'
 	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
-	@echo 'make test       the test suite'
+	@echo 'make test       the test suite, after make lint'
+	@echo 'make lint       format and a small set of rules (ruff); make format applies them'
 	@echo 'make test-slow  what takes longer: kills, cluster, browser'
 	@echo 'make gpu        on a CUDA machine, no network, ten minutes: tests, and the real table of training steps'
 	@echo 'make fuzz       the readers under random input for a minute each'
@@ -59,8 +60,16 @@ $(STAMP): requirements.txt requirements-sam2.txt setup.py pyproject.toml
 demo: env
 	$(PY) tools/demo.py $(ARGS)
 
+lint: env
+	.venv/bin/ruff check --quiet .
+	.venv/bin/ruff format --quiet --check . || { echo 'make format puts these files right'; exit 1; }
+
+format: env
+	.venv/bin/ruff check --quiet --fix .
+	.venv/bin/ruff format --quiet .
+
 # One thread a process: the models under test are small, and some tests start several ranks. Two processes, a file at a time.
-test: env
+test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(FAST)" $(ARGS)
 
 # pytest's exit code 5 says that no test was selected, which is no failure here.

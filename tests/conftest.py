@@ -4,14 +4,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models, and some tests start several ranks
 
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable, Mapping, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's `make test &` has it, and its children too
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,15 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_run_start import GO_ON, STEPS, half, whole  # noqa: F401
 
 from helpers.small_runs import QUICK, environment, make_base, rank_environment
+from helpers.started_runs import GO_ON, STEPS, half, whole  # noqa: F401
 from sam2_lora_ext.ablation.check import MemberCheck
 from sam2_lora_ext.ablation.grid import Member
 from sam2_lora_ext.utils.errors import UserError
 
 
-def test_an_ablation_compares_its_members_by_the_same_rule(whole, half, nano_base, strips, tmp_path):  # noqa: F811
+def test_an_ablation_compares_its_members_by_the_same_rule(whole, half, nano_base, strips, tmp_path):
     """Finished or not: what changes nothing passes, what does is named; data and base are compared by content."""
     env, moved = environment(nano_base, strips, tmp_path), Path(shutil.copytree(strips, tmp_path / "moved"))
     done, begun = Member({"trainer.seed_value": "42"}, whole), Member({"lora.alpha": "16"}, half)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_losses import NAMES, WEIGHTS, leaves, make_batch
 from torch.nn import functional as F
 from training.trainer import CORE_LOSS_KEY
 
 from benchmarks.measure import Saved
+from helpers.loss_batches import NAMES, WEIGHTS, leaves, make_batch
 from helpers.small_runs import make_batch as make_model_batch
 from helpers.small_runs import make_model
 from sam2_lora_ext.activations.mask_sums import mask_sums

@@ -2,15 +2,15 @@
 
 import json
 
-import evaluate  # noqa: E402
+import evaluate
 import numpy as np
-import prepare_data  # noqa: E402
+import prepare_data
 import pytest
-import track_strip  # noqa: E402
+import track_strip
 from PIL import Image
 
-from sam2_lora_ext.data.guess import guess_reader  # noqa: E402
-from sam2_lora_ext.data.index import build_index  # noqa: E402
+from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.index import build_index
 
 CASES = {  # folder: how a tool is told to read it, image, areas by class
     "deep1": (["--bits", "16"], "a.png", {1: 10_000}),

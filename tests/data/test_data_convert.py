@@ -2,22 +2,18 @@
 
 from pathlib import Path
 
-import prepare_data
 import pytest
 from PIL import Image
 
 from helpers.data_formats import assert_same_objects, make_coco, make_labels, make_supervisely, rle_of
 from helpers.data_sets import STRIPS, reader, write_kaggle
+from helpers.prepare import run
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.writers import FORMATS
 from sam2_lora_ext.utils.errors import UserError
 
 SIZE = ["--size", "200x40", "--quiet"]
-
-
-def run(*arguments):
-    prepare_data.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("kind", FORMATS)

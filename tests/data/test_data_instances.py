@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_data_convert import run
 
 from helpers.data_formats import make_coco, make_supervisely, rle_of
 from helpers.data_sets import HEIGHT, WIDTH, reader, write_image, write_kaggle
+from helpers.prepare import run
 from sam2_lora_ext.data.cache import cached_index
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.dataset import SeverstalRawDataset

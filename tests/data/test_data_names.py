@@ -5,10 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_data_convert import run
 
 from helpers.data_formats import make_coco, rle_of
 from helpers.data_sets import STRIPS, reader, write_image, write_kaggle
+from helpers.prepare import run
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index, collect

@@ -4,17 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
-import prepare_data  # noqa: E402
+import prepare_data
 import pytest
 
 from helpers.data_sets import STRIPS, reader, write_kaggle
 from helpers.small_runs import environment, rank_environment
-from sam2_lora_ext.data.arguments import BITS, classes, colors, number, size  # noqa: E402
-from sam2_lora_ext.data.guess import guess_reader, guessed  # noqa: E402
-from sam2_lora_ext.data.index import build_index  # noqa: E402
-from sam2_lora_ext.data.source import Source, from_config, from_run  # noqa: E402
-from sam2_lora_ext.run.paths import find_run  # noqa: E402
-from sam2_lora_ext.utils.errors import UserError  # noqa: E402
+from sam2_lora_ext.data.arguments import BITS, classes, colors, number, size
+from sam2_lora_ext.data.guess import guess_reader, guessed
+from sam2_lora_ext.data.index import build_index
+from sam2_lora_ext.data.source import Source, from_config, from_run
+from sam2_lora_ext.run.paths import find_run
+from sam2_lora_ext.utils.errors import UserError
 
 
 def run(*arguments: object) -> None:
@@ -113,9 +113,9 @@ def test_a_run_whose_data_cannot_be_read_is_a_sentence(tmp_path):
     for place, target in enumerate(("os.system", "no.such.Reader", "sam2_lora_ext.data.coco.COCOReader")):
         with pytest.raises(UserError, match="the reader of the run .* cannot be made"):
             from_run(write_run(tmp_path / str(place), [{**kaggle(tmp_path / "k"), "_target_": target}])).make_reader()
-    for number, readers in enumerate(([], [kaggle(tmp_path)] * 2)):
+    for place, readers in enumerate(([], [kaggle(tmp_path)] * 2)):
         with pytest.raises(UserError, match=f"has {len(readers)} data sets"):
-            from_run(write_run(tmp_path / f"other{number}", readers))
+            from_run(write_run(tmp_path / f"other{place}", readers))
 
 
 def test_relative_paths_are_those_of_the_folder_that_the_run_was_started_in(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import track_strip  # noqa: E402
+import track_strip
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_data_convert import run
 
 from helpers.data_formats import make_coco, make_labels, make_supervisely, rle_of
 from helpers.data_sets import STRIPS, reader, rows_of, write_image, write_kaggle
+from helpers.prepare import run
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index, collect, remarks
@@ -110,7 +110,7 @@ def test_two_rows_in_one_line_leave_no_image_clean(tmp_path):
 
 def test_annotations_whose_image_cannot_be_known(tmp_path):
     content = make_coco(tmp_path, lambda box: rle_of(box, True))
-    source = lambda: COCOReader(tmp_path / "images", tmp_path / "coco.json")  # noqa: E731
+    source = lambda: COCOReader(tmp_path / "images", tmp_path / "coco.json")
 
     def write(number, image_id):
         changed = json.loads(json.dumps(content))

@@ -2,7 +2,7 @@
 
 import json
 
-import doctor as tool  # noqa: E402
+import doctor as tool
 import pytest
 import torch
 

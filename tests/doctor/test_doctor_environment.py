@@ -97,7 +97,7 @@ def test_too_many_gpus_asked_for_and_no_bfloat16(monkeypatch):
 
 def test_too_little_shared_memory(place, monkeypatch):
     disk_usage = shutil.disk_usage
-    little = lambda path: Usage(1, 1, 1000) if str(path) == "/dev/shm" else disk_usage(path)  # noqa: E731
+    little = lambda path: Usage(1, 1, 1000) if str(path) == "/dev/shm" else disk_usage(path)
     monkeypatch.setattr(environment.shutil, "disk_usage", little)
     only(find("scratch.num_workers=4"), "shared memory", "--shm-size")
     assert not find()  # without workers none is needed

@@ -2,7 +2,7 @@
 
 import shutil
 
-import evaluate as tool  # noqa: E402
+import evaluate as tool
 import pytest
 from PIL import Image
 

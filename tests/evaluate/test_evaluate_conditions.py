@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import evaluate as tool  # noqa: E402
+import evaluate as tool
 import pytest
 import yaml
 

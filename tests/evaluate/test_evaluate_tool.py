@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import evaluate as tool  # noqa: E402
+import evaluate as tool
 import pytest
 import torch
 from PIL import Image

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import assert_same_run
 
+from helpers.kills import assert_same_run
 from helpers.ranks import recorded, with_path, with_recorder
 from helpers.small_runs import QUICK, environment, launch, write_config
 
@@ -218,7 +218,7 @@ def test_a_preempted_member_of_an_ablation_goes_on(cluster, tmp_path, nano_base,
     env = with_path(environment(nano_base, strips, tmp_path / "unused"), recorder)
     tool = subprocess.Popen(command, env=os.environ | env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     run = tmp_path / "out/rank-2"
-    ready = lambda: (run / "checkpoints/checkpoint.pt").exists() and len(recorded(recorder, 0)) >= 3  # noqa: E731
+    ready = lambda: (run / "checkpoints/checkpoint.pt").exists() and len(recorded(recorder, 0)) >= 3
     wait_for(lambda: ready() or tool.poll() is not None, 180, "the first checkpoint")
     job = re.search(r"array    (\d+)", tool.stdout.readline() + tool.stdout.readline())[1]
     subprocess.run(["scancel", "--signal=TERM", job], check=True)

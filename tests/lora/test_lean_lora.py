@@ -9,22 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import Saved
+from helpers.lora_pairs import QKV, pair
 from sam2_lora_ext.lora import LoRALinear, build_lora_model, lora_layers
 from sam2_lora_ext.lora.backward import LeanLoRALinear
 from sam2_lora_ext.lora.shared import checkpointed, sharing
-
-QKV = (True, False, True)
-
-
-def pair(dtype=torch.float64, parts=(True,), bias=True, dropout=0.0, frozen=True, width=(12, 24), dropout_on="inputs"):
-    """A plain and a lean layer with the same parameters and a B that is not zero."""
-    torch.manual_seed(0)
-    base = nn.Linear(*width, bias=bias).to(dtype).requires_grad_(not frozen)
-    plain = LoRALinear(base, 4, 8, dropout, parts, dropout_on=dropout_on)
-    nn.init.normal_(plain.lora_b)
-    lean = LeanLoRALinear(copy.deepcopy(base), 4, 8, dropout, parts, dropout_on=dropout_on)
-    lean.load_state_dict(plain.state_dict())
-    return plain, lean
 
 
 def gradients(layer, x, seed=1):

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_lean_lora import QKV, pair
 from torch import nn
+
+from helpers.lora_pairs import QKV, pair
 
 
 @pytest.mark.parametrize("parts", [(True,), QKV, (True,) * 3])

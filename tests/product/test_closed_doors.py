@@ -10,9 +10,9 @@ import pytest
 import report
 import torch
 from safetensors.torch import load_file, save_file
-from test_survival import ends_with
 
 from helpers.hostile_files import Evil
+from helpers.kills import ends_with
 from helpers.small_runs import environment, train_here
 
 

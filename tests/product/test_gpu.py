@@ -7,15 +7,15 @@ Small models, minutes in all, no network. The real table is `benchmarks.gpu`'s.
 import json
 from pathlib import Path
 
-import evaluate as tool  # noqa: E402
+import evaluate as tool
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import Killed, assert_same_run, kill_at
 
 from benchmarks.fake import _click
 from benchmarks.gpu import main, make_step, profiled
 from benchmarks.methods import SAMPLING, Setup, build, make_batch
+from helpers.kills import Killed, assert_same_run, kill_at
 from helpers.small_runs import environment, train_here
 from sam2_lora_ext.adapters.merge import merge_state_dict, read_adapter
 from sam2_lora_ext.adapters.weights import read_weights, write_weights

@@ -6,14 +6,12 @@ import re
 import shlex
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
-import evaluate  # noqa: E402
+import evaluate
 import pytest
-import report as tool  # noqa: E402
+import report as tool
 
-from helpers.small_runs import environment as demo_environment
-from helpers.small_runs import launch, write_config
+from helpers.reported_run import page, run  # noqa: F401
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
 from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.titles import details, headline
@@ -23,25 +21,6 @@ from sam2_lora_ext.report.collect import Run, read_evaluation, read_run, read_ru
 from sam2_lora_ext.report.commands import data_of, environment, training_command
 from sam2_lora_ext.report.page import render
 from sam2_lora_ext.utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def run(nano_base: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps by SAM 2's own launcher, with its evaluation."""
-    folder = tmp_path_factory.mktemp("reported") / "a run"
-    config = write_config(tmp_path_factory.mktemp("config"))
-    process = launch(config, demo_environment(nano_base, strips, folder))
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:]
-    how = ["--max-clicks", "1", "--pictures", "1", "--out", str(folder / "evaluation")]
-    evaluate.main(["--compare", f"base={nano_base}", f"lora={folder}", *how])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def page(run: Path) -> str:
-    tool.main([str(run)])
-    return (run / "report.html").read_text()
 
 
 class Reader(HTMLParser):

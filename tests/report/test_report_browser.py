@@ -5,9 +5,9 @@ import re
 
 import pytest
 from PIL import Image
-from test_report import page, run  # noqa: F401
 
 from helpers.browsing import browse, chromium  # noqa: F401
+from helpers.reported_run import page, run  # noqa: F401
 
 PROBE = """<script>addEventListener("load", () => { document.documentElement.dataset.probe = JSON.stringify({
   broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).length,

@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 import torch
-from test_resume import assert_same_tensors
-from test_survival import ends_with
 
+from helpers.kills import (
+    assert_same_tensors,
+    ends_with,
+)
 from helpers.small_runs import environment, train_here, write_config
 from sam2_lora_ext.adapters.peft import load_adapter
 from sam2_lora_ext.run.lock import check_free, lock_folder

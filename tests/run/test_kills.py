@@ -8,11 +8,15 @@ import time
 
 import pytest
 import torch
-from test_resume import assert_same_run
-from test_survival import at_step, ends_with, whole  # noqa: F401
 
+from helpers.kills import (
+    assert_same_run,
+    at_step,
+    ends_with,
+)
 from helpers.ranks import with_path
 from helpers.small_runs import environment, launch, train_here, write_config
+from helpers.whole_runs import whole  # noqa: F401
 from sam2_lora_ext.adapters.peft import load_adapter
 
 # A slow disk: most of the time goes into writing.
@@ -31,7 +35,7 @@ os.fsync = fsync
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments(tmp_path, nano_base, strips, whole):  # noqa: F811
+def test_kills_at_random_moments(tmp_path, nano_base, strips, whole):
     """kill -9, thirty times, every third one while a checkpoint is written: what is on the disk is always whole."""
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow/sitecustomize.py").write_text(SLOW)

@@ -1,14 +1,13 @@
 """A run that was stopped anywhere and started again leaves exactly what the run that never stopped leaves."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import sam2_lora_ext.run.checkpoint as checkpoint_files
+from helpers.kills import Killed, assert_same_run, assert_same_tensors, kill_at  # noqa: F401
 from helpers.small_runs import environment, make_base, train_here
 from sam2_lora_ext.run.folder import RunFolder
 from sam2_lora_ext.run.guard import StepGuard
@@ -17,68 +16,12 @@ from sam2_lora_ext.trainer import LoRATrainer
 RANDOM = ("lora.dropout=0.1", "scratch.clean_share=0.4")  # beside crops, flips, colours, clicks and boxes
 
 
-class Killed(BaseException):
-    """Ends a run as a kill would: nothing of ours catches it."""
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, nano_base, strips) -> Path:
     """Three phases of two steps without a stop."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train_here(environment(nano_base, strips, folder), *RANDOM)
     return folder
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, before: bool = True) -> None:
-    """Makes the `call`-th call (from 1) of `owner.name` raise `Killed`, before or after it did its work."""
-    original, count = getattr(owner, name), [0]
-
-    def killing(*args, **kwargs):
-        count[0] += 1
-        if count[0] == call and before:
-            raise Killed
-        result = original(*args, **kwargs)
-        if count[0] == call:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(owner, name, killing)
-
-
-def assert_same_tensors(one: object, other: object) -> None:
-    """Bitwise, through nested dicts and lists."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same_tensors(one[key], other[key])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for pair in zip(one, other, strict=True):
-            assert_same_tensors(*pair)
-    else:
-        assert one == other
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer, metrics, decisions and adapters of two run folders, bitwise; times and names may differ."""
-    states = [torch.load(folder / "checkpoints/checkpoint.pt", weights_only=True) for folder in (one, other)]
-    for state in states:
-        state.pop("time_elapsed")
-        state.pop("best_meter_values")  # stock's note for `save_best_meters`, which nothing of ours reads
-        state["steps"].pop("val")  # a validation that was cut off is counted, but leaves nothing
-    assert_same_tensors(*states)
-    for name in ("logs/metrics.csv", "validations.json"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    for kind in ("best", "latest", "final"):
-        files = [load_file(folder / f"adapters/{kind}/adapter_model.safetensors") for folder in (one, other)]
-        assert_same_tensors(*files)
-    summaries = [json.loads((folder / "training_summary.json").read_text()) for folder in (one, other)]
-    for key in ("steps", "phases", "best", "last", "stopped_early", "learning_rate"):
-        assert summaries[0][key] == summaries[1][key]
-    assert not list(one.rglob("*.tmp"))
 
 
 POINTS = {  # where: (owner, method, which call, before or after it)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from test_run_start import launched, records
-from test_survival import ends_with
 
+from helpers.kills import ends_with
 from helpers.small_runs import environment, train_here
+from helpers.started_runs import launched, records
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.adapters.peft import load_adapter, save_adapter
 from sam2_lora_ext.adapters.sources import read_adapter

@@ -1,62 +1,29 @@
 """Signals and numbers that are not finite: the run ends well."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_resume import Killed, assert_same_run, kill_at
 from training.dataset.utils import ConcatDataset, RepeatFactorWrapper
 from training.utils.train_utils import Phase
 
+from helpers.kills import Killed, assert_same_run, at_step, ends_with, kill_at
 from helpers.small_runs import environment, train_here
+from helpers.whole_runs import whole  # noqa: F401
 from sam2_lora_ext.adapters.peft import load_adapter
 from sam2_lora_ext.run.guard import _names, raw_datasets
 from sam2_lora_ext.run.signals import TWICE, Interrupt
 from sam2_lora_ext.trainer import LoRATrainer
 
 
-def ends_with(code: int, env: dict[str, str], *overrides: str) -> str:
-    """Trains in process until it ends the process; returns what it says."""
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stopped:
-        train_here(env, *overrides)
-    assert stopped.value.code == code
-    assert "Traceback" not in errors.getvalue()
-    return errors.getvalue()
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
-    """Calls `action(trainer)` once, when the gradients of training step `step` are there."""
-    original, done = LoRATrainer._after_gradients, []
-
-    def hook(self, model, rank, where):
-        if self.steps[Phase.TRAIN] == step and not done:
-            done.append(step)
-            action(self)
-        original(self, model, rank, where)
-
-    monkeypatch.setattr(LoRATrainer, "_after_gradients", hook)
-
-
 @pytest.fixture
 def env(tmp_path, nano_base, strips) -> dict[str, str]:
     return environment(nano_base, strips, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, nano_base, strips) -> Path:
-    """The run that is never stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train_here(environment(nano_base, strips, folder))
-    return folder
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

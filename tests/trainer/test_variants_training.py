@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from hydra.utils import instantiate
-from test_resume import Killed, assert_same_run, kill_at
 from training.trainer import unwrap_ddp_if_wrapped
 
+from helpers.kills import Killed, assert_same_run, kill_at
 from helpers.small_runs import config_of, environment, rank_environment, train_here
 from helpers.stock_models import NANO
 from sam2_lora_ext.adapters.merge import merge_files, read_adapter
