@@ -105,43 +105,48 @@ def _of_the_launcher(error: OSError, run_dir: str) -> bool:
     return full or str(error.filename).startswith(run_dir)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line: the stock launcher's options, `--print-config`, and overrides anywhere among them."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The stock launcher's options, `--print-config`, and overrides anywhere among them."""
+    options = argparse.ArgumentParser(
         prog="python -m sam2_lora_ext.train",
         description="Train with SAM 2's own launcher and Trainer, with Hydra overrides on the command line.",
         epilog=EXAMPLES + "\n".join(f"  {name}" for name in known_configs()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    options.add_argument(
         "-c",
         "--config",
         required=True,
         help="a name below, with or without configs/ and .yaml, "
         "or the path of your own file (./my.yaml), whose defaults may name the configs below",
     )
-    parser.add_argument(
+    options.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
         help="Hydra overrides: key=value, +new_key=value, ~key_to_remove; quote lists and dicts: 'lora.targets=[a,b]'",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the composed config as YAML and exit")
-    parser.add_argument(
+    options.add_argument("--print-config", action="store_true", help="print the composed config as YAML and exit")
+    options.add_argument(
         "--resume-with-changes",
         action="store_true",
         help="trainer.resume_with_changes=true: go on "
         "with a run though settings that change its result are not what they were; its record "
         "says which",
     )
-    slurm = parser.add_argument_group("options of SAM 2's launcher")
+    slurm = options.add_argument_group("options of SAM 2's launcher")
     slurm.add_argument("--use-cluster", type=int, choices=(0, 1), help="1: submit (SLURM); 0: run here")
     slurm.add_argument("--partition", help="SLURM partition")
     slurm.add_argument("--account", help="SLURM account")
     slurm.add_argument("--qos", help="SLURM quality of service")
     slurm.add_argument("--num-gpus", type=number(GPUS), help="GPUs (processes) per node")
     slurm.add_argument("--num-nodes", type=number(NODES), help="nodes, on a cluster")
-    args = parser.parse_intermixed_args(argv)
+    return options
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    args = parser().parse_intermixed_args(argv)
     args.use_cluster = None if args.use_cluster is None else bool(args.use_cluster)
     return args
 

@@ -1,142 +1,16 @@
 #!/usr/bin/env python
-"""Trains every member of a grid of settings, one after another or as a Slurm job array, and compares them."""
+"""`sam2-lora ablate` from a checkout, which need not be installed; see `--help`."""
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
 
-import argparse
-import contextlib
-from collections.abc import Sequence
-from pathlib import Path
-
-from sam2_lora_ext.ablation.check import MemberCheck
-from sam2_lora_ext.ablation.grid import (
-    MEMBER,
-    best_of,
-    collect,
-    members_of,
-    metrics_of,
-    note_settings,
-    parse_grid,
-    plot,
-    to_csv,
-    to_markdown,
-)
-from sam2_lora_ext.ablation.jobs import Task, run_here, run_on_slurm
-from sam2_lora_ext.host.compose import compose, locate
-from sam2_lora_ext.host.configs import USER_CONFIG_DIR, import_launcher
-from sam2_lora_ext.settings.arguments import GPUS, number
-from sam2_lora_ext.settings.kinds import Whole
-from sam2_lora_ext.utils.files import write_atomic
-
-RESULTS = ("ablation.csv", "ablation.md", "ablation.png")  # made anew by each command
-EXAMPLES = """\
-examples:
-  python tools/ablate.py -c severstal_lora_tiny --grid lora.rank=4,8,16 lora.dropout=0,0.05 --out runs/ranks
-  python tools/ablate.py -c severstal_lora --grid 'lora.targets=[image_encoder.*.qkv],[sam_mask_decoder.*_proj]' \\
-      --out runs/targets --slurm --partition gpu --num-gpus 2 scratch.steps=5000
-
-The same command goes on where it was: finished members are not run again, others resume from their checkpoints. A
-folder of other settings is refused, as by a resume, unless trainer.resume_with_changes=true is among the overrides.
-OUT then holds a run folder a member, ablation.csv, ablation.md and ablation.png.
-"""
-
-
-def check_metric(args: argparse.Namespace, grid: dict[str, list[str]]) -> str:
-    """Fills in `args.metric`, and says whether its best is its "max" or "min".
-
-    Raises:
-        UserError: no validation of a member gives this metric.
-    """
-    name, folder = locate(args.config)
-    if folder is not None:
-        os.environ[USER_CONFIG_DIR] = str(folder)
-    known, monitor, mode = metrics_of(compose(name, args.overrides))
-    args.metric = args.metric or monitor or "iou_1click"
-    for change in [f"{key}={value}" for key, values in grid.items() for value in values]:
-        if args.metric not in known:
-            with contextlib.suppress(UserError):  # the member's own failure
-                known += metrics_of(compose(name, [*args.overrides, change]))[0]
-    if args.metric not in known:
-        choices = ", ".join(dict.fromkeys(known))
-        raise UserError(f"--metric {args.metric}: the validation does not give it; choose from {choices}")
-    return mode if args.metric == monitor else "min" if args.metric.startswith("loss") else "max"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is not finished, then compares; exit code 1 when a member failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-c", "--config", required=True, help="as for python -m sam2_lora_ext.train")
-    parser.add_argument(
-        "--grid", nargs="+", required=True, metavar="key=value,value", help="the axes; all combinations are run"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the members' run folders go")
-    parser.add_argument("--metric", help="decides about the best (default: the config's trainer.monitor)")
-    parser.add_argument("--num-gpus", type=number(GPUS), default=1, help="processes of each member (default: 1)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for all members (before --grid, or after --)"
-    )
-    slurm = parser.add_argument_group("on a cluster")
-    slurm.add_argument("--slurm", action="store_true", help="a Slurm job array instead of one after another")
-    slurm.add_argument("--partition", help="Slurm partition")
-    slurm.add_argument("--account", help="Slurm account")
-    slurm.add_argument("--qos", help="Slurm quality of service")
-    slurm.add_argument(
-        "--hours", type=number(Whole(1, 100_000)), default=24, help="time limit of a member (default: 24)"
-    )
-    slurm.add_argument("--cpus", type=number(Whole(1, 10_000)), default=6, help="of each member (default: 6)")
-    slurm.add_argument(
-        "--parallel", type=number(Whole(1, 10_000)), default=16, help="members at a time, at most (default: 16)"
-    )
-    slurm.add_argument("--no-gpus", dest="gpus", action="store_false", help="ask for no GPU")
-    args = parser.parse_intermixed_args(argv)
-    import_launcher()
-    if args.slurm and not args.partition:
-        raise UserError("--slurm needs --partition")
-
-    args.out = args.out.resolve()
-    common = ["-c", args.config, *args.overrides]
-    grid = parse_grid(args.grid)
-    for name in RESULTS:
-        if (args.out / name).exists() and not any(args.out.glob(f"*/{MEMBER}")):
-            raise UserError(f"{args.out / name} exists already, and not from an ablation: choose another --out")
-    mode = check_metric(args, grid)
-    members = members_of(grid, args.out)
-    check = MemberCheck(locate(args.config)[0], args.overrides, args.num_gpus)
-    open_members = [member for member in members if not check.finished(member)]
-    note_settings(members, common)
-    here = ["--num-gpus", str(args.num_gpus), "--use-cluster", "0"]
-    start = [sys.executable, "-m", "sam2_lora_ext.train", *common, *here]
-    tasks = {
-        member: Task([*start, *member.overrides, f"launcher.experiment_log_dir={member.folder}"], member.folder)
-        for member in open_members
-    }
-    print(f"members  {len(members)}, of which {len(members) - len(tasks)} are finished already")
-    failures: dict[str, str] = {}
-    try:
-        if tasks:
-            run_on_slurm(tasks, failures, args) if args.slurm else run_here(tasks, failures)
-    finally:
-        rows = collect(members, failures, args.metric)
-        write_atomic(args.out / "ablation.csv", lambda path: path.write_text(to_csv(rows), encoding="utf-8"))
-        table = to_markdown(rows, args.metric, mode)
-        write_atomic(args.out / "ablation.md", lambda path: path.write_text(table, encoding="utf-8"))
-        plot(members, rows, args.metric, args.out / "ablation.png", mode)
-    print(f"\n{table}")
-    if best := best_of(rows, args.metric, mode):
-        quality = f"{args.metric} {best[args.metric]:.4f} with {best['params_trained']:,} parameters trained"
-        print(f"best     {best['member']}: {quality}")
-    print(f"written  {args.out}/ablation.csv, ablation.md, ablation.png")
-    return int(any(row["status"] != "finished" for row in rows))
-
+from sam2_lora_ext.commands.ablate import main
 
 if __name__ == "__main__":
     run_cli(main)

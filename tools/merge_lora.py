@@ -1,159 +1,16 @@
 #!/usr/bin/env python
-"""Merges LoRA adapters into SAM 2's weights, so that stock SAM 2 loads the result without this package.
-
-The merge itself needs torch and safetensors only; --verify builds stock SAM 2 and compares masks.
-"""
+"""`sam2-lora merge` from a checkout, which need not be installed; see `--help`."""
 
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the imports that take long
 
-import argparse
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-from sam2_lora_ext.adapters.merge import DTYPES, Merged, merge_files
-from sam2_lora_ext.adapters.record import describe, record_path, with_proof
-from sam2_lora_ext.adapters.sources import source_files
-from sam2_lora_ext.adapters.weights import FORMATS
-from sam2_lora_ext.settings.arguments import ALPHA, number
-from sam2_lora_ext.settings.kinds import Number
-from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_json
-
-EXAMPLES = """\
-examples:
-  the best adapter of a run, proven on stock SAM 2:
-    python tools/merge_lora.py --base checkpoints/sam2.1_hiera_large.pt --adapter runs/my_run \\
-        --out merged.pt --verify configs/sam2.1/sam2.1_hiera_l.yaml --image strip.jpg
-  an adapter folder (ours or PEFT's), written in half precision, with what that costs:
-    python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter my_adapter --out merged.pt --dtype bfloat16 \\
-        --verify configs/sam2.1/sam2.1_hiera_t.yaml
-  a checkpoint of SAM 2's Trainer:
-    python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter my_run/checkpoints/checkpoint.pt --out merged.pt
-  two adapters of one base, 0.7 of the first update and 0.3 of the second:
-    python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter line_1 line_2 --weights 0.7 0.3 --out merged.pt
-
-The merged file then works everywhere in place of the base:
-    build_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "merged.pt")
-Beside it, merged.pt.json says what it was made of, with SHA-256 sums. tools/unmerge_lora.py goes the other way.
-"""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Merges, verifies on request, and prints a summary."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that training began with")
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        required=True,
-        nargs="+",
-        metavar="PATH",
-        help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt",
-    )
-    parser.add_argument(
-        "--weights",
-        type=number(Number(-1e6, 1e6)),
-        nargs="+",
-        metavar="W",
-        help="of several adapters, how much of each update is added (default for a single one: 1)",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the merged file to write")
-    parser.add_argument("--format", choices=FORMATS, help="default: what the suffix of --out says; build_sam2 loads pt")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: that of the base, or float32 if that is a half")
-    parser.add_argument(
-        "--alpha",
-        type=number(ALPHA),
-        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json",
-    )
-    parser.add_argument(
-        "--verify",
-        metavar="CONFIG",
-        help="build this stock config from the result and compare its masks with the live adapter's",
-    )
-    parser.add_argument("--image", type=Path, metavar="FILE", help="what --verify segments (default: smooth noise)")
-    parser.add_argument("--force", action="store_true", help="replace --out and its record when they exist")
-    args = parser.parse_args(argv)
-    if args.image and not args.verify:
-        raise UserError("--image is what --verify segments: give --verify CONFIG too")
-
-    if args.verify:
-        try:
-            import hydra  # noqa: F401
-            import sam2  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise UserError(f"--verify needs SAM 2 ({error}): pip install -e '.[sam2]', or merge without it") from error
-        from sam2_lora_ext.deploy.stock import check_inputs
-
-        check_inputs(args.verify, args.image)
-
-    start, record = time.perf_counter(), record_path(args.out)
-    read = [args.base, *(file for path in args.adapter for file in source_files(path))]
-    read += [args.image] if args.image else []
-    for path in (args.out, record):
-        refuse_existing(path, args.force)
-        refuse_input_files(path, read)
-    merged = merge_files(
-        args.base,
-        args.adapter,
-        args.out,
-        weights=args.weights,
-        file_format=args.format,
-        dtype=args.dtype,
-        alpha=args.alpha,
-        force=args.force,
-        progress=True,
-    )
-    facts = describe(merged, args.base, args.out, [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
-    write_json(record, facts, force=args.force)
-    for path, weight, _ in merged.sources:
-        print(f"merged   {path}{'' if weight == 1 else f', times {weight:g}'}")
-    print(f"into     {args.base}: {merged.changed} of {merged.tensors} tensors changed")
-    print(
-        f"written  {args.out}: {args.out.stat().st_size / 1e6:,.1f} MB, {' and '.join(merged.dtypes)}, "
-        f"in {time.perf_counter() - start:.1f} s"
-    )
-    print(f"record   {record}: sha256 {merged.sha256[:12]} from base {merged.base_id[:12]}")
-    for note in merged.notes:
-        print(f"note     {note}")
-    if args.verify:
-        verify(args, merged, facts)
-
-
-def verify(args: argparse.Namespace, merged: Merged, facts: dict[str, Any]) -> None:
-    """Compares the written file with base plus live adapter, notes that in the record, and fails past the bound."""
-    from sam2_lora_ext.deploy.verify import compare_merged
-
-    print(f"verify   stock SAM 2 from {args.out}, and from {args.base} with the live adapter ...", flush=True)
-    result = compare_merged(args.out, args.base, merged.adapter, args.verify, args.image)
-    write_json(record_path(args.out), with_proof(facts, args.verify, asdict(result)))
-    print(f"weights  differ by at most {result.max_abs_weight_diff:.3g}")
-    print(
-        f"logits   differ by at most {result.max_abs_logit_diff:.3g} (allowed {result.bound:.3g}; they reach "
-        f"{result.max_abs_logit:.3g})"
-    )
-    half = [name for name in merged.dtypes if name in ("float16", "bfloat16")]
-    print(
-        f"masks    {result.flipped:.4%} of the pixels differ, IoU at least {result.lowest_iou:.4f}, on average "
-        f"{result.mean_iou:.4f}{f': what {half[0]} costs' if half else ''}"
-    )
-    if not result.passed:
-        raise UserError(
-            f"{args.out} is not the adapter's model: its mask logits differ by "
-            f"{result.max_abs_logit_diff:.3g}, and {result.bound:.3g} is allowed"
-        )
-    print("verified")
-
+from sam2_lora_ext.commands.merge import main
 
 if __name__ == "__main__":
     run_cli(main)

@@ -20,7 +20,6 @@ from sam2_lora_ext.lora.layer import block_diagonal, delta_weight, merged_weight
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, sha256_of
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HALVES = (torch.float16, torch.bfloat16)
 AT_ONCE = 1 << 15  # float64 values of a weight; pieces of more than half a megabyte would be new pages each time
 
@@ -105,7 +104,7 @@ def merge_files(
         out: the file to make, never one that is read.
         weights: one factor an adapter, see `combine`; may be left out for a single one.
         file_format: "pt" for what `build_sam2` loads, or "safetensors"; by default what the name of `out` says.
-        dtype: one of `DTYPES`; by default the base's, or float32 where that is a half precision.
+        dtype: one of `names.DTYPES`; by default the base's, or float32 where that is a half precision.
         alpha: see `read_adapter`.
         force: replace an existing file.
         progress: show a bar on a terminal.
@@ -129,7 +128,7 @@ def merge_files(
             for part in read:
                 require_fit(state, part)
             adapter = combine(read, weights, state, list(map(str, given)))
-            merged = _merge(state, adapter, DTYPES[dtype] if dtype else None, progress)
+            merged = _merge(state, adapter, getattr(torch, dtype) if dtype else None, progress)
         finally:  # a wrong base, which explains whatever else did not fit
             notes = [check_base(base, state, part, base_id.result()) for part in read]
         write_weights(

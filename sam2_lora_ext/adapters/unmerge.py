@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sam2_lora_ext.adapters.merge import one_thread
+from sam2_lora_ext.adapters.names import LARGEST_ERROR
 from sam2_lora_ext.adapters.weights import explain_mismatch
 from sam2_lora_ext.lora import Adapter, LayerAdapter
 from sam2_lora_ext.lora.config import QKV
@@ -23,7 +24,6 @@ from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN
 from sam2_lora_ext.utils.errors import UserError
 
-BOUND = 0.01
 LOW = 0.9  # share of the largest rank above which none is low; training in full leaves nearly all of it
 
 
@@ -91,7 +91,7 @@ def unmerge(
     merged: Mapping[str, Tensor],
     rank: int | None = None,
     *,
-    bound: float = BOUND,
+    bound: float = LARGEST_ERROR,
     keep_full: bool = False,
     shown: Callable[[Iterable[Change]], Iterable[Change]] = lambda changes: changes,
 ) -> Recovered:

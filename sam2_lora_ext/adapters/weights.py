@@ -19,7 +19,6 @@ from sam2_lora_ext.utils.files import write_atomic
 
 # Ends of the keys that `LoRALinear` and its variants add to a model's state dict.
 ADAPTER_KEYS = tuple(sorted({f".{name}" for names in TENSORS.values() for name in names}))
-FORMATS = ("pt", "safetensors")
 NOTES = "sam2_lora_ext"  # a checkpoint's entry: `config` (of LoRA), `base_id`, `base_path`, `model_config`, `version`
 HASH_CHUNK = 1 << 22  # values converted at a time
 SIZES = {  # (width of the first stage, blocks, channels of the neck) -> config of SAM 2.0, config of SAM 2.1
@@ -98,7 +97,7 @@ def write_weights(
     Args:
         path: the file to make.
         state: tensors by key.
-        file_format: one of `FORMATS`.
+        file_format: one of `names.FORMATS`.
         metadata: for the header of a safetensors file.
         force: replace an existing file.
         on_written: called with the file, open for reading, when it is whole but not yet flushed to the disk.

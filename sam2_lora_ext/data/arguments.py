@@ -3,14 +3,15 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sam2_lora_ext.data.guess import guessed
-from sam2_lora_ext.data.source import Source, from_config, from_run
 from sam2_lora_ext.run.paths import find_run
 from sam2_lora_ext.settings.arguments import number
 from sam2_lora_ext.settings.data import BITS
 from sam2_lora_ext.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from sam2_lora_ext.data.source import Source
 
 DATA = "the data set's folder, its csv or its json; or a run, which knows its data"
 OVERRIDE = "overrides of -c, as training takes them"
@@ -54,7 +55,7 @@ def add_pixels(parser: Any) -> None:
     add("--as-stored", action="store_true", help="do not turn images upright by their EXIF orientation")
 
 
-def source_of(args: argparse.Namespace, phase: str = "val", like: Source | None = None) -> Source | None:
+def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None" = None) -> "Source | None":
     """The data that the arguments name; None where they name none.
 
     Args:
@@ -65,6 +66,9 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: Source | None 
     Raises:
         UserError: they contradict each other, or the data cannot be told.
     """
+    from sam2_lora_ext.data.guess import guessed
+    from sam2_lora_ext.data.source import from_config, from_run
+
     words, data = list(args.words), getattr(args, "data", None)
     if hasattr(args, "phase"):  # DATA is a word
         phase = args.phase
@@ -94,7 +98,7 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: Source | None 
     return guessed(data, args.images, args.split_folder, given, like, **more)
 
 
-def source_of_model(args: argparse.Namespace, weights: Path) -> Source | None:
+def source_of_model(args: argparse.Namespace, weights: Path) -> "Source | None":
     """How the model behind weights was trained: by `-c`, by `--run`, or by the run that the weights lie in.
 
     Args:
@@ -104,6 +108,8 @@ def source_of_model(args: argparse.Namespace, weights: Path) -> Source | None:
     Raises:
         UserError: the arguments contradict each other, or the run or config cannot be read.
     """
+    from sam2_lora_ext.data.source import from_config, from_run
+
     if args.words and not args.training_config:
         raise UserError(f"{args.words[0]!r} is one too many: key=value belongs to a training config, which -c names")
     if args.training_config and args.run:

@@ -26,12 +26,8 @@ examples:
 """
 
 
-def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line.
-
-    Raises:
-        UserError: options that contradict each other, or are out of range.
-    """
+def evaluate_parser(description: str) -> argparse.ArgumentParser:
+    """The options, told by their groups."""
     parser = argparse.ArgumentParser(
         description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -122,7 +118,16 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
         help="of each kind in the galleries (default: 4; 0 for none)",
     )
     add("--force", action="store_true", help="replace an earlier evaluation in --out")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: options that contradict each other, or are out of range.
+    """
+    args = evaluate_parser(description).parse_intermixed_args(argv)
     if not (args.checkpoint or args.adapter or args.compare):
         raise UserError(
             "say what to evaluate: --checkpoint FILE, --adapter PATH (with --checkpoint for its base), or "

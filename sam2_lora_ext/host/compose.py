@@ -68,7 +68,7 @@ def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     from yaml import YAMLError
 
-    from sam2_lora_ext.utils.yaml_files import check_config
+    from sam2_lora_ext.host.yaml_files import check_config
 
     if not OmegaConf.has_resolver("times"):  # one of SAM 2's own, which cannot be registered twice
         import_launcher().register_omegaconf_resolvers()

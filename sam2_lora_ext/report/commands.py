@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from sam2_lora_ext.data.source import from_run
+from sam2_lora_ext.host.yaml_files import load_yaml
 from sam2_lora_ext.report.collect import Run
 from sam2_lora_ext.run.paths import find_run
 from sam2_lora_ext.utils.errors import UserError
-from sam2_lora_ext.utils.yaml_files import load_yaml
 
 VARIABLE = re.compile(
     r"^(?P<before>[^$]*)(?:\$\{oc\.decode:)?\$\{oc\.env:(?P<name>\w+)[^}]*(?:\{[^}]*\}[^}]*)?\}\}?(?P<after>[^$}]*)$"

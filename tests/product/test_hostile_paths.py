@@ -14,11 +14,11 @@ from sam2_lora_ext.adapters.peft import load_adapter
 from sam2_lora_ext.adapters.weights import read_weights
 from sam2_lora_ext.host.compose import compose, locate
 from sam2_lora_ext.host.configs import USER_CONFIG_DIR, known_configs
+from sam2_lora_ext.host.yaml_files import check_yaml, load_yaml
 from sam2_lora_ext.report.collect import read_evaluation, read_run
 from sam2_lora_ext.report.page import galleries
 from sam2_lora_ext.utils.errors import UserError, run_cli
 from sam2_lora_ext.utils.files import inside
-from sam2_lora_ext.utils.yaml_files import check_yaml, load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKE: dict[str, Callable[[Path], object]] = {

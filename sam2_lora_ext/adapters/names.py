@@ -1,0 +1,6 @@
+"""Formats and precisions of written weights, for command lines, which need no torch to say them."""
+
+FORMATS = ("pt", "safetensors")
+DTYPES = ("float32", "float16", "bfloat16")
+LARGEST_ERROR = 0.01
+"""Of a recovered layer, as a share of its change: `unmerge`."""

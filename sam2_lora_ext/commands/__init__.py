@@ -1,0 +1,1 @@
+"""The command lines: `sam2-lora NAME`, and the same as scripts in `tools/`."""

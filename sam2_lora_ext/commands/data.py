@@ -1,0 +1,120 @@
+"""Looks at steel-defect data, splits it, converts it between formats, or makes synthetic strips.
+
+The data is that of a training config (-c CONFIG key=value ...), of a run, or a folder, whose format is told by what is
+found: Kaggle's csv (new and old), Supervisely folders, label images, COCO. All of it is read, whatever its split.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sam2_lora_ext.data.arguments import add_source
+from sam2_lora_ext.data.names import FORMATS
+from sam2_lora_ext.settings.arguments import COUNT, SEED, number
+from sam2_lora_ext.settings.kinds import Number, Whole
+
+EXAMPLES = """\
+examples:
+  python tools/prepare_data.py scan data/severstal --out runs/scan        # scan.json and scan.html
+  python tools/prepare_data.py scan -c severstal_lora dataset.bits=12 --out runs/scan     # what training would read
+  python tools/prepare_data.py scan runs/severstal_lora --out runs/scan                   # what that run was trained on
+  python tools/prepare_data.py scan data/binary --classes 255=defect --out runs/scan      # label images of 0 and 255
+  python tools/prepare_data.py scan data/cvat --colors 1=250/50/83,2=51/221/255 --classes pit,crack --out runs/scan
+  python tools/prepare_data.py split data/severstal --out data/severstal/split.csv
+  python tools/prepare_data.py split data/severstal --folds 5 --out folds.csv
+  python tools/prepare_data.py split splits --as-given --out split.csv    # splits/{train,val,test}_split/{img,ann}
+  python tools/prepare_data.py convert data/severstal --to coco --out data/severstal_coco
+  python tools/prepare_data.py synth --out data/synthetic --count 200
+"""
+
+COMMANDS = {  # the help of each: in one line, in full
+    "scan": (
+        "what is in a data set, and what is wrong with it",
+        "Reads a whole data set and writes scan.json and scan.html: counts by class and combination, object sizes, "
+        "clean share, sizes and modes, unexposed share, images that are the same or nearly so, every problem, and a "
+        "sheet of overlays. Problems do not stop it.",
+    ),
+    "split": (
+        "train, val and test, or folds, as a csv",
+        "Writes a csv with the columns image and split, which training reads as its split_file. Every combination of "
+        "classes is spread by the shares, images that are the same or nearly so stay together, and one seed gives one "
+        "split on any machine.",
+    ),
+    "convert": (
+        "a data set in another format",
+        "Writes a data set in another format, its images copied as they are. Read back, it has the same masks; what "
+        "the format cannot hold is refused. Images that lost a mask with --on-invalid skip are left out.",
+    ),
+    "synth": (
+        "synthetic strips",
+        "Draws 1600x256 strips with four kinds of defects and writes them in Kaggle's format: train_images, train.csv.",
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = options.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, out: str, action: str, reads: bool = True):
+        short, full = COMMANDS[name]
+        one = commands.add_parser(name, help=short, description=full)
+        if reads:
+            add_source(one, positional=True)
+        one.add_argument("--out", type=Path, required=True, metavar="PATH", help=out)
+        one.add_argument("--force", action="store_true", help="replace what is there")
+        one.add_argument("--quiet", action="store_true", help="no progress bars")
+        one.set_defaults(action=action)
+        return one
+
+    command("scan", "the folder for scan.json and scan.html", "scan_data")
+    split = command("split", "the csv", "split_data")
+    add_on_invalid(split)
+    ways = split.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--shares", default="train=0.8,val=0.1,test=0.1", metavar="NAME=X,..", help="splits and shares (%(default)s)"
+    )
+    folds = number(Whole(2, 1000))
+    ways.add_argument("--folds", type=folds, metavar="K", help="K equal folds named fold0, fold1, ... instead")
+    ways.add_argument("--as-given", action="store_true", help="the split folders of a Supervisely project, as they are")
+    seed = number(SEED)
+    split.add_argument("--seed", type=seed, default=42, metavar="N", help="another gives another split (%(default)s)")
+    split.add_argument(
+        "--ignore-duplicates", action="store_true", help="do not look for duplicates: quick, for pixels are not read"
+    )
+    to = command("convert", "the folder for the new data set", "convert_data")
+    add_on_invalid(to)
+    to.add_argument("--to", choices=FORMATS, required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    synth = command("synth", "the folder for the strips", "synthesise", reads=False)
+    share = number(Number(0, 1))
+    synth.add_argument("--count", type=number(COUNT), default=100, metavar="N", help="how many strips (%(default)s)")
+    synth.add_argument("--seed", type=seed, default=42, metavar="N", help="strip i depends on it and i (%(default)s)")
+    synth.add_argument("--clean-share", type=share, default=0.3, metavar="X", help="without a defect (%(default)s)")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one of the commands."""
+    options = parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    commands = next(action for action in options._actions if isinstance(action, argparse._SubParsersAction)).choices
+    if words and words[0] in commands:  # key=value may stand anywhere among the options
+        args = commands[words[0]].parse_intermixed_args(words[1:])
+    else:
+        args = options.parse_args(words)
+    from sam2_lora_ext.commands import data_actions
+
+    getattr(data_actions, args.action)(args)
+
+
+def add_on_invalid(parser: argparse.ArgumentParser) -> None:
+    """What to do about problems."""
+    parser.add_argument(
+        "--on-invalid",
+        choices=("error", "skip"),
+        help="list all that cannot be used and stop, or leave just that out (default: the config's, else error)",
+    )

@@ -1,0 +1,67 @@
+"""Makes an adapter folder in PEFT's format from a training run or from a checkpoint of SAM 2's Trainer."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sam2_lora_ext.settings.arguments import ALPHA, number
+
+EXAMPLES = """\
+examples:
+  the best adapter of a run:
+    python tools/export_adapter.py runs/my_run my_adapter
+  the state of a run that was stopped early, or of SAM 2's own Trainer, with the base noted in it:
+    python tools/export_adapter.py runs/my_run/checkpoints/checkpoint.pt my_adapter --base sam2.1_hiera_tiny.pt
+
+PEFT loads it on a stock SAM 2: PeftModel.from_pretrained(build_sam2(...), "my_adapter")
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN_DIR|checkpoint.pt",
+        help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt",
+    )
+    options.add_argument("out", type=Path, metavar="OUT", help="the adapter folder to write")
+    options.add_argument(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="the weights that training began with: checked, or noted where the run did not",
+    )
+    options.add_argument(
+        "--alpha",
+        type=number(ALPHA),
+        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json",
+    )
+    options.add_argument("--force", action="store_true", help="replace an adapter in OUT")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads an adapter from wherever it is, writes it as a folder, and prints a summary."""
+    args = parser().parse_args(argv)
+    from sam2_lora_ext.adapters.folder import refuse_adapter_folder
+    from sam2_lora_ext.adapters.peft import save_adapter
+    from sam2_lora_ext.adapters.sources import check_base, read_adapter, source_files
+    from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
+
+    refuse_adapter_folder(args.out, [*source_files(args.source), *([args.base] if args.base else [])], args.force)
+    base = read_weights(args.base) if args.base else None
+    adapter = read_adapter(args.source, args.alpha, base)
+    if base is not None and check_base(args.base, base, adapter):
+        adapter.metadata |= {"base_id": weights_id(base), "base_path": str(args.base), "model_config": identify(base)}
+    save_adapter(adapter, args.out, force=args.force)
+    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    size = sum(file.stat().st_size for file in args.out.iterdir() if file.name.startswith("adapter_"))
+    print(
+        f"written  {args.out}: {len(adapter.layers)} LoRA layers (rank {', '.join(map(str, ranks)) or '-'}), "
+        f"{len(adapter.full_modules)} modules trained in full, {size / 1e6:,.2f} MB"
+    )
+    print(f"base     {adapter.metadata.get('base_path') or 'not noted; give --base to note it'}")

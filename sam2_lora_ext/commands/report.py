@@ -1,0 +1,70 @@
+"""Makes one HTML file about runs: facts, curves, tables, pictures, where adapters changed the model, commands.
+
+It needs no network and no other file. An evaluation in RUN_DIR/evaluation (tools/evaluate.py --out) is found by itself,
+and a run by what lies in it. Data, crop and resolution are those that the run's record names.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sam2_lora_ext.run.paths import find_run
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_atomic
+
+EXAMPLES = """\
+examples:
+  python tools/report.py runs/severstal_lora                                   # writes runs/severstal_lora/report.html
+  python tools/report.py runs/r8 runs/decoder --evaluation runs/evaluation --out report.html
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="what launcher.experiment_log_dir was, or something inside, such as adapters/best",
+    )
+    options.add_argument(
+        "--evaluation",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="an evaluation to show, several times for several (default: RUN_DIR/evaluation)",
+    )
+    options.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
+    options.add_argument("--force", action="store_true", help="replace --out when it exists")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the runs and writes the page."""
+    args = parser().parse_args(argv)
+    args.runs = [find_run(path) or path for path in args.runs]
+    out = args.out or args.runs[0] / "report.html"
+    refuse_existing(out, args.force)
+    try:
+        from sam2_lora_ext.report.collect import read_evaluation, read_runs
+        from sam2_lora_ext.report.page import render
+    except ModuleNotFoundError as error:
+        raise UserError(f"the report needs what training needs ({error}): pip install -e '.[sam2]'") from error
+    runs = read_runs(args.runs)
+    found = [path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()]
+    folders = args.evaluation or found
+    refuse_input_files(out, (file for folder in (*args.runs, *folders) for file in read_by_report(folder)))
+    text = render(runs, [read_evaluation(folder) for folder in folders])
+    page = text.encode("utf-8", "backslashreplace")  # a file name that is no UTF-8 is shown, not fatal
+    write_atomic(out, lambda path: path.write_bytes(page), force=args.force)
+    print(f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations")
+
+
+def read_by_report(folder: Path) -> list[Path]:
+    """The files of a run or an evaluation, without pages that a report made."""
+    files = folder.rglob("*") if folder.is_dir() else [folder]
+    return [file for file in files if file.suffix != ".html" and file.is_file()]
