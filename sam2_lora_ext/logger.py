@@ -99,7 +99,7 @@ class CSVFile:
             if len(line) != len(self.columns):
                 raise UserError(
                     f"{self.path}, row {number}, has {len(line)} cells where the header has {len(self.columns)}: "
-                    "mend or delete that row"
+                    "fix or delete that row"
                 )
         return [dict(zip(self.columns, line, strict=True)) for line in lines[1:]]
 
@@ -135,7 +135,7 @@ class MetricsCSV(CSVFile):
             try:
                 return int(row[column]) <= last
             except ValueError:
-                raise UserError(f"{self.path} has a row with the {column} {row[column]!r}: mend or delete it") from None
+                raise UserError(f"{self.path} has a row with the {column} {row[column]!r}: fix or delete it") from None
 
         return self._rewrite(keep) if self.enabled else 0
 

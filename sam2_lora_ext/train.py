@@ -3,7 +3,7 @@
 The launcher (`training.train`) knows no overrides. This command line composes the config with them, then runs the
 launcher's own `main`, which gets that config where it would have composed its own; ranks and cluster jobs get it too.
 
-Exit codes, with one rank or several: 0; 2 on a mistake that the user can mend; 143 after SIGTERM and 130 after Ctrl-C,
+Exit codes, with one rank or several: 0; 2 on a user's mistake; 143 after SIGTERM and 130 after Ctrl-C,
 once the running step is finished and `latest` is written (on a first signal; a second one ends everything at once).
 """
 

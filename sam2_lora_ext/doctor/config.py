@@ -39,7 +39,7 @@ def check_targets(config: Mapping[str, Any]) -> Iterator[Finding]:
             yield red(
                 AREA,
                 f"{where}: {target} cannot be imported: {root_cause(error)}",
-                "correct the name, or mend that import",
+                "correct the name, or fix that import",
             )
     if not bad:
         yield green(AREA, f"composes; all {len(targets)} classes and functions that it names can be imported")

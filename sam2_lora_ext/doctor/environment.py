@@ -79,7 +79,7 @@ def check_imports(modules: tuple[str, ...] = IMPORTS) -> Iterator[Finding]:
             elif "parent directory" in str(error):
                 advice = "run from another folder: a folder named sam2 here hides the package"
             else:
-                advice = "mend what the error names; make env installs what was tested"
+                advice = "fix what the error names; make env installs what was tested"
             yield red(AREA, f"import {name} fails: {root_cause(error)}", advice)
             return
     yield green(AREA, f"SAM 2 and its training code import ({Path(importlib.import_module('sam2').__file__).parent})")
@@ -112,7 +112,7 @@ def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
             yield red(
                 AREA,
                 f"the config wants CUDA, but {why}",
-                "set trainer.accelerator=cpu trainer.optim.amp.enabled=false, or mend the driver",
+                "set trainer.accelerator=cpu trainer.optim.amp.enabled=false, or fix the driver",
             )
         else:
             use = "the config trains on the CPU" if config is not None else "training on a CPU is slow but works"

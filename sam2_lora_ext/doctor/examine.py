@@ -34,7 +34,7 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
     machine = (environment.check_gpu, environment.check_shared_memory, environment.check_ports)
     if name is None:
         for check in machine:
-            yield from guarded("environment", lambda check=check: check(None), "mend what the error names")
+            yield from guarded("environment", lambda check=check: check(None), "fix what the error names")
         free = shutil.disk_usage(Path.cwd()).free / environment.GIGA
         said = f"{free:,.1f} GB free in {Path.cwd()}; with -c CONFIG this is set against the need"
         yield green("disk", said)
@@ -77,7 +77,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
     if step and gpu and not causes and not missing:
         yield from guarded("step", training.check_step, STEP_ADVICE)
     elif step:
-        yield yellow("step", "no step was made, for what is red above", "mend that, and ask again")
+        yield yellow("step", "no step was made, since something above is red", "fix it and run the doctor again")
     if training.buildable:
         folder = configs.run_folder(config)
         what = "checkpoints, exports, logs"

@@ -84,7 +84,7 @@ def share_log() -> None:
 
 @contextmanager
 def at_work(accelerator: str) -> Iterator[None]:
-    """Guards the host; ends the process with one sentence on a mistake that the user can mend, or on Ctrl-C.
+    """Guards the host; ends the process with one sentence on a user's mistake, or on Ctrl-C.
 
     The launcher is stock, so nobody above would catch the error: users would see a traceback through Hydra.
     """
