@@ -17,6 +17,8 @@ from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.rle import decode_runs, parse_rle
 
+pytestmark = pytest.mark.slow  # timed
+
 
 def test_index_of_a_full_size_set(real_data, tmp_path):
     full_set(real_data / "severstal", tmp_path / "full", IMAGES)

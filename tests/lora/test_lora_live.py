@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+from statistics import median
 
 import pytest
 import torch
@@ -176,7 +177,8 @@ def test_a_model_with_adapters_of_its_own_is_refused():
             action()
 
 
-def test_a_switch_of_sam2_large_takes_less_than_ten_milliseconds():
+@pytest.mark.slow
+def test_a_switch_of_sam2_large_costs_at_most_ten_walks_over_its_modules():
     model = build("configs/sam2.1/sam2.1_hiera_l.yaml")
     names = [
         name
@@ -196,10 +198,12 @@ def test_a_switch_of_sam2_large_takes_less_than_ten_milliseconds():
             ),
         )
     assert len(names) > 200
-    seconds = []
-    for name in ("one", "two", None) * 5:
-        start = time.perf_counter()
+    switches, walks = [], []
+    for name in ("one", "two", None) * 5:  # in pairs, for the machine may be busy
+        start = time.process_time()
         set_adapter(model, name)
-        seconds.append(time.perf_counter() - start)
-    print(f"{len(names)} layers: {min(seconds) * 1e3:.2f} to {max(seconds) * 1e3:.2f} ms")
-    assert sorted(seconds)[len(seconds) // 2] < 0.010
+        switches.append(time.process_time() - start)
+        start = time.process_time()
+        assert sum(1 for _ in model.modules()) > len(names)
+        walks.append(time.process_time() - start)
+    assert median(switches) < 10 * median(walks)
