@@ -109,7 +109,7 @@ class Training:
 
     def check_adapters(self) -> Iterator[Finding]:
         """What is trained; targets that hit nothing are an error when the model is built."""
-        from sam2_lora_ext.lora import overview as report
+        from sam2_lora_ext.lora import report
 
         facts = report(self.model)
         if not facts["trained"]:

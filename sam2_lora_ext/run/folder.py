@@ -24,8 +24,7 @@ import sam2_lora_ext
 from sam2_lora_ext.adapters.merge import merge_state_dict
 from sam2_lora_ext.adapters.peft import save_adapter
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_weights, write_weights
-from sam2_lora_ext.lora import lora_layers
-from sam2_lora_ext.lora import overview as report
+from sam2_lora_ext.lora import lora_layers, report
 from sam2_lora_ext.lora.adapter_state import Adapter
 from sam2_lora_ext.run.checkpoint import write_checkpoint
 from sam2_lora_ext.utils.errors import UserError

@@ -10,8 +10,7 @@ from training.utils.checkpoint_utils import load_state_dict_into_model
 
 from helpers.stock_models import TINY, build
 from sam2_lora_ext.deploy.verify import mask_logits, noise_image
-from sam2_lora_ext.lora import LoRAConfig, LoRALinear, build_lora_model, lora_layers
-from sam2_lora_ext.lora import overview as report
+from sam2_lora_ext.lora import LoRAConfig, LoRALinear, build_lora_model, lora_layers, report
 
 PLACES = {
     "encoder attention": ["image_encoder.trunk.blocks.*.attn.qkv", "image_encoder.trunk.blocks.*.attn.proj"],
