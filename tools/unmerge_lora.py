@@ -19,6 +19,7 @@ from sam2_lora_ext.adapters.folder import refuse_adapter_folder
 from sam2_lora_ext.adapters.peft import save_adapter
 from sam2_lora_ext.adapters.unmerge import BOUND, Change, unmerge
 from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
+from sam2_lora_ext.class_prompts.file import load_class_prompts
 from sam2_lora_ext.settings.arguments import RANK, number
 from sam2_lora_ext.settings.kinds import Number
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, merged = read_weights(args.base), read_weights(args.merged)
     found = unmerge(base, merged, args.rank, bound=args.bound, keep_full=args.full, shown=bar)
     adapter = found.adapter
+    adapter.class_prompts = load_class_prompts(args.merged)
     adapter.metadata |= {
         "base_id": weights_id(base),
         "base_path": str(args.base),

@@ -7,9 +7,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from sam2_lora_ext.class_prompts.pairs import TrainingWindow
 from sam2_lora_ext.logger import MetricsCSV, metric_columns
 from sam2_lora_ext.lora import LoRAConfig, format_report
-from sam2_lora_ext.meters import SegmentationMeter
 from sam2_lora_ext.run.folder import RunFolder
 from sam2_lora_ext.run.history import History
 from sam2_lora_ext.run.start import RunStart, on_rank_0
@@ -117,7 +117,7 @@ class RunRecord:
         first = {name: values.get(f"{name}_1click", values.get(f"{name}_box")) for name in ("iou", "dice")}
         self.csv.write({"step": step, "epoch": epoch, "phase": phase, **first, **known, **more})
 
-    def window_row(self, step: int, epoch: int, window: SegmentationMeter, learning_rate: float) -> None:
+    def window_row(self, step: int, epoch: int, window: TrainingWindow, learning_rate: float) -> None:
         """Writes a row of training metrics since the last one, and forgets them; to be called by all ranks."""
         values = window.compute_synced()
         window.reset()
