@@ -21,17 +21,20 @@ else
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help env demo lint format test test-slow gpu fuzz bench quality clean
+.PHONY: help env demo lint format test test-slow test-oldest gpu clients fuzz bench quality docs clean
 help:
 	@echo 'make env        the environment in .venv: pinned packages, SAM 2, this project (editable)'
 	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
 	@echo 'make test       the test suite, after make lint'
 	@echo 'make lint       format and a small set of rules (ruff); make format applies them'
 	@echo 'make test-slow  what takes longer: kills, cluster, browser'
+	@echo 'make test-oldest   the tests with the oldest packages allowed, in .venv-oldest (PYTHON is 3.11)'
 	@echo 'make gpu        on a CUDA machine, no network, ten minutes: tests, and the real table of training steps'
+	@echo 'make clients    programs of others on our files: installs them (requirements-clients.txt), runs their tests'
 	@echo 'make fuzz       the readers under random input for a minute each'
 	@echo 'make bench      cost: a training step, the data, bytes between ranks'
 	@echo 'make quality    quality on NEU-Seg: base, LoRA, full fine-tuning (40 minutes)'
+	@echo 'make docs       the documentation as a site: site/index.html'
 	@echo 'make clean      removes caches and the run of the demo, not the environment'
 
 env: $(STAMP)
@@ -76,11 +79,30 @@ test: lint
 test-slow: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
 
+# torch 2.5.1 and the other lower bounds of pyproject.toml, as far as Python 3.11 has wheels of them. Needs 7 GB.
+OLDEST := .venv-oldest/bin/python
+.venv-oldest/.installed: requirements-oldest.txt requirements-sam2.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the oldest packages need Python 3.11")'
+	rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --disable-pip-version-check -r requirements-oldest.txt
+	SAM2_BUILD_CUDA=0 $(OLDEST) -m pip install --disable-pip-version-check --no-deps --no-build-isolation \
+	    --require-hashes -r requirements-sam2.txt
+	$(OLDEST) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -n 2 --dist loadfile -m "$(FAST)" $(ARGS)
+
 # The second command measures for six minutes at most; cuBLAS wants a workspace of its own to be deterministic.
 gpu: env
 	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available() and "make gpu needs a GPU, and torch sees none")'
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PY) -m pytest -m gpu tests/product/test_gpu.py $(ARGS)
 	$(PY) -m benchmarks.gpu
+
+# Without their dependencies, some of which would replace ours.
+clients: env
+	$(PY) -m pip install --disable-pip-version-check --no-deps -r requirements-clients.txt
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/clients/test_clients.py $(ARGS)
 
 fuzz: env
 	SAM2_LORA_FUZZ_SECONDS=60 $(PY) -m pytest tests/data/test_fuzz_readers.py -s $(ARGS)
@@ -91,8 +113,12 @@ bench: env
 quality: env
 	$(PY) -m benchmarks.quality $(ARGS)
 
+docs: env
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf build dist sam2_lora_ext.egg-info .pytest_cache .hypothesis runs/demo
+	rm -rf site build dist sam2_lora_ext.egg-info .pytest_cache .hypothesis runs/demo
 	find sam2_lora_ext hydra_plugins tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 endif

@@ -23,8 +23,10 @@ class BuildWithConfigs(build_py):
 
 
 setup(
+    license="Apache-2.0",
     package_dir={"": "."},
     packages=find_namespace_packages(include=["sam2_lora_ext", "sam2_lora_ext.*", "hydra_plugins.sam2_lora_ext"]),
+    package_data={"sam2_lora_ext": ["serve/page/*"]},
     cmdclass={"build_py": BuildWithConfigs},
     zip_safe=False,
 )

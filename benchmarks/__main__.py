@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`, or `make bench`: what training, data, ranks and merging cost; all of them without
+"""`python -m benchmarks [NAME ...]`, or `make bench`: what training, data, ranks, merging and clicks cost; all without
 a name.
 
 Each is a module of its own with options of its own: `python -m benchmarks.NAME --help`. Not among them, for they answer
@@ -15,7 +15,7 @@ import argparse
 import subprocess
 import sys
 
-NAMES = ("train_step", "features", "traffic", "merge", "data")
+NAMES = ("train_step", "pieces", "compiled", "features", "traffic", "merge", "data", "clicks")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from benchmarks.roofline import largest_batch, modelled
 
 
 def count(
-    method: str, size: str, resolution: int, images: int = 1, objects: int = 2, autocast: bool = False
+    method: str, size: str, resolution: int, images: int = 1, objects: int = 2, autocast: bool = False, **more: Any
 ) -> dict[str, Any]:
     """A step's `Cost` on fake tensors, its modelled times, and what of the model is trained, as one row.
 
@@ -33,8 +33,9 @@ def count(
         images: in the batch.
         objects: of each image.
         autocast: bfloat16, of the CPU; else float32.
+        **more: for `build`.
     """
-    setup, cost, kernels = fake_step(method, size, resolution, images, objects, autocast)
+    setup, cost, kernels = fake_step(method, size, resolution, images, objects, autocast, **more)
     parameters = list(setup.model.parameters())
     weights = sum(tensor.nbytes for tensor in (*parameters, *setup.model.buffers()))
     row = {

@@ -28,10 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import count
 from benchmarks.measure import run_step
-from benchmarks.methods import METHODS, build, make_batch, make_optimizer
+from benchmarks.methods import COMPARED, METHODS, build, make_batch, make_optimizer
 from benchmarks.output import add_out, check_out, write_result
 from benchmarks.timing import apart
-from benchmarks.train_step import BATCHES, CASES, COMPARED, TYPES, parse_batch, parse_case
+from benchmarks.train_step import BATCHES, CASES, TYPES, parse_batch, parse_case
 from sam2_lora_ext.settings.arguments import COUNT, number
 from sam2_lora_ext.settings.kinds import Number
 

@@ -88,18 +88,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Saved(AbstractContextManager):
-    """The storages that autograd saves for backward inside the block, each once; `total` is their size in bytes."""
+    """The storages that autograd saves for backward inside the block, each once: `total` is their size in bytes, `seen`
+    holds their addresses and those of what is left out."""
 
     def __init__(self, left_out: Iterable[Tensor]):
         self.total = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in left_out}
+        self.seen = {tensor.untyped_storage()._cdata for tensor in left_out}
         self._kept: list[Any] = []  # so that no address is used twice
         self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
             self._kept.append(storage)
             self.total += storage.nbytes()
         return tensor

@@ -20,7 +20,8 @@ from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaDat
 from sam2_lora_ext.lora.config import DEFAULT_TARGETS
 from sam2_lora_ext.losses import SeverstalLoss
 
-METHODS = ("full", "peft", "lean", "lean_memory", "lean_fast", "decoder", "decoder_lean")
+COMPARED = ("full", "peft", "lean_fast", "lean_channels", "lean", "lean_memory")
+METHODS = (*COMPARED, "decoder", "decoder_lean")
 CONFIGS = {
     "nano": "configs/sam2_nano.yaml",
     "tiny": "configs/sam2.1/sam2.1_hiera_t.yaml",
@@ -28,6 +29,7 @@ CONFIGS = {
     "large": "configs/sam2.1/sam2.1_hiera_l.yaml",
 }
 RANK, ALPHA, DROPOUT, PROMPT_SEED = 8, 16, 0.05, 42  # as in configs/base/severstal.yaml, the last by its seed_value
+PRESETS = {"plain": "stock", "lean_fast": "fast", "lean_channels": "fast", "lean": "default", "lean_memory": "low"}
 DECODER_TARGETS = [target for target in DEFAULT_TARGETS if target.startswith("sam_mask_decoder")]
 SAMPLING = {  # as in configs/base/severstal.yaml, but always a click first, so that each step does the same
     "prob_to_use_pt_input_for_train": 1.0,
@@ -78,8 +80,12 @@ def build(
     dropout: float = DROPOUT,
     activations: str | Mapping[str, Any] | None = None,
     feature_cache: Mapping[str, Any] | None = None,
+    implementations: Mapping[str, str] | None = None,
 ) -> Setup:
     """The setup of one of `METHODS` (or of "plain", "decoder_plain"), randomly initialised from a fixed seed.
+
+    Ours are presets of `activations`; "lean_channels" is "lean_fast" with `dropout_on: channels`; the plain ones are
+    `activations: stock` with the plain layer and the plain loss.
 
     Args:
         method: what is trained, and how.
@@ -88,18 +94,24 @@ def build(
         dropout: of the adapters.
         activations: a preset, or an `activations:` block, instead of the method's own.
         feature_cache: of a decoder-only method of ours, see `FeatureCache`.
+        implementations: of `lora` and of `loss`, instead of a method of ours' own.
     """
     targets = DECODER_TARGETS if method.startswith("decoder") else list(DEFAULT_TARGETS)
     torch.manual_seed(0)
-    if method.endswith(("lean", "lean_memory", "lean_fast", "plain")):
-        kind = "plain" if method.endswith("plain") else "lean"
-        preset = activations or {"plain": "stock", "lean_memory": "low", "lean_fast": "fast"}.get(
-            method.removeprefix("decoder_"), "default"
-        )
-        lora = {"targets": targets, "rank": RANK, "alpha": ALPHA, "dropout": dropout, "implementation": kind}
-        settings = {"lora": lora, "activations": preset, "prompt_seed": PROMPT_SEED, "feature_cache": feature_cache}
-        model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", **settings)
-        loss = SeverstalLoss(**LOSS, implementation=kind)
+    if (name := method.removeprefix("decoder_")) in PRESETS:
+        kind = "plain" if name == "plain" else "lean"
+        kinds = {"lora": kind, "loss": kind, **(implementations or {})}
+        lora = {
+            "targets": targets,
+            "rank": RANK,
+            "alpha": ALPHA,
+            "dropout": dropout,
+            "implementation": kinds["lora"],
+            "dropout_on": "channels" if name == "lean_channels" else "inputs",
+        }
+        settings = {"lora": lora, "activations": activations or PRESETS[name], "prompt_seed": PROMPT_SEED}
+        model = _model(size, resolution, "sam2_lora_ext.model.LoRASAM2Train", **settings, feature_cache=feature_cache)
+        loss = SeverstalLoss(**LOSS, implementation=kinds["loss"])
     else:
         model = _model(size, resolution, "training.model.sam2.SAM2Train")
         loss = MultiStepMultiMasksAndIous(**{**LOSS, "weight_dict": dict(LOSS["weight_dict"])})

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.counting import count
-from benchmarks.methods import CONFIGS, METHODS
+from benchmarks.methods import COMPARED, CONFIGS, METHODS
 from benchmarks.output import add_out, check_out, write_result
 from benchmarks.table import add_ratios, table
 from benchmarks.timing import apart, resident, step_times
@@ -38,7 +38,6 @@ from benchmarks.waits import count_waits
 from sam2_lora_ext.settings.arguments import COUNT, THREADS, number
 
 CASES = ("tiny:1024", "base_plus:1024", "large:1024")
-COMPARED = ("full", "peft", "lean_fast", "lean", "lean_memory")
 BATCHES = ("1x2", "8x3")
 TYPES = ("float32", "bfloat16")
 
@@ -103,9 +102,9 @@ def counted_rows(
     types: Sequence[str],
     jobs: int,
 ) -> list[dict[str, Any]]:
-    """A row for each type, batch and method, counted in `jobs` fresh processes."""
+    """A row for each type, batch and method, counted in `jobs` processes."""
     wanted = list(product(types, batches, methods))
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         counts = [
             pool.submit(count, method, size, resolution, *batch, kind == "bfloat16") for kind, batch, method in wanted
         ]

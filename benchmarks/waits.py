@@ -41,7 +41,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.methods import build, make_batch
+from benchmarks.methods import COMPARED, build, make_batch
 from sam2_lora_ext.host.patches import host_guards
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
@@ -256,7 +256,7 @@ def _lone_rank() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the waits of each method by line; see the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.waits", description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=("full", "peft", "lean_fast", "lean", "lean_memory"))
+    parser.add_argument("--methods", nargs="+", default=COMPARED)
     parser.add_argument("--batches", nargs="+", default=("1x2",), metavar="IMAGESxOBJECTS")
     args = parser.parse_args(argv)
     for method in args.methods:

@@ -13,7 +13,8 @@ from training.loss_fns import MultiStepMultiMasksAndIous, dice_loss, iou_loss, s
 from training.trainer import CORE_LOSS_KEY
 
 from sam2_lora_ext.activations.mask_sums import MaskSums, mask_sums
-from sam2_lora_ext.tversky import focal_tversky, tversky_of_sums
+from sam2_lora_ext.class_prompts.loss import checked_focal, class_factors, class_shares
+from sam2_lora_ext.tversky import checked_numbers, focal_tversky, tversky_of_sums
 from sam2_lora_ext.utils.errors import UserError
 
 REQUIRED = ("loss_mask", "loss_dice", "loss_iou")
@@ -23,6 +24,7 @@ IMPLEMENTATIONS = ("plain", "lean")
 # Lists over the click steps. The lean loss reads the masks before they are enlarged to the model's input.
 STEP_OUTPUTS = ("multistep_pred_multimasks_high_res", "multistep_pred_ious", "multistep_object_score_logits")
 SMALL_MASKS = "multistep_pred_multimasks"
+Terms = dict[str, Tensor]
 
 
 class MaskTerms(NamedTuple):
@@ -38,19 +40,19 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
 
     An object of class c adds `class_weights[c]` times its stock loss, all terms alike; the divisor stays stock's number
     of objects, so weights scale the loss. The Tversky term is taken on the channel that stock selects (least focal +
-    Dice) and, like the other mask terms, not for an absent object.
+    Dice) and, like the other mask terms, not for an absent object. Steps by class prompts: see `class_prompts.loss`.
 
     The forward pass reads `class_ids` (int64 [O]) of each frame's outputs when some weight differs from 1, and writes
     `object_losses` there: each term and `core_loss` as detached float [O], class weights included, summed over the
-    click steps and not divided by the number of objects. Their mean over O is the frame's loss on one rank.
+    click steps and not divided by the number of objects. Their mean over O is the frame's loss on one rank (by class
+    prompts, that of mask terms over the present objects).
 
     Args:
         weight_dict: `loss_mask`, `loss_dice`, `loss_iou`, and as wanted `loss_class`, `loss_tversky` (0 or absent:
             the Tversky term is neither computed nor reported).
         class_weights: class -> weight, at least 0; class 0 is a clean sample. A class that is not named weighs 1.
-        tversky_alpha: see `focal_tversky`.
-        tversky_beta: see `focal_tversky`.
-        tversky_gamma: see `focal_tversky`.
+        tversky_alpha, tversky_beta, tversky_gamma: see `focal_tversky`.
+        absent_focal: weight of the focal term of classes that are absent, in steps by class prompts.
         implementation: "plain" calls stock's functions; "lean" computes the same to rounding from sums of its own (see
             `activations.mask_sums`), of all masks at once, and keeps nothing for backward but the logits.
         stock: the other arguments of `MultiStepMultiMasksAndIous`.
@@ -66,6 +68,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         tversky_alpha: float = 0.7,
         tversky_beta: float = 0.3,
         tversky_gamma: float = 4 / 3,
+        absent_focal: float = 0.0,
         implementation: str = "plain",
         **stock,
     ):
@@ -73,14 +76,10 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         if implementation not in IMPLEMENTATIONS:
             raise UserError(f"the loss's implementation must be one of {list(IMPLEMENTATIONS)}, got {implementation!r}")
         self.lean = implementation == "lean"
-        if not (tversky_alpha >= 0 and tversky_beta >= 0 and tversky_gamma > 0):
-            raise UserError(
-                "the Tversky term needs tversky_alpha >= 0, tversky_beta >= 0 and tversky_gamma > 0, "
-                f"but got {tversky_alpha}, {tversky_beta} and {tversky_gamma}"
-            )
+        self.absent_focal = checked_focal(absent_focal)
         self.names = [*REQUIRED, "loss_class", *([TVERSKY] if TVERSKY in self.weight_dict else [])]  # of the terms
         self.class_weights = _checked_classes(class_weights or {})
-        self.tversky = {"alpha": tversky_alpha, "beta": tversky_beta, "gamma": tversky_gamma}
+        self.tversky = checked_numbers(tversky_alpha, tversky_beta, tversky_gamma)
 
     def mask_terms(self, masks: Tensor, targets: Tensor, ious: Tensor) -> MaskTerms:
         """The stock terms of every mask channel.
@@ -157,16 +156,23 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         found = targets.flatten(1).any(1).float()
         present = found if self.pred_obj_scores else torch.ones_like(found)  # stock: without scores all count
         weights = self.object_weights(outputs, found)
-        forward = self._lean_terms if self.lean else self._plain_terms
-        losses, rows = forward(outputs, targets, num_objects, found, present * weights, weights)
+        names = [name for name in self.names if name != "loss_class"]
+        factors, by_class = dict.fromkeys(names, present * weights), bool(outputs.get("class_prompt"))
+        if by_class:
+            shares = class_shares(found, num_objects)
+            factors = class_factors(found, shares, weights, names, self.absent_focal)
+        terms = self._lean_terms if self.lean else self._plain_terms
+        losses, rows = terms(outputs, targets, num_objects, found, factors, weights)
+        if by_class:  # an object's own losses do not depend on the batch
+            rows |= {name: rows[name] / shares for name in names}
         losses[CORE_LOSS_KEY] = self.reduce_loss(losses)
         rows[CORE_LOSS_KEY] = torch.zeros_like(found) + self.reduce_loss(rows)
         outputs["object_losses"] = rows
         return losses
 
     def _lean_terms(
-        self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, mask_weights: Tensor, weights: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, factors: Terms, weights: Tensor
+    ) -> tuple[Terms, Terms]:
         """Each term as a sum over objects and steps, divided, and [O] of each object without a gradient."""
         masks = outputs[SMALL_MASKS if SMALL_MASKS in outputs else STEP_OUTPUTS[0]]
         ious, scores = (outputs[key] for key in STEP_OUTPUTS[1:])
@@ -177,16 +183,15 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         sums = {
             name: classes.sum(0) * weights
             if name == "loss_class"
-            else torch.stack([step[name] for step in steps]).sum(0) * mask_weights
+            else torch.stack([step[name] for step in steps]).sum(0) * factors[name]
             for name in self.names
         }
-        return {name: term.sum() / num_objects for name, term in sums.items()}, {
-            name: term.detach() for name, term in sums.items()
-        }
+        losses = {name: term.sum() / num_objects for name, term in sums.items()}
+        return losses, {name: term.detach() for name, term in sums.items()}
 
     def _plain_terms(
-        self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, mask_weights: Tensor, weights: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, factors: Terms, weights: Tensor
+    ) -> tuple[Terms, Terms]:
         """As `_lean_terms`, by stock's functions and in stock's order of sums."""
         targets = targets.float()
         losses = dict.fromkeys(self.names, 0)
@@ -195,10 +200,10 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
             terms = self.mask_terms(masks, targets, ious)
             best = self._best_channel(terms, num_objects)
             for name, term in zip(REQUIRED, terms, strict=True):
-                losses[name] += (self._select(name, term / num_objects, best) * mask_weights).sum()
-                rows[name] += self._select(name, term.detach(), best) * mask_weights
+                losses[name] += (self._select(name, term / num_objects, best) * factors[name]).sum()
+                rows[name] += self._select(name, term.detach(), best) * factors[name]
             if TVERSKY in self.names:
-                term = self.tversky_term(masks, targets, best) * mask_weights
+                term = self.tversky_term(masks, targets, best) * factors[TVERSKY]
                 losses[TVERSKY] += (term / num_objects).sum()
                 rows[TVERSKY] += term.detach()
             term = self.class_term(scores, found) * weights

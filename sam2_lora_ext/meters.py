@@ -64,6 +64,8 @@ class Rows:
 class SegmentationMeter:
     """IoU, Dice, object-score accuracy and loss by the contract of SAM 2's Trainer, exact over ranks.
 
+    Batches of class prompts are passed over: `class_prompts.meter` is for them.
+
     Rows are known by `(video, object, frame)` and counted once, whatever the ranks and the sampler's padding; areas are
     integers and sums correctly rounded, so the values do not depend on the number of ranks. Without any row the result
     is `{}`; a key whose mean would be over nothing (an absent class, no clean sample) is left out.
@@ -120,6 +122,8 @@ class SegmentationMeter:
             find_metadatas: has `unique_objects_identifier` [T O 3].
         """
         for index, (outputs, ids) in enumerate(zip(find_stages, find_metadatas.unique_objects_identifier, strict=True)):
+            if outputs.get("class_prompt"):
+                continue
             if "gt_masks" not in outputs:
                 raise UserError("the model's outputs have no 'gt_masks': use sam2_lora_ext.model.LoRASAM2Train")
             self._new.append(_rows_of_frame(outputs, ids, tracked=index > 0, with_losses=self.losses))

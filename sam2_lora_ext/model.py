@@ -5,6 +5,7 @@ Legend: T frames, O objects, H W pixels of the model's square input.
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from sam2_lora_ext.activations.cast import cast_frozen
 from sam2_lora_ext.activations.feature_cache import FeatureCache
 from sam2_lora_ext.activations.maps import UnreadPositions
 from sam2_lora_ext.activations.policy import ActivationsConfig, falls_due, make_lean, renamed
-from sam2_lora_ext.data.ids import CLEAN, class_of
+from sam2_lora_ext.class_prompts.encoder import install_class_prompts
+from sam2_lora_ext.class_prompts.steps import ClassStep, new_tokens, raw_heads, steel_without_objects
+from sam2_lora_ext.class_prompts.tokens import TOKENS
+from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
 from sam2_lora_ext.lora.shared import checkpointed, sharing
 from sam2_lora_ext.losses import SMALL_MASKS
@@ -39,6 +43,7 @@ class LoRASAM2Train(SAM2Train):
         prompt_seed: draw the training clicks of each object from (prompt_seed, step, video, object), the step as a
             number of `rng`, which all ranks share, and not from the global generator of its rank: so they do not depend
             on what else is in the batch nor on the rank. None: from the global generator, as stock.
+        class_prompts: learned tokens for classes, see `class_prompts.steps.new_tokens`; None: clicks and boxes alone.
         feature_cache: `folder` and `max_gb` of a `FeatureCache`, for training with a frozen image encoder.
         memory: what `activations` was called in version 0.1.
         **kwargs: everything that `SAM2Train` takes.
@@ -50,6 +55,7 @@ class LoRASAM2Train(SAM2Train):
         lora: Mapping | LoRAConfig | None = None,
         activations: Mapping | ActivationsConfig | str = "stock",
         prompt_seed: int | None = None,
+        class_prompts: Mapping | None = None,
         feature_cache: Mapping | None = None,
         memory: Mapping | str | None = None,
         **kwargs: Any,
@@ -64,6 +70,9 @@ class LoRASAM2Train(SAM2Train):
         self.prompted_by_points = True  # in the last forward pass
         if lora is not None:
             build_lora_model(self, lora)
+        if class_prompts is not None:
+            install_class_prompts(self, *new_tokens(class_prompts, self.sam_prompt_embed_dim, prompt_seed or 0))
+        self.class_step: ClassStep | None = None  # of the last forward pass; backward computes some of it again
         self.feature_cache: FeatureCache | None = None
         if feature_cache is not None:
             decoder = self.sam_mask_decoder
@@ -71,8 +80,11 @@ class LoRASAM2Train(SAM2Train):
             self.feature_cache = FeatureCache(feature_cache, parts)
 
     def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
-        """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W] and `class_ids` int64 [O]."""
+        """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W], `class_ids` int64 [O] and
+        `class_prompt`, whether the prompts were class prompts."""
         self.hold_weights(input.img_batch.device.type)
+        tokens = getattr(self.sam_prompt_encoder, TOKENS, None)
+        self.class_step = ClassStep.of(input.metadata.unique_objects_identifier[..., 1], tokens)
         self.prompts = self._prompt_sampler(input)
         self.predictions = 0
         with self.prompts.installed(), sharing():
@@ -82,6 +94,7 @@ class LoRASAM2Train(SAM2Train):
         for t, frame in enumerate(outputs):
             frame["gt_masks"] = input.masks[t].unsqueeze(1)
             frame["class_ids"] = class_ids[t]
+            frame["class_prompt"] = self.class_step is not None
             # the large masks of a mask prompt are the prompt, not its small ones enlarged
             if not self.prompted_by_points:
                 frame.pop(SMALL_MASKS)
@@ -125,6 +138,8 @@ class LoRASAM2Train(SAM2Train):
         prepared = super().prepare_prompt_inputs(*args, **kwargs)
         self.prompts.correcting = True
         self.prompted_by_points = prepared["use_pt_input"]
+        if self.class_step is not None and not self.class_step.corrected:
+            prepared["frames_to_add_correction_pt"] = []
         return prepared
 
     def track_step(self, *args: Any, num_frames: int, run_mem_encoder: bool = True, **kwargs: Any) -> dict[str, Any]:
@@ -133,9 +148,15 @@ class LoRASAM2Train(SAM2Train):
             *args, num_frames=num_frames, run_mem_encoder=run_mem_encoder and num_frames > 1, **kwargs
         )
 
+    def _use_multimask(self, *args: Any) -> bool:
+        """Stock's choice; a class prompt has a single mask, whatever its number of tokens."""
+        return self.class_step is None and super()._use_multimask(*args)
+
     def _forward_sam_heads(self, *args: Any, **kwargs: Any) -> tuple:
         """Stock's prediction step, keeping for backward what `activations` says."""
         heads = super()._forward_sam_heads
+        if self.class_step is not None:
+            heads = partial(raw_heads, self, heads)
         self.predictions += 1
         if not self.use_act_ckpt_iterative_pt_sampling and falls_due(self.predictions, self.activations.decoder):
             return checkpointed(heads, *args, **kwargs)
@@ -143,10 +164,15 @@ class LoRASAM2Train(SAM2Train):
 
     def _prompt_sampler(self, input: BatchedVideoDatapoint) -> PromptSampler:
         video, identifier = input.metadata.unique_objects_identifier[0, :, :2].unbind(1)
-        sound = (input.flat_img_batch.mean(1) > BLACK_LEVEL)[input.flat_obj_to_img_idx[0]]  # O H W
+        images = input.flat_obj_to_img_idx[0]
+        sound = (input.flat_img_batch.mean(1) > BLACK_LEVEL)[images]  # O H W
+        empty = ~input.masks.view(torch.uint8).flatten(2).amax((0, 2)).bool()  # O; `any` is slow on a CPU
+        first = None
+        if self.class_step is not None:
+            first, sound = self.class_step.prompt, steel_without_objects(sound, input.masks[0], images)
         seeded = self.training and self.prompt_seed is not None
         # A click is new each time in training and the same each time in validation.
         rng = self.rng if seeded else deepcopy(self.rng)  # stock's numbers stay its own
         step = int(rng.integers(2**31)) if self.training else 0
         keys = mixed(mixed(video + derive_seed(self.prompt_seed or 0, step)) + identifier)
-        return PromptSampler(class_of(identifier) == CLEAN, sound, keys, seeded=seeded, exact_boxes=not self.training)
+        return PromptSampler(empty, sound, keys, seeded=seeded, exact_boxes=not self.training, first=first)

@@ -28,17 +28,28 @@ class PromptSampler:
     All objects are sampled at once on their device, and nothing is read back from it.
 
     Args:
-        empty: bool [O], which objects are clean: of a class that has no pixels.
+        empty: bool [O], which objects have no pixels: clean samples, and classes that an image has not.
         sound: bool [O, H, W], where a clean object may be clicked.
         keys: int64 [O], the start of each object's own random numbers, whatever else is in the batch and on whichever
             rank.
         seeded: whether defects are clicked by these numbers too, and not from the global generator as in stock.
         exact_boxes: boxes without the stock jitter of 10 % (for validation).
+        first: coordinates [O, P, 2] and labels [O, P] of prompts that come before the clicks and are no clicks, so that
+            even the first click of an object without pixels is a negative one.
     """
 
-    def __init__(self, empty: Tensor, sound: Tensor, keys: Tensor, *, seeded: bool, exact_boxes: bool):
+    def __init__(
+        self,
+        empty: Tensor,
+        sound: Tensor,
+        keys: Tensor,
+        *,
+        seeded: bool,
+        exact_boxes: bool,
+        first: tuple[Tensor, Tensor] | None = None,
+    ):
         self.empty, self.sound, self.keys = empty, sound, keys
-        self.seeded, self.exact_boxes = seeded, exact_boxes
+        self.seeded, self.exact_boxes, self.first = seeded, exact_boxes, first
         self.correcting = False  # set once the first prompts are there
         self.draws = 0  # random numbers that each object has used
 
@@ -63,6 +74,8 @@ class PromptSampler:
         Returns:
             Coordinates float32 [O, 1, 2] and labels int32 [O, 1].
         """
+        if self.first is not None and not self.correcting:
+            return self.first
         drawn = self._drawn(gt_masks, pred_masks)
         if self.seeded and method == "uniform":
             return drawn
@@ -80,6 +93,8 @@ class PromptSampler:
         Returns:
             Coordinates float32 [O, 2, 2] and labels int32 [O, 2].
         """
+        if self.first is not None:
+            return self.first
         jittered = not (self.exact_boxes or self.seeded)
         points, labels = sample_box_points(masks, **({} if jittered else {"noise": 0.0}))
         points = points.float()

@@ -18,9 +18,9 @@ from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_file, weights_id
-from sam2_lora_ext.data.records import compare_datasets
+from sam2_lora_ext.class_prompts.agreement import agree
+from sam2_lora_ext.class_prompts.pairs import TrainingWindow
 from sam2_lora_ext.host.patches import at_work, share_log
-from sam2_lora_ext.meters import SegmentationMeter
 from sam2_lora_ext.run.base import base_path, load_base
 from sam2_lora_ext.run.checkpoint import own_options, prepare_resume, write_checkpoint
 from sam2_lora_ext.run.guard import StepGuard, raw_datasets
@@ -29,7 +29,7 @@ from sam2_lora_ext.run.record import RunRecord, metrics_of
 from sam2_lora_ext.run.seeding import derive_seed, seed_everything
 from sam2_lora_ext.run.start import RunStart, on_rank_0
 from sam2_lora_ext.run.summary import peak_rate
-from sam2_lora_ext.settings import check_class_ids, check_trainer
+from sam2_lora_ext.settings import check_trainer
 from sam2_lora_ext.utils.errors import UserError
 
 WINDOW = "window"  # the name of the meter over the training steps since the last row of metrics.csv
@@ -77,7 +77,7 @@ class LoRATrainer(Trainer):
         self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
         self.export_conf = {"merged": False, "flat_files": False, **(export or {})}
         self.base_id = self.base_path = None
-        self.window, self.guard = SegmentationMeter(distinct=False), StepGuard(self.run_dir / "debug")
+        self.window, self.guard = TrainingWindow(), StepGuard(self.run_dir / "debug")
         with at_work(self.accelerator):
             try:
                 check_trainer(received)
@@ -115,8 +115,8 @@ class LoRATrainer(Trainer):
 
     def _setup_dataloaders(self) -> None:
         super()._setup_dataloaders()
-        compare_datasets({"train": raw_datasets(self.train_dataset), "val": raw_datasets(self.val_dataset)})
-        check_class_ids(self.loss, raw_datasets(self.train_dataset))
+        meters = self._get_meters([Phase.VAL]).values()
+        agree(self.model, self.loss, self.train_dataset, self.val_dataset, meters)
         self.max_epochs = getattr(self.train_dataset, "num_phases", self.max_epochs)
 
     def load_checkpoint(self) -> None:

@@ -5,7 +5,19 @@ Shapes: O objects, H W pixels.
 
 from torch import Tensor
 
+from sam2_lora_ext.utils.errors import UserError
+
 FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which a saturated sigmoid would turn into NaN
+
+
+def checked_numbers(alpha: float, beta: float, gamma: float) -> dict[str, float]:
+    """The arguments of `focal_tversky` by their names; raises a `UserError` when one is out of its range."""
+    if not (alpha >= 0 and beta >= 0 and gamma > 0):
+        raise UserError(
+            "the Tversky term needs tversky_alpha >= 0, tversky_beta >= 0 and tversky_gamma > 0, "
+            f"but got {alpha}, {beta} and {gamma}"
+        )
+    return {"alpha": alpha, "beta": beta, "gamma": gamma}
 
 
 def focal_tversky(logits: Tensor, targets: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:

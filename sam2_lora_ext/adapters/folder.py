@@ -4,7 +4,7 @@ The digest stands in the safetensors header's entry `sam2_lora_ext`, which PEFT'
 
     tensors              names, types, shapes and values, in the order of the names
     adapter_config.json  the fields of `BOUND`, which change what the tensors mean
-    the header           the parts of fused layers and the identity of the base
+    the header           the parts of fused layers, the identity of the base, the digest of class prompts
 """
 
 import hashlib
@@ -23,8 +23,10 @@ from sam2_lora_ext.utils.files import EXISTS
 from sam2_lora_ext.utils.folders import existing_folder, refuse_inputs, replace_folder
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PARTS = frozenset({CONFIG, WEIGHTS, OLD_WEIGHTS})
+TOKENS = "class_prompts.safetensors"  # beside them where class prompts were trained, see `class_prompts.file`
+PARTS = frozenset({CONFIG, WEIGHTS, OLD_WEIGHTS, TOKENS})
 HEADER, FUSED, DIGEST = "sam2_lora_ext", "fused", "digest"
+TOKENS_DIGEST = "class_prompts"  # the header's entry that says which class prompts belong to the adapter
 BOUND = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ def digest_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: 
         header: of the safetensors file, with `fused` and the adapter's metadata.
     """
     facts = {**{name: config.get(name) for name in BOUND}, FUSED: header.get(FUSED), "base_id": header.get("base_id")}
+    facts |= {TOKENS_DIGEST: header[TOKENS_DIGEST]} if TOKENS_DIGEST in header else {}
     digest = hashlib.sha256(json.dumps(facts).encode())
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()

@@ -1,12 +1,12 @@
 """Works adapters into base weights, so that stock SAM 2 loads the result: as state dicts, and from file to file."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from sam2_lora_ext.adapters.combine import combine
 from sam2_lora_ext.adapters.peft import Adapter
 from sam2_lora_ext.adapters.sources import check_base, find_adapter, read_adapter, source_files
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, identify, read_weights, weights_id, write_weights
+from sam2_lora_ext.class_prompts.file import KEY, ClassPrompts, as_entry, prompts_file, save_class_prompts
 from sam2_lora_ext.lora import LayerAdapter
 from sam2_lora_ext.lora.layer import block_diagonal, delta_weight, merged_weight
 from sam2_lora_ext.utils.errors import UserError
@@ -70,7 +71,7 @@ class Merged:
         base_id: `weights_id` of the base.
         model: name of the stock config that it looks like.
         sha256: of the written file.
-        notes: what could not be checked, if anything.
+        notes: what could not be checked, or was left out, if anything.
     """
 
     adapter: Adapter
@@ -82,6 +83,9 @@ class Merged:
     model: str | None
     sha256: str
     notes: list[str]
+
+
+OnWritten = Callable[[BinaryIO], Any]  # takes the written file, open for reading
 
 
 def merge_files(
@@ -118,22 +122,49 @@ def merge_files(
     if (file_format == "safetensors") != (out.suffix == ".safetensors"):
         raise UserError(f"{out} would hold {file_format}, but a file is read by its suffix: name it *.{file_format}")
     given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
-    found = [find_adapter(path) for path in given]
-    refuse_input_files(out, [base, *(file for path in found for file in source_files(path))])
-    state, hashes = read_weights(base), []
+    refuse_input_files(out, [base, *(file for path in given for file in source_files(find_adapter(path)))])
+
+    def write(merged: Mapping[str, Tensor], prompts: ClassPrompts | None, on_written: OnWritten) -> None:
+        write_merged(out, merged, file_format, prompts, force=force, on_written=on_written)
+
+    return merge_to(base, given, write, weights=weights, dtype=dtype, alpha=alpha, progress=progress)
+
+
+def merge_to(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    write: Callable[[Mapping[str, Tensor], ClassPrompts | None, OnWritten], Any],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    alpha: float | None = None,
+    progress: bool = False,
+) -> Merged:
+    """Merges adapters into a base, and hands the result to `write(state, class_prompts, on_written)`.
+
+    Args:
+        base: see `merge_files`, as what is not named here.
+        write: writes both, and calls `on_written` with the file, open for reading, as `write_weights` does.
+
+    Raises:
+        UserError: something is missing, damaged or of another model; then nothing is handed over.
+    """
+    found = [find_adapter(path) for path in adapters]
+    state, hashes, left_out = read_weights(base), [], []
     with ThreadPoolExecutor(1) as other:  # one processor hashes while this one merges, writes and waits for the disk
         base_id = other.submit(weights_id, state)
         read = [read_adapter(source, alpha, state) for source in found]
         try:
             for part in read:
                 require_fit(state, part)
-            adapter = combine(read, weights, state, list(map(str, given)))
+            adapter = combine(read, weights, state, list(map(str, adapters)))
             merged = _merge(state, adapter, getattr(torch, dtype) if dtype else None, progress)
         finally:  # a wrong base, which explains whatever else did not fit
             notes = [check_base(base, state, part, base_id.result()) for part in read]
-        write_weights(
-            out, merged, file_format, force=force, on_written=lambda file: hashes.append(other.submit(sha256_of, file))
-        )
+        prompts = adapter.class_prompts
+        if prompts is None and any(part.class_prompts for part in read):
+            left_out.append("class prompts are left out: they answer on the adapter alone that they were trained with")
+        write(merged, prompts, lambda file: hashes.append(other.submit(sha256_of, file)))
     return Merged(
         adapter,
         sources=[(path, weight, part.metadata) for path, weight, part in zip(found, weights or [1.0], read)],
@@ -143,8 +174,41 @@ def merge_files(
         base_id=base_id.result(),
         model=identify(state),
         sha256=hashes[0].result(),
-        notes=[note if len(given) == 1 else f"{path}: {note}" for path, note in zip(given, notes) if note],
+        notes=[note if len(adapters) == 1 else f"{path}: {note}" for path, note in zip(adapters, notes) if note]
+        + left_out,
     )
+
+
+def write_merged(
+    out: Path,
+    merged: Mapping[str, Tensor],
+    file_format: str,
+    prompts: ClassPrompts | None,
+    *,
+    force: bool = True,
+    **more: Any,
+) -> None:
+    """Writes merged weights and their class prompts: in a .pt as an entry of its own, else in a file beside it.
+
+    Args:
+        out: the file to make.
+        merged: its weights.
+        file_format: see `write_weights`.
+        prompts: None where there are none.
+        force: replace existing files; class prompts beside an earlier file go with it.
+        more: see `write_weights`.
+    """
+    if prompts is not None:
+        prompts = replace(prompts, digest=weights_id(merged))
+    if file_format == "pt":
+        entry = {} if prompts is None else {KEY: as_entry(prompts)}
+        write_weights(out, merged, file_format, force=force, beside=entry, **more)
+        return
+    if prompts is not None:
+        save_class_prompts(prompts, out, force=force)
+    elif force:
+        prompts_file(out).unlink(missing_ok=True)
+    write_weights(out, merged, file_format, force=force, **more)
 
 
 def _merge(

@@ -9,12 +9,14 @@ A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.sa
 PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
 block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
 `sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
-what binds the two files to each other (`adapters.folder`).
+what binds the two files to each other (`adapters.folder`). Class prompts lie beside them in a file of their own, which
+PEFT does not look at (`class_prompts.file`).
 """
 
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -30,6 +32,8 @@ from sam2_lora_ext.adapters.folder import (
     HEADER,
     OLD_WEIGHTS,
     PARTS,
+    TOKENS,
+    TOKENS_DIGEST,
     WEIGHTS,
     check_digest,
     digest_of,
@@ -37,6 +41,8 @@ from sam2_lora_ext.adapters.folder import (
 )
 from sam2_lora_ext.adapters.name_patterns import NamePatterns
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
+from sam2_lora_ext.class_prompts.binding import prompts_in_folder, tokens_digest
+from sam2_lora_ext.class_prompts.file import save_class_prompts
 from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
 from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN, block_diagonal
@@ -128,12 +134,17 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
         "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
     }
     tensors |= {PREFIX + key: value for key, value in adapter.full.items()}
-    header = {**adapter.metadata, FUSED: fused}
-    metadata = {HEADER: json.dumps({**header, DIGEST: digest_of(tensors, config, header)}, allow_nan=False)}
+    header, prompts = {**adapter.metadata, FUSED: fused}, adapter.class_prompts
+    if prompts is not None:
+        header[TOKENS_DIGEST] = tokens_digest(prompts)
+    digest = digest_of(tensors, config, header)
+    metadata = {HEADER: json.dumps({**header, DIGEST: digest}, allow_nan=False)}
 
     def write(temporary: Path) -> None:
         write_json(temporary / CONFIG, config)
         write_weights(temporary / WEIGHTS, tensors, "safetensors", metadata=metadata)
+        if prompts is not None:
+            save_class_prompts(replace(prompts, digest=digest), temporary / TOKENS)
 
     write_adapter_folder(folder, write, force)
 
@@ -213,8 +224,9 @@ def _read_folder(folder: Path) -> Adapter:
             raise UserError(f"{weights}: {key!r} is neither LoRA nor in a module of the config's modules_to_save")
         full_modules.append(modules[-1])
     full_modules = outermost(list(dict.fromkeys(full_modules)))
-    metadata = {key: value for key, value in header.items() if key not in (FUSED, DIGEST)}
-    adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata)
+    metadata = {key: value for key, value in header.items() if key not in (FUSED, DIGEST, TOKENS_DIGEST)}
+    prompts = prompts_in_folder(folder, header.get(TOKENS_DIGEST))
+    adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata, prompts)
     check_digest(weights, tensors, config, header)  # last, for it cannot say what is wrong
     return adapter
 

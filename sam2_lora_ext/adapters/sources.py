@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sam2_lora_ext.adapters.folder import PARTS, is_adapter_folder
+from sam2_lora_ext.adapters.folder import PARTS, TOKENS, is_adapter_folder
 from sam2_lora_ext.adapters.peft import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter, load_adapter
+from sam2_lora_ext.adapters.transformers_names import rename_adapter, speaks_transformers
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, identify, read_checkpoint_notes, read_weights, weights_id
+from sam2_lora_ext.class_prompts.binding import prompts_of_state
 from sam2_lora_ext.lora import LoRAConfig, adapter_from_state
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, read_json
@@ -52,6 +54,8 @@ def find_adapter(path: str | Path) -> Path:
 def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str, Tensor] | None = None) -> Adapter:
     """The adapter that `find_adapter` finds: a PEFT folder, or what a Trainer's checkpoint holds of one.
 
+    One that PEFT trained on transformers' `Sam2Model` is renamed to SAM 2's modules.
+
     A checkpoint of version 0.1.0 knows neither alpha nor parts: `lora.json` in the folder of its run does.
 
     Args:
@@ -66,7 +70,9 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     if existing_folder(path).is_dir() or path.name in PARTS:
         if alpha is not None:
             raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints of the Trainer")
-        return load_adapter(path)
+        adapter = load_adapter(path)
+        theirs = speaks_transformers([*adapter.layers, *adapter.full])
+        return rename_adapter(adapter, theirs=True) if theirs else adapter
     state, facts, where = read_weights(path), read_checkpoint_notes(path), path
     if facts and alpha is not None:
         raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints that do not")
@@ -86,7 +92,9 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
             f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (one that trained the whole "
             "model leaves what build_sam2 loads in its folder weights)"
         )
-    return adapter_from_state(state, config, alpha, base=base, metadata=metadata)
+    adapter = adapter_from_state(state, config, alpha, base=base, metadata=metadata)
+    adapter.class_prompts = prompts_of_state(state, facts)
+    return adapter
 
 
 def source_files(path: str | Path) -> list[Path]:
@@ -96,7 +104,7 @@ def source_files(path: str | Path) -> list[Path]:
         return [path, *_notes(path)]
     folder = existing_folder(path.parent if path.is_file() else path)
     weights = next((name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), WEIGHTS)
-    return [folder / CONFIG, folder / weights]
+    return [folder / CONFIG, folder / weights, *([folder / TOKENS] if (folder / TOKENS).exists() else [])]
 
 
 def check_base(

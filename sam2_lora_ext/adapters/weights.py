@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sam2_lora_ext.class_prompts.tokens import TOKENS
 from sam2_lora_ext.lora.variants import TENSORS
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import write_atomic
 
-# Ends of the keys that `LoRALinear` and its variants add to a model's state dict.
-ADAPTER_KEYS = tuple(sorted({f".{name}" for names in TENSORS.values() for name in names}))
+# Ends of the keys that `LoRALinear`, its variants and `ClassTokens` add to a model's state dict.
+ADAPTER_KEYS = (*sorted({f".{name}" for names in TENSORS.values() for name in names}), f".{TOKENS}.tokens")
 NOTES = "sam2_lora_ext"  # a checkpoint's entry: `config` (of LoRA), `base_id`, `base_path`, `model_config`, `version`
 HASH_CHUNK = 1 << 22  # values converted at a time
 SIZES = {  # (width of the first stage, blocks, channels of the neck) -> config of SAM 2.0, config of SAM 2.1
@@ -91,6 +92,7 @@ def write_weights(
     metadata: Mapping[str, str] | None = None,
     force: bool = True,
     on_written: Callable[[BinaryIO], Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a state dict atomically: as `{"model": state}`, which stock `build_sam2` loads, or as safetensors.
 
@@ -101,6 +103,7 @@ def write_weights(
         metadata: for the header of a safetensors file.
         force: replace an existing file.
         on_written: called with the file, open for reading, when it is whole but not yet flushed to the disk.
+        beside: more entries of a .pt, beside "model"; stock does not look at them.
 
     Raises:
         UserError: the file exists and `force` is off, or the system refuses, a full disk among the reasons.
@@ -109,7 +112,7 @@ def write_weights(
     def write(temporary: Path) -> None:
         try:
             if file_format == "pt":
-                torch.save({"model": dict(state)}, temporary)
+                torch.save({"model": dict(state), **(beside or {})}, temporary)
             else:
                 contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
                 save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})

@@ -22,11 +22,15 @@ COMMANDS = {  # name -> module, and what it does
     "data": ("sam2_lora_ext.commands.data", "scan, split, convert or synthesise a data set"),
     "ablate": ("sam2_lora_ext.commands.ablate", "train a grid of settings and compare them"),
     "evaluate": ("sam2_lora_ext.commands.evaluate", "measure models on the same objects, with intervals"),
+    "fit-decision": ("sam2_lora_ext.commands.fit_decision", "fit the thresholds of class prompts on validation strips"),
+    "inspect": ("sam2_lora_ext.commands.inspect", "inspect strips without a click: masks, tables, pre-labels"),
+    "evaluate-inspection": ("sam2_lora_ext.commands.evaluate_inspection", "measure an inspection on strips with truth"),
     "report": ("sam2_lora_ext.commands.report", "make one HTML file about runs"),
     "merge": ("sam2_lora_ext.commands.merge", "merge adapters into weights that stock SAM 2 loads"),
     "unmerge": ("sam2_lora_ext.commands.unmerge", "recover the adapter of a merged file"),
     "export-adapter": ("sam2_lora_ext.commands.export_adapter", "make a PEFT folder from a run or a checkpoint"),
     "export-onnx": ("sam2_lora_ext.commands.export_onnx", "export a merged file to ONNX and prove it"),
+    "serve": ("sam2_lora_ext.commands.serve", "serve a local page to click on"),
     "track": ("sam2_lora_ext.commands.track", "follow a defect along a strip"),
 }
 SHELLS = ("bash", "zsh", "tcsh")

@@ -1,4 +1,8 @@
-"""Makes an adapter folder in PEFT's format from a training run or from a checkpoint of SAM 2's Trainer."""
+"""Makes an adapter folder in PEFT's format from a training run, a checkpoint of SAM 2's Trainer, or an adapter folder.
+
+The result is for SAM 2 itself, or with --for transformers for Hugging Face's Sam2Model, whose modules have other names;
+an adapter that was trained on that model is renamed the other way.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -12,8 +16,12 @@ examples:
     python tools/export_adapter.py runs/my_run my_adapter
   the state of a run that was stopped early, or of SAM 2's own Trainer, with the base noted in it:
     python tools/export_adapter.py runs/my_run/checkpoints/checkpoint.pt my_adapter --base sam2.1_hiera_tiny.pt
+  one for transformers' Sam2Model, and one that was trained there back for SAM 2:
+    python tools/export_adapter.py runs/my_run my_hf_adapter --for transformers
+    python tools/export_adapter.py their_adapter my_adapter --base sam2.1_hiera_tiny.pt
 
 PEFT loads it on a stock SAM 2: PeftModel.from_pretrained(build_sam2(...), "my_adapter")
+or on transformers' model: PeftModel.from_pretrained(Sam2Model.from_pretrained(...), "my_hf_adapter")
 """
 
 
@@ -25,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "source",
         type=Path,
-        metavar="RUN_DIR|checkpoint.pt",
+        metavar="RUN_DIR|FOLDER|checkpoint.pt",
         help="a run folder (its best adapter, else its final), an adapter folder, or a checkpoint.pt",
     )
     options.add_argument("out", type=Path, metavar="OUT", help="the adapter folder to write")
@@ -40,6 +48,13 @@ def parser() -> argparse.ArgumentParser:
         type=number(ALPHA),
         help="only for a checkpoint.pt that does not know it, and whose run has no lora.json",
     )
+    options.add_argument(
+        "--for",
+        dest="target",
+        choices=("sam2", "transformers"),
+        default="sam2",
+        help="whose names the modules get (default: sam2)",
+    )
     options.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     return options
 
@@ -48,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads an adapter from wherever it is, writes it as a folder, and prints a summary."""
     args = parser().parse_args(argv)
     from sam2_lora_ext.adapters.folder import refuse_adapter_folder
+    from sam2_lora_ext.adapters.merge import require_fit
     from sam2_lora_ext.adapters.peft import save_adapter
     from sam2_lora_ext.adapters.sources import check_base, read_adapter, source_files
+    from sam2_lora_ext.adapters.transformers_names import rename_adapter
     from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
 
     refuse_adapter_folder(args.out, [*source_files(args.source), *([args.base] if args.base else [])], args.force)
@@ -57,11 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapter = read_adapter(args.source, args.alpha, base)
     if base is not None and check_base(args.base, base, adapter):
         adapter.metadata |= {"base_id": weights_id(base), "base_path": str(args.base), "model_config": identify(base)}
-    save_adapter(adapter, args.out, force=args.force)
+    if base is not None:
+        require_fit(base, adapter)
+    theirs = args.target == "transformers"
+    save_adapter(rename_adapter(adapter) if theirs else adapter, args.out, force=args.force)
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     size = sum(file.stat().st_size for file in args.out.iterdir() if file.name.startswith("adapter_"))
     print(
         f"written  {args.out}: {len(adapter.layers)} LoRA layers (rank {', '.join(map(str, ranks)) or '-'}), "
         f"{len(adapter.full_modules)} modules trained in full, {size / 1e6:,.2f} MB"
+        + (", for transformers' Sam2Model" if theirs else "")
     )
     print(f"base     {adapter.metadata.get('base_path') or 'not noted; give --base to note it'}")

@@ -12,18 +12,36 @@ examples:
   a merged file, proven on a strip:
     python tools/export_onnx.py --config configs/sam2.1/sam2.1_hiera_l.yaml --checkpoint merged.pt --out onnx \\
         --image strip.jpg
+  for AnyLabeling, X-AnyLabeling and samexporter:
+    python tools/export_onnx.py --config configs/sam2.1/sam2.1_hiera_l.yaml --checkpoint steel.pt --out labelling \\
+        --layout samexporter
   trained at 512 pixels, deployed at 512 pixels:
     python tools/export_onnx.py --config configs/sam2.1/sam2.1_hiera_t.yaml --checkpoint merged.pt --out onnx \\
         --image-size 512
+  class prompts as one graph, the thresholds inside:
+    python tools/export_onnx.py --classes --decide --config configs/sam2.1/sam2.1_hiera_l.yaml \\
+        --checkpoint steel.pt --out onnx
 
 OUT then holds, S being the pixels of a side:
   image_encoder.onnx  pixels (1, 3, S, S), RGB in [0, 1], the whole image squashed
-                      -> image_embed, high_res_0, high_res_1
+                      -> image_embed, high_res_feats_0, high_res_feats_1
   mask_decoder.onnx   these, point_coords (B, N, 2), point_labels (B, N)
-                      -> masks (B, 4, S/4, S/4), iou (B, 4), object_score (B, 1)
+                      -> masks (B, 4, S/4, S/4), iou_predictions (B, 4), object_score (B, 1)
   export.json         inputs, outputs, the identity of the weights, the largest difference, times, versions
 A point is x, y in pixels of the squashed image with the label 1 (on the object) or 0 (beside it); a box is two points
 with the labels 2 (top left) and 3 (bottom right); -1 fills up. masks[:, 0] is the single mask, the others multimask's.
+
+With --classes OUT holds instead:
+  class_segmenter.onnx   pixels (B, 3, S, S) of tiles -> logits (B, C, S/4, S/4), scores (B, C); with --decide also
+                         masks (B, C, S/4, S/4), 1 where a class is (smallest areas are not inside)
+  class_segmenter.json   classes, tile width, thresholds, the largest difference, versions
+
+With --layout samexporter the pair is what the runner of samexporter loads, which labelling tools share:
+  image_encoder.onnx  image (1, 3, S, S), normalised -> high_res_feats_0, high_res_feats_1, image_embed
+  mask_decoder.onnx   image_embed, high_res_feats_0, high_res_feats_1, point_coords, point_labels as floats,
+                      mask_input (B, 1, S/4, S/4), has_mask_input (B or 1)
+                      -> masks (B, 3, S/4, S/4), iou_predictions (B, 3): multimask's
+and beside it lie x_anylabeling.yaml and anylabeling.yaml: load them as a custom model in these tools.
 """
 
 
@@ -48,6 +66,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="pixels of a side, a multiple of 32 (default: the config's)",
     )
+    options.add_argument("--classes", action="store_true", help="one graph that inspects without clicks")
+    options.add_argument("--decide", action="store_true", help="with --classes: thresholds and calibration inside")
+    options.add_argument("--half", action="store_true", help="with --classes: float16, and what it costs in masks")
+    options.add_argument(
+        "--layout",
+        choices=("plain", "samexporter"),
+        default="plain",
+        help="names, order and types: for your own code (%(default)s), or for labelling tools",
+    )
+    options.add_argument(
+        "--name", metavar="NAME", help="what a labelling tool lists the model as (default: that of --checkpoint)"
+    )
     options.add_argument("--force", action="store_true", help="replace ONNX files in --out")
     return options
 
@@ -62,11 +92,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         import sam2  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"the export needs SAM 2 ({error}): pip install -e '.[sam2,onnx]'") from error
-    from sam2_lora_ext.deploy.onnx_export import HALVES, check_output, export, require_packages
+    from sam2_lora_ext.deploy.onnx_export import check_output, export, require_packages
+    from sam2_lora_ext.deploy.onnx_layouts import PAIR
     from sam2_lora_ext.deploy.stock import build_stock, check_inputs, load_strictly, noise_pixels, read_pixels
 
     require_packages()
-    check_output(args.out, args.force, [args.checkpoint, *([args.image] if args.image else [])])
+    if args.classes:
+        return export_class_graph(args)
+    if args.decide or args.half:
+        raise UserError("--decide and --half are for --classes")
+    check_output(args.out, args.force, [args.checkpoint, *([args.image] if args.image else [])], args.layout)
     check_inputs(args.config, args.image)
     model = build_stock(args.config, image_size=args.image_size)
     load_strictly(model, args.checkpoint)
@@ -76,8 +111,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weights_id": weights_id(read_weights(args.checkpoint)),
         "config": args.config,
     }
-    proof = export(model, args.out, pixels, facts, force=args.force, report=lambda line: print(line, flush=True))
-    for name in HALVES:
+    proof = export(
+        model,
+        args.out,
+        pixels,
+        facts,
+        force=args.force,
+        report=lambda line: print(line, flush=True),
+        layout=args.layout,
+        name=args.name or args.checkpoint.stem,
+    )
+    for name in PAIR:
         seconds = proof.seconds[name]
         size = (args.out / f"{name}.onnx").stat().st_size / 1e6
         print(
@@ -87,5 +131,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"logits differ by at most {proof.max_abs_logit_diff:.3g} (allowed {proof.bound:.3g}; they reach "
         f"{proof.max_abs_logit:.3g}); {proof.flipped:.4%} of the mask pixels differ"
+    )
+    print(f"written {args.out}")
+
+
+def export_class_graph(args: argparse.Namespace) -> None:
+    """Exports what class prompts find as one graph, and prints a summary."""
+    from sam2_lora_ext.class_prompts.onnx_graph import FILE, NOTES, export_classes
+    from sam2_lora_ext.class_prompts.segmenter import load_segmenter
+    from sam2_lora_ext.deploy.stock import noise_pixels, read_pixels
+    from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files
+
+    for name in (FILE, NOTES):
+        refuse_existing(args.out / name, args.force)
+        refuse_input_files(args.out / name, [args.checkpoint, *([args.image] if args.image else [])])
+    segmenter = load_segmenter(args.config, args.checkpoint, device="cpu")
+    prompts, size = segmenter.prompts, segmenter.network.size
+    if args.image_size not in (None, size):
+        raise UserError(f"the class prompts were trained at {size} pixels: leave --image-size {args.image_size} out")
+    pixels = read_pixels(args.image, size) if args.image else noise_pixels(size)
+    facts = {"checkpoint": str(args.checkpoint), "config": args.config}
+    proof = export_classes(
+        segmenter.network,
+        prompts,
+        args.out,
+        pixels,
+        facts,
+        decide=args.decide,
+        half=args.half,
+        force=args.force,
+        report=lambda line: print(line, flush=True),
+    )
+    allowed = "" if proof.bound is None else f" (allowed {proof.bound:.3g})"
+    print(f"{FILE}: {(args.out / FILE).stat().st_size / 1e6:,.1f} MB, classes {', '.join(prompts.class_names)}")
+    print(
+        f"logits differ by at most {proof.max_abs_logit_diff:.3g}{allowed} of {proof.max_abs_logit:.3g}, scores by "
+        f"{proof.max_abs_score_diff:.3g}; {proof.flipped:.4%} of the mask pixels differ, IoU {proof.mask_iou:.4f}"
     )
     print(f"written {args.out}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sam2_lora_ext.adapters.names import DTYPES, FORMATS
-from sam2_lora_ext.settings.arguments import ALPHA, number
+from sam2_lora_ext.settings.arguments import ALPHA, RESOLUTION, number
 from sam2_lora_ext.settings.kinds import Number
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_json
@@ -20,6 +20,7 @@ from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write
 if TYPE_CHECKING:
     from sam2_lora_ext.adapters.merge import Merged
 
+FOLDER = "transformers"
 EXAMPLES = """\
 examples:
   the best adapter of a run, proven on stock SAM 2:
@@ -32,6 +33,8 @@ examples:
     python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter my_run/checkpoints/checkpoint.pt --out merged.pt
   two adapters of one base, 0.7 of the first update and 0.3 of the second:
     python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter line_1 line_2 --weights 0.7 0.3 --out merged.pt
+  a folder that Hugging Face transformers loads (Sam2Model, Sam2VideoModel, Sam2Processor), with a model card:
+    python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter runs/my_run --format transformers --out steel-sam2
 
 The merged file then works everywhere in place of the base:
     build_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "merged.pt")
@@ -62,9 +65,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="W",
         help="of several adapters, how much of each update is added (default for a single one: 1)",
     )
-    options.add_argument("--out", type=Path, required=True, metavar="FILE", help="the merged file to write")
     options.add_argument(
-        "--format", choices=FORMATS, help="default: what the suffix of --out says; build_sam2 loads pt"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the merged file to write, or with --format transformers a folder",
+    )
+    options.add_argument(
+        "--format", choices=(*FORMATS, FOLDER), help="default: what the suffix of --out says; build_sam2 loads pt"
+    )
+    options.add_argument(
+        "--image-size",
+        type=number(RESOLUTION),
+        metavar="S",
+        help="with --format transformers: pixels of a side of the model's input (default: the run's)",
     )
     options.add_argument("--dtype", choices=DTYPES, help="default: that of the base, or float32 if that is a half")
     options.add_argument(
@@ -89,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.adapters.record import describe, record_path
     from sam2_lora_ext.adapters.sources import source_files
 
+    if args.image_size and args.format != FOLDER:
+        raise UserError(f"--image-size is written into a folder only: give --format {FOLDER} too")
     if args.image and not args.verify:
         raise UserError("--image is what --verify segments: give --verify CONFIG too")
 
@@ -105,27 +122,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, record = time.perf_counter(), record_path(args.out)
     read = [args.base, *(file for path in args.adapter for file in source_files(path))]
     read += [args.image] if args.image else []
-    for path in (args.out, record):
+    for path in (record,) if args.format == FOLDER else (args.out, record):
         refuse_existing(path, args.force)
         refuse_input_files(path, read)
-    merged = merge_files(
-        args.base,
-        args.adapter,
-        args.out,
-        weights=args.weights,
-        file_format=args.format,
-        dtype=args.dtype,
-        alpha=args.alpha,
-        force=args.force,
-        progress=True,
-    )
-    facts = describe(merged, args.base, args.out, [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    options = {"weights": args.weights, "dtype": args.dtype, "alpha": args.alpha, "force": args.force, "progress": True}
+    if args.format == FOLDER:
+        from sam2_lora_ext.deploy.transformers_folder import WEIGHTS, write_model_folder
+
+        merged = write_model_folder(args.base, args.adapter, args.out, image_size=args.image_size, **options)
+        written = args.out / WEIGHTS
+    else:
+        merged, written = merge_files(args.base, args.adapter, args.out, file_format=args.format, **options), args.out
+    facts = describe(merged, args.base, written, [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     write_json(record, facts, force=args.force)
     for path, weight, _ in merged.sources:
         print(f"merged   {path}{'' if weight == 1 else f', times {weight:g}'}")
     print(f"into     {args.base}: {merged.changed} of {merged.tensors} tensors changed")
     print(
-        f"written  {args.out}: {args.out.stat().st_size / 1e6:,.1f} MB, {' and '.join(merged.dtypes)}, "
+        f"written  {args.out}: {written.stat().st_size / 1e6:,.1f} MB, {' and '.join(merged.dtypes)}, "
         f"in {time.perf_counter() - start:.1f} s"
     )
     print(f"record   {record}: sha256 {merged.sha256[:12]} from base {merged.base_id[:12]}")
@@ -140,7 +154,8 @@ def verify(args: argparse.Namespace, merged: "Merged", facts: dict[str, Any]) ->
     from sam2_lora_ext.adapters.record import record_path, with_proof
     from sam2_lora_ext.deploy.verify import compare_merged
 
-    print(f"verify   stock SAM 2 from {args.out}, and from {args.base} with the live adapter ...", flush=True)
+    made = "transformers' Sam2Model" if args.out.is_dir() else "stock SAM 2"
+    print(f"verify   {made} from {args.out}, and stock SAM 2 from {args.base} with the live adapter ...", flush=True)
     result = compare_merged(args.out, args.base, merged.adapter, args.verify, args.image)
     write_json(record_path(args.out), with_proof(facts, args.verify, asdict(result)))
     print(f"weights  differ by at most {result.max_abs_weight_diff:.3g}")

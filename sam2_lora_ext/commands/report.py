@@ -1,7 +1,8 @@
 """Makes one HTML file about runs: facts, curves, tables, pictures, where adapters changed the model, commands.
 
 It needs no network and no other file. An evaluation in RUN_DIR/evaluation (tools/evaluate.py --out) is found by itself,
-and a run by what lies in it. Data, crop and resolution are those that the run's record names.
+so is RUN_DIR/inspection (tools/evaluate_inspection.py --out), and a run by what lies in it. Data, crop and resolution
+are those that the run's record names.
 """
 
 import argparse
@@ -38,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="an evaluation to show, several times for several (default: RUN_DIR/evaluation)",
     )
+    options.add_argument(
+        "--inspection",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="an evaluated inspection, likewise (default: RUN_DIR/inspection)",
+    )
     options.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     options.add_argument("--force", action="store_true", help="replace --out when it exists")
     return options
@@ -51,17 +59,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_existing(out, args.force)
     try:
         from sam2_lora_ext.report.collect import read_evaluation, read_runs
+        from sam2_lora_ext.report.inspection import read_inspection
         from sam2_lora_ext.report.page import render
     except ModuleNotFoundError as error:
         raise UserError(f"the report needs what training needs ({error}): pip install -e '.[sam2]'") from error
     runs = read_runs(args.runs)
     found = [path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()]
     folders = args.evaluation or found
-    refuse_input_files(out, (file for folder in (*args.runs, *folders) for file in read_by_report(folder)))
-    text = render(runs, [read_evaluation(folder) for folder in folders])
+    there = [path / "inspection" for path in args.runs if (path / "inspection/inspection.json").exists()]
+    others = args.inspection or there
+    refuse_input_files(out, (file for folder in (*args.runs, *folders, *others) for file in read_by_report(folder)))
+    text = render(runs, [read_evaluation(folder) for folder in folders], [read_inspection(path) for path in others])
     page = text.encode("utf-8", "backslashreplace")  # a file name that is no UTF-8 is shown, not fatal
     write_atomic(out, lambda path: path.write_bytes(page), force=args.force)
-    print(f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations")
+    print(
+        f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations, "
+        f"{len(others)} inspections"
+    )
 
 
 def read_by_report(folder: Path) -> list[Path]:

@@ -53,11 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.adapters.peft import save_adapter
     from sam2_lora_ext.adapters.unmerge import unmerge
     from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
+    from sam2_lora_ext.class_prompts.file import load_class_prompts
 
     refuse_adapter_folder(args.out, [args.base, args.merged], args.force)
     base, merged = read_weights(args.base), read_weights(args.merged)
     found = unmerge(base, merged, args.rank, bound=args.bound, keep_full=args.full, shown=bar)
     adapter = found.adapter
+    adapter.class_prompts = load_class_prompts(args.merged)
     adapter.metadata |= {
         "base_id": weights_id(base),
         "base_path": str(args.base),

@@ -74,7 +74,7 @@ class SeverstalRawDataset(VOSRawDataset):
         bits: int = 16,
         cache_dir: str | Path | None = None,
     ):
-        self.training = training
+        self.training, self.min_area, self.include_clean = training, min_area, include_clean
         self.bits = check_bits(bits)
         self.windows = None if windows is None else Windows(**windows)
         _check_clean(training, include_clean, clean_share, clean_part_width, self.windows)

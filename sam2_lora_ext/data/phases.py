@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from training.dataset.sam2_datasets import MixedDataLoader, TorchTrainMixedDataset
 from training.dataset.utils import RepeatFactorWrapper
 
+from sam2_lora_ext.class_prompts.samples import ClassSteps, StepSamples
 from sam2_lora_ext.utils.errors import UserError
 
 
@@ -35,6 +36,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         seed: of the permutations.
         collate_fn: makes a batch of samples.
         worker_init_fn: as in `DataLoader`.
+        class_steps: which steps train class prompts, with samples of their own; None or a share of 0: no step does.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         seed: int = 42,
         collate_fn: Callable | None = None,
         worker_init_fn: Callable | None = None,
+        class_steps: ClassSteps | None = None,
     ):
         if len(datasets) != 1 or len(batch_sizes) != 1:
             raise UserError(
@@ -84,11 +87,20 @@ class PhasedDataset(TorchTrainMixedDataset):
         self.steps = steps
         self.epochs = epochs
         self.seed = seed
+        self.class_steps = class_steps if class_steps is not None and class_steps.share > 0 else None
+        if self.class_steps is not None:
+            self.class_steps.check(self._inner)
         self._lengths = []  # samples of each pass
 
     @property
+    def _inner(self) -> Dataset:
+        """The data set inside its `RepeatFactorWrapper`, if it has one."""
+        dataset = self.datasets[0]
+        return dataset.dataset if isinstance(dataset, RepeatFactorWrapper) else dataset
+
+    @property
     def _global_batch(self) -> int:
-        return self.batch_sizes[0] * _world()[1]
+        return self.batch_sizes[0] * rank_and_ranks()[1]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -134,11 +146,9 @@ class PhasedDataset(TorchTrainMixedDataset):
                 f"phase {epoch} was asked for, but the training has {self.num_phases} phases of "
                 f"{self.steps_per_phase} steps"
             )
-        rank, world = _world()
-        dataset = self.datasets[0]
-        inner = dataset.dataset if isinstance(dataset, RepeatFactorWrapper) else dataset
+        rank, world = rank_and_ranks()
         loader = DataLoader(
-            Subset(inner, self.sample_ids(epoch)[rank::world]),
+            self._samples(epoch, self.sample_ids(epoch)[rank::world]),
             batch_size=self.batch_sizes[0],
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -146,6 +156,14 @@ class PhasedDataset(TorchTrainMixedDataset):
             worker_init_fn=self.worker_init_fn,
         )
         return MixedDataLoader([loader], self.dataset_prob)
+
+    def _samples(self, phase: int, ids: list[int]) -> Dataset:
+        """This rank's samples of a phase; those of a step are of one kind, on all ranks."""
+        if self.class_steps is None:
+            return Subset(self._inner, ids)
+        first, batch = phase * self.steps_per_phase, self.batch_sizes[0]
+        steps = [first + place // batch for place in range(len(ids))]
+        return StepSamples(self._inner, ids, self.class_steps.kinds(self.seed, steps), self.class_steps)
 
     def _length(self, number: int) -> int:
         while len(self._lengths) <= number:
@@ -166,6 +184,6 @@ class PhasedDataset(TorchTrainMixedDataset):
         return order.tolist()
 
 
-def _world() -> tuple[int, int]:
+def rank_and_ranks() -> tuple[int, int]:
     """(rank, ranks) of this process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

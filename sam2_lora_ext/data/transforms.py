@@ -50,8 +50,8 @@ class RandomStripCrop:
         if not len(rows):
             raise ValueError(f"object {target.object_id} of video {datapoint.video_id} has no pixel in the first frame")
         pixel = random.randrange(len(rows))
-        y = _draw_start(int(rows.min()), int(rows.max()), int(rows[pixel]), window[0], height)
-        x = _draw_start(int(columns.min()), int(columns.max()), int(columns[pixel]), window[1], width, self.grid)
+        y = draw_start(int(rows.min()), int(rows.max()), int(rows[pixel]), window[0], height)
+        x = draw_start(int(columns.min()), int(columns.max()), int(columns[pixel]), window[1], width, self.grid)
         return crop(datapoint, y, x, *window)
 
     def _sound_corner(self, datapoint: VideoDatapoint, window: tuple[int, int]) -> tuple[int, int]:
@@ -61,8 +61,8 @@ class RandomStripCrop:
         lit = np.asarray(datapoint.frames[0].data.convert("L"))[y : y + window[0]] > DARK
         sums = np.append(0, np.cumsum(lit.sum(axis=0)))
         lit_enough = sums[window[1] :] - sums[: -window[1]] >= window[0] * window[1] / 2
-        places = _places(window[1], width, self.grid)
-        return y, random.choice([x for x in places if lit_enough[x]] or places)
+        starts = places(window[1], width, self.grid)
+        return y, random.choice([x for x in starts if lit_enough[x]] or starts)
 
 
 class FixedStripCrop:
@@ -140,16 +140,16 @@ def _shown(obj: Object) -> bool:
     return class_of(obj.object_id) == CLEAN or bool(obj.segment.any())
 
 
-def _places(window: int, length: int, grid: int) -> list[int]:
+def places(window: int, length: int, grid: int) -> list[int]:
     """Where a window may begin within [0, length): at the multiples of `grid`, and at the last place."""
     return [*range(0, length - window, grid), length - window]
 
 
-def _draw_start(first: int, last: int, pixel: int, window: int, length: int, grid: int = 1) -> int:
+def draw_start(first: int, last: int, pixel: int, window: int, length: int, grid: int = 1) -> int:
     """A random start of a window within [0, length) that holds [first, last], or if there is none then `pixel`."""
-    places = _places(window, length, grid)
-    whole = [start for start in places if last - window < start <= first]
-    return random.choice(whole or [start for start in places if pixel - window < start <= pixel])
+    starts = places(window, length, grid)
+    whole = [start for start in starts if last - window < start <= first]
+    return random.choice(whole or [start for start in starts if pixel - window < start <= pixel])
 
 
 def _flip(datapoint: VideoDatapoint, how: Image.Transpose, axis: int) -> VideoDatapoint:

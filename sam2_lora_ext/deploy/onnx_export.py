@@ -1,6 +1,6 @@
 """Writes a stock SAM 2 as two ONNX files, proves them under onnxruntime against PyTorch, and times both.
 
-Needs sam2 and the packages of the extra `onnx`. See `onnx_models.py` for the inputs and outputs of the files.
+Needs sam2 and the packages of the extra `onnx`. See `onnx_layouts.py` for the inputs and outputs of the files.
 """
 
 import importlib
@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sam2_lora_ext.deploy.onnx_models import FEATURES, INPUTS, OUTPUTS, ImageHalf, PromptHalf, example_inputs
+from sam2_lora_ext.deploy.onnx_layouts import FEATURES, LAYOUTS, PAIR, Layout, configs_of_others
 from sam2_lora_ext.deploy.stock import PROMPTS, mask_logits, normalised
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write_atomic, write_json
 
-HALVES = {"image_encoder": ImageHalf, "mask_decoder": PromptHalf}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "export.json"
 BOUND = 1e-4  # share of the largest logit: other kernels add in another order, some 1e-6 for each of dozens of layers
@@ -63,11 +62,17 @@ def require_packages() -> None:
             raise UserError(f"the export needs {', '.join(PACKAGES)} ({error}): pip install -e '.[onnx]'") from error
 
 
-def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Raises a `UserError` when the folder cannot take the files, has some and `force` is off, or they are `inputs`."""
+def check_output(folder: Path, force: bool, inputs: Iterable[Path] = (), layout: str = "plain") -> None:
+    """Raises a `UserError` when the folder cannot take the files, has some and `force` is off, or they are `inputs`.
+
+    A config file of a labelling tool is never left beside a pair that its runner cannot run.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out names the folder of the ONNX files")
-    for name in (*(f"{half}.onnx" for half in HALVES), FACTS):
+    for name in configs_of_others(LAYOUTS[layout]):
+        if (folder / name).exists():
+            raise UserError(f"{folder / name} belongs to a pair of another layout: choose another folder than {folder}")
+    for name in (*(f"{half}.onnx" for half in PAIR), FACTS, *LAYOUTS[layout].configs):
         refuse_existing(folder / name, force)
         refuse_input_files(folder / name, inputs)
 
@@ -80,8 +85,12 @@ def export(
     *,
     force: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    layout: str = "plain",
+    name: str = "sam2",
 ) -> Proof:
-    """Writes image_encoder.onnx, mask_decoder.onnx and export.json; nothing is written unless the proof passes.
+    """Writes image_encoder.onnx, mask_decoder.onnx, export.json and the layout's config files.
+
+    Nothing is written unless the proof passes.
 
     Args:
         model: a stock SAM 2 on the CPU, see `build_stock`.
@@ -90,41 +99,47 @@ def export(
         facts: for export.json, beside what this function knows.
         force: replace files that are there.
         report: called with a line about each stage.
+        layout: a key of `LAYOUTS`.
+        name: what a labelling tool calls the model.
 
     Raises:
         UserError: a package is missing, a file exists, the masks differ by more than the bound, or the system refuses.
     """
     folder = Path(folder)
     require_packages()
-    check_output(folder, force)
+    check_output(folder, force, layout=layout)
+    chosen = LAYOUTS[layout]
     model = model.eval().requires_grad_(False)
-    examples = example_inputs(model, pixels)
+    examples = chosen.examples(model, pixels)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
-            for name, half in HALVES.items():
-                report(f"tracing {name} ...")
-                _write(half(model).eval(), name, examples[name], Path(made, f"{name}.onnx"))
+            for half, module in chosen.halves.items():
+                report(f"tracing {half} ...")
+                _write(module(model).eval(), chosen, half, examples[half], Path(made, f"{half}.onnx"))
             report("comparing with PyTorch ...")
-            proof = prove(model, Path(made), pixels)
+            proof = prove(model, Path(made), pixels, layout)
             if not proof.passed:
                 raise UserError(
                     "the ONNX files are not the model: their mask logits differ by "
                     f"{proof.max_abs_logit_diff:.3g}, and {proof.bound:.3g} is allowed; none was written"
                 )
             folder.mkdir(exist_ok=True)
-            for name in HALVES:
-                file = f"{name}.onnx"
+            for file in (f"{half}.onnx" for half in PAIR):
                 write_atomic(folder / file, lambda path, file=file: os.replace(Path(made, file), path), force=force)
+            for file, text in chosen.configs.items():
+                config = text(name, pixels.shape[-1])
+                write_atomic(folder / file, lambda path, config=config: path.write_text(config), force=force)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; check rights and free disk") from error
     write_json(
         folder / FACTS,
         {
             **facts,
+            "layout": layout,
             "image_size": pixels.shape[-1],
-            "inputs": INPUTS,
-            "outputs": OUTPUTS,
+            "inputs": chosen.inputs,
+            "outputs": chosen.outputs,
             "proof": asdict(proof),
             "versions": {name: importlib.import_module(name).__version__ for name in ("torch", *PACKAGES)},
         },
@@ -133,18 +148,22 @@ def export(
     return proof
 
 
-def prove(model: nn.Module, folder: Path, pixels: Tensor) -> Proof:
+def prove(model: nn.Module, folder: Path, pixels: Tensor, layout: str = "plain") -> Proof:
     """Runs all `PROMPTS` through the files, each alone and those of one point together, against stock SAM 2."""
-    size = pixels.shape[-1]
-    encoder, decoder = (session(folder / f"{name}.onnx") for name in HALVES)
-    features = dict(zip(FEATURES, encoder.run(None, {"pixels": pixels.numpy()})))
+    size, chosen = pixels.shape[-1], LAYOUTS[layout]
+    encoder, decoder = (session(folder / f"{name}.onnx") for name in PAIR)
+    image = dict(zip(chosen.inputs["image_encoder"], (chosen.image(pixels),)))
+    features = dict(zip(chosen.outputs["image_encoder"], encoder.run(None, _arrays(image))))
+
+    def prompt(coords: list[list[tuple[float, float]]], labels: list[list[int]]) -> dict[str, Tensor]:
+        tensors = chosen.prompt(torch.tensor(coords) * size, torch.tensor(labels), size)
+        return dict(zip(chosen.inputs["mask_decoder"][len(FEATURES) :], tensors, strict=True))
 
     def masks(coords: list[list[tuple[float, float]]], labels: list[list[int]]) -> Tensor:
-        prompt = {"point_coords": np.float32(coords) * size, "point_labels": np.int64(labels)}
-        return torch.from_numpy(decoder.run(["masks"], {**features, **prompt})[0])
+        return torch.from_numpy(decoder.run(["masks"], {**features, **_arrays(prompt(coords, labels))})[0])
 
     with torch.no_grad():
-        expected = mask_logits(model, normalised(pixels))
+        expected = mask_logits(model, normalised(pixels))[:, chosen.masks]
         single = [index for index, (points, _) in enumerate(PROMPTS) if len(points) == 1]
         found = torch.cat(
             [
@@ -153,19 +172,16 @@ def prove(model: nn.Module, folder: Path, pixels: Tensor) -> Proof:
             ]
         )
         expected = torch.cat([expected, expected[single]])
-        image_half, prompt_half = (half(model).eval() for half in HALVES.values())
-        tensors = image_half(pixels)
-        coords, labels = torch.tensor([[[0.5, 0.5]]]) * size, torch.tensor([[1]])
-        click = {**features, "point_coords": coords.numpy(), "point_labels": labels.numpy()}
+        halves = {name: half(model).eval() for name, half in chosen.halves.items()}
+        tensors = dict(zip(chosen.outputs["image_encoder"], halves["image_encoder"](*image.values())))
+        click = prompt([[(0.5, 0.5)]], [[1]])
+        inputs = {"image_encoder": image, "mask_decoder": {**{key: tensors[key] for key in FEATURES}, **click}}
         seconds = {
-            "image_encoder": {
-                "pytorch": _median_seconds(lambda: image_half(pixels)),
-                "onnxruntime": _median_seconds(lambda: encoder.run(None, {"pixels": pixels.numpy()})),
-            },
-            "mask_decoder": {
-                "pytorch": _median_seconds(lambda: prompt_half(*tensors, coords, labels)),
-                "onnxruntime": _median_seconds(lambda: decoder.run(None, click)),
-            },
+            name: {
+                "pytorch": _median_seconds(lambda name=name: halves[name](*inputs[name].values())),
+                "onnxruntime": _median_seconds(lambda name=name, run=run: run(None, _arrays(inputs[name]))),
+            }
+            for name, run in zip(PAIR, (encoder.run, decoder.run))
         }
     largest = float(expected.abs().max())
     return Proof(
@@ -177,6 +193,10 @@ def prove(model: nn.Module, folder: Path, pixels: Tensor) -> Proof:
     )
 
 
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
 def session(path: Path) -> Any:
     """An onnxruntime session on the CPU, with as many threads as PyTorch uses."""
     import onnxruntime
@@ -186,23 +206,18 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _write(half: nn.Module, name: str, inputs: tuple[Tensor, ...], path: Path) -> None:
+def _write(half: nn.Module, layout: Layout, name: str, inputs: tuple[Tensor, ...], path: Path) -> None:
     """Traces one half into one file; the numbers of prompts and of points stay open."""
-    from torch.export import Dim
-
-    # torch.export takes sizes of 0 and 1 for constants where they are traced, so the examples have others
-    open_sizes = {0: Dim("prompts", min=1, max=1 << 16), 1: Dim("points", min=1, max=1 << 16)}
-    shapes = [open_sizes if key.startswith("point_") else None for key in INPUTS[name]]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about its own names and internals
         torch.onnx.export(
             half,
             inputs,
             path,
-            input_names=INPUTS[name],
-            output_names=OUTPUTS[name],
+            input_names=layout.inputs[name],
+            output_names=layout.outputs[name],
             dynamo=True,
-            dynamic_shapes=shapes,
+            dynamic_shapes=layout.open_sizes(name),
             external_data=False,
             verbose=False,
         )

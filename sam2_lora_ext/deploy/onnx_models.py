@@ -4,23 +4,23 @@ Legend: S pixels of a side of the input · D width of the features · B prompts 
 C = 4 mask outputs.
 
     pixels (1, 3, S, S), RGB in [0, 1]                       -> image_embed (1, D, S/16, S/16)
-                                                                high_res_0 (1, D/8, S/4, S/4)
-                                                                high_res_1 (1, D/4, S/8, S/8)
-    these three, point_coords (B, N, 2), point_labels (B, N) -> masks (B, C, S/4, S/4), iou (B, C), object_score (B, 1)
+                                                                high_res_feats_0 (1, D/8, S/4, S/4)
+                                                                high_res_feats_1 (1, D/4, S/8, S/8)
+    these three, point_coords (B, N, 2), point_labels (B, N) -> masks (B, C, S/4, S/4), iou_predictions (B, C),
+                                                                object_score (B, 1)
 
 `point_coords` are x before y in pixels of the squashed input; `point_labels` int64: 1 on the object, 0 beside it, 2 and
 3 the top left and bottom right corner of a box, -1 for none. `masks` are logits: output 0 is the single mask, 1 to 3
-are those of multimask, and `iou` is what the model thinks of each.
+are those of multimask, and `iou_predictions` is what the model thinks of each.
+
+The halves for labelling tools differ in what their runners do themselves: see `LabellingImageHalf` and
+`LabellingPromptHalf`.
 """
 
 import torch
 from torch import Tensor, nn
 
 from sam2_lora_ext.deploy.stock import normalised
-
-FEATURES = ("image_embed", "high_res_0", "high_res_1")
-INPUTS = {"image_encoder": ("pixels",), "mask_decoder": (*FEATURES, "point_coords", "point_labels")}
-OUTPUTS = {"image_encoder": FEATURES, "mask_decoder": ("masks", "iou", "object_score")}
 
 
 class ImageHalf(nn.Module):
@@ -31,7 +31,11 @@ class ImageHalf(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        fine, middle, coarse = self.model.forward_image(normalised(pixels))["backbone_fpn"]
+        return self.features(normalised(pixels))
+
+    def features(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The features of a normalised image, the coarse ones first."""
+        fine, middle, coarse = self.model.forward_image(image)["backbone_fpn"]
         if self.model.directly_add_no_mem_embed:  # as SAM2ImagePredictor does for a single image
             coarse = coarse + self.model.no_mem_embed.reshape(1, -1, 1, 1)
         return coarse, fine, middle
@@ -54,15 +58,56 @@ class PromptHalf(nn.Module):
         labels: Tensor,
     ) -> tuple[Tensor, ...]:
         sparse, dense = self.prompts(points=(coords, labels), boxes=None, masks=None)
+        return self.answer(embed, fine, middle, sparse, dense)
+
+    def answer(
+        self,
+        embed: Tensor,
+        fine: Tensor,
+        middle: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Masks, predicted IoU and object score for embedded prompts."""
         masks, iou, _, score = self.decoder.predict_masks(
             embed, self.positions, sparse, dense, repeat_image=True, high_res_features=[fine, middle]
         )
         return masks, iou, score
 
 
-def example_inputs(model: nn.Module, pixels: Tensor) -> dict[str, tuple[Tensor, ...]]:
-    """What to trace the two halves with: an image (1, 3, S, S) and B = 3 prompts of N = 2 points."""
-    with torch.no_grad():
-        features = ImageHalf(model)(pixels)
-    coords = torch.tensor([[[0.2, 0.3], [0.7, 0.8]]]).repeat(3, 1, 1) * pixels.shape[-1]
-    return {"image_encoder": (pixels,), "mask_decoder": (*features, coords, torch.tensor([[2, 3], [1, 0], [1, -1]]))}
+class LabellingImageHalf(ImageHalf):
+    """`ImageHalf` for runners that normalise the image themselves and want the finest features first.
+
+    image (1, 3, S, S), normalised -> high_res_feats_0, high_res_feats_1, image_embed.
+    """
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        coarse, fine, middle = self.features(image)
+        return fine, middle, coarse
+
+
+class LabellingPromptHalf(PromptHalf):
+    """`PromptHalf` that takes a mask as prompt too and gives multimask's three masks, of which runners take the best.
+
+    The features, point_coords (B, N, 2), point_labels (B, N) as floats, mask_input (B, 1, S/4, S/4) logits,
+    has_mask_input (B) or (1): 1 where `mask_input` counts, 0 where not -> masks (B, 3, S/4, S/4), iou_predictions
+    (B, 3).
+    """
+
+    def forward(
+        self,
+        embed: Tensor,
+        fine: Tensor,
+        middle: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        given: Tensor,
+    ) -> tuple[Tensor, ...]:
+        sparse, dense = self.prompts(points=(coords, labels), boxes=None, masks=mask)
+        none = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        last = torch.arange(given.shape[0])[-1:]
+        given = given[torch.minimum(torch.arange(coords.shape[0]), last)]  # some runners give one flag for all prompts
+        dense = torch.where(given.reshape(-1, 1, 1, 1) > 0, dense, none)
+        masks, iou, _ = self.answer(embed, fine, middle, sparse, dense)
+        return masks[:, 1:], iou[:, 1:]

@@ -16,6 +16,7 @@ from torch import nn
 from sam2_lora_ext.adapters.peft import Adapter
 from sam2_lora_ext.adapters.sources import check_base, read_adapter
 from sam2_lora_ext.adapters.weights import weights_id
+from sam2_lora_ext.class_prompts.binding import tokens_of
 from sam2_lora_ext.deploy.predictors import fit_predictor
 from sam2_lora_ext.deploy.stock import check_inputs, load_strictly
 from sam2_lora_ext.lora.live import (
@@ -43,6 +44,7 @@ __all__ = [
     "set_adapter",
 ]
 
+ENCODER = "sam_prompt_encoder"  # the module of a SAM 2 that class prompts replace
 Source = str | Path | Adapter
 COARSEST = 32  # pixels of the input that one place of the trunk's last feature map stands for
 
@@ -95,7 +97,7 @@ def load_sam2(
 
 
 def add_adapter(model: nn.Module, name: str, adapter: Source, *, base_path: str | Path = "the model's") -> None:
-    """Makes one more adapter ready for `set_adapter`; which one is on stays.
+    """Makes one more adapter ready for `set_adapter`, with its class prompts if it has some; which one is on stays.
 
     Args:
         model: of `load_sam2`, or any SAM 2 without adapters.
@@ -113,4 +115,9 @@ def add_adapter(model: nn.Module, name: str, adapter: Source, *, base_path: str 
         if table.base_id is None:
             table.base_id = weights_id(state)
         check_base(base_path, state, found, table.base_id)
-    put_adapter(model, name, found)
+        others = {}
+        if found.class_prompts is not None:
+            from sam2_lora_ext.class_prompts.encoder import with_class_prompts
+
+            others[ENCODER] = with_class_prompts(model.get_submodule(ENCODER), tokens_of(found.class_prompts))
+    put_adapter(model, name, found, others)

@@ -9,6 +9,7 @@ from torch import Tensor
 from sam2_lora_ext.adapters.peft import Adapter
 from sam2_lora_ext.adapters.weights import read_weights
 from sam2_lora_ext.deploy.stock import build_stock, load_strictly, mask_logits, noise_image, read_image
+from sam2_lora_ext.deploy.transformers_folder import folder_logits, folder_size, read_state
 from sam2_lora_ext.lora import attach_adapter, lora_layers
 
 LOGIT_BOUND = 1e-4
@@ -49,7 +50,8 @@ def compare_merged(
     """Builds stock SAM 2 from the merged file, and another from the base with the adapter live, and compares them.
 
     Args:
-        merged: the file to prove, loaded by `build_sam2` itself unless it is safetensors.
+        merged: the file to prove, loaded by `build_sam2` itself unless it is safetensors; or a folder, loaded by
+            transformers' `Sam2Model`.
         base: the weights that were merged.
         adapter: what was merged into them.
         config: name of the stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
@@ -58,7 +60,8 @@ def compare_merged(
     Raises:
         UserError: there is no such config, or the weights are of another one, or the image cannot be read.
     """
-    live = build_stock(config)
+    folder = Path(merged) if Path(merged).is_dir() else None
+    live = build_stock(config, image_size=folder_size(folder) if folder else None)
     pixels = read_image(image, live.image_size) if image else noise_image(live.image_size)
     load_strictly(live, base)
     attach_adapter(live, adapter)
@@ -66,11 +69,14 @@ def compare_merged(
     live_logits = mask_logits(live, pixels)
     expected = {f"{name}.weight": layer.merged_weight(torch.float64) for name, layer in lora_layers(live)}
     expected = {key: expected.get(key, value) for key, value in live.state_dict().items()}
-    written = read_weights(merged)
+    written = read_state(folder) if folder else read_weights(merged)
     weight_diff = max(float((written[key].double() - expected[key].double()).abs().max()) for key in written)
     half = max(HALF_BOUNDS.get(value.dtype, 0.0) for value in written.values())
     del live, expected, written
-    logits = mask_logits(build_stock(config, merged).requires_grad_(False), pixels)
+    if folder:
+        logits = folder_logits(folder, pixels)
+    else:
+        logits = mask_logits(build_stock(config, merged).requires_grad_(False), pixels)
     largest, ious = float(live_logits.abs().max()), mask_ious(logits > 0, live_logits > 0)
     return Comparison(
         weight_diff,

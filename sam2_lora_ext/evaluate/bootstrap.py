@@ -1,6 +1,6 @@
 """Confidence intervals by resampling images, since the objects of one image are not independent."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -27,3 +27,32 @@ def bootstrap_interval(
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     tail = (1 - level) / 2
     return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+
+
+def bootstrap_sums(
+    table: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile interval of a statistic of sums over images, such as a pooled Dice.
+
+    Args:
+        table: what an image adds to each sum, [images, sums].
+        statistic: sums [draws, sums] -> values [draws]; draws without a value are NaN and left out.
+        level: covered share, in (0, 1).
+        draws: number of resamples.
+        seed: of the draws.
+
+    Returns:
+        The lower and upper bound; NaN where no draw has a value.
+    """
+    count, rng = len(table), np.random.default_rng(seed)
+    times = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])
+    values = statistic(times @ np.asarray(table, dtype=np.float64))
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    tail = (1 - level) / 2
+    return float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))

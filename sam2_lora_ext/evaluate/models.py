@@ -49,7 +49,7 @@ class Candidate:
 
 def candidates(texts: Sequence[str], base: Path | None = None, config: str | None = None) -> list[Candidate]:
     """The models behind several paths, see `candidate`; the first whole weights stand in for a base that was moved."""
-    paths = [_split(text)[1] for text in texts]
+    paths = [split_name(text)[1] for text in texts]
     spare = next((path for path in paths if path.is_file() and _is_whole(path)), None)
     return [candidate(text, base, config, spare) for text in texts]
 
@@ -66,8 +66,8 @@ def candidate(text: str, base: Path | None = None, config: str | None = None, sp
     Raises:
         UserError: there is nothing, or an adapter's base is not known.
     """
-    given, path = _split(text)
-    name = _short(path) if given is None else given
+    given, path = split_name(text)
+    name = short_name(path) if given is None else given
     if not path.exists():
         raise UserError(f"there is no {path}: give a weight file, an adapter folder or a run folder")
     run = find_run(path)
@@ -142,13 +142,13 @@ def check_device(device: str) -> None:
         raise UserError(f"--device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
 
 
-def _split(text: str) -> tuple[str | None, Path]:
+def split_name(text: str) -> tuple[str | None, Path]:
     """Name and path of `path` or `name=path`; a path that exists may have an equals sign itself."""
     name, given, rest = text.partition("=")
     return (name, Path(rest)) if given and not Path(text).exists() else (None, Path(text))
 
 
-def _short(path: Path) -> str:
+def short_name(path: Path) -> str:
     """A name for a table: of `runs/r8/adapters/best` the run's, r8."""
     resolved = path.absolute()
     if resolved.parent.name in ("adapters", "weights", "checkpoints"):

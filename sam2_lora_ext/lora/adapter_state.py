@@ -5,17 +5,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import mode
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sam2_lora_ext.class_prompts.tokens import ClassTokens
 from sam2_lora_ext.lora.config import QKV, LoRAConfig
 from sam2_lora_ext.lora.inject import build_lora_model, lora_layers
 from sam2_lora_ext.lora.layer import PLAIN
 from sam2_lora_ext.lora.layer_state import LayerAdapter
 from sam2_lora_ext.lora.overview import full_modules
 from sam2_lora_ext.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from sam2_lora_ext.class_prompts.file import ClassPrompts
 
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # of a module; neither a path nor a glob
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,6 +36,7 @@ class Adapter:
         dropout: in front of A, for training on.
         metadata: facts as JSON values, of which `base_id` (see `weights_id`), `base_path` and `model_config` (a stock
             config's name) tell the base; `step`, `metrics` and the like are for people.
+        class_prompts: learned tokens that were trained with it, or None.
 
     Raises:
         UserError: it is empty, or a tensor has an impossible name or shape, or holds NaN or infinity.
@@ -42,6 +47,7 @@ class Adapter:
     full_modules: list[str] = field(default_factory=list)
     dropout: float = 0.0
     metadata: dict[str, Any] = field(default_factory=dict)
+    class_prompts: "ClassPrompts | None" = None
 
     def __post_init__(self) -> None:
         if not self.layers and not self.full:
@@ -83,21 +89,22 @@ class Adapter:
 
     @classmethod
     def from_model(cls, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> "Adapter":
-        """A copy, on the CPU, of a model's adapters and of what else in it has `requires_grad`.
+        """A copy, on the CPU, of a model's adapters and of what else in it has `requires_grad` but class tokens.
 
         Raises:
             UserError: nothing is adapted, or a parameter is trained whose module is not trained as a whole.
         """
-        modules = full_modules(model)
+        tokens = {name for name, module in model.named_modules() if isinstance(module, ClassTokens)}
+        modules = [name for name in full_modules(model) if name not in tokens]
         if modules == [""]:
             raise UserError("every parameter of the model is trained: its checkpoint is the model, there is no adapter")
         full = {
             key: copied(value)
             for module in modules
             for key, value in model.state_dict().items()
-            if key.startswith(f"{module}.")
+            if key.startswith(f"{module}.") and key.rpartition(".")[0] not in tokens
         }
-        layers, adapters, dropout = {}, set(), 0.0
+        layers, adapters, dropout = {}, {f"{name}.tokens" for name in tokens}, 0.0
         for name, layer in lora_layers(model):
             tensors = {key: copied(value) for key, value in layer.adapter_state().items()}
             layers[name], dropout = LayerAdapter.of(tensors, layer.alpha, layer.rslora, layer.parts), layer.dropout

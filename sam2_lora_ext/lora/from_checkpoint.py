@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sam2_lora_ext.class_prompts.tokens import STATE_KEY
 from sam2_lora_ext.lora.adapter_state import Adapter, LayerAdapter, copied
 from sam2_lora_ext.lora.config import LoRAConfig
 from sam2_lora_ext.lora.inject import above, outermost
@@ -23,7 +24,7 @@ def adapter_from_state(
     base: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """The adapter inside the state dict of a training checkpoint; frozen weights in it are left out.
+    """The adapter inside the state dict of a training checkpoint; frozen weights and class tokens in it are left out.
 
     Args:
         state: keys `<module>.lora_a`, `<module>.lora_b` (of a variant, see `TENSORS`), those of modules trained in
@@ -47,7 +48,7 @@ def adapter_from_state(
     for name in names:
         tensors = _tensors(name, state, config)
         layers[name] = LayerAdapter.of(tensors, numbers.alpha_of(name), numbers.rslora, numbers.parts_of(name))
-    others = [key for key in state if key.rpartition(".")[0] not in layers]
+    others = [key for key in state if key.rpartition(".")[0] not in layers and key != STATE_KEY]
     modules = _modules_meant(others, config.trainable) if config else _modules_changed(others, state, base, names)
     full = {key: copied(state[key]) for key in others if any(key.startswith(f"{module}.") for module in modules)}
     return Adapter(layers, full, modules, config.dropout if config else 0.0, dict(metadata or {}))

@@ -66,8 +66,14 @@ def table_of(model: nn.Module) -> Table:
     return getattr(model, TABLE)
 
 
-def put_adapter(model: nn.Module, name: str, adapter: Adapter) -> None:
+def put_adapter(model: nn.Module, name: str, adapter: Adapter, others: Mapping[str, nn.Module] | None = None) -> None:
     """Makes an adapter ready for `set_adapter`; which one is on stays.
+
+    Args:
+        model: the base, with a table or without.
+        name: to call the adapter by.
+        adapter: what to put in.
+        others: by module name, what also stands there while the adapter is on, in place of a module of the base.
 
     Raises:
         UserError: the name is no text or taken, or the adapter does not fit the model, which is then unchanged.
@@ -80,17 +86,18 @@ def put_adapter(model: nn.Module, name: str, adapter: Adapter) -> None:
     with disable_adapters(model):
         if words := adapter.misfit(model.state_dict()):
             raise UserError(f"{words} in this model: the adapter is of another one")
-        base = {place: model.get_submodule(place) for place in (*adapter.layers, *adapter.full_modules)}
+        others = others or {}
+        base = {place: model.get_submodule(place) for place in (*adapter.layers, *adapter.full_modules, *others)}
         for place in adapter.layers:
             if type(base[place]) is not nn.Linear:
                 raise UserError(
                     f"the adapter changes {place}, a {type(base[place]).__name__}: only nn.Linear can be adapted"
                 )
         modules = {place: live_layer(base[place], layer, adapter.dropout) for place, layer in adapter.layers.items()}
-        for place in adapter.full_modules:
+        for place in (*adapter.full_modules, *others):
             start = f"{place}."
             modules[place] = trained_copy(
-                base[place],
+                others.get(place, base[place]),
                 {key.removeprefix(start): value for key, value in adapter.full.items() if key.startswith(start)},
             )
         parents = {place: model.get_submodule(place.rpartition(".")[0]) for place in base}

@@ -10,6 +10,7 @@ from sam2_lora_ext.report.collect import Evaluation, Run, understood
 from sam2_lora_ext.report.commands import data_of, training_command, use_commands
 from sam2_lora_ext.report.curves import bars, plot
 from sam2_lora_ext.report.html import figure, folded, page, picture, table
+from sam2_lora_ext.report.inspection import InspectionResult, inspection
 from sam2_lora_ext.report.numbers import tables
 from sam2_lora_ext.utils.files import inside
 
@@ -19,7 +20,7 @@ LEGEND = (
 )
 
 
-def render(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
+def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], inspections: Sequence[InspectionResult] = ()) -> str:
     """The page.
 
     Raises:
@@ -32,9 +33,12 @@ def render(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
     for evaluation in evaluations:
         with understood(f"{evaluation.folder / 'evaluation.json'}"):
             parts += [tables(evaluation), galleries(evaluation)]
-    if not evaluations:
+    for result in inspections:
+        with understood(f"{result.folder / 'inspection.json'}"):
+            parts.append(inspection(result))
+    if not evaluations and not inspections:
         parts.append("<h2>Evaluation</h2><p>There is none yet; the command to make it stands at the end.</p>")
-    parts += [adaptation(runs), reproduce(runs, evaluations)]
+    parts += [adaptation(runs), reproduce(runs, [*evaluations, *inspections])]
     return page(title, "\n".join(parts))
 
 
@@ -175,7 +179,7 @@ def changes(run: Run) -> tuple[str, list[Change]]:
     return "it has no adapter and no weights yet.", []
 
 
-def reproduce(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
+def reproduce(runs: Sequence[Run], evaluations: Sequence[Evaluation | InspectionResult]) -> str:
     """The exact commands."""
     lines = [line for run in runs for line in (training_command(run), *use_commands(run)) if line]
     lines += [shlex.join(evaluation.record["command"]) for evaluation in evaluations if "command" in evaluation.record]

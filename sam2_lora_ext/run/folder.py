@@ -6,7 +6,7 @@ run_dir/
   lora.json               which layers are adapted, parameters, the LoRA config, the identity of the base
   validations.json        the metrics of every validation; early stopping and `best` are computed from it
   adapters/{best,latest,final}/   PEFT folders
-  weights/{best,final}.pt         full weights instead, where no adapter is trained
+  weights/{best,final}.pt         full weights instead, where no adapter is trained (class prompts as an entry beside)
   merged_best.pt          on request: what stock `build_sam2` loads
   <name>/*.torch          on request: the flat files of the older Severstal script
   training_summary.json   at the end
@@ -21,9 +21,12 @@ from typing import Any
 from torch import nn
 
 import sam2_lora_ext
-from sam2_lora_ext.adapters.merge import merge_state_dict
+from sam2_lora_ext.adapters.merge import merge_state_dict, write_merged
 from sam2_lora_ext.adapters.peft import save_adapter
-from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_weights, write_weights
+from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_weights
+from sam2_lora_ext.class_prompts.binding import CLASS_PROMPTS, facts_of, prompts_of
+from sam2_lora_ext.class_prompts.file import ClassPrompts
+from sam2_lora_ext.class_prompts.tokens import STATE_KEY
 from sam2_lora_ext.lora import lora_layers, report
 from sam2_lora_ext.lora.adapter_state import Adapter
 from sam2_lora_ext.run.checkpoint import write_checkpoint
@@ -74,6 +77,8 @@ class RunFolder:
     ):
         self.path, self.model, self.facts = path, model, dict(facts)
         self.notes = {"config": lora, **facts, "version": sam2_lora_ext.__version__}  # what a checkpoint says of itself
+        if class_facts := facts_of(model):
+            self.notes[CLASS_PROMPTS] = class_facts
         self.merged, self.flat_files, self.base_path, self.monitor = merged, flat_files, base_path, monitor
         self.report = report(model)
         self.has_adapter = any(True for _ in lora_layers(model))
@@ -110,21 +115,32 @@ class RunFolder:
 
     def export(self, kind: str, step: int, metrics: Mapping[str, float], name: str) -> None:
         """Writes the model as it is now as `best`, `latest` or `final`."""
+        prompts = prompts_of(self.model, self.facts.get("base_id"))
         if not self.has_adapter:
             if kind != "latest":  # checkpoint.pt already is the latest
-                write_weights(self.path / "weights" / f"{kind}.pt", self.model.state_dict())
+                state = {key: value for key, value in self.model.state_dict().items() if key != STATE_KEY}
+                write_merged(self.path / "weights" / f"{kind}.pt", state, "pt", prompts)
             return
         adapter = Adapter.from_model(self.model, {**self.facts, "step": step, "kind": kind, "metrics": dict(metrics)})
+        adapter.class_prompts = prompts
         save_adapter(adapter, self.path / "adapters" / kind)
         merged = None
         if kind == "best" and (self.merged or (self.flat_files and self.base_path)):
             merged = merge_state_dict(read_weights(self.base_path), adapter)
         if kind == "best" and self.merged:
-            write_weights(self.path / "merged_best.pt", merged)
+            write_merged(self.path / "merged_best.pt", merged, "pt", prompts)
         if self.flat_files:
-            self._write_flat(kind, step, metrics, name, merged)
+            self._write_flat(kind, step, metrics, name, merged, prompts)
 
-    def _write_flat(self, kind: str, step: int, metrics: Mapping[str, float], name: str, merged: dict | None) -> None:
+    def _write_flat(
+        self,
+        kind: str,
+        step: int,
+        metrics: Mapping[str, float],
+        name: str,
+        merged: dict | None,
+        prompts: ClassPrompts | None,
+    ) -> None:
         folder = self.path / name
         trained = {key for key, value in self.model.named_parameters() if value.requires_grad}
         kept = {
@@ -144,7 +160,7 @@ class RunFolder:
         write_checkpoint({NOTES: self.notes, "model": kept}, folder / file, keep_previous=False)
         if merged is not None:
             merged_file = folder / f"best_merged_step{step}_{quality}.torch"
-            write_weights(merged_file, merged)
+            write_merged(merged_file, merged, "pt", prompts)
             old = [path for path in old if path != merged_file]
         for path in old:
             path.unlink()

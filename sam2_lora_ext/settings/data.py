@@ -231,6 +231,7 @@ TARGETS = {
             "seed": SEED.called("trainer.seed_value"),
             "collate_fn": Nullable(Part()),
             "worker_init_fn": Nullable(Part()),
+            "class_steps": Nullable(Part()),
         },
         required=("datasets", "batch_sizes", "num_workers", "pin_memory", "steps_per_phase"),
         rules=(one_length,),

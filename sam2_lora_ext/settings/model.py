@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sam2_lora_ext.settings.class_data import EXCLUSIVE
 from sam2_lora_ext.settings.containers import INSIDE, ListOf, MapOf, Nullable, Section, either
-from sam2_lora_ext.settings.data import CLASS, PATH, RESOLUTION, SEED, SHARE
+from sam2_lora_ext.settings.data import CLASS, CLASS_NAME, CROP, PATH, RESOLUTION, SEED, SHARE
 from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of
 
 GLOBS = ListOf(Text(longest=300))
@@ -146,6 +147,16 @@ PROMPTS = (
 )
 MODEL = {"image_size": RESOLUTION, **PROMPTS, **ARCHITECTURE}
 CACHE = Section({"folder": PATH, "max_gb": Number(0, 1e6, above=True)}, required=("folder", "max_gb"))
+CLASS_PROMPTS = Section(
+    {
+        "classes": MapOf(CLASS, CLASS_NAME, most=32767),
+        "tokens": Whole(1, 4096),
+        "init": one_of("clicks", "normal"),
+        "crop": CROP,
+        "exclusive": EXCLUSIVE,
+    },
+    required=("classes",),
+)
 STOCK_TERMS = dict.fromkeys(("loss_mask", "loss_dice", "loss_iou", "loss_class"), WEIGHT)
 NEEDED = ("loss_mask", "loss_dice", "loss_iou")
 STOCK_LOSS = {
@@ -168,6 +179,7 @@ TARGETS = {
             "activations": ACTIVATIONS,
             "memory": Nullable(MEMORY),
             "feature_cache": Nullable(CACHE),
+            "class_prompts": Nullable(CLASS_PROMPTS),
             "prompt_seed": Nullable(SEED).called("trainer.seed_value"),
         },
         required=("image_encoder",),
@@ -182,6 +194,7 @@ TARGETS = {
             "tversky_alpha": WEIGHT,
             "tversky_beta": WEIGHT,
             "tversky_gamma": Number(0, 100, above=True),
+            "absent_focal": WEIGHT,
             "implementation": one_of("plain", "lean"),
         },
         required=("weight_dict",),

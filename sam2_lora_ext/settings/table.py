@@ -1,14 +1,14 @@
 """The table of all settings: the sections of a config, and by their `_target_` the parts that Hydra makes of it.
 
-The rows stand with what they are about: `data.py`, `model.py`, `stock.py`.
+The rows stand with what they are about: `data.py`, `class_data.py`, `model.py`, `stock.py`.
 """
 
-from sam2_lora_ext.settings import data, model, stock
+from sam2_lora_ext.settings import class_data, data, model, stock
 from sam2_lora_ext.settings.containers import ListOf, Nullable, Part, Section
 from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole
 
 NAME = Nullable(Text(longest=300))
-TARGETS = {**data.TARGETS, **model.TARGETS, **stock.TARGETS}
+TARGETS = {**data.TARGETS, **class_data.TARGETS, **model.TARGETS, **stock.TARGETS}
 SCRATCH = Section(
     {
         "resolution": data.RESOLUTION,
@@ -23,6 +23,7 @@ SCRATCH = Section(
         "steps_per_phase": Whole(1),
         "lr": Number(0, 100, above=True),
         "lr_ratio": Number(0, 1e6, above=True),
+        "token_lr": Number(0, 100, above=True),
         "lr_schedule": Part(),
         "weight_decay": stock.RATE,
         "clean_share": Nullable(Number(0, 1, below=True)),
@@ -30,6 +31,8 @@ SCRATCH = Section(
     },
     rules=(data.one_length,),
 )
+DATASET = Section({**data.DATASET.rows, "class_prompts": Nullable(class_data.CLASS_PROMPTS)})
+VOS = Section({**data.VOS.rows} | {f"class_{name}": row for name, row in data.VOS.rows.items()})
 LAUNCHER = Section(
     {
         "num_nodes": Whole(1, 10_000),
@@ -68,9 +71,9 @@ SUBMITIT = Section(
 )
 SECTIONS = {  # in this order: the name that a user knows comes first
     "scratch": SCRATCH,
-    "dataset": data.DATASET,
+    "dataset": DATASET,
     "lora": Nullable(model.LORA),
-    "vos": data.VOS,
+    "vos": VOS,
     "launcher": LAUNCHER,
     "submitit": SUBMITIT,
 }

@@ -25,7 +25,9 @@ from sam2_lora_ext.activations.policy import (
     renamed,
 )
 from sam2_lora_ext.activations.pool import LeanMaxPool2d
+from sam2_lora_ext.host.compose import compose, locate
 from sam2_lora_ext.lora.shared import checkpointed
+from sam2_lora_ext.settings.model import MEMORY
 from sam2_lora_ext.utils.errors import UserError
 
 SIZE, RESOLUTION = "nano", 128
@@ -268,6 +270,9 @@ def test_presets_mappings_and_what_they_were_called():
     assert renamed(old) == ActivationsConfig(0.3, 0.0, *[True] * 5) and renamed("fast") == PRESETS["fast"]
     with pytest.raises(UserError, match="memory has no setting 'norms'"):
         renamed({"norms": True})
+    for value in ("stock", "fast", "default", "low", old):
+        MEMORY.check("trainer.model.memory", value)
+    assert compose(locate("severstal_lora_low_memory")[0], []).trainer.model.activations == "low"
     model = build("lean", SIZE, RESOLUTION).model
     assert type(model)(**{**arguments_of(model), "memory": {"pool": True}}).activations == ActivationsConfig(pool=True)
 

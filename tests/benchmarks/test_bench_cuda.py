@@ -51,7 +51,7 @@ def half_a_step(setup: Setup, autocast: bool, warm: bool = False) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("method", ["full", "lean_fast", "lean", "lean_memory"])
+@pytest.mark.parametrize("method", ["full", "lean_fast", "lean_channels", "lean", "lean_memory"])
 def test_a_step_stays_on_the_device(method, autocast, few_clicks):
     loss, _ = half_a_step(build(method, "nano", 128), autocast)
     assert loss.device == torch.device("cuda:0") and loss.dtype == torch.float32

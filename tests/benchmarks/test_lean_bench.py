@@ -76,11 +76,6 @@ def test_fake_tensors_cost_what_real_ones_do(method, monkeypatch, few_clicks):
         assert fake[key] == pytest.approx(real[key], rel=0.01), key
 
 
-def test_lean_keeps_less_than_full_and_the_low_preset_least(few_clicks):
-    kept = [count(method, "nano", 128)["saved_bytes"] for method in ("full", "peft", "lean", "lean_memory")]
-    assert kept[3] < kept[2] < 0.6 * kept[0] and kept[3] < 0.25 * kept[0] < kept[1]
-
-
 @pytest.mark.parametrize("amp", [False, True])
 def test_the_estimate_is_what_a_real_step_takes(amp):
     """Under autocast a model's first step casts its frozen weights for good: they are no part of what a step keeps."""
@@ -140,25 +135,11 @@ def test_ratios_table_and_cases():
 
 
 @pytest.mark.slow
-def test_the_goals(tmp_path):
-    """Ratios to full fine-tuning of FLOPs, bytes saved and peak bytes: what the benchmark's table promises."""
-    limits = {"lean": (0.80, 0.30, 0.40), "lean_memory": (1.00, 0.10, 0.20)}
-    for case in ("tiny:1024", "base_plus:512", "large:1024"):
-        size, resolution = parse_case(case)
-        full, *others = [count(method, size, resolution) for method in ("full", *limits)]
-        for found, (flops, saved, peak) in zip(others, limits.values(), strict=True):
-            assert found["flops"] <= flops * full["flops"], case
-            assert found["saved_bytes"] <= saved * full["saved_bytes"], case
-            assert found["peak_live_bytes"] <= peak * full["peak_live_bytes"], case
-
-
-@pytest.mark.slow
 def test_the_command_writes_every_key(tmp_path, capsys, monkeypatch):
     processes = []
     monkeypatch.setattr("benchmarks.timing.FRESH", 1)
     monkeypatch.setattr(
-        "benchmarks.timing.ProcessPoolExecutor",
-        lambda *args, **kwargs: processes.append(1) or ProcessPoolExecutor(*args, **kwargs),
+        "benchmarks.timing.ProcessPoolExecutor", lambda *a, **k: processes.append(1) or ProcessPoolExecutor(*a, **k)
     )
     out = tmp_path / "new" / "train_step.json"
     main(

@@ -13,8 +13,8 @@ from helpers.stock_models import NANO, build, train_a_little
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.adapters.peft import Adapter, save_adapter
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
-from sam2_lora_ext.deploy.onnx_export import HALVES, export, prove
-from sam2_lora_ext.deploy.onnx_models import FEATURES
+from sam2_lora_ext.deploy.onnx_export import export, prove
+from sam2_lora_ext.deploy.onnx_layouts import FEATURES, PAIR
 from sam2_lora_ext.deploy.stock import build_stock, noise_pixels
 from sam2_lora_ext.lora import build_lora_model
 from sam2_lora_ext.utils.errors import UserError, run_cli
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, repository: Path, run_pytho
 @pytest.fixture(scope="module")
 def sessions(folder: Path) -> list[onnxruntime.InferenceSession]:
     """Encoder and decoder, as a user starts them."""
-    return [onnxruntime.InferenceSession(folder / "onnx files" / f"{name}.onnx") for name in HALVES]
+    return [onnxruntime.InferenceSession(folder / "onnx files" / f"{name}.onnx") for name in PAIR]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_is_written_and_printed(folder):
     proof = facts["proof"]
     assert 0 < proof["max_abs_logit_diff"] <= proof["bound"] < 1e-3 * proof["max_abs_logit"] and proof["flipped"] < 1e-3
     assert {name: set(times) for name, times in proof["seconds"].items()} == {
-        name: {"pytorch", "onnxruntime"} for name in HALVES
+        name: {"pytorch", "onnxruntime"} for name in PAIR
     }
     assert all(seconds > 0 for times in proof["seconds"].values() for seconds in times.values())
     assert "logits differ by at most" in printed and printed.count("onnxruntime ") == 2

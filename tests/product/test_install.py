@@ -6,8 +6,10 @@ import re
 import shutil
 import site
 import subprocess
+import sysconfig
 import tarfile
 import venv
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -144,6 +146,16 @@ def test_every_config_of_the_checkout_is_installed(installed, repository, run_py
         assert Path(root, name).read_bytes() == (repository / name).read_bytes()
 
 
+def test_the_page_to_click_on_is_installed(installed, repository, run_python, tmp_path):
+    code = "from importlib import resources; print(resources.files('sam2_lora_ext.serve') / 'page')"
+    folder = Path(run_python(["-c", code], cwd=tmp_path, python=installed, env=clean(), check=True).stdout.strip())
+    ours = sorted((repository / "sam2_lora_ext/serve/page").iterdir())
+    assert len(ours) == 4 and not folder.is_relative_to(repository)
+    assert [(path.name, path.read_bytes()) for path in sorted(folder.iterdir())] == [
+        (path.name, path.read_bytes()) for path in ours
+    ]
+
+
 def test_a_wheel_holds_the_packages_alone(installed, run_python, tmp_path):
     """No tests or tools land in site-packages, and `hydra_plugins` stays a namespace for others' plugins."""
     code = (
@@ -155,6 +167,112 @@ def test_a_wheel_holds_the_packages_alone(installed, run_python, tmp_path):
     assert namespace is None
     tops = {name.split("/")[0] for name in files}
     assert {top for top in tops if not re.search(r"dist-info$|\.pth$", top)} <= {"sam2_lora_ext", "hydra_plugins"}
+
+
+def needed_by(*names: str) -> set[str]:
+    """These distributions of this environment and all that they need, as far as they are here; without setuptools."""
+    found, queue = set(), list(names)
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # needed on another system or by another Python
+            continue
+        if name not in found and name != "setuptools":
+            found.add(name)
+            queue += [re.match(r"[\w.-]+", need)[0] for need in needs if "extra ==" not in need]
+    return found
+
+
+def install_lines(repository: Path) -> list[str]:
+    """The commands of the README's section Install for those who have no checkout of SAM 2."""
+    section = (repository / "README.md").read_text().split("\n## Install")[1].split("\n## ")[0]
+    lines = [line.split("  #")[0].strip() for line in re.search(r"```bash\n(.*?)```", section, re.S)[1].splitlines()]
+    return [line for line in lines if line and not line.startswith("#") and ".[train]" not in line]
+
+
+@pytest.fixture
+def fresh_venv(tmp_path) -> Iterator[Path]:
+    """A new venv with its own pip and setuptools (65 for Python 3.11), in which torch and torchvision are there.
+
+    Their gigabytes are links to this environment's; the rest of it is not to be seen.
+    """
+    venv.create(tmp_path / "venv", symlinks=True, with_pip=True)
+    packages, torch = Path(sysconfig.get_path("purelib")), tmp_path / "torch"
+    torch.mkdir()
+    for name in {file.parts[0] for name in needed_by("torch", "torchvision") for file in metadata.files(name)}:
+        if name not in ("..", "__pycache__"):
+            (torch / name).symlink_to(packages / name)
+    (next(tmp_path.glob("venv/lib/python*/site-packages")) / "torch.pth").write_text(f"{torch}\n")
+    yield tmp_path / "venv/bin/python"
+    shutil.rmtree(tmp_path / "venv")  # a gigabyte
+
+
+@pytest.mark.slow
+def test_the_readmes_lines_install_in_a_fresh_venv(fresh_venv, repository, project_copy, run_python, tmp_path):
+    """Then SAM 2's launcher reaches our Trainer class, from another folder; needs PyPI."""
+    source = tmp_path / "sam2 lora"
+    shutil.copytree(project_copy, source)
+    (source / RECORDED).write_text(CONFIG)
+    env = {**os.environ, **clean(), "PATH": f"{fresh_venv.parent}:{os.environ['PATH']}"}
+    lines = install_lines(repository)
+    assert len(lines) == 2 and lines[0].startswith("pip install torch torchvision"), lines
+    for line in lines:
+        done = subprocess.run(line, shell=True, cwd=source, env=env, capture_output=True, text=True, timeout=1200)
+        if done.returncode and re.search("No matching distribution|Temporary failure|Connection|timed", done.stderr):
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"cannot reach PyPI: {done.stderr[-500:]}")
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    seen = run_python(
+        ["-c", "import sam2, sam2_lora_ext.trainer as t; print(sam2.__file__, t.__file__)"],
+        cwd=tmp_path,
+        python=fresh_venv,
+        env=clean(),
+        check=True,
+    ).stdout
+    assert str(source) in seen and str(fresh_venv.parent.parent) in seen
+    run_python(
+        ["-m", "training.train", "-c", RECORDED],
+        cwd=tmp_path,
+        python=fresh_venv,
+        env=clean(PYTHONPATH=str(write_recorder(tmp_path / "recorder"))),
+        check=True,
+    )
+    assert (tmp_path / "recorded" / "rank0.json").is_file()
+
+
+def test_the_setuptools_of_a_fresh_venv_builds_the_project(project_copy, run_python, tmp_path):
+    """Python 3.11 has setuptools 65, which knows neither licence strings nor a form of them that later ones take."""
+    source = tmp_path / "source"
+    shutil.copytree(project_copy, source)
+    venv.create(tmp_path / "venv", symlinks=True, with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    folder = next(tmp_path.glob("venv/lib/python*/site-packages"))
+    (folder / "others.pth").write_text("\n".join(site.getsitepackages()) + "\n")  # for wheel, which has no setuptools
+    run_python(
+        ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", "-e", source],
+        python=python,
+        env={"PYTHONPATH": ""},
+        check=True,
+    )
+    shown = next(folder.glob("sam2_lora_ext-*.dist-info/METADATA")).read_text()
+    assert re.search(r"^License(-Expression)?: Apache-2.0$", shown, re.M) and "License-File: LICENSE" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
+def test_other_pythons_build_the_project(version, project_copy, run_python, tmp_path):
+    """Their venvs come without setuptools, so pip takes one from PyPI for the build."""
+    other = shutil.which(f"python{version}")
+    if other is None or subprocess.run([other, "--version"], capture_output=True).returncode:
+        pytest.skip(f"there is no python{version} here")
+    run_python(["-m", "venv", tmp_path / "venv"], python=other, env={"PYTHONPATH": ""}, check=True)
+    run_python(
+        ["-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, project_copy],
+        python=tmp_path / "venv/bin/python",
+        env={"PYTHONPATH": ""},
+        check=True,
+    )
+    assert next(tmp_path.glob("sam2_lora_ext-*.whl"))
 
 
 def test_sam2_is_no_hard_requirement():

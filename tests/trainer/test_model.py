@@ -34,7 +34,7 @@ def assert_equal_outputs(one: list[dict], other: list[dict], keys: set[str] | No
                 if isinstance(b, dict):
                     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
                 elif b is not None:
-                    assert torch.equal(a, b), key
+                    assert a == b if isinstance(b, bool) else torch.equal(a, b), key
 
 
 @pytest.mark.parametrize("train", [True, False])

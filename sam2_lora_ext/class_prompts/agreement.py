@@ -1,0 +1,83 @@
+"""What data, model, losses and meters must agree on before a training begins: classes, and who trains class prompts."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sam2_lora_ext.class_prompts.meter import ClassPromptMeter
+from sam2_lora_ext.class_prompts.tokens import find_tokens
+from sam2_lora_ext.class_prompts.validation import ClassTiles
+from sam2_lora_ext.data.ids import class_of
+from sam2_lora_ext.data.records import compare_datasets
+from sam2_lora_ext.run.guard import raw_datasets
+from sam2_lora_ext.settings import check_class_ids
+from sam2_lora_ext.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def agree(model: nn.Module, losses: Mapping[str, Any], train: Any, val: Any, meters: Iterable[Any]) -> None:
+    """Checks what a Trainer was given, and tells the meters of class prompts which strips they will see.
+
+    Args:
+        model: unwrapped.
+        losses: by the key of a batch.
+        train: the training data, or None.
+        val: the validation data, or None.
+        meters: of the validation.
+
+    Raises:
+        UserError: two of them do not go together.
+    """
+    compare_datasets({"train": raw_datasets(train), "val": raw_datasets(val)})
+    check_class_ids(losses, raw_datasets(train))
+    steps, tiles = getattr(train, "class_steps", None), getattr(val, "class_tiles", None)
+    tokens = find_tokens(model)
+    if tokens is None and (steps is not None or tiles is not None):
+        raise UserError(
+            "the data has class steps, but the model has no class prompts: set trainer.model.class_prompts, or "
+            "dataset.class_prompts.share to 0 and trainer.data.val to stock's TorchTrainMixedDataset"
+        )
+    if tokens is not None:
+        table = dict(zip(tokens.class_ids, tokens.class_names, strict=True))
+        _same_classes(table, [*raw_datasets(train), *raw_datasets(val)])
+        if train is not None and steps is None:
+            log.warning("no step trains the class prompts: trainer.data.train has no class_steps with a share above 0")
+    for meter in meters:
+        if not isinstance(meter, ClassPromptMeter):
+            continue
+        if tiles is not None:
+            meter.bind(tiles)
+        elif val is not None:
+            raise UserError(
+                "ClassPromptMeter needs sam2_lora_ext.class_prompts.validation.ClassValidation as trainer.data.val"
+            )
+    if tiles is not None:
+        for sentence in shortcomings(tiles):
+            log.warning(sentence)
+
+
+def shortcomings(tiles: ClassTiles) -> list[str]:
+    """What a validation of class prompts cannot measure, as sentences."""
+    raw, said = tiles.raw, []
+    if not raw.index.clean()[tiles.images].any():
+        said.append("the validation has no clean strip, so false alarms are not measured; thresholds need some")
+    places = np.concatenate([np.arange(*raw.objects.offsets[image : image + 2]) for image in tiles.images])
+    seen = set(class_of(raw.objects.ids[places]).tolist())
+    if lacking := [name for number, name in sorted(raw.class_names.items()) if number not in seen]:
+        said.append(f"the validation has no defect of {', '.join(lacking)}: nothing is measured of it")
+    return said
+
+
+def _same_classes(tokens: Mapping[int, str], datasets: Iterable[Any]) -> None:
+    """The tokens stand for the classes of the data, by number; the names are words for people."""
+    for raw in datasets:
+        if (table := getattr(raw, "class_names", None)) is not None and set(table) != set(tokens):
+            said = [", ".join(f"{number} ({name})" for number, name in sorted(one.items())) for one in (tokens, table)]
+            raise UserError(
+                f"trainer.model.class_prompts.classes has {said[0]}, but the data has {said[1]}: name the classes of "
+                "the data there"
+            )

@@ -1,0 +1,104 @@
+"""Class prompts on their way from a model or a checkpoint to an adapter folder, and whether they belong together.
+
+Needs torch and safetensors only.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sam2_lora_ext.adapters.folder import TOKENS
+from sam2_lora_ext.class_prompts.decision import Decision
+from sam2_lora_ext.class_prompts.file import ClassPrompts, load_class_prompts
+from sam2_lora_ext.class_prompts.tokens import STATE_KEY, ClassTokens, find_tokens
+from sam2_lora_ext.utils.errors import UserError
+
+FACTS = ("class_ids", "class_names", "crop", "resolution", "exclusive")
+CLASS_PROMPTS = "class_prompts"  # the entry of a checkpoint's notes and of an adapter's header
+
+
+def facts_of(model: nn.Module) -> dict[str, Any] | None:
+    """What a checkpoint notes about a SAM 2's class prompts, as plain values; None where it has none."""
+    tokens = find_tokens(model)
+    if tokens is None:
+        return None
+    return {
+        "class_ids": list(tokens.class_ids),
+        "class_names": list(tokens.class_names),
+        "crop": tokens.crop,
+        "resolution": model.image_size,
+        "exclusive": tokens.exclusive,
+    }
+
+
+def prompts_of_state(state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> ClassPrompts | None:
+    """The class prompts in a training state dict, by what its checkpoint notes; None where there are none.
+
+    The decision is the default: thresholds are fitted to weights, once these are trained.
+
+    Raises:
+        UserError: it holds tokens, but the notes about them are missing or damaged.
+    """
+    if STATE_KEY not in state:
+        return None
+    facts = notes.get(CLASS_PROMPTS)
+    if not isinstance(facts, Mapping) or set(facts) != set(FACTS):
+        raise UserError("the checkpoint holds class tokens, but does not say of which classes: it is damaged")
+    ids, names, crop, resolution, exclusive = (facts[name] for name in FACTS)
+    tokens = state[STATE_KEY].detach().float().cpu().clone()
+    return ClassPrompts(
+        tokens, tuple(ids), tuple(names), Decision.default(len(ids), exclusive), crop, resolution, notes.get("base_id")
+    )
+
+
+def prompts_of(model: nn.Module, base_id: str | None) -> ClassPrompts | None:
+    """The class prompts of a model in training, with the default decision; None where it has none."""
+    facts = facts_of(model)
+    if facts is None:
+        return None
+    return prompts_of_state({STATE_KEY: find_tokens(model).tokens}, {CLASS_PROMPTS: facts, "base_id": base_id})
+
+
+def tokens_of(prompts: ClassPrompts) -> ClassTokens:
+    """The module that class prompts are in a model."""
+    return ClassTokens(prompts.tokens, prompts.class_ids, prompts.class_names, prompts.crop, prompts.decision.exclusive)
+
+
+def tokens_digest(prompts: ClassPrompts) -> str:
+    """SHA-256 of the tokens and of what they stand for; thresholds, which may be fitted anew, do not count."""
+    digest = hashlib.sha256(json.dumps([prompts.class_ids, prompts.class_names, list(prompts.tokens.shape)]).encode())
+    digest.update(prompts.tokens.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def prompts_in_folder(folder: Path, digest: Any) -> ClassPrompts | None:
+    """The class prompts in an adapter folder.
+
+    Args:
+        folder: of the adapter.
+        digest: what the adapter's header says of their `tokens_digest`; None where it says nothing.
+
+    Raises:
+        UserError: they are missing or damaged, or there are some that the header does not know.
+    """
+    file = folder / TOKENS
+    if digest is None:
+        if file.exists():
+            raise UserError(
+                f"the adapter in {folder} was trained without class prompts, so {TOKENS} is another one's: "
+                "take it away, or copy the whole folder again"
+            )
+        return None
+    prompts = load_class_prompts(file)
+    if prompts is None:
+        raise UserError(f"{folder} lacks {TOKENS}, which belongs to the adapter there: copy the whole folder again")
+    if tokens_digest(prompts) != digest:
+        raise UserError(
+            f"{file} holds other class prompts than were trained with the adapter beside it: copy the "
+            "whole folder again"
+        )
+    return prompts

@@ -1,0 +1,142 @@
+"""From class logits and scores to masks: which classes are there, and which pixels are whose. Fitting it: `fitting`.
+
+    z_c = scale_c * logit_c + bias_c             a scale that classes have in common
+    class c is present where score_c >= threshold_c
+    pixel p is of class c where z_c(p) > 0, c is present and, if classes exclude each other, z_c(p) is the largest
+    a component (8-connected) of c stays with at least min_area_c pixels, or weak_area_c where score_c < weak_score_c
+
+Legend: C classes, by their position · H W pixels. Areas are in pixels of the image, scores and logits have no unit.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam2_lora_ext.utils.errors import UserError
+
+ABSENT = -1024.0  # what SAM 2 itself writes where an object is not there
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The numbers of the formulas above, one for each class.
+
+    Args:
+        threshold: least object score of a class that is there.
+        scale: factor of a class's logits, above 0.
+        bias: summand of a class's logits.
+        min_area: fewest pixels of a component.
+        weak_area: fewest pixels of a component where the score is weak.
+        weak_score: scores below it are weak.
+        exclusive: a pixel has one class at most.
+        fitted: whether these numbers come from validation data; else they are the default.
+    """
+
+    threshold: tuple[float, ...]
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+    min_area: tuple[int, ...]
+    weak_area: tuple[int, ...]
+    weak_score: tuple[float, ...]
+    exclusive: bool = True
+    fitted: bool = False
+
+    def __post_init__(self) -> None:
+        rows = {field.name: getattr(self, field.name) for field in fields(self)}
+        flags = {name: rows.pop(name) for name in ("exclusive", "fitted")}
+        for name, row in rows.items():
+            if not isinstance(row, tuple) or len(row) != len(self.threshold) or not all(map(_is_number, row)):
+                raise UserError(f"{name} of a decision needs one finite number a class, got {str(row)[:100]}")
+        if any(not isinstance(flag, bool) for flag in flags.values()):
+            raise UserError(f"exclusive and fitted of a decision are true or false, got {flags}")
+        if min(self.scale, default=1) <= 0 or min(*self.min_area, *self.weak_area, 0, 0) < 0:
+            raise UserError("a decision needs scales above 0 and areas of at least 0 pixels")
+
+    @classmethod
+    def default(cls, classes: int, exclusive: bool = True) -> "Decision":
+        """What stands where nothing was fitted: score and logits above 0 as SAM 2 has them, and every area."""
+        zeros, ones = (0.0,) * classes, (1.0,) * classes
+        return cls(zeros, ones, zeros, (0,) * classes, (0,) * classes, zeros, exclusive)
+
+    def __len__(self) -> int:
+        return len(self.threshold)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Decision":
+        """What `as_dict` gave; raises `UserError` for anything else."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise UserError(f"a decision has {', '.join(sorted(names))}, got {str(values)[:200]}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def smallest(self, scores: Tensor) -> list[int]:
+        """Fewest pixels of a component of each class, given the scores [C]."""
+        rows = zip(scores.tolist(), self.weak_score, self.weak_area, self.min_area, strict=True)
+        return [weak if score < bound else usual for score, bound, weak, usual in rows]
+
+
+def decide(logits: Tensor, scores: Tensor, decision: Decision) -> Tensor:
+    """The masks bool [C, H, W] of one image, on the device of the logits.
+
+    Args:
+        logits: of each class, [C, H, W].
+        scores: object scores (logits) [C].
+        decision: what to decide by.
+    """
+    scores = scores.float().cpu()
+    masks = claim(calibrated(logits, decision), scores >= torch.tensor(decision.threshold), decision.exclusive)
+    return without_specks(masks, decision.smallest(scores))
+
+
+def calibrated(logits: Tensor, decision: Decision) -> Tensor:
+    """z [C, H, W] of logits [C, H, W]; any sizes may stand before C."""
+    scale, bias = (torch.tensor(row, device=logits.device)[:, None, None] for row in (decision.scale, decision.bias))
+    return logits.float() * scale + bias
+
+
+def claim(z: Tensor, present: Tensor, exclusive: bool) -> Tensor:
+    """The pixels bool [..., C, H, W] of each class, before areas are looked at.
+
+    Args:
+        z: calibrated logits [..., C, H, W].
+        present: bool [..., C].
+        exclusive: the largest takes the pixel, the first of equals.
+    """
+    z = z.masked_fill(~present.to(z.device)[..., None, None], ABSENT)
+    masks = z > 0
+    if exclusive and z.shape[-3] > 1:
+        place = torch.arange(z.shape[-3], device=z.device)[:, None, None]
+        masks = masks & (z.argmax(-3, keepdim=True) == place)
+    return masks
+
+
+def without_specks(masks: Tensor, smallest: list[int]) -> Tensor:
+    """Masks bool [C, H, W] without components of fewer pixels than `smallest` says for the class."""
+    if max(smallest, default=0) <= 1:
+        return masks
+    from sam2_lora_ext.data.components import find_components  # here: who only reads the numbers needs no scipy
+    from sam2_lora_ext.data.rle import decode_runs, encode_mask
+
+    kept, (height, width) = masks.cpu().numpy().copy(), masks.shape[1:]
+    for mask, least in zip(kept, smallest, strict=True):
+        runs = encode_mask(mask) if least > 1 else ()
+        if not len(runs):
+            continue
+        found = find_components(runs, np.array([0, len(runs)]), np.array([height]), np.array([width]))
+        for place in np.flatnonzero(found.areas < least):
+            low, high = found.run_offsets[place : place + 2]
+            mask[decode_runs(found.runs[low:high], height, width) > 0] = False
+    return torch.from_numpy(kept).to(masks.device)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,107 @@
+"""SAM 2's prompt encoder that also knows the labels of class prompts: their rows are learned tokens, not positions.
+
+Everything behind it is stock: the image and video predictors, correction clicks and the mask decoder carry such labels
+like those of clicks. Take the single mask of a class prompt, even with one token (stock gives three for one point), and
+switch off `dynamic_multimask_via_stability`, which would put another mask in its place.
+
+Legend: N prompts, P points of each, C classes, K tokens of a class, D width of a prompt token.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from sam2.modeling.sam.prompt_encoder import PromptEncoder
+from torch import Tensor, nn
+
+from sam2_lora_ext.class_prompts.tokens import FIRST_LABEL, TOKENS, ClassTokens
+from sam2_lora_ext.utils.errors import UserError
+
+CLICK, POSITIONS = "point_embeddings.1.weight", "pe_layer.positional_encoding_gaussian_matrix"
+
+
+class ClassPromptEncoder(PromptEncoder):
+    """`PromptEncoder` with `class_tokens`; without a label of theirs its results are stock's, bit for bit."""
+
+    class_tokens: ClassTokens
+    clicks_seed: int | None = None  # not None: tokens are set to clicks whenever weights are loaded without tokens
+
+    def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
+        """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens where a label means one.
+
+        The tokens are always in the graph, with a gradient of zero where no label means them: DDP waits for each
+        parameter that is trained.
+        """
+        embedded = super()._embed_points(points, labels, pad)
+        labels = nn.functional.pad(labels, (0, int(pad)), value=-1)
+        tokens = self.class_tokens.rows(labels).to(embedded.dtype)
+        return torch.where((labels >= FIRST_LABEL)[..., None], tokens, embedded)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """SAM 2's Trainer builds the model first and loads the base then: only now there are clicks to begin with."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        click, matrix = (state_dict.get(prefix + key) for key in (CLICK, POSITIONS))
+        if self.clicks_seed is None or f"{prefix}{TOKENS}.tokens" in state_dict or click is None or matrix is None:
+            return
+        if click.shape == self.point_embeddings[1].weight.shape:  # else the load of this weight fails
+            tokens = self.class_tokens.tokens
+            drawn = click_embeddings(click, matrix, tokens.shape[0] * tokens.shape[1], self.clicks_seed)
+            with torch.no_grad():
+                tokens.copy_(drawn.view_as(tokens))
+
+
+def click_embeddings(click: Tensor, matrix: Tensor, count: int, seed: int) -> Tensor:
+    """The embeddings [count, D] of positive clicks at random places of the image, float32 on the CPU.
+
+        e(x, y) = [sin v, cos v] + click,    v = 2 pi (2 (x, y) - 1) matrix,    x, y uniform in [0, 1)
+
+    Args:
+        click: SAM 2's embedding of a positive click [1, D].
+        matrix: the Gaussian matrix [2, D/2] of its position encoding.
+        count: how many.
+        seed: of the places.
+    """
+    places = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
+    angles = 2 * math.pi * (2 * places - 1) @ matrix.detach().float().cpu()
+    return torch.cat([angles.sin(), angles.cos()], 1) + click.detach().float().cpu()
+
+
+def install_class_prompts(model: nn.Module, tokens: ClassTokens, clicks_seed: int | None = None) -> None:
+    """Gives a SAM 2, for training or inference, class prompts in place; tokens that it had are replaced.
+
+    The parameter's key is `sam_prompt_encoder.class_tokens.tokens`; it is moved to the model's device.
+
+    Args:
+        model: with stock's prompt encoder, or one that this function made.
+        tokens: of the model's width.
+        clicks_seed: set the tokens to `click_embeddings`, now and whenever weights are loaded without tokens.
+
+    Raises:
+        UserError: the model's prompt encoder is not stock's, or its tokens have another width.
+    """
+    encoder = getattr(model, "sam_prompt_encoder", None)
+    if type(encoder) not in (PromptEncoder, ClassPromptEncoder):
+        raise UserError(
+            f"class prompts need SAM 2's PromptEncoder as the model's sam_prompt_encoder, "
+            f"not a {type(encoder).__name__}"
+        )
+    width = tokens.tokens.shape[2]
+    if width != encoder.embed_dim:
+        raise UserError(
+            f"the class tokens have width {width}, but the model's prompt tokens have {encoder.embed_dim}: "
+            "they are of another model"
+        )
+    encoder.__class__ = ClassPromptEncoder
+    encoder.clicks_seed = clicks_seed
+    setattr(encoder, TOKENS, tokens.to(encoder.no_mask_embed.weight.device).train(encoder.training))
+    if clicks_seed is not None:
+        encoder.load_state_dict({key: value for key, value in encoder.state_dict().items() if TOKENS not in key})
+
+
+def with_class_prompts(encoder: PromptEncoder, tokens: ClassTokens) -> ClassPromptEncoder:
+    """A copy of stock's prompt encoder that has class prompts; see `install_class_prompts`."""
+    holder = nn.Module()
+    holder.sam_prompt_encoder = copy.deepcopy(encoder)
+    install_class_prompts(holder, tokens)
+    return holder.sam_prompt_encoder

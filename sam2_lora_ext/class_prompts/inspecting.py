@@ -1,0 +1,234 @@
+"""Inspects image files one after the other, or those that a line drops into a folder; one bad file never ends it.
+
+The next file is read while the model works. What was found is in the journal before the next strip counts as done.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sam2_lora_ext.class_prompts.journal import Journal, Record, row_of
+from sam2_lora_ext.class_prompts.prelabels import Prelabels, inspection_row
+from sam2_lora_ext.class_prompts.segmenter import Segmenter
+from sam2_lora_ext.data.images import SUFFIXES, ImageError, ignored, list_images, probe, read_rgb
+from sam2_lora_ext.utils.csv_text import csv_text
+from sam2_lora_ext.utils.errors import UserError
+
+POLL = 0.5  # seconds between looks at a watched folder
+SELDOM = 20  # tables of all strips may take one part in so many of the time
+BAD = (ImageError, UserError, OSError, MemoryError, torch.OutOfMemoryError)
+
+
+@dataclass
+class Tally:
+    """What came out of a call."""
+
+    defective: int = 0
+    clean: int = 0
+    bad: int = 0
+    seconds: float = 0.0  # of the model and the decision
+    reason: str = ""  # of the last bad one
+
+    @property
+    def inspected(self) -> int:
+        """Strips with a decision."""
+        return self.defective + self.clean
+
+
+def find_images(paths: Sequence[str | Path], journal: Journal) -> list[Path]:
+    """The image files that are given or lie in given folders, and are not in the journal as they are.
+
+    Raises:
+        UserError: there is no such file, or two would have the same results.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += [path / name for name in list_images(path)]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"there is no {path}: give image files or folders of them")
+    stems: dict[str, str] = {Path(name).stem: journal.path_of(name) for name in journal.places}
+    unique = list(dict.fromkeys(Path(os.path.abspath(file)) for file in files))
+    for file in unique:
+        other = stems.setdefault(file.stem, str(file))
+        if other != str(file):
+            raise UserError(f"{file} and {other} have one name, so their results would too: inspect them apart")
+    return [file for file in unique if journal.failed(file.name) or journal.state(file.name) != state_of(file)]
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds; zeros for a file that is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def watch(folder: Path, journal: Journal, idle: float | None = None, poll: float = POLL) -> Iterator[Path | None]:
+    """Image files that appear in a folder, once they did not change between two looks; None when there is nothing new.
+
+    Args:
+        folder: is looked at every `poll` seconds; hidden files are none.
+        journal: what was inspected already; a file that changed since is inspected again.
+        idle: end after so many seconds without a file; None goes on until Ctrl-C.
+        poll: in seconds.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} to watch: make it first")
+    folder, seen, last = Path(os.path.abspath(folder)), {}, time.monotonic()
+    while idle is None or time.monotonic() - last < idle:
+        ready = []
+        for name in _images_in(folder):
+            state = state_of(folder / name)
+            if state != journal.state(name):
+                if seen.get(name) == state:
+                    ready.append(name)
+                seen[name] = state
+        for name in ready:
+            yield folder / name
+            del seen[name]
+            last = time.monotonic()
+        if not ready:
+            yield None
+            time.sleep(poll)
+
+
+def _images_in(folder: Path) -> list[str]:
+    try:
+        names = os.listdir(folder)
+    except OSError:  # a share that is away for a moment
+        return []
+    return sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES and not ignored(name))
+
+
+class Inspector:
+    """Inspects files into a folder.
+
+    Args:
+        segmenter: the model.
+        journal: of the folder.
+        prelabels: what to write.
+        bits: depth of images of more than 8 bits a channel.
+        exif: turn images upright.
+    """
+
+    def __init__(self, segmenter: Segmenter, journal: Journal, prelabels: Prelabels, bits: int = 16, exif: bool = True):
+        self.segmenter, self.journal, self.prelabels = segmenter, journal, prelabels
+        self.bits, self.exif, self.stale = bits, exif, False
+        self.owners = {Path(name).stem: name for name in journal.places if not journal.failed(name)}
+
+    def run(self, files: Iterable[Path | None], total: int | None = None, progress: bool = True) -> Tally:
+        """Inspects the files and writes the tables; also when it is stopped by Ctrl-C.
+
+        Args:
+            files: see `find_images`, `watch`.
+            total: how many, for the bar.
+            progress: show it.
+
+        Raises:
+            UserError: the system refuses a result.
+        """
+        tally, due = Tally(), 0.0
+        bar = tqdm(total=total, desc="strips", unit="strip", disable=not progress)
+        try:
+            self.write_tables()
+            with ThreadPoolExecutor(1) as reader, bar:
+                for path, read in _ahead(files, lambda file: reader.submit(self._read, file)):
+                    if path is not None:
+                        self._note(self._inspect(path, *read.result(), tally))
+                        bar.update()
+                    elif self.stale and time.monotonic() >= due:  # a pause of the line
+                        began = time.monotonic()
+                        self.write_tables()
+                        due = began + SELDOM * (time.monotonic() - began)
+        finally:
+            if self.stale:
+                self.write_tables()
+        return tally
+
+    def _note(self, record: Record) -> None:
+        """Adds a strip to inspection.csv at once; the other tables wait for a pause."""
+        self.stale = True
+        table = self.prelabels.folder / "inspection.csv"
+        try:
+            with open(table, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(csv_text(inspection_row(record, self.prelabels.class_names), []))
+        except OSError as error:
+            raise UserError(f"cannot write {table}: {error.strerror or error}; check the free disk") from error
+
+    def write_tables(self) -> None:
+        """Writes the files that are of all strips."""
+        self.prelabels.write_tables(list(self.journal.records()))
+        self.stale = False
+
+    def _read(self, path: Path) -> tuple[tuple[int, int], np.ndarray | Exception]:
+        """The state of a file before it is read, and its pixels or why there are none."""
+        state = state_of(path)
+        try:
+            probe(path, exif=self.exif)
+            return state, read_rgb(path, self.bits, self.exif)
+        except BAD as error:
+            return state, error
+
+    def _inspect(self, path: Path, state: tuple[int, int], image: np.ndarray | Exception, tally: Tally) -> Record:
+        began = time.perf_counter()
+        try:
+            if isinstance(image, Exception):
+                raise image
+            if (owner := self.owners.setdefault(path.stem, path.name)) != path.name:
+                raise UserError(f"its results would have the names of those of {owner}; rename it")
+            self.prelabels.keep_image(path)
+            began = time.perf_counter()
+            found = self.segmenter(image)
+        except BAD as error:
+            tally.bad, tally.reason = tally.bad + 1, f"{path}: {error}"
+            tqdm.write(f"not inspected: {tally.reason}")
+            record = Record(path.name, str(path), state, error=" ".join(str(error).split()))
+        else:
+            seconds = time.perf_counter() - began
+            tally.seconds += seconds
+            tally.defective, tally.clean = tally.defective + bool(found.objects), tally.clean + (not found.objects)
+            record = Record(
+                path.name,
+                str(path),
+                state,
+                *image.shape[:2],
+                found.scores.tolist(),
+                [row_of(row) for row in found.objects],
+                1000 * seconds,
+            )
+            try:
+                self.prelabels.write_strip(record, image)
+            except OSError as error:
+                raise UserError(f"cannot write to {self.prelabels.folder}: {error.strerror or error}") from error
+        self.journal.add(record)
+        return record
+
+
+def _ahead(
+    files: Iterable[Path | None], submit: Callable[[Path], Future]
+) -> Iterator[tuple[Path, Future] | tuple[None, None]]:
+    """(file, its reading) of each file, while the one behind it is read already; (None, None) for a pause."""
+    waiting = None
+    for file in files:
+        begun = None if file is None else (file, submit(file))
+        if waiting is not None:
+            yield waiting
+        waiting = begun
+        if begun is None:
+            yield None, None
+    if waiting is not None:
+        yield waiting

@@ -1,0 +1,159 @@
+"""The journal of an inspection, `records.jsonl`: a line for each strip, so that it goes on where it was stopped.
+
+The first line says with what the strips are inspected. A strip that is inspected again has a later line, which counts.
+A line that a kill cut off is dropped. One process at a time has the file.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sam2_lora_ext.class_prompts.objects import Found
+from sam2_lora_ext.data.rle import format_rle, parse_rle
+from sam2_lora_ext.utils.errors import UserError
+
+NAME = "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One strip.
+
+    Args:
+        name: of the file.
+        path: where it was.
+        state: its size in bytes and its time of change in nanoseconds.
+        height: H.
+        width: W.
+        scores: object score of each class.
+        objects: (class, score, area, box, Kaggle's run-length text) of each defect.
+        milliseconds: of the model and the decision.
+        error: why it could not be inspected; None where it was.
+    """
+
+    name: str
+    path: str
+    state: tuple[int, int]
+    height: int = 0
+    width: int = 0
+    scores: Sequence[float] = ()
+    objects: Sequence[tuple[int, float, int, tuple[int, ...], str]] = field(default=())
+    milliseconds: float = 0.0
+    error: str | None = None
+
+    def runs(self, place: int) -> np.ndarray:
+        """The pixels of an object, int32 [R, 2]."""
+        return parse_rle(self.objects[place][4], self.height, self.width)
+
+
+def row_of(found: Found) -> tuple[int, float, int, tuple[int, ...], str]:
+    """An object as a record has it."""
+    return found.class_id, round(found.score, 6), found.area, found.box, format_rle(found.runs)
+
+
+class Journal:
+    """The journal in a folder, open for writing.
+
+    Args:
+        folder: made when it is missing.
+        facts: with what is inspected; a journal of other facts is refused.
+        force: begin anew.
+
+    Raises:
+        UserError: the folder holds something else, another model's inspection, or another process has it.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any], force: bool):
+        self.path = folder / NAME
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: --out names the folder of the results")
+        if not self.path.is_file() and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds something else than an inspection (no {NAME}): choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file: IO[bytes] = open(self.path, "a+b")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; check the folder") from error
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another inspection writes to {folder}: wait for it, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        self._begin(json.loads(json.dumps(facts)), force)
+
+    def _begin(self, facts: dict[str, Any], force: bool) -> None:
+        """Reads what is there, drops a torn end, and compares or writes the facts."""
+        self.places: dict[str, tuple[int, tuple[int, int], str, bool]] = {}  # name -> offset, state, path, whether bad
+        known, end = None, 0
+        self.file.seek(0)
+        for line in () if force else self.file:
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                value = None
+            if value is None:
+                break
+            if known is None:
+                known = value
+            else:
+                self._note(_record(value, self.path), end)
+            end += len(line)
+        self.file.truncate(end)
+        if known is None:
+            self._append(facts)
+        elif known != facts:
+            other = next((key for key in facts if known.get(key) != facts[key]), "version")
+            raise UserError(
+                f"{self.path.parent} holds an inspection with another {other}: choose another --out, or "
+                "give --force to begin anew"
+            )
+
+    def _note(self, record: Record, offset: int) -> None:
+        self.places[record.name] = offset, record.state, record.path, record.error is not None
+
+    def _append(self, value: dict[str, Any]) -> int:
+        """Writes a line; the offset where it begins."""
+        self.file.seek(0, os.SEEK_END)
+        offset = self.file.tell()
+        try:
+            self.file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; check the free disk") from error
+        return offset
+
+    def add(self, record: Record) -> None:
+        """Appends a strip."""
+        self._note(record, self._append(asdict(record)))
+
+    def state(self, name: str) -> tuple[int, int] | None:
+        """Size and time of the file of that name when it was inspected; None where it was not."""
+        return self.places[name][1] if name in self.places else None
+
+    def path_of(self, name: str) -> str | None:
+        """Where the file of that name was."""
+        return self.places[name][2] if name in self.places else None
+
+    def failed(self, name: str) -> bool:
+        """Whether the file of that name could not be inspected."""
+        return name in self.places and self.places[name][3]
+
+    def records(self) -> Iterator[Record]:
+        """The last record of each strip, by name."""
+        for name in sorted(self.places):
+            self.file.seek(self.places[name][0])
+            yield _record(json.loads(self.file.readline()), self.path)
+
+
+def _record(value: Any, where: Path) -> Record:
+    try:
+        return Record(**{**value, "state": tuple(value["state"])})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{where} is damaged: a line of it is no record; give --force to begin anew") from error

@@ -1,0 +1,181 @@
+"""The Trainer's metrics of class prompts: Kaggle's mean Dice, false alarms and recall of whole strips.
+
+The tiles of a strip are put together again (`tiles.stitch`; a class's score is the largest over them) and decided by
+`decision.decide` with thresholds of 0, the default before anything is fitted. What counts is pixels of the stored strip
+against all that is annotated, specks included.
+
+    Dice(strip, class) = 2 |P and T| / (|P| + |T|), 1 where both are empty
+
+Legend: C classes, N strips, H W pixels of a strip, h w of a model's small mask, O objects of a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from sam2_lora_ext.class_prompts.decision import Decision, decide
+from sam2_lora_ext.class_prompts.pairs import PairRows
+from sam2_lora_ext.class_prompts.targets import class_runs
+from sam2_lora_ext.class_prompts.validation import ClassTiles
+from sam2_lora_ext.data.ids import class_of
+from sam2_lora_ext.data.rle import NO_RUNS, decode_runs
+from sam2_lora_ext.evaluate.metrics import dice, exact_mean, mask_counts
+from sam2_lora_ext.evaluate.tiles import stitch
+from sam2_lora_ext.utils.errors import UserError
+
+OVERALL = ("kaggle_dice", "kaggle_dice_empty", "dice_present", "false_alarms", "recall", "strips", "clean_strips")
+BY_CLASS = ("kaggle_dice", "dice_present", "recall")
+
+
+class ClassPromptMeter:
+    """Metrics by the contract of SAM 2's Trainer, exact over ranks; click batches are passed over.
+
+    A strip is counted once, by its row in the index, whatever the ranks and repeated tiles. Without any strip the
+    result is `{}`; a key whose mean would be over nothing is left out.
+
+    Keys, all Python floats:
+        `kaggle_dice`: mean Dice over all (strip, class) pairs; `kaggle_dice_empty`: what no mask at all would score,
+            the share of pairs without a defect; `dice_present`: mean over the pairs with a defect.
+        `false_alarms`: share of clean strips on which anything is drawn.
+        `recall`: share of pairs with a defect in which something is drawn.
+        `<kaggle_dice, dice_present, recall>_class_<c>`: the same over the pairs of class c.
+        `strips`, `clean_strips`: how many.
+        `class_prompts_loss_mask`, ..., `class_prompts_presence`: of the tiles, see `pairs.PairRows`.
+
+    Args:
+        exclusive: a pixel has at most one class, that with the largest logit.
+    """
+
+    def __init__(self, exclusive: bool = True):
+        self.exclusive = exclusive
+        self.tiles: ClassTiles | None = None
+        self.pairs = PairRows(distinct=True)
+        self.reset()
+
+    def bind(self, tiles: ClassTiles) -> None:
+        """Tells the meter what the batches are tiles of; `LoRATrainer` does it once the data is read."""
+        self.tiles = tiles
+
+    @property
+    def classes(self) -> list[int]:
+        """The class ids, ascending; none before the data is known."""
+        return [] if self.tiles is None else sorted(self.tiles.raw.class_names)
+
+    def reset(self) -> None:
+        """Forgets all strips."""
+        self.pairs.reset()
+        self._counts: dict[int, Tensor] = {}  # image -> int64 [C 3]: intersection, prediction, target
+        self._open: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # image -> tile -> logits [C H w], scores [C]
+
+    @torch.no_grad()
+    def update(self, find_stages: Sequence[Mapping[str, Any]], find_metadatas: Any) -> None:
+        """Adds the tiles of a batch, and decides on the strips whose tiles are then all there.
+
+        Args:
+            find_stages: one dict of outputs: `class_prompt`, `multistep_pred_masks` [O S h w] and
+                `multistep_object_score_logits` (S times [O 1]), of which the first step counts.
+            find_metadatas: has `unique_objects_identifier` [1 O 3]: image, object, tile.
+        """
+        outputs = find_stages[0]
+        if not outputs.get("class_prompt"):
+            return
+        if self.tiles is None:
+            raise UserError(
+                "the meter of class prompts does not know the strips: use sam2_lora_ext.trainer.LoRATrainer, and "
+                "sam2_lora_ext.class_prompts.validation.ClassValidation as trainer.data.val"
+            )
+        self.pairs.update(find_stages, find_metadatas)
+        ids = find_metadatas.unique_objects_identifier[0].cpu()
+        masks, scores = outputs["multistep_pred_masks"][:, 0], outputs["multistep_object_score_logits"][0][:, 0]
+        for image, tile in dict.fromkeys(map(tuple, ids[:, [0, 2]].tolist())):
+            rows = torch.nonzero((ids[:, 0] == image) & (ids[:, 2] == tile))[:, 0]
+            rows = rows[class_of(ids[rows, 1]).argsort()]
+            assert class_of(ids[rows, 1]).tolist() == self.classes, "a tile has each class once"
+            self._add(image, tile, masks[rows.to(masks.device)].float(), scores[rows.to(scores.device)].float())
+
+    def _add(self, image: int, tile: int, logits: Tensor, scores: Tensor) -> None:
+        """Takes the logits [C h w] and scores [C] of a tile."""
+        if image in self._counts:
+            return
+        height, columns = self.tiles.raw.index.sizes[image].tolist()
+        starts = self.tiles.starts(image)
+        size = height, self.tiles.tile_width(image)
+        large = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+        parts = self._open.setdefault(image, {})
+        parts[tile] = large, scores
+        if len(parts) < len(starts):
+            return
+        found = [parts[number] for number in range(len(starts))]
+        strip = stitch(torch.stack([part for part, _ in found]), starts, columns)
+        highest = torch.stack([score for _, score in found]).amax(0)
+        drawn = decide(strip, highest, Decision.default(len(highest), self.exclusive))
+        self._counts[image] = mask_counts(drawn, self._truth(image).to(drawn.device)).cpu()
+        del self._open[image]
+
+    def _truth(self, image: int) -> Tensor:
+        """All that is annotated of each class, bool [C H W]."""
+        raw = self.tiles.raw
+        runs, size = class_runs(raw.objects, image), raw.index.sizes[image].tolist()
+        masks = [decode_runs(runs.get(class_id, NO_RUNS), *size) for class_id in self.classes]
+        return torch.from_numpy(np.ascontiguousarray(masks)).bool()
+
+    def compute(self) -> dict[str, float]:
+        """The values over this rank's whole strips, for the progress display: no communication."""
+        return self._summary(self._counts) | self.pairs.compute()
+
+    def compute_synced(self) -> dict[str, float]:
+        """The values over the strips of all ranks, the same on each; every rank must call it.
+
+        Raises:
+            UserError: a strip lacks tiles.
+        """
+        gathered = [(self._counts, list(self._open))]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (self._counts, list(self._open)))
+        counts = {image: rows for part, _ in gathered for image, rows in part.items()}
+        if lacking := sorted({image for _, images in gathered for image in images} - set(counts)):
+            raise UserError(
+                f"{len(lacking)} strips lack tiles, such as {self.tiles.raw.index.name(lacking[0])}: all tiles of a "
+                "strip must be on one rank, as sam2_lora_ext.class_prompts.validation.ClassValidation has them"
+            )
+        return self._summary(counts) | self.pairs.compute_synced()
+
+    @staticmethod
+    def is_better(new: float, old: float) -> bool:
+        """Higher is better. The plain Trainer asks this for every key without naming it: wrong for `false_alarms`."""
+        return new > old
+
+    def keys(self, steps: int = 1, tracked: bool = False) -> list[str]:
+        """Every key that a validation can give, in order; the arguments are those of the click meter."""
+        by_class = [f"{name}_class_{class_id}" for name in BY_CLASS for class_id in self.classes]
+        return [*OVERALL, *by_class, *self.pairs.keys()]
+
+    def _summary(self, by_image: Mapping[int, Tensor]) -> dict[str, float]:
+        if not by_image:
+            return {}
+        counts = torch.stack([by_image[image] for image in sorted(by_image)])  # N C 3
+        quality, (_, drawn, truth) = dice(counts), (counts > 0).unbind(-1)
+        clean = ~truth.any(1)
+        values = {
+            "kaggle_dice": exact_mean(quality.flatten()),
+            "kaggle_dice_empty": exact_mean((~truth).double().flatten()),
+            "dice_present": exact_mean(quality[truth]),
+            "false_alarms": exact_mean(drawn[clean].any(1).double()),
+            "recall": exact_mean(drawn[truth].double()),
+            "strips": float(len(counts)),
+            "clean_strips": float(clean.sum()),
+        }
+        for place, class_id in enumerate(self.classes):
+            there = truth[:, place]
+            values |= {
+                f"kaggle_dice_class_{class_id}": exact_mean(quality[:, place]),
+                f"dice_present_class_{class_id}": exact_mean(quality[there, place]),
+                f"recall_class_{class_id}": exact_mean(drawn[there, place].double()),
+            }
+        return {key: value for key, value in values.items() if value is not None}

@@ -1,0 +1,27 @@
+"""The options that the command lines of inspection share; what they mean: `command`."""
+
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.data.arguments import add_source
+from sam2_lora_ext.settings.arguments import COUNT, number
+
+
+def add_model(parser: Any) -> None:
+    """Adds what `segmenter_of` reads."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="merged weights, an adapter folder or a run")
+    add("--base", type=Path, metavar="FILE", help="of an adapter (default: what it was trained on)")
+    add("--config", metavar="NAME", help="the stock config (default: told from the weights)")
+    add("--overlap", type=int, metavar="N", help="columns that tiles share at least (default: a quarter of a tile)")
+    add("--batch-size", type=number(COUNT), default=8, metavar="N", help="tiles at once (%(default)s)")
+    add("--half", action="store_true", help="compute in bfloat16 on a GPU")
+    add("--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)")
+
+
+def add_strips(parser: Any) -> None:
+    """Adds what `strips_of` reads."""
+    add_source(parser, positional=False)
+    parser.add_argument("--split-file", type=Path, metavar="CSV", help="with the columns image and split")
+    parser.add_argument("--split", metavar="NAME", help="of the data (default: the validation strips)")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="whose data (default: of --checkpoint)")

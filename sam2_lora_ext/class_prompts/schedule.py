@@ -1,0 +1,38 @@
+"""Which kind of prompt an optimizer step trains: clicks, class prompts, or class prompts and correction clicks after.
+
+A function of the seed and the step's number alone: every rank and worker has the same answer, and so has a resumed run.
+Legend: s share of class steps, c share of corrected ones among them, t step (from 0), u v offsets in [0, 1).
+"""
+
+from typing import Literal, get_args
+
+from sam2_lora_ext.run.seeding import derive_seed
+
+StepKind = Literal["clicks", "classes", "corrected"]
+KINDS: tuple[str, ...] = get_args(StepKind)
+UNIT = 1 << 32  # shares and offsets are whole numbers of 1 / UNIT: floor() of large steps is exact
+
+
+def kind_of_step(seed: int, step: int, share: float, corrections: float) -> StepKind:
+    """The kind of one step.
+
+    floor(t s + u) class steps lie before step t, so any N steps in a row hold N s of them, to within one; step t is
+    one where that number grows behind it. With n of them before, a class step is corrected where floor(n c + v) grows.
+    The offsets u and v come from the seed.
+
+    Args:
+        seed: of the run.
+        step: t, the number of optimizer steps before.
+        share: s, from 0 to 1.
+        corrections: c, from 0 to 1.
+    """
+    before = _grown(seed, "classes", step, share)
+    if _grown(seed, "classes", step + 1, share) == before:
+        return "clicks"
+    grows = _grown(seed, "corrected", before + 1, corrections) > _grown(seed, "corrected", before, corrections)
+    return "corrected" if grows else "classes"
+
+
+def _grown(seed: int, word: str, count: int, share: float) -> int:
+    """floor(count * share + offset), with the offset of (seed, word)."""
+    return (count * round(share * UNIT) + derive_seed(seed, word) % UNIT) // UNIT

@@ -1,0 +1,143 @@
+"""Validation with class prompts: the click samples as before, and every strip in fixed tiles with all classes.
+
+Tiles stand at fixed columns (`tiles.tile_starts`), never around the truth. A tile's objects have the identifiers
+(image, class prompt id, tile), so they are unique, and the image is the row in the index as in click samples. Images
+that lost a mask take no part: nobody knows what is absent on them. Legend: H rows of a strip, w columns of a tile.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from training.dataset.sam2_datasets import MixedDataLoader, TorchTrainMixedDataset
+from training.utils.data_utils import VideoDatapoint
+
+from sam2_lora_ext.class_prompts.targets import class_runs, datapoint
+from sam2_lora_ext.data.dataset import SeverstalRawDataset
+from sam2_lora_ext.data.phases import rank_and_ranks
+from sam2_lora_ext.data.rle import NO_RUNS, crop_columns
+from sam2_lora_ext.evaluate.tiles import tile_starts
+from sam2_lora_ext.utils.errors import UserError
+
+
+class ClassTiles(Dataset):
+    """The tiles of the strips of a data set, strip by strip from left to right.
+
+    Args:
+        raw: the strips; those without a defect take part where it includes clean ones.
+        width: w of a tile, that of the training's windows; None makes a strip one tile.
+        overlap: columns that neighbours share at least.
+        transforms: what follows the cut, as in `VOSDataset`.
+
+    Raises:
+        UserError: no strip is left, the strips are clips, or the tiles do not overlap so.
+    """
+
+    def __init__(self, raw: SeverstalRawDataset, width: int | None, overlap: int, transforms: Sequence[Callable]):
+        if not isinstance(raw, SeverstalRawDataset) or raw.windows is not None:
+            raise UserError("tiles need a SeverstalRawDataset of single frames: set dataset.windows to null")
+        self.raw, self.width, self.overlap, self.transforms = raw, width, overlap, list(transforms)
+        index = raw.index
+        taken = index.complete if raw.include_clean else index.complete & ~index.clean()
+        self.images = [int(image) for image in raw.images if taken[image]]
+        if not self.images:
+            raise UserError(f"{index.image_dir} leaves no strip to validate class prompts on: each of them lost a mask")
+        self.tiles = [(image, tile) for image in self.images for tile in range(len(self.starts(image)))]
+        self._strip: tuple[int, Image.Image] | None = None  # the last one read: its tiles come one after the other
+
+    def starts(self, image: int) -> list[int]:
+        """The first column of each tile of an image."""
+        columns = int(self.raw.index.sizes[image, 1])
+        return tile_starts(columns, columns if self.width is None else self.width, self.overlap)
+
+    def tile_width(self, image: int) -> int:
+        """w of an image's tiles: a narrower strip is one tile."""
+        columns = int(self.raw.index.sizes[image, 1])
+        return min(self.width or columns, columns)
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, place: int) -> VideoDatapoint:
+        image, tile = self.tiles[place]
+        if self._strip is None or self._strip[0] != image:
+            self._strip = image, Image.fromarray(self.raw.index.read(image, self.raw.bits))
+        start = self.starts(image)[tile]
+        stop, height = start + self.tile_width(image), int(self.raw.index.sizes[image, 0])
+        runs = class_runs(self.raw.objects, image)
+        targets = {
+            class_id: crop_columns(runs.get(class_id, NO_RUNS), height, start, stop)
+            for class_id in sorted(self.raw.class_names)
+        }
+        sample = datapoint(self._strip[1].crop((start, 0, stop, height)), targets, image, part=tile)
+        for transform in self.transforms:
+            sample = transform(sample)
+        return sample
+
+    def batches(self, size: int, rank: int, ranks: int) -> list[list[int]]:
+        """This rank's batches of at most `size` tiles.
+
+        A strip's tiles are all on one rank, in a row, so that they can be put together where they are. Every rank has
+        as many batches as the others, since SAM 2's validation loop waits for all ranks: short ones repeat theirs.
+        """
+        by_image: dict[int, list[int]] = {image: [] for image in self.images}
+        for place, (image, _) in enumerate(self.tiles):
+            by_image[image].append(place)
+        strips = list(by_image.values())
+        mine = [_cut(strips[first::ranks] or strips[:1], size) for first in range(ranks)]
+        longest = max(map(len, mine))
+        return [mine[rank][number % len(mine[rank])] for number in range(longest)]
+
+
+class ClassValidation(TorchTrainMixedDataset):
+    """Stock's validation data: its own samples, and mixed with their batches those of the same strips' tiles.
+
+    Args:
+        datasets: exactly one `VOSDataset` over a `SeverstalRawDataset`, for clicks.
+        batch_sizes: its batch size.
+        tile_width: see `ClassTiles`.
+        overlap: see `ClassTiles`.
+        tile_transforms: see `ClassTiles`.
+        tiles_per_batch: the most tiles of a batch, each with all classes.
+        **stock: the other arguments of `TorchTrainMixedDataset`.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        batch_sizes: Sequence[int],
+        tile_width: int | None,
+        overlap: int,
+        tile_transforms: Sequence[Callable],
+        tiles_per_batch: int = 4,
+        **stock: Any,
+    ):
+        raw = getattr(datasets[0], "video_dataset", None)
+        if len(datasets) != 1 or raw is None:
+            raise UserError("ClassValidation takes one VOSDataset over SeverstalRawDataset, whose strips it also tiles")
+        if tiles_per_batch < 1:
+            raise UserError(f"tiles_per_batch is at least 1, got {tiles_per_batch}")
+        self.class_tiles = ClassTiles(raw, tile_width, overlap, tile_transforms)
+        self.tiles_per_batch = tiles_per_batch
+        super().__init__(datasets, batch_sizes, **stock)
+
+    def get_loader(self, epoch: int) -> MixedDataLoader:
+        """This rank's batches, each of clicks or of class prompts alone."""
+        tiles = DataLoader(
+            self.class_tiles,
+            batch_sampler=self.class_tiles.batches(self.tiles_per_batch, *rank_and_ranks()),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            collate_fn=self.collate_fn,
+            worker_init_fn=self.worker_init_fn,
+        )
+        return MixedDataLoader([*super().get_loader(epoch).dataloaders, tiles], torch.tensor([0.5, 0.5]))
+
+
+def _cut(strips: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """All tiles of some strips in batches of at most `size`."""
+    tiles = np.concatenate(strips).tolist()
+    return [tiles[first : first + size] for first in range(0, len(tiles), size)]

@@ -1,0 +1,71 @@
+"""Evaluates an inspection without clicks on strips whose truth is known: quality, false alarms, missed defects, time.
+
+Writes inspection.json, inspection.md and pictures of what was found, missed and false, by class. The thresholds are
+those in the file, which tools/fit_decision.py fits on validation strips; name the test strips here.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sam2_lora_ext.class_prompts.options import add_model, add_strips
+from sam2_lora_ext.settings.arguments import number
+from sam2_lora_ext.settings.kinds import Whole
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import refuse_existing, write_atomic, write_json
+
+EXAMPLES = """\
+examples:
+  python tools/evaluate_inspection.py --checkpoint runs/classes --out runs/classes/inspection
+  python tools/evaluate_inspection.py --checkpoint steel.pt --data data/severstal --split-file split.csv --split test \\
+      --out inspection
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model(options)
+    add_strips(options)
+    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
+    pictures = "of each class and kind (%(default)s)"
+    options.add_argument("--pictures", type=number(Whole(0, 1000)), default=4, metavar="N", help=pictures)
+    options.add_argument("--force", action="store_true", help="replace results in --out")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Inspects, compares with the truth and writes what came out."""
+    args = parser().parse_intermixed_args(argv)
+    try:
+        from tqdm import tqdm
+
+        from sam2_lora_ext.class_prompts.command import segmenter_of, strips_of
+        from sam2_lora_ext.class_prompts.showing import Gallery, describe, evaluate_strips
+    except ModuleNotFoundError as error:
+        message = f"the evaluation needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'"
+        raise UserError(message) from error
+    for name in ("inspection.json", "inspection.md"):
+        refuse_existing(args.out / name, args.force)
+    segmenter = segmenter_of(args)
+    strips, facts = strips_of(args, segmenter.prompts)
+    if not segmenter.decision.fitted:
+        print("the thresholds were never fitted, so what has a score above 0 is there: tools/fit_decision.py fits them")
+    gallery = Gallery(segmenter.prompts.class_names, args.pictures)
+    summary = evaluate_strips(segmenter, tqdm(strips, desc="strips", unit="strip"), gallery)
+    text = describe(summary)
+    record = {
+        "checkpoint": str(args.checkpoint),
+        "strips": facts,
+        "device": str(segmenter.network.device),
+        "result": summary,
+        "gallery": gallery.write(args.out / "pictures", args.force),
+        "command": ["python", "tools/evaluate_inspection.py", *(sys.argv[1:] if argv is None else argv)],
+    }
+    write_json(args.out / "inspection.json", record, force=args.force)
+    body = f"# Inspection\n\n```\n{text}\n```\n"
+    write_atomic(args.out / "inspection.md", lambda path: path.write_text(body, encoding="utf-8"), force=args.force)
+    print(f"\n{text}\n\nwritten  {args.out / 'inspection.json'}, inspection.md, pictures/")

@@ -1,0 +1,162 @@
+"""Inspects strips without a click: for each the mask of every defect class, or the word "clean".
+
+The weights must have class prompts (train with a config such as severstal_lora_classes). It goes on where it was
+stopped; a file that cannot be read is said, noted in the table, and tried again in the next call.
+"""
+
+import argparse
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sam2_lora_ext.data.arguments import add_pixels
+from sam2_lora_ext.data.source import Source, from_run
+from sam2_lora_ext.run.paths import find_run
+from sam2_lora_ext.settings.arguments import COUNT, number
+from sam2_lora_ext.settings.kinds import Number
+from sam2_lora_ext.utils.errors import UserError
+
+EXAMPLES = """\
+examples:
+  a folder of strips, all formats:
+    python tools/inspect_strips.py --checkpoint steel.pt strips/ --out inspected
+  an adapter on its base, and what Kaggle takes:
+    python tools/inspect_strips.py --checkpoint runs/classes --base sam2.1_hiera_large.pt strips/*.jpg \\
+        --out inspected --formats kaggle
+  a line that drops files, until Ctrl-C:
+    python tools/inspect_strips.py --checkpoint steel.pt --watch /line/strips --out inspected
+
+OUT then holds inspection.csv (a row for each strip) and, by --formats:
+  label_png   label_png/annotations/X.png: the class number as grey value
+  coco        coco/annotations.json: RLE, score and area of each defect, for CVAT and this package;
+              coco/polygons.json: outlines without holes, for tools that read no RLE, such as Label Studio
+  supervisely supervisely/: a project, with a copy of the images
+  kaggle      submission.csv: a row for each image and class
+  overlays    overlays/X.jpg: strips with a finding, drawn
+"""
+USUAL = "coco,kaggle,overlays"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("images", nargs="*", type=Path, metavar="IMAGES", help="image files, or folders of them")
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="merged weights, an adapter folder or a run")
+    add("--base", type=Path, metavar="FILE", help="of an adapter (default: what it was trained on)")
+    add("--config", metavar="NAME", help="the stock config (default: told from the weights)")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
+    add("--watch", type=Path, metavar="FOLDER", help="inspect what appears in a folder, until Ctrl-C")
+    add("--idle", type=number(Number(0, 1e9)), metavar="SECONDS", help="with --watch: end after so long without a file")
+    usual = f"{USUAL}, and label_png where classes exclude each other"
+    add("--formats", metavar="A,B,..|all", help=f"label_png, coco, supervisely, kaggle, overlays (default: {usual})")
+    add("--run", type=Path, metavar="RUN", help="whose bits and orientation to take (default: that of --checkpoint)")
+    add_pixels(options)
+    add("--overlap", type=int, metavar="N", help="columns that tiles share at least (default: a quarter of a tile)")
+    add("--batch-size", type=number(COUNT), default=8, metavar="N", help="tiles at once (%(default)s)")
+    add("--half", action="store_true", help="compute in bfloat16 on a GPU")
+    add("--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)")
+    add("--force", action="store_true", help="begin anew where --out holds an inspection")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Inspects and prints a summary."""
+    args = parser().parse_args(argv)
+    from sam2_lora_ext.data.folders import refuse_inputs
+
+    if bool(args.images) == bool(args.watch):
+        raise UserError("give image files or folders, or a folder with --watch, one of them")
+    if args.idle is not None and not args.watch:
+        raise UserError("--idle is for --watch: without it the call ends with the last image")
+    if not args.checkpoint.exists():
+        raise UserError(f"there is no {args.checkpoint}: give merged weights, an adapter folder or a run")
+    refuse_inputs(args.out, [path for path in (args.watch, *args.images) if path is not None and path.is_dir()])
+    source = _source(args)
+    bits, exif = args.bits or (source.bits if source else 16), not args.as_stored and (source.exif if source else True)
+
+    from sam2_lora_ext.class_prompts.inspecting import Inspector, find_images, watch
+    from sam2_lora_ext.class_prompts.journal import Journal
+    from sam2_lora_ext.class_prompts.prelabels import Prelabels, check_formats
+    from sam2_lora_ext.class_prompts.segmenter import load_segmenter
+    from sam2_lora_ext.evaluate.models import check_device
+
+    if args.device:
+        check_device(args.device)
+    segmenter = load_segmenter(
+        args.config,
+        args.checkpoint,
+        base=args.base,
+        device=args.device,
+        overlap=args.overlap,
+        batch_size=args.batch_size,
+        half=args.half,
+    )
+    prompts = segmenter.prompts
+    mixed = not prompts.decision.exclusive or max(prompts.class_ids) > 255
+    formats = check_formats(args.formats or (USUAL if mixed else f"label_png,{USUAL}"), not mixed, prompts.class_ids)
+    if not prompts.decision.fitted:
+        print("the thresholds were never fitted, so what has a score above 0 is there: tools/fit_decision.py fits them")
+    facts = {
+        **_identity(segmenter),
+        "bits": bits,
+        "exif": exif,
+        "overlap": args.overlap,
+        "half": args.half,
+        "formats": formats,
+    }
+    journal = Journal(args.out, facts, args.force)
+    if args.force:
+        _clear(args.out)
+    names = dict(zip(prompts.class_ids, prompts.class_names, strict=True))
+    inspector = Inspector(segmenter, journal, Prelabels(args.out, formats, names), bits, exif)
+    before = len(journal.places)
+    began = time.perf_counter()
+    if args.watch:
+        print(f"watching {args.watch}; Ctrl-C ends it")
+        tally = inspector.run(watch(args.watch, journal, args.idle))
+    else:
+        files = find_images(args.images, journal)
+        tally = inspector.run(files, len(files))
+    seconds = time.perf_counter() - began
+    if before:
+        print(f"{before} strips were in {args.out} already")
+    if tally.inspected:
+        print(
+            f"{tally.inspected} strips inspected, {tally.defective} with a defect and {tally.clean} clean: "
+            f"{tally.inspected / seconds:.2f} strips a second, of which model and decision took "
+            f"{1000 * tally.seconds / tally.inspected:.1f} ms each"
+        )
+    if tally.bad:
+        print(f"{tally.bad} could not be inspected, see the column error; the last: {tally.reason}")
+    print(f"results in {args.out}")
+    if tally.bad and not tally.inspected and not before:
+        raise UserError(f"none of {tally.bad} images could be inspected: {tally.reason}")
+
+
+def _source(args: argparse.Namespace) -> Source | None:
+    run = args.run or find_run(args.checkpoint)
+    return None if run is None else from_run(run)
+
+
+def _identity(segmenter: Any) -> dict[str, str]:
+    """What tells one model from another."""
+    from sam2_lora_ext.adapters.weights import weights_id
+    from sam2_lora_ext.class_prompts.file import header_of
+
+    tokens = hashlib.sha256(segmenter.prompts.tokens.numpy().tobytes()).hexdigest()
+    model = {"weights": weights_id(segmenter.network.model.state_dict()), "class tokens": tokens}
+    return {**model, "class table or decision": header_of(segmenter.prompts)}
+
+
+def _clear(out: Path) -> None:
+    """Removes what another inspection left."""
+    for name in ("label_png", "coco", "supervisely", "overlays"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("submission.csv", "inspection.csv"):
+        (out / name).unlink(missing_ok=True)

@@ -1,0 +1,232 @@
+"""A merged SAM 2 as a folder that Hugging Face transformers loads, with nothing of this package. Needs transformers.
+
+    FOLDER/
+      config.json            of `Sam2VideoModel`, which `Sam2Model` and the pipelines read too
+      processor_config.json  of `Sam2VideoProcessor`, which `Sam2Processor` reads too
+      model.safetensors      all weights, those of the memory too, which `Sam2Model` passes over
+      README.md              the model card, see `model_card`
+
+`Sam2VideoModel` can have a memory of 64 channels only: the folder of another model (the small one of
+configs/sam2_nano.yaml has 16) is of `Sam2Model` and `Sam2Processor`, without the weights of the memory.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sam2_lora_ext.adapters.merge import Merged, merge_to
+from sam2_lora_ext.adapters.transformers_names import THEIR_POSITIONS, state_from_transformers, state_to_transformers
+from sam2_lora_ext.adapters.weights import read_weights, write_weights
+from sam2_lora_ext.data.folders import refuse_inputs
+from sam2_lora_ext.deploy.model_card import model_card
+from sam2_lora_ext.deploy.stock import PROMPTS
+from sam2_lora_ext.deploy.transformers_config import MEMORY_WIDTH, STRIDES, image_config, memory_width, video_config
+from sam2_lora_ext.run.paths import find_run, trainer_of
+from sam2_lora_ext.utils.errors import UserError
+from sam2_lora_ext.utils.files import EXISTS, LARGEST_NOTE, read_json
+from sam2_lora_ext.utils.folders import existing_folder, replace_folder
+
+if TYPE_CHECKING:
+    from transformers import Sam2Config, Sam2Processor, Sam2VideoConfig, Sam2VideoProcessor
+
+CONFIG, PROCESSOR, WEIGHTS, CARD = "config.json", "processor_config.json", "model.safetensors", "README.md"
+PARTS = frozenset({CONFIG, PROCESSOR, WEIGHTS, CARD})
+
+
+def require_transformers() -> None:
+    """Raises a `UserError` where transformers is missing or knows no SAM 2."""
+    try:
+        from transformers import Sam2VideoModel  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"a folder for transformers is written with that library ({error}): pip install 'transformers>=5.24'"
+        ) from error
+
+
+def refuse_model_folder(out: Path, inputs: Iterable[str | Path], force: bool) -> None:
+    """Raises a `UserError` when a model may not be written to the folder `out`.
+
+    Args:
+        out: missing or an empty folder, or with `force` a folder of this kind.
+        inputs: files and folders that are read, which it may not be, hold or lie in.
+        force: replace a model.
+    """
+    refuse_inputs(out, inputs)
+    there = existing_folder(out.resolve())
+    if not os.path.lexists(there) or there.is_dir() and not any(there.iterdir()):
+        return
+    if not force:
+        raise UserError(EXISTS.format(out))
+    if not all((there / name).is_file() for name in (CONFIG, WEIGHTS)):
+        raise UserError(f"--force replaces a model of transformers, but {out} is none: choose another folder")
+
+
+def write_model_folder(
+    base: str | Path,
+    adapters: Sequence[Path],
+    out: Path,
+    *,
+    image_size: int | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Merged:
+    """Merges adapters into a base and writes the result as a folder, as one unit.
+
+    Args:
+        base: see `merge_files`, as `adapters`.
+        out: the folder to make.
+        image_size: pixels of a side of the model's input; by default that of the adapters' runs, else the stock one.
+        force: replace a folder of this kind.
+        **options: see `merge_to`.
+
+    Raises:
+        UserError: something is missing, damaged, of another model, of no known size, or would be overwritten.
+    """
+    require_transformers()
+    refuse_model_folder(out, [base, *adapters], force)
+    size = image_size or trained_size(adapters)
+    made: list[Merged] = []
+    notes: list[str] = []
+    dropped: list[str] = []
+
+    def write(temporary: Path) -> None:
+        def save(merged: Mapping[str, Tensor], prompts: Any, on_written: Any) -> None:
+            if prompts is not None:
+                dropped.append("class prompts are left out: Sam2Model knows clicks and boxes alone")
+            config = make_config(merged, size)
+            state = their_state(merged, config)
+            config.save_pretrained(temporary)
+            make_processor(config).save_pretrained(temporary)
+            notes.extend(left_out(merged, state))
+            write_weights(temporary / WEIGHTS, state, "safetensors", on_written=on_written)
+
+        made.append(merge_to(base, adapters, save, **options))
+        made[0].notes.extend(notes + dropped)
+        card = model_card(made[0], Path(base), out.resolve().name, video=not notes)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+
+    replace_folder(out, write, PARTS, force=force)
+    return made[0]
+
+
+def trained_size(adapters: Iterable[str | Path]) -> int | None:
+    """Pixels of a side of the input that the adapters' runs trained at; None where no run says it.
+
+    Raises:
+        UserError: the runs differ.
+    """
+    runs = {run: None for path in adapters if (run := find_run(path)) is not None}
+    sizes = {run: size for run in runs if (size := (trainer_of(run).get("model") or {}).get("image_size"))}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{run} at {size}" for run, size in sizes.items())
+        raise UserError(f"the runs trained at different sizes ({found}): say by --image-size which one to write")
+    return next(iter(sizes.values()), None)
+
+
+def make_config(state: Mapping[str, Tensor], image_size: int | None = None) -> "Sam2VideoConfig | Sam2Config":
+    """transformers' config of a state dict of SAM 2; see `video_config`."""
+    from transformers import Sam2Config, Sam2VideoConfig
+
+    if memory_width(state) == MEMORY_WIDTH:
+        config = Sam2VideoConfig(**video_config(state, image_size), architectures=["Sam2VideoModel"])
+    else:
+        config = Sam2Config(**image_config(state, image_size), architectures=["Sam2Model"])
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        config.dtype = str(dtypes.pop()).removeprefix("torch.")
+    return config
+
+
+def make_processor(config: "Sam2VideoConfig | Sam2Config") -> "Sam2VideoProcessor | Sam2Processor":
+    """The processor of images, videos and prompts: squashes to S x S, and normalises as SAM 2 does."""
+    from transformers import Sam2ImageProcessor, Sam2Processor, Sam2VideoProcessor, Sam2VideoVideoProcessor
+
+    side = config.prompt_encoder_config.image_size
+    size, masks = ({"height": pixels, "width": pixels} for pixels in (side, side // STRIDES[0]))
+    images = Sam2ImageProcessor(size=size, mask_size=masks)
+    if config.model_type == "sam2":
+        return Sam2Processor(image_processor=images)
+    return Sam2VideoProcessor(image_processor=images, video_processor=Sam2VideoVideoProcessor(size=size))
+
+
+def their_state(state: Mapping[str, Tensor], config: "Sam2VideoConfig | Sam2Config") -> dict[str, Tensor]:
+    """A state dict of SAM 2 as that of the model of this config.
+
+    Raises:
+        UserError: the installed transformers has other modules than it had in version 5.24.
+    """
+    import transformers
+
+    renamed = state_to_transformers(state)
+    renamed[THEIR_POSITIONS[1]] = renamed[THEIR_POSITIONS[0]].clone()  # a safetensors file shares no memory
+    kind = transformers.Sam2Model if config.model_type == "sam2" else transformers.Sam2VideoModel
+    with torch.device("meta"):
+        wanted = kind(config).state_dict()
+    for key in (*wanted, *([] if config.model_type == "sam2" else renamed)):
+        if key not in wanted or key not in renamed or wanted[key].shape != renamed[key].shape:
+            raise UserError(
+                f"transformers {transformers.__version__} has another {kind.__name__} than this version of "
+                f"sam2_lora_ext writes ({key}): install transformers 5.24"
+            )
+    return {key: renamed[key] for key in wanted}
+
+
+def left_out(state: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> list[str]:
+    """A note that names which tensors of SAM 2 are not in a folder; none where all are."""
+    missing = sorted({key.split(".")[0] for key in state.keys() - state_from_transformers(written).keys()})
+    if not missing:
+        return []
+    return [
+        f"left out: {', '.join(missing)}, for transformers' Sam2VideoModel takes a memory of {MEMORY_WIDTH} channels "
+        f"only and this model's has {memory_width(state)}: the folder is for Sam2Model"
+    ]
+
+
+def folder_size(folder: Path) -> int:
+    """Pixels of a side of the input of the model in a folder."""
+    return read_json(folder / CONFIG, LARGEST_NOTE)["prompt_encoder_config"]["image_size"]
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder as a state dict of SAM 2.
+
+    Raises:
+        UserError: there are none, or they are not those of a `Sam2VideoModel`.
+    """
+    return state_from_transformers(read_weights(folder / WEIGHTS))
+
+
+def folder_logits(folder: Path, image: Tensor) -> Tensor:
+    """`mask_logits` of the `Sam2Model` in a folder: for `PROMPTS` on one image, at low resolution, (B, 4, S/4, S/4).
+
+    Args:
+        folder: see above.
+        image: SAM 2's input (1, 3, S, S).
+    """
+    from transformers import Sam2Model
+
+    model = Sam2Model.from_pretrained(folder, local_files_only=True).eval()
+    model.mask_decoder.dynamic_multimask_via_stability = False  # the single mask as it is, as `build_stock` has it
+    return model_logits(model, image)
+
+
+def model_logits(model: Any, image: Tensor) -> Tensor:
+    """`folder_logits` of a `Sam2Model` that is loaded, also inside a PEFT model."""
+    outputs, size = [], image.shape[-1]
+    with torch.no_grad():
+        for points, labels in PROMPTS:
+            prompt = {"input_points": torch.tensor([[points]]) * size, "input_labels": torch.tensor([[labels]])}
+            outputs.append(
+                torch.cat(
+                    [
+                        model(pixel_values=image, multimask_output=multimask, **prompt).pred_masks[0]
+                        for multimask in (False, True)
+                    ],
+                    dim=1,
+                )
+            )
+    return torch.cat(outputs)

@@ -1,0 +1,327 @@
+"""Training samples of class steps: every class of the table, present or absent by what the window shows."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from training.dataset.utils import RepeatFactorWrapper
+
+from helpers.data_sets import HEIGHT, STRIPS, WIDTH, class_masks, reader, video_dataset, write_kaggle
+from sam2_lora_ext.class_prompts.agreement import agree
+from sam2_lora_ext.class_prompts.meter import ClassPromptMeter
+from sam2_lora_ext.class_prompts.samples import ClassSteps, StepSamples
+from sam2_lora_ext.class_prompts.targets import bounded, draw_pixel, window_targets
+from sam2_lora_ext.class_prompts.tokens import ClassTokens
+from sam2_lora_ext.data.collate import collate_fn
+from sam2_lora_ext.data.dataset import SeverstalRawDataset
+from sam2_lora_ext.data.ids import by_class_prompt, class_of, is_corrected
+from sam2_lora_ext.data.phases import PhasedDataset
+from sam2_lora_ext.data.pixels import ModelInput
+from sam2_lora_ext.data.rle import decode_runs, encode_mask
+from sam2_lora_ext.utils.errors import UserError
+
+CLASSES = [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_kaggle(tmp_path_factory.mktemp("kaggle") / "k")
+
+
+def draws(dataset, item, count=200, seed=0, width=50, **settings):
+    """Samples of one item, with the first column of each window (the pictures tell it)."""
+    random.seed(seed)
+    steps = ClassSteps(width, transforms=[], **settings)
+    return [steps.sample(dataset, item, corrected=False) for _ in range(count)]
+
+
+def where(sample, dataset):
+    """(name, first column) of a sample whose picture is a part of a strip."""
+    raw = dataset.video_dataset
+    strip, part = raw.index.read(sample.video_id), np.asarray(sample.frames[0].data)
+    for start in range(WIDTH - part.shape[1] + 1):
+        if (strip[:, start : start + part.shape[1]] == part).all():
+            return raw.index.name(sample.video_id), start
+    raise AssertionError("the picture is no part of its strip")
+
+
+def test_a_class_is_present_by_what_the_window_shows(folder):
+    dataset = video_dataset(SeverstalRawDataset(reader(folder)))
+    for item in range(4):
+        for sample in draws(dataset, item, count=40):
+            name, start = where(sample, dataset)
+            masks = class_masks(STRIPS[name])
+            ids = [obj.object_id for obj in sample.frames[0].objects]
+            assert [class_of(number) for number in ids] == CLASSES
+            assert all(by_class_prompt(number) and not is_corrected(number) for number in ids)
+            for obj in sample.frames[0].objects:
+                whole = masks.get(class_of(obj.object_id), np.zeros((HEIGHT, WIDTH), bool))
+                np.testing.assert_array_equal(obj.segment.numpy() > 0, whole[:, start : start + 50])
+            assert sample.size == (HEIGHT, 50)
+
+
+def test_half_of_the_windows_lie_around_a_defect(folder):
+    """b.jpg has one defect at columns 100..190: of 151 uniform windows those from 51 on show some of it."""
+    dataset = video_dataset(SeverstalRawDataset(reader(folder)))
+    shown = {}
+    for around in (0.0, 0.5, 1.0):
+        samples = draws(dataset, 1, count=400, around=around)
+        shown[around] = np.mean([bool(sample.frames[0].objects[3].segment.any()) for sample in samples])
+    uniform = 100 / 151
+    assert shown[1.0] == 1
+    assert abs(shown[0.0] - uniform) < 0.1 and abs(shown[0.5] - (1 + uniform) / 2) < 0.1  # 4 deviations of 400 draws
+
+
+def test_each_class_is_as_likely_to_be_looked_for(folder):
+    """a.jpg has two objects of class 1 and one of class 3, far apart: half of the windows around them show class 3."""
+    dataset = video_dataset(SeverstalRawDataset(reader(folder)))
+    counts = Counter()
+    for sample in draws(dataset, 0, count=400, around=1.0):
+        counts.update(class_of(obj.object_id) for obj in sample.frames[0].objects if obj.segment.any())
+    assert abs(counts[3] / 400 - 0.5) < 0.12
+
+
+def test_specks_are_neither_present_nor_absent(folder):
+    """d.jpg: specks of one pixel at columns 0 and 5 and a defect of class 3 at 30..45."""
+    raw = SeverstalRawDataset(reader(folder), min_area=16)
+    image = 3
+
+    def targets(*window):
+        return window_targets(raw.objects, image, HEIGHT, window, raw.min_area)
+
+    assert list(targets(0, 20)) == [1, 2, 4]  # specks alone: class 3 takes no part
+    assert list(targets(6, 20)) == CLASSES and not len(targets(6, 20)[3])  # nothing of it: absent
+    assert targets(0, 50)[3][:, 1].sum() == 2 + 15 * 20  # beside a defect a speck is part of the class
+    assert list(targets(6, 30)) == CLASSES
+    assert list(targets(44, 60)) == CLASSES and targets(44, 60)[3][:, 1].sum() == 20  # one column, 20 px
+    rest = SeverstalRawDataset(reader(folder), min_area=21)
+    assert 3 not in window_targets(rest.objects, image, HEIGHT, (44, 60), 21)  # an edge of less than min_area
+
+
+def test_windows_never_call_a_speck_absent(folder):
+    dataset = video_dataset(SeverstalRawDataset(reader(folder), min_area=16))
+    seen = set()
+    for sample in draws(dataset, 3, count=150, around=0.2, width=20):
+        name, start = where(sample, dataset)
+        if name != "d.jpg":
+            continue
+        shown = class_masks(STRIPS[name])[3][:, start : start + 20]
+        large = shown[:, max(0, 30 - start) :].sum()  # of the defect at 30..45
+        found = {class_of(obj.object_id): bool(obj.segment.any()) for obj in sample.frames[0].objects}
+        wanted = True if large >= 16 else None if shown.any() else False
+        assert found.get(3) is wanted
+        seen.add(wanted)
+    assert seen == {True, False, None}
+
+
+def test_images_that_lost_a_mask_take_no_part(tmp_path):
+    folder = write_kaggle(tmp_path / "k")
+    table = folder / "train.csv"
+    table.write_text(table.read_text().replace("a.jpg,1,", "a.jpg,1,0 "))  # a.jpg keeps class 3 alone
+    dataset = video_dataset(SeverstalRawDataset(reader(folder), on_invalid="skip"))
+    raw = dataset.video_dataset
+    place = [raw.get_video(item)[0].video_name for item in range(len(raw))].index("a.jpg")
+    assert not raw.index.complete[0]
+    names = {raw.index.name(sample.video_id) for sample in draws(dataset, place, count=60)}
+    assert names == {"b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"}
+
+
+def test_all_images_lost_a_mask(tmp_path):
+    strips = {name: STRIPS[name] for name in ("a.jpg", "d.jpg")}
+    folder = write_kaggle(tmp_path / "k", strips)
+    table = folder / "train.csv"
+    table.write_text(table.read_text().replace("a.jpg,1,", "a.jpg,1,0 ").replace("d.jpg,2,", "d.jpg,2,0 "))
+    dataset = video_dataset(SeverstalRawDataset(reader(folder), on_invalid="skip"))
+    with pytest.raises(UserError, match="nobody knows which classes are absent"):
+        ClassSteps(50, []).check(dataset)
+
+
+def test_clean_strips_have_every_class_absent(folder):
+    dataset = video_dataset(SeverstalRawDataset(reader(folder), clean_share=0.5, clean_part_width=60))
+    raw = dataset.video_dataset
+    for item in range(len(raw.items), len(raw)):
+        for sample in draws(dataset, item, count=10):
+            assert [class_of(obj.object_id) for obj in sample.frames[0].objects] == CLASSES
+            assert not any(obj.segment.any() for obj in sample.frames[0].objects)
+            assert sample.frames[0].data.size == (50, HEIGHT)
+
+
+def test_a_bound_of_classes_takes_present_ones_first():
+    some = np.array([[0, 3]])
+    targets = {1: some[:0], 2: some, 3: some[:0], 4: some, 5: some[:0]}
+    random.seed(0)
+    for most in (1, 2, 3, 5, None):
+        for _ in range(20):
+            taken = bounded(targets, most)
+            assert list(taken) == sorted(taken) and len(taken) == min(most or 5, 5)
+            assert set(taken) <= {2, 4} if most == 1 else set(taken) >= {2, 4}
+    assert {tuple(bounded(targets, 3)) for _ in range(60)} == {(1, 2, 4), (2, 3, 4), (2, 4, 5)}
+
+
+def test_narrow_strips_wide_windows_and_grids(folder):
+    dataset = video_dataset(SeverstalRawDataset(reader(folder)))
+    random.seed(0)
+    for width in (None, WIDTH, 1000):
+        assert ClassSteps(width, []).sample(dataset, 0, False).size == (HEIGHT, WIDTH)
+    steps = ClassSteps(50, [], grid=40)
+    starts = {where(steps.sample(dataset, 1, False), dataset)[1] for _ in range(60)}
+    assert starts <= {0, 40, 80, 120, 150} and len(starts) > 2
+
+
+def test_pixels_of_a_mask_are_as_likely():
+    mask = np.zeros((5, 9), bool)
+    mask[1:3, 2:4] = mask[4, 7] = True
+    random.seed(0)
+    counts = Counter(draw_pixel(encode_mask(mask)) for _ in range(5000))
+    assert set(counts) == {x * 5 + y for y, x in np.argwhere(mask)}
+    assert max(abs(count / 5000 - 0.2) for count in counts.values()) < 0.03
+
+
+def phased(folder, share=0.5, corrections=0.5, workers=0, transforms=(), batch=2, **settings):
+    raw = SeverstalRawDataset(reader(folder), clean_share=0.3)
+    dataset = RepeatFactorWrapper(video_dataset(raw, transforms=[ModelInput(32)], max_num_objects=2))
+    steps = ClassSteps(50, [ModelInput(32)], share, corrections)
+    return PhasedDataset(
+        [dataset],
+        [batch],
+        workers,
+        False,
+        steps_per_phase=4,
+        steps=10,
+        collate_fn=Collate(),
+        **{"class_steps": steps, **settings},
+    )
+
+
+class Collate:
+    """Of float images; a class, so that workers can take it."""
+
+    __name__ = "collate_fn"
+
+    def __call__(self, batch):
+        return collate_fn(batch, "severstal")
+
+
+def kinds_of(batches):
+    """The kind of each batch by its identifiers, which are of one kind."""
+    found = []
+    for batch in batches:
+        ids = batch.metadata.unique_objects_identifier[0, :, 1]
+        kinds = {(bool(by), bool(corrected)) for by, corrected in zip(by_class_prompt(ids), is_corrected(ids))}
+        assert len(kinds) == 1
+        found.append({(False, False): "clicks", (True, False): "classes", (True, True): "corrected"}[kinds.pop()])
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_kind_of_a_step_is_in_the_identifiers_whatever_the_workers(folder, workers):
+    random.seed(0)
+    dataset = phased(folder, workers=workers)
+    wanted = dataset.class_steps.kinds(dataset.seed, range(10))
+    assert len(set(wanted)) == 3
+    for phase, steps in ((0, wanted[:4]), (2, wanted[8:]), (1, wanted[4:8])):
+        assert kinds_of(dataset.get_loader(phase)) == steps
+
+
+def test_the_sequence_of_strips_is_that_of_click_training(folder):
+    with_classes, clicks = phased(folder), phased(folder, class_steps=None)
+    for phase in range(3):
+        assert with_classes.sample_ids(phase) == clicks.sample_ids(phase)
+        assert list(with_classes.get_loader(phase).dataloaders[0].dataset.items) == clicks.sample_ids(phase)
+
+
+def test_a_share_of_0_is_training_without_class_steps(folder):
+    def batches(dataset):
+        random.seed(5)
+        return [batch for phase in range(3) for batch in dataset.get_loader(phase)]
+
+    for one, other in zip(batches(phased(folder, share=0.0)), batches(phased(folder, class_steps=None)), strict=True):
+        assert torch.equal(one.img_batch, other.img_batch) and torch.equal(one.masks, other.masks)
+        ids = [batch.metadata.unique_objects_identifier for batch in (one, other)]
+        assert torch.equal(*ids)
+
+
+def test_a_resumed_phase_gives_the_same_samples(folder):
+    """As LoRATrainer does it: the phase seeds what is drawn."""
+
+    def batches(phase):
+        random.seed(100 + phase)
+        return [batch.masks for batch in phased(folder).get_loader(phase)]
+
+    whole = [batches(phase) for phase in range(3)]
+    assert all(torch.equal(one, other) for one, other in zip(batches(2), whole[2], strict=True))
+
+
+def test_ranks_share_kinds_and_split_samples(folder, monkeypatch):
+    single = phased(folder, batch=4)
+    pairs = []
+    for rank in range(2):
+        monkeypatch.setattr("sam2_lora_ext.data.phases.rank_and_ranks", lambda rank=rank: (rank, 2))
+        pairs.append(phased(folder, batch=2).get_loader(1).dataloaders[0].dataset)
+    monkeypatch.undo()
+    whole = single.get_loader(1).dataloaders[0].dataset
+    assert pairs[0].kinds == pairs[1].kinds == whole.kinds[::2]
+    assert [item for pair in zip(pairs[0].items, pairs[1].items) for item in pair] == list(whole.items)
+
+
+def test_clips_and_foreign_data_are_refused(folder):
+    windows = {"width": 80, "stride": 40, "num_frames": 2}
+    for dataset in (
+        video_dataset(SeverstalRawDataset(reader(folder), windows=windows), num_frames=2),
+        video_dataset(SeverstalRawDataset(reader(folder)), num_frames=2),
+    ):
+        with pytest.raises(UserError, match="single frames: set dataset.windows to null"):
+            ClassSteps(50, []).check(dataset)
+    with pytest.raises(UserError, match="SeverstalRawDataset"):
+        ClassSteps(50, []).check(object())
+
+
+def test_class_steps_need_tokens_of_the_classes_of_the_data(folder):
+    train = phased(folder)
+    with pytest.raises(UserError, match="the model has no class prompts"):
+        agree(torch.nn.Identity(), {}, train, None, [])
+    agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, "abcd"), {}, train, None, [])
+    with pytest.raises(UserError, match=r"classes has 1 \(a\), 2 \(b\), but the data has 1 \(defect_1\)"):
+        agree(ClassTokens(torch.zeros(2, 2, 8), [1, 2], "ab"), {}, train, None, [])
+    with pytest.raises(UserError, match="ClassPromptMeter needs"):
+        agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, "abcd"), {}, train, train, [ClassPromptMeter()])
+    agree(torch.nn.Identity(), {}, phased(folder, class_steps=None), None, [])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"share": 1.5}, {"corrections": -0.1}, {"around": 2}, {"width": 0}, {"max_classes": 0}, {"grid": 60}]
+)
+def test_bad_settings(settings):
+    with pytest.raises(UserError):
+        ClassSteps(**{"width": 50, "transforms": [], **settings})
+
+
+def test_only_specks_and_one_class_is_a_sentence(tmp_path):
+    folder = write_kaggle(tmp_path / "k", {"a.jpg": [(1, 0, 0, 2, 2), (1, 100, 0, 120, 20)]})
+    raw = SeverstalRawDataset(reader(folder, classes=["pit"]), min_area=50)
+    random.seed(0)
+    dataset = video_dataset(raw)
+    samples = [ClassSteps(50, [], around=0.0).sample(dataset, 0, False) for _ in range(40)]
+    assert all(len(sample.frames[0].objects) == 1 for sample in samples)  # windows with the speck alone are drawn again
+    raw.min_area = 10**6
+    with pytest.raises(UserError, match="lower dataset.min_area"):
+        ClassSteps(None, []).sample(dataset, 0, False)
+
+
+def test_decoded_targets_equal_the_annotation(folder):
+    raw = SeverstalRawDataset(reader(folder))
+    for image, (name, boxes) in enumerate(STRIPS.items()):
+        for class_id, runs in window_targets(raw.objects, image, HEIGHT, (10, 170), 1).items():
+            whole = class_masks(boxes).get(class_id, np.zeros((HEIGHT, WIDTH), bool))
+            np.testing.assert_array_equal(decode_runs(runs, HEIGHT, 160) > 0, whole[:, 10:170], name)
+
+
+def test_each_sample_is_read_in_the_way_of_its_step(folder):
+    dataset = video_dataset(SeverstalRawDataset(reader(folder)))
+    samples = StepSamples(dataset, [0, 1], ["clicks", "corrected"], ClassSteps(50, []))
+    random.seed(0)
+    assert len(samples) == 2
+    assert not any(by_class_prompt(obj.object_id) for obj in samples[0].frames[0].objects)
+    assert all(is_corrected(obj.object_id) for obj in samples[1].frames[0].objects)

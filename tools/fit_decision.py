@@ -1,0 +1,16 @@
+#!/usr/bin/env python
+"""`sam2-lora fit-decision` from a checkout, which need not be installed; see `--help`."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+from sam2_lora_ext.commands.fit_decision import main
+
+if __name__ == "__main__":
+    run_cli(main)
