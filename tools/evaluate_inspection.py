@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tqdm import tqdm
 
-        from sam2_lora_ext.class_prompts.command import add_model, add_strips, segmenter_of, strips_of
-        from sam2_lora_ext.class_prompts.showing import Gallery, describe, evaluate_strips
+        from sam2_lora_ext.inspection.command import add_model, add_strips, segmenter_of, strips_of
+        from sam2_lora_ext.inspection.showing import Gallery, describe, evaluate_strips
         from sam2_lora_ext.settings.arguments import number
     except ModuleNotFoundError as error:
         message = f"the evaluation needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'"

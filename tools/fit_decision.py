@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tqdm import tqdm
 
-        from sam2_lora_ext.class_prompts.command import add_model, add_strips, segmenter_of, strips_of
-        from sam2_lora_ext.class_prompts.fitting import fit_decision, look_at
-        from sam2_lora_ext.class_prompts.rewrite import place_of, write_decision
+        from sam2_lora_ext.inspection.command import add_model, add_strips, segmenter_of, strips_of
+        from sam2_lora_ext.inspection.fitting import fit_decision, look_at
+        from sam2_lora_ext.inspection.rewrite import place_of, write_decision
     except ModuleNotFoundError as error:
         raise UserError(f"fitting needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'") from error
     add_model(parser)

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
+from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.adapters.folder import refuse_adapter_folder
 from sam2_lora_ext.adapters.peft import save_adapter
 from sam2_lora_ext.adapters.unmerge import BOUND, Change, unmerge
 from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
-from sam2_lora_ext.class_prompts.file import load_class_prompts
 from sam2_lora_ext.settings.arguments import RANK, number
 from sam2_lora_ext.settings.kinds import Number
 

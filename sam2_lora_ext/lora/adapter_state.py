@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sam2_lora_ext.class_prompts.tokens import ClassTokens
+from sam2_lora_ext.lora.class_tokens import ClassTokens
 from sam2_lora_ext.lora.config import QKV, LoRAConfig
 from sam2_lora_ext.lora.inject import build_lora_model, lora_layers
 from sam2_lora_ext.lora.layer import PLAIN
@@ -19,7 +19,7 @@ from sam2_lora_ext.lora.overview import full_modules
 from sam2_lora_ext.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from sam2_lora_ext.class_prompts.file import ClassPrompts
+    from sam2_lora_ext.adapters.class_prompts import ClassPrompts
 
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # of a module; neither a path nor a glob
 Model = TypeVar("Model", bound=nn.Module)
