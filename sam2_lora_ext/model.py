@@ -17,11 +17,11 @@ from sam2_lora_ext.activations.cast import cast_frozen
 from sam2_lora_ext.activations.feature_cache import FeatureCache
 from sam2_lora_ext.activations.maps import UnreadPositions
 from sam2_lora_ext.activations.policy import ActivationsConfig, falls_due, make_lean, renamed
-from sam2_lora_ext.class_prompts.encoder import install_class_prompts
 from sam2_lora_ext.class_prompts.steps import ClassStep, new_tokens, raw_heads, steel_without_objects
-from sam2_lora_ext.class_prompts.tokens import TOKENS
 from sam2_lora_ext.data.ids import class_of
+from sam2_lora_ext.host.class_encoder import install_class_prompts
 from sam2_lora_ext.lora import LoRAConfig, build_lora_model, lora_layers
+from sam2_lora_ext.lora.class_tokens import TOKENS
 from sam2_lora_ext.lora.shared import checkpointed, sharing
 from sam2_lora_ext.losses import SMALL_MASKS
 from sam2_lora_ext.prompts import PromptSampler

@@ -23,7 +23,7 @@ from sam2_lora_ext.utils.files import EXISTS
 from sam2_lora_ext.utils.folders import existing_folder, refuse_inputs, replace_folder
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-TOKENS = "class_prompts.safetensors"  # beside them where class prompts were trained, see `class_prompts.file`
+TOKENS = "class_prompts.safetensors"  # beside them where class prompts were trained, see `class_prompts`
 PARTS = frozenset({CONFIG, WEIGHTS, OLD_WEIGHTS, TOKENS})
 HEADER, FUSED, DIGEST = "sam2_lora_ext", "fused", "digest"
 TOKENS_DIGEST = "class_prompts"  # the header's entry that says which class prompts belong to the adapter

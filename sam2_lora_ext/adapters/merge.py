@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sam2_lora_ext.adapters.class_prompts import KEY, ClassPrompts, as_entry, prompts_file, save_class_prompts
 from sam2_lora_ext.adapters.combine import combine
 from sam2_lora_ext.adapters.peft import Adapter
 from sam2_lora_ext.adapters.sources import check_base, find_adapter, read_adapter, source_files
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, identify, read_weights, weights_id, write_weights
-from sam2_lora_ext.class_prompts.file import KEY, ClassPrompts, as_entry, prompts_file, save_class_prompts
 from sam2_lora_ext.lora import LayerAdapter
 from sam2_lora_ext.lora.layer import block_diagonal, delta_weight, merged_weight
 from sam2_lora_ext.utils.errors import UserError

@@ -10,7 +10,7 @@ PEFT knows no parts of a fused layer: n adapted parts of rank r are written as o
 block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
 `sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
 what binds the two files to each other (`adapters.folder`). Class prompts lie beside them in a file of their own, which
-PEFT does not look at (`class_prompts.file`).
+PEFT does not look at (`adapters.class_prompts`).
 """
 
 import json
@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sam2_lora_ext.adapters.class_binding import prompts_in_folder, tokens_digest
+from sam2_lora_ext.adapters.class_prompts import save_class_prompts
 from sam2_lora_ext.adapters.folder import (
     CONFIG,
     DIGEST,
@@ -41,8 +43,6 @@ from sam2_lora_ext.adapters.folder import (
 )
 from sam2_lora_ext.adapters.name_patterns import NamePatterns
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
-from sam2_lora_ext.class_prompts.binding import prompts_in_folder, tokens_digest
-from sam2_lora_ext.class_prompts.file import save_class_prompts
 from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
 from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN, block_diagonal

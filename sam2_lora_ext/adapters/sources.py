@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sam2_lora_ext.adapters.class_binding import prompts_of_state
 from sam2_lora_ext.adapters.folder import PARTS, TOKENS, is_adapter_folder
 from sam2_lora_ext.adapters.peft import CONFIG, OLD_WEIGHTS, WEIGHTS, Adapter, load_adapter
 from sam2_lora_ext.adapters.transformers_names import rename_adapter, speaks_transformers
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, identify, read_checkpoint_notes, read_weights, weights_id
-from sam2_lora_ext.class_prompts.binding import prompts_of_state
 from sam2_lora_ext.lora import LoRAConfig, adapter_from_state
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, read_json

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sam2_lora_ext.class_prompts.tokens import TOKENS
+from sam2_lora_ext.lora.class_tokens import TOKENS
 from sam2_lora_ext.lora.variants import TENSORS
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import write_atomic

@@ -8,10 +8,10 @@ import numpy as np
 from torch import nn
 
 from sam2_lora_ext.class_prompts.meter import ClassPromptMeter
-from sam2_lora_ext.class_prompts.tokens import find_tokens
-from sam2_lora_ext.class_prompts.validation import ClassTiles
+from sam2_lora_ext.data.class_validation import ClassTiles
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.records import compare_datasets
+from sam2_lora_ext.lora.class_tokens import find_tokens
 from sam2_lora_ext.run.guard import raw_datasets
 from sam2_lora_ext.settings import check_class_ids
 from sam2_lora_ext.utils.errors import UserError
@@ -53,7 +53,7 @@ def agree(model: nn.Module, losses: Mapping[str, Any], train: Any, val: Any, met
             meter.bind(tiles)
         elif val is not None:
             raise UserError(
-                "ClassPromptMeter needs sam2_lora_ext.class_prompts.validation.ClassValidation as trainer.data.val"
+                "ClassPromptMeter needs sam2_lora_ext.data.class_validation.ClassValidation as trainer.data.val"
             )
     if tiles is not None:
         for sentence in shortcomings(tiles):

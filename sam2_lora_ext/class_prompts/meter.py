@@ -18,14 +18,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam2_lora_ext.class_prompts.decision import Decision, decide
+from sam2_lora_ext.adapters.decision import Decision
+from sam2_lora_ext.class_prompts.decide import decide
 from sam2_lora_ext.class_prompts.pairs import PairRows
-from sam2_lora_ext.class_prompts.targets import class_runs
-from sam2_lora_ext.class_prompts.validation import ClassTiles
+from sam2_lora_ext.data.class_targets import class_runs
+from sam2_lora_ext.data.class_validation import ClassTiles
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.rle import NO_RUNS, decode_runs
+from sam2_lora_ext.data.tiles import stitch
 from sam2_lora_ext.evaluate.metrics import dice, exact_mean, mask_counts
-from sam2_lora_ext.evaluate.tiles import stitch
 from sam2_lora_ext.utils.errors import UserError
 
 OVERALL = ("kaggle_dice", "kaggle_dice_empty", "dice_present", "false_alarms", "recall", "strips", "clean_strips")
@@ -87,7 +88,7 @@ class ClassPromptMeter:
         if self.tiles is None:
             raise UserError(
                 "the meter of class prompts does not know the strips: use sam2_lora_ext.trainer.LoRATrainer, and "
-                "sam2_lora_ext.class_prompts.validation.ClassValidation as trainer.data.val"
+                "sam2_lora_ext.data.class_validation.ClassValidation as trainer.data.val"
             )
         self.pairs.update(find_stages, find_metadatas)
         ids = find_metadatas.unique_objects_identifier[0].cpu()
@@ -142,7 +143,7 @@ class ClassPromptMeter:
         if lacking := sorted({image for _, images in gathered for image in images} - set(counts)):
             raise UserError(
                 f"{len(lacking)} strips lack tiles, such as {self.tiles.raw.index.name(lacking[0])}: all tiles of a "
-                "strip must be on one rank, as sam2_lora_ext.class_prompts.validation.ClassValidation has them"
+                "strip must be on one rank, as sam2_lora_ext.data.class_validation.ClassValidation has them"
             )
         return self._summary(counts) | self.pairs.compute_synced()
 

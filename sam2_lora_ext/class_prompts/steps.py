@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sam2_lora_ext.class_prompts.tokens import ClassTokens
 from sam2_lora_ext.data.ids import by_class_prompt, class_of, is_corrected
+from sam2_lora_ext.lora.class_tokens import ClassTokens
 from sam2_lora_ext.utils.errors import UserError, check_keys
 
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sam2_lora_ext.class_prompts.options import add_model, add_strips
+from sam2_lora_ext.inspection.options import add_model, add_strips
 from sam2_lora_ext.settings.arguments import number
 from sam2_lora_ext.settings.kinds import Whole
 from sam2_lora_ext.utils.errors import UserError
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tqdm import tqdm
 
-        from sam2_lora_ext.class_prompts.command import segmenter_of, strips_of
-        from sam2_lora_ext.class_prompts.showing import Gallery, describe, evaluate_strips
+        from sam2_lora_ext.inspection.command import segmenter_of, strips_of
+        from sam2_lora_ext.inspection.showing import Gallery, describe, evaluate_strips
     except ModuleNotFoundError as error:
         message = f"the evaluation needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'"
         raise UserError(message) from error

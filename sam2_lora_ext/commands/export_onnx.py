@@ -137,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def export_class_graph(args: argparse.Namespace) -> None:
     """Exports what class prompts find as one graph, and prints a summary."""
-    from sam2_lora_ext.class_prompts.onnx_graph import FILE, NOTES, export_classes
-    from sam2_lora_ext.class_prompts.segmenter import load_segmenter
     from sam2_lora_ext.deploy.stock import noise_pixels, read_pixels
+    from sam2_lora_ext.inspection.onnx_graph import FILE, NOTES, export_classes
+    from sam2_lora_ext.inspection.segmenter import load_segmenter
     from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files
 
     for name in (FILE, NOTES):

@@ -7,7 +7,7 @@ largest mean Dice over all (strip, class) pairs. Do it on the adapter, before it
 import argparse
 from collections.abc import Sequence
 
-from sam2_lora_ext.class_prompts.options import add_model, add_strips
+from sam2_lora_ext.inspection.options import add_model, add_strips
 from sam2_lora_ext.utils.errors import UserError
 
 EXAMPLES = """\
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tqdm import tqdm
 
-        from sam2_lora_ext.class_prompts.command import segmenter_of, strips_of
-        from sam2_lora_ext.class_prompts.fitting import fit_decision, look_at
-        from sam2_lora_ext.class_prompts.rewrite import place_of, write_decision
+        from sam2_lora_ext.inspection.command import segmenter_of, strips_of
+        from sam2_lora_ext.inspection.fitting import fit_decision, look_at
+        from sam2_lora_ext.inspection.rewrite import place_of, write_decision
     except ModuleNotFoundError as error:
         raise UserError(f"fitting needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'") from error
     segmenter = segmenter_of(args)

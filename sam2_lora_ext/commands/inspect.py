@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Inspects and prints a summary."""
     args = parser().parse_args(argv)
-    from sam2_lora_ext.data.folders import refuse_inputs
+    from sam2_lora_ext.utils.folders import refuse_inputs
 
     if bool(args.images) == bool(args.watch):
         raise UserError("give image files or folders, or a folder with --watch, one of them")
@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = _source(args)
     bits, exif = args.bits or (source.bits if source else 16), not args.as_stored and (source.exif if source else True)
 
-    from sam2_lora_ext.class_prompts.inspecting import Inspector, find_images, watch
-    from sam2_lora_ext.class_prompts.journal import Journal
-    from sam2_lora_ext.class_prompts.prelabels import Prelabels, check_formats
-    from sam2_lora_ext.class_prompts.segmenter import load_segmenter
     from sam2_lora_ext.evaluate.models import check_device
+    from sam2_lora_ext.inspection.inspecting import Inspector, find_images, watch
+    from sam2_lora_ext.inspection.journal import Journal
+    from sam2_lora_ext.inspection.prelabels import Prelabels, check_formats
+    from sam2_lora_ext.inspection.segmenter import load_segmenter
 
     if args.device:
         check_device(args.device)
@@ -146,8 +146,8 @@ def _source(args: argparse.Namespace) -> Source | None:
 
 def _identity(segmenter: Any) -> dict[str, str]:
     """What tells one model from another."""
+    from sam2_lora_ext.adapters.class_prompts import header_of
     from sam2_lora_ext.adapters.weights import weights_id
-    from sam2_lora_ext.class_prompts.file import header_of
 
     tokens = hashlib.sha256(segmenter.prompts.tokens.numpy().tobytes()).hexdigest()
     model = {"weights": weights_id(segmenter.network.model.state_dict()), "class tokens": tokens}

@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from sam2_lora_ext.data.images import ImageError, probe, read_rgb
+    from sam2_lora_ext.data.tiles import stitch
     from sam2_lora_ext.data.units import look_at_units
     from sam2_lora_ext.data.windows import Windows
     from sam2_lora_ext.deploy.tracking import draw, track
-    from sam2_lora_ext.evaluate.tiles import stitch
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     refuse_existing(args.out, args.force)

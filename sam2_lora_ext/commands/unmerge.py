@@ -49,11 +49,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Recovers, writes the adapter folder, and prints a summary."""
     args = parser().parse_args(argv)
+    from sam2_lora_ext.adapters.class_prompts import load_class_prompts
     from sam2_lora_ext.adapters.folder import refuse_adapter_folder
     from sam2_lora_ext.adapters.peft import save_adapter
     from sam2_lora_ext.adapters.unmerge import unmerge
     from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id
-    from sam2_lora_ext.class_prompts.file import load_class_prompts
 
     refuse_adapter_folder(args.out, [args.base, args.merged], args.force)
     base, merged = read_weights(args.base), read_weights(args.merged)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from training.dataset.sam2_datasets import MixedDataLoader, TorchTrainMixedDataset
 from training.dataset.utils import RepeatFactorWrapper
 
-from sam2_lora_ext.class_prompts.samples import ClassSteps, StepSamples
+from sam2_lora_ext.data.class_samples import ClassSteps, StepSamples
 from sam2_lora_ext.utils.errors import UserError
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sam2_lora_ext.adapters.class_binding import tokens_of
 from sam2_lora_ext.adapters.peft import Adapter
 from sam2_lora_ext.adapters.sources import check_base, read_adapter
 from sam2_lora_ext.adapters.weights import weights_id
-from sam2_lora_ext.class_prompts.binding import tokens_of
 from sam2_lora_ext.deploy.predictors import fit_predictor
 from sam2_lora_ext.deploy.stock import check_inputs, load_strictly
 from sam2_lora_ext.lora.live import (
@@ -117,7 +117,7 @@ def add_adapter(model: nn.Module, name: str, adapter: Source, *, base_path: str 
         check_base(base_path, state, found, table.base_id)
         others = {}
         if found.class_prompts is not None:
-            from sam2_lora_ext.class_prompts.encoder import with_class_prompts
+            from sam2_lora_ext.host.class_encoder import with_class_prompts
 
             others[ENCODER] = with_class_prompts(model.get_submodule(ENCODER), tokens_of(found.class_prompts))
     put_adapter(model, name, found, others)

@@ -21,14 +21,13 @@ from torch import Tensor
 from sam2_lora_ext.adapters.merge import Merged, merge_to
 from sam2_lora_ext.adapters.transformers_names import THEIR_POSITIONS, state_from_transformers, state_to_transformers
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
-from sam2_lora_ext.data.folders import refuse_inputs
 from sam2_lora_ext.deploy.model_card import model_card
 from sam2_lora_ext.deploy.stock import PROMPTS
 from sam2_lora_ext.deploy.transformers_config import MEMORY_WIDTH, STRIDES, image_config, memory_width, video_config
 from sam2_lora_ext.run.paths import find_run, trainer_of
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import EXISTS, LARGEST_NOTE, read_json
-from sam2_lora_ext.utils.folders import existing_folder, replace_folder
+from sam2_lora_ext.utils.folders import existing_folder, refuse_inputs, replace_folder
 
 if TYPE_CHECKING:
     from transformers import Sam2Config, Sam2Processor, Sam2VideoConfig, Sam2VideoProcessor

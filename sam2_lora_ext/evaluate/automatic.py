@@ -11,9 +11,9 @@ from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
+from sam2_lora_ext.data.tiles import tile_starts
 from sam2_lora_ext.deploy.predictors import fit_predictor
 from sam2_lora_ext.evaluate.metrics import iou, mask_counts
-from sam2_lora_ext.evaluate.tiles import tile_starts
 
 
 class AutomaticMasks:

@@ -14,8 +14,8 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch import Tensor
 
+from sam2_lora_ext.data.tiles import stitch, tile_starts
 from sam2_lora_ext.evaluate.predictor import Prompter, make_predictor
-from sam2_lora_ext.evaluate.tiles import stitch, tile_starts
 
 NOTHING = -32.0  # logit where nobody was asked; the predictors clamp theirs here too
 BATCH = 16  # objects asked about at once

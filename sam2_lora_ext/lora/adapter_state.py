@@ -5,21 +5,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import mode
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sam2_lora_ext.class_prompts.tokens import ClassTokens
+from sam2_lora_ext.lora.class_tokens import ClassTokens
 from sam2_lora_ext.lora.config import QKV, LoRAConfig
 from sam2_lora_ext.lora.inject import build_lora_model, lora_layers
 from sam2_lora_ext.lora.layer import PLAIN
 from sam2_lora_ext.lora.layer_state import LayerAdapter
 from sam2_lora_ext.lora.overview import full_modules
 from sam2_lora_ext.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from sam2_lora_ext.class_prompts.file import ClassPrompts
 
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)  # of a module; neither a path nor a glob
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,7 +44,7 @@ class Adapter:
     full_modules: list[str] = field(default_factory=list)
     dropout: float = 0.0
     metadata: dict[str, Any] = field(default_factory=dict)
-    class_prompts: "ClassPrompts | None" = None
+    class_prompts: Any = None  # an `adapters.class_prompts.ClassPrompts`, which this folder does not know
 
     def __post_init__(self) -> None:
         if not self.layers and not self.full:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam2_lora_ext.class_prompts.tokens import STATE_KEY
 from sam2_lora_ext.lora.adapter_state import Adapter, LayerAdapter, copied
+from sam2_lora_ext.lora.class_tokens import STATE_KEY
 from sam2_lora_ext.lora.config import LoRAConfig
 from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.variants import TENSORS

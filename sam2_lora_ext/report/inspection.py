@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.class_prompts.showing import BY_CLASS, KINDS, OVERALL, short, shown
+from sam2_lora_ext.inspection.showing import BY_CLASS, KINDS, OVERALL, short, shown
 from sam2_lora_ext.report.html import folded, picture, table
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, inside, read_json

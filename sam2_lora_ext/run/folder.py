@@ -21,14 +21,14 @@ from typing import Any
 from torch import nn
 
 import sam2_lora_ext
+from sam2_lora_ext.adapters.class_binding import CLASS_PROMPTS, facts_of, prompts_of
+from sam2_lora_ext.adapters.class_prompts import ClassPrompts
 from sam2_lora_ext.adapters.merge import merge_state_dict, write_merged
 from sam2_lora_ext.adapters.peft import save_adapter
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_weights
-from sam2_lora_ext.class_prompts.binding import CLASS_PROMPTS, facts_of, prompts_of
-from sam2_lora_ext.class_prompts.file import ClassPrompts
-from sam2_lora_ext.class_prompts.tokens import STATE_KEY
 from sam2_lora_ext.lora import lora_layers, report
 from sam2_lora_ext.lora.adapter_state import Adapter
+from sam2_lora_ext.lora.class_tokens import STATE_KEY
 from sam2_lora_ext.run.checkpoint import write_checkpoint
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, read_json, write_json

@@ -83,7 +83,7 @@ def parts_of(mask: np.ndarray) -> list[np.ndarray]:
 def class_prompts_of(path: Path) -> Any | None:
     """The class prompts that lie in an adapter or beside merged weights; None where there are none."""
     try:
-        from sam2_lora_ext.class_prompts.file import load_class_prompts
+        from sam2_lora_ext.adapters.class_prompts import load_class_prompts
     except ModuleNotFoundError:  # a version without class prompts
         return None
     return load_class_prompts(path)
@@ -98,7 +98,7 @@ def maker_of(
         return None
 
     def make() -> Inspector:
-        from sam2_lora_ext.class_prompts.segmenter import load_segmenter
+        from sam2_lora_ext.inspection.segmenter import load_segmenter
 
         return Inspector(load_segmenter(config, path, base=base, device=device), prompts.class_ids)
 

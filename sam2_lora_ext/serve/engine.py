@@ -19,8 +19,8 @@ from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from sam2_lora_ext.data.rle import encode_mask
+from sam2_lora_ext.data.tiles import tile_starts
 from sam2_lora_ext.evaluate.predictor import make_predictor
-from sam2_lora_ext.evaluate.tiles import tile_starts
 from sam2_lora_ext.lora.live import set_adapter
 from sam2_lora_ext.serve.images import Images
 from sam2_lora_ext.utils.errors import UserError

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from sam2_lora_ext.class_prompts.decision import Decision, decide
+from sam2_lora_ext.adapters.decision import Decision
+from sam2_lora_ext.class_prompts.decide import decide
 
 
 def change(classes: int = 2, **rows) -> Decision:

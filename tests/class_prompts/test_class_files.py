@@ -9,17 +9,17 @@ import torch
 from sam2.build_sam import build_sam2
 
 from helpers.stock_models import NANO, build, train_a_little
+from sam2_lora_ext.adapters.class_binding import facts_of, prompts_of, prompts_of_state
+from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.adapters.merge import merge_files, require_fit
 from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
 from sam2_lora_ext.adapters.sources import source_files
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
-from sam2_lora_ext.class_prompts.binding import facts_of, prompts_of, prompts_of_state
-from sam2_lora_ext.class_prompts.encoder import ClassPromptEncoder, install_class_prompts
-from sam2_lora_ext.class_prompts.file import load_class_prompts
-from sam2_lora_ext.class_prompts.segmenter import load_segmenter
-from sam2_lora_ext.class_prompts.tokens import STATE_KEY, ClassTokens, find_tokens
 from sam2_lora_ext.deploy.serving import add_adapter, load_sam2, set_adapter
+from sam2_lora_ext.host.class_encoder import ClassPromptEncoder, install_class_prompts
+from sam2_lora_ext.inspection.segmenter import load_segmenter
 from sam2_lora_ext.lora import build_lora_model
+from sam2_lora_ext.lora.class_tokens import STATE_KEY, ClassTokens, find_tokens
 from sam2_lora_ext.utils.errors import UserError
 
 NAMES, IDS = ("pit", "line"), (1, 255)

@@ -15,15 +15,15 @@ from pycocotools import mask as mask_utils
 from test_class_segmenter import make_strip
 
 from helpers.class_models import make_prompts, write_merged
-from sam2_lora_ext.class_prompts.decision import Decision
-from sam2_lora_ext.class_prompts.journal import Journal
-from sam2_lora_ext.class_prompts.segmenter import load_segmenter
+from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.index import AnnotationIndex, collect
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.label_png import LabelPNGReader
 from sam2_lora_ext.data.rle import decode_runs
 from sam2_lora_ext.data.supervisely import SuperviselyReader
+from sam2_lora_ext.inspection.journal import Journal
+from sam2_lora_ext.inspection.segmenter import load_segmenter
 from sam2_lora_ext.utils.errors import UserError
 
 DECISION = Decision((0.0, 0.0, 0.0), (1.0,) * 3, (0.0,) * 3, (20, 20, 20), (20, 20, 20), (0.0,) * 3, fitted=True)

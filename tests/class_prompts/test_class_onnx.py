@@ -12,10 +12,10 @@ from test_class_inspect import DECISION
 from test_class_segmenter import make_strip
 
 from helpers.class_models import class_model, make_prompts, write_merged
-from sam2_lora_ext.class_prompts.decision import decide
-from sam2_lora_ext.class_prompts.network import ClassNetwork
-from sam2_lora_ext.class_prompts.onnx_graph import export_classes
+from sam2_lora_ext.class_prompts.decide import decide
 from sam2_lora_ext.deploy.stock import noise_pixels
+from sam2_lora_ext.inspection.network import ClassNetwork
+from sam2_lora_ext.inspection.onnx_graph import export_classes
 from sam2_lora_ext.utils.errors import UserError
 
 SHARP = replace(

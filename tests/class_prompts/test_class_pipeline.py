@@ -10,10 +10,10 @@ import inspect_strips  # noqa: E402
 import torch
 
 from helpers.small_runs import environment, train_here
+from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.adapters.merge import merge_files
-from sam2_lora_ext.class_prompts.file import load_class_prompts
-from sam2_lora_ext.class_prompts.segmenter import load_segmenter
 from sam2_lora_ext.data.images import read_rgb
+from sam2_lora_ext.inspection.segmenter import load_segmenter
 
 
 def test_a_run_is_fitted_merged_and_inspects(nano_base: Path, strips: Path, run_dir: Path, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sam2_lora_ext.class_prompts.decision import Decision
-from sam2_lora_ext.class_prompts.file import (
+from sam2_lora_ext.adapters.class_prompts import (
     ClassPrompts,
     as_entry,
     from_entry,
@@ -17,6 +16,7 @@ from sam2_lora_ext.class_prompts.file import (
     prompts_file,
     save_class_prompts,
 )
+from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.utils.errors import UserError
 
 DECISION = Decision((0.5, -1.0), (1.0, 2.0), (0.0, 0.25), (600, 0), (1200, 0), (1.5, 0.0), fitted=True)

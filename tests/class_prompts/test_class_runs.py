@@ -12,11 +12,11 @@ from training.optimizer import construct_optimizer
 from helpers.class_batches import CLASSES, class_batch, class_model
 from helpers.ranks import run_ranks
 from helpers.small_runs import config_of, environment, train_here
+from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.adapters.sources import read_adapter
 from sam2_lora_ext.adapters.weights import read_weights
-from sam2_lora_ext.class_prompts.file import load_class_prompts
-from sam2_lora_ext.class_prompts.segmenter import load_segmenter
-from sam2_lora_ext.class_prompts.tokens import STATE_KEY, find_tokens
+from sam2_lora_ext.inspection.segmenter import load_segmenter
+from sam2_lora_ext.lora.class_tokens import STATE_KEY, find_tokens
 
 DEMO = "configs/demo_classes.yaml"
 

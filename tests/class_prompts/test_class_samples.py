@@ -11,15 +11,15 @@ from training.dataset.utils import RepeatFactorWrapper
 from helpers.data_sets import HEIGHT, STRIPS, WIDTH, class_masks, reader, video_dataset, write_kaggle
 from sam2_lora_ext.class_prompts.agreement import agree
 from sam2_lora_ext.class_prompts.meter import ClassPromptMeter
-from sam2_lora_ext.class_prompts.samples import ClassSteps, StepSamples
-from sam2_lora_ext.class_prompts.targets import bounded, draw_pixel, window_targets
-from sam2_lora_ext.class_prompts.tokens import ClassTokens
+from sam2_lora_ext.data.class_samples import ClassSteps, StepSamples
+from sam2_lora_ext.data.class_targets import bounded, draw_pixel, window_targets
 from sam2_lora_ext.data.collate import collate_fn
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import by_class_prompt, class_of, is_corrected
 from sam2_lora_ext.data.phases import PhasedDataset
 from sam2_lora_ext.data.pixels import ModelInput
 from sam2_lora_ext.data.rle import decode_runs, encode_mask
+from sam2_lora_ext.lora.class_tokens import ClassTokens
 from sam2_lora_ext.utils.errors import UserError
 
 CLASSES = [1, 2, 3, 4]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sam2_lora_ext.class_prompts.schedule import KINDS, kind_of_step
+from sam2_lora_ext.data.class_schedule import KINDS, kind_of_step
 
 
 def kinds(count, share, corrections, seed=42, first=0):

@@ -9,7 +9,7 @@ from training.trainer import CORE_LOSS_KEY
 from helpers.class_batches import CLASSES, class_batch, class_model
 from helpers.small_runs import make_batch, make_model
 from sam2_lora_ext.class_prompts.steps import steel_without_objects
-from sam2_lora_ext.class_prompts.tokens import find_tokens
+from sam2_lora_ext.lora.class_tokens import find_tokens
 from sam2_lora_ext.losses import SeverstalLoss
 from sam2_lora_ext.utils.errors import UserError
 

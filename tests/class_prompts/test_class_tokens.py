@@ -8,9 +8,9 @@ from sam2.build_sam import _load_checkpoint
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from helpers.stock_models import build
-from sam2_lora_ext.class_prompts.encoder import ClassPromptEncoder, click_embeddings, install_class_prompts
-from sam2_lora_ext.class_prompts.tokens import FIRST_LABEL, STATE_KEY, ClassTokens, find_tokens
 from sam2_lora_ext.deploy.predictors import fit_predictor
+from sam2_lora_ext.host.class_encoder import ClassPromptEncoder, click_embeddings, install_class_prompts
+from sam2_lora_ext.lora.class_tokens import FIRST_LABEL, STATE_KEY, ClassTokens, find_tokens
 from sam2_lora_ext.utils.errors import UserError
 
 NAMES = ("pit", "line", "scratch")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.small_runs import environment, train_here
-from sam2_lora_ext.class_prompts.schedule import kind_of_step
+from sam2_lora_ext.data.class_schedule import kind_of_step
 from sam2_lora_ext.data.ids import by_class_prompt, is_corrected
 from sam2_lora_ext.run.guard import StepGuard
 from sam2_lora_ext.trainer import LoRATrainer

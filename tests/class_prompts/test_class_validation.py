@@ -17,7 +17,7 @@ from helpers.data_sets import HEIGHT, STRIPS, WIDTH, class_masks, reader, video_
 from sam2_lora_ext.class_prompts.agreement import shortcomings
 from sam2_lora_ext.class_prompts.meter import ClassPromptMeter
 from sam2_lora_ext.class_prompts.pairs import PairRows, TrainingWindow
-from sam2_lora_ext.class_prompts.validation import ClassTiles, ClassValidation
+from sam2_lora_ext.data.class_validation import ClassTiles, ClassValidation
 from sam2_lora_ext.data.collate import collate_fn
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import by_class_prompt, class_of

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sam2_lora_ext.evaluate.tiles import cut, predict_strip, stitch, tile_starts
+from sam2_lora_ext.data.tiles import cut, predict_strip, stitch, tile_starts
 from sam2_lora_ext.utils.errors import UserError
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from helpers.stock_models import NANO, build
+from sam2_lora_ext.adapters.class_prompts import ClassPrompts, as_entry
+from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.adapters.weights import write_weights
-from sam2_lora_ext.class_prompts.decision import Decision
-from sam2_lora_ext.class_prompts.encoder import install_class_prompts
-from sam2_lora_ext.class_prompts.file import ClassPrompts, as_entry
-from sam2_lora_ext.class_prompts.tokens import ClassTokens
+from sam2_lora_ext.host.class_encoder import install_class_prompts
+from sam2_lora_ext.lora.class_tokens import ClassTokens
 
 NAMES = ("scratch", "scale", "patch")
 

@@ -136,7 +136,7 @@ def test_class_prompts_are_masks_without_a_click(tmp_path, folder, adapters):
 
 def test_class_prompts_of_a_merged_file_are_those_of_the_segmenter(tmp_path, folder):
     """Once class prompts are merged: the guard goes, and so does the first line."""
-    segmenter = pytest.importorskip("sam2_lora_ext.class_prompts.segmenter")
+    segmenter = pytest.importorskip("sam2_lora_ext.inspection.segmenter")
     from helpers.class_models import make_prompts, write_merged
     from sam2_lora_ext.serve.classes import ClassPages
     from sam2_lora_ext.serve.images import Images

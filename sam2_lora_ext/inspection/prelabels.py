@@ -18,13 +18,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sam2_lora_ext.class_prompts.journal import Record
 from sam2_lora_ext.data.index import AnnotationIndex, pack
 from sam2_lora_ext.data.instance_writers import write_coco, write_supervisely
 from sam2_lora_ext.data.records import ImageRecord
 from sam2_lora_ext.data.rle import NO_RUNS, decode_runs, format_rle, union_runs
 from sam2_lora_ext.data.writers import write_label_png
 from sam2_lora_ext.evaluate.pictures import overlay
+from sam2_lora_ext.inspection.journal import Record
 from sam2_lora_ext.utils.csv_text import csv_text
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import read_json, write_atomic, write_json

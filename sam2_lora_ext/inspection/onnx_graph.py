@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sam2_lora_ext.class_prompts.decision import Decision, calibrated, claim
-from sam2_lora_ext.class_prompts.file import FACTS, ClassPrompts
-from sam2_lora_ext.class_prompts.network import ClassNetwork
+from sam2_lora_ext.adapters.class_prompts import FACTS, ClassPrompts
+from sam2_lora_ext.adapters.decision import Decision, calibrated, claim
 from sam2_lora_ext.deploy.onnx_export import BOUND, PACKAGES, require_packages, session
+from sam2_lora_ext.inspection.network import ClassNetwork
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing, write_atomic, write_json
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from sam2_lora_ext.class_prompts.evaluation import InspectionTally, Value
-from sam2_lora_ext.class_prompts.segmenter import Inspection, Segmenter
-from sam2_lora_ext.class_prompts.strips import TrueStrip
 from sam2_lora_ext.evaluate.pictures import AFTER, BEFORE, TRUTH, overlay
+from sam2_lora_ext.inspection.evaluation import InspectionTally, Value
+from sam2_lora_ext.inspection.segmenter import Inspection, Segmenter
+from sam2_lora_ext.inspection.strips import TrueStrip
 from sam2_lora_ext.utils.files import write_atomic
 
 KINDS = ("found", "missed", "false")

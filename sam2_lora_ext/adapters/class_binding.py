@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sam2_lora_ext.adapters.class_prompts import ClassPrompts, load_class_prompts
+from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.adapters.folder import TOKENS
-from sam2_lora_ext.class_prompts.decision import Decision
-from sam2_lora_ext.class_prompts.file import ClassPrompts, load_class_prompts
-from sam2_lora_ext.class_prompts.tokens import STATE_KEY, ClassTokens, find_tokens
+from sam2_lora_ext.lora.class_tokens import STATE_KEY, ClassTokens, find_tokens
 from sam2_lora_ext.utils.errors import UserError
 
 FACTS = ("class_ids", "class_names", "crop", "resolution", "exclusive")

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.adapters.folder import DIGEST, HEADER, PARTS, WEIGHTS
 from sam2_lora_ext.adapters.weights import read_file, write_weights
-from sam2_lora_ext.class_prompts.decision import Decision
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, open_regular, parse_json
 from sam2_lora_ext.utils.folders import existing_folder

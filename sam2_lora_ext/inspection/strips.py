@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam2_lora_ext.class_prompts.file import ClassPrompts
+from sam2_lora_ext.adapters.class_prompts import ClassPrompts
 from sam2_lora_ext.data.rle import decode_runs, union_runs
 from sam2_lora_ext.data.source import Source
 from sam2_lora_ext.utils.errors import UserError

@@ -1,4 +1,4 @@
-"""From class logits and scores to masks: which classes are there, and which pixels are whose. Fitting it: `fitting`.
+"""From class logits and scores to masks: which classes are there, and which pixels are whose (`class_prompts.decide`).
 
     z_c = scale_c * logit_c + bias_c             a scale that classes have in common
     class c is present where score_c >= threshold_c
@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,19 +83,6 @@ class Decision:
         return [weak if score < bound else usual for score, bound, weak, usual in rows]
 
 
-def decide(logits: Tensor, scores: Tensor, decision: Decision) -> Tensor:
-    """The masks bool [C, H, W] of one image, on the device of the logits.
-
-    Args:
-        logits: of each class, [C, H, W].
-        scores: object scores (logits) [C].
-        decision: what to decide by.
-    """
-    scores = scores.float().cpu()
-    masks = claim(calibrated(logits, decision), scores >= torch.tensor(decision.threshold), decision.exclusive)
-    return without_specks(masks, decision.smallest(scores))
-
-
 def calibrated(logits: Tensor, decision: Decision) -> Tensor:
     """z [C, H, W] of logits [C, H, W]; any sizes may stand before C."""
     scale, bias = (torch.tensor(row, device=logits.device)[:, None, None] for row in (decision.scale, decision.bias))
@@ -117,25 +103,6 @@ def claim(z: Tensor, present: Tensor, exclusive: bool) -> Tensor:
         place = torch.arange(z.shape[-3], device=z.device)[:, None, None]
         masks = masks & (z.argmax(-3, keepdim=True) == place)
     return masks
-
-
-def without_specks(masks: Tensor, smallest: list[int]) -> Tensor:
-    """Masks bool [C, H, W] without components of fewer pixels than `smallest` says for the class."""
-    if max(smallest, default=0) <= 1:
-        return masks
-    from sam2_lora_ext.data.components import find_components  # here: who only reads the numbers needs no scipy
-    from sam2_lora_ext.data.rle import decode_runs, encode_mask
-
-    kept, (height, width) = masks.cpu().numpy().copy(), masks.shape[1:]
-    for mask, least in zip(kept, smallest, strict=True):
-        runs = encode_mask(mask) if least > 1 else ()
-        if not len(runs):
-            continue
-        found = find_components(runs, np.array([0, len(runs)]), np.array([height]), np.array([width]))
-        for place in np.flatnonzero(found.areas < least):
-            low, high = found.run_offsets[place : place + 2]
-            mask[decode_runs(found.runs[low:high], height, width) > 0] = False
-    return torch.from_numpy(kept).to(masks.device)
 
 
 def _is_number(value: Any) -> bool:

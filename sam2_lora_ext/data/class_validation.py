@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from training.dataset.sam2_datasets import MixedDataLoader, TorchTrainMixedDataset
 from training.utils.data_utils import VideoDatapoint
 
-from sam2_lora_ext.class_prompts.targets import class_runs, datapoint
+from sam2_lora_ext.data.class_targets import class_runs, datapoint
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.phases import rank_and_ranks
 from sam2_lora_ext.data.rle import NO_RUNS, crop_columns
-from sam2_lora_ext.evaluate.tiles import tile_starts
+from sam2_lora_ext.data.tiles import tile_starts
 from sam2_lora_ext.utils.errors import UserError
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from sam2_lora_ext.adapters.class_prompts import KEY, as_entry, load_class_prompts, prompts_file, save_class_prompts
+from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.adapters.record import record_path
 from sam2_lora_ext.adapters.sources import find_adapter
 from sam2_lora_ext.adapters.weights import read_file
-from sam2_lora_ext.class_prompts.decision import Decision
-from sam2_lora_ext.class_prompts.file import KEY, as_entry, load_class_prompts, prompts_file, save_class_prompts
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import read_json, sha256_of, write_atomic, write_json
 

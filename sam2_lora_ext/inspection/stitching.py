@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam2_lora_ext.class_prompts.decision import ABSENT, Decision
+from sam2_lora_ext.adapters.decision import ABSENT, Decision
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ mask, so that neither multimask nor the choice by stability has a say. Legend: B
 import torch
 from torch import Tensor, nn
 
-from sam2_lora_ext.class_prompts.tokens import find_tokens
 from sam2_lora_ext.deploy.stock import MEAN, STD
+from sam2_lora_ext.lora.class_tokens import find_tokens
 from sam2_lora_ext.utils.errors import UserError
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sam2_lora_ext.class_prompts.journal import Journal, Record, row_of
-from sam2_lora_ext.class_prompts.prelabels import Prelabels, inspection_row
-from sam2_lora_ext.class_prompts.segmenter import Segmenter
 from sam2_lora_ext.data.images import SUFFIXES, ImageError, ignored, list_images, probe, read_rgb
+from sam2_lora_ext.inspection.journal import Journal, Record, row_of
+from sam2_lora_ext.inspection.prelabels import Prelabels, inspection_row
+from sam2_lora_ext.inspection.segmenter import Segmenter
 from sam2_lora_ext.utils.csv_text import csv_text
 from sam2_lora_ext.utils.errors import UserError
 

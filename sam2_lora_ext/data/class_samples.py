@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from training.dataset.vos_dataset import VOSDataset, load_images
 from training.utils.data_utils import VideoDatapoint
 
-from sam2_lora_ext.class_prompts.schedule import StepKind, kind_of_step
-from sam2_lora_ext.class_prompts.targets import bounded, column_span, datapoint, draw_pixel, window_targets
+from sam2_lora_ext.data.class_schedule import StepKind, kind_of_step
+from sam2_lora_ext.data.class_targets import bounded, column_span, datapoint, draw_pixel, window_targets
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.data.transforms import draw_start, places

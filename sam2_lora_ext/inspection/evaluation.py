@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam2_lora_ext.class_prompts.decision import Decision
-from sam2_lora_ext.class_prompts.matching import SIZES, TrueObject, true_objects
-from sam2_lora_ext.class_prompts.pixel_ap import PixelRanks
-from sam2_lora_ext.class_prompts.segmenter import Inspection
+from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.evaluate.bootstrap import bootstrap_sums
 from sam2_lora_ext.evaluate.metrics import dice, mask_counts
 from sam2_lora_ext.evaluate.presence import Scores, auroc, presence_table
+from sam2_lora_ext.inspection.matching import SIZES, TrueObject, true_objects
+from sam2_lora_ext.inspection.pixel_ap import PixelRanks
+from sam2_lora_ext.inspection.segmenter import Inspection
 
 Value = dict[str, float]
 IOUS = (0.1, 0.5)

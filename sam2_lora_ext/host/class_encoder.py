@@ -15,7 +15,7 @@ import torch
 from sam2.modeling.sam.prompt_encoder import PromptEncoder
 from torch import Tensor, nn
 
-from sam2_lora_ext.class_prompts.tokens import FIRST_LABEL, TOKENS, ClassTokens
+from sam2_lora_ext.lora.class_tokens import FIRST_LABEL, TOKENS, ClassTokens
 from sam2_lora_ext.utils.errors import UserError
 
 CLICK, POSITIONS = "point_embeddings.1.weight", "pe_layer.positional_encoding_gaussian_matrix"

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.class_prompts.file import ClassPrompts
-from sam2_lora_ext.class_prompts.segmenter import Segmenter, load_segmenter
-from sam2_lora_ext.class_prompts.strips import TrueStrips
+from sam2_lora_ext.adapters.class_prompts import ClassPrompts
 from sam2_lora_ext.data.arguments import source_of
 from sam2_lora_ext.data.source import from_run
 from sam2_lora_ext.evaluate.conditions import images_among
 from sam2_lora_ext.evaluate.models import check_device
+from sam2_lora_ext.inspection.segmenter import Segmenter, load_segmenter
+from sam2_lora_ext.inspection.strips import TrueStrips
 from sam2_lora_ext.run.paths import find_run
 from sam2_lora_ext.utils.errors import UserError
 

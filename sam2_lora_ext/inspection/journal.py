@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from sam2_lora_ext.class_prompts.objects import Found
 from sam2_lora_ext.data.rle import format_rle, parse_rle
+from sam2_lora_ext.inspection.objects import Found
 from sam2_lora_ext.utils.errors import UserError
 
 NAME = "records.jsonl"
