@@ -14,7 +14,10 @@ from sam2_lora_ext.inspection.segmenter import Segmenter, load_segmenter
 from sam2_lora_ext.inspection.strips import TrueStrips
 from sam2_lora_ext.run.paths import find_run
 from sam2_lora_ext.settings.arguments import COUNT, number
+from sam2_lora_ext.settings.kinds import Whole
 from sam2_lora_ext.utils.errors import UserError
+
+COLUMNS = Whole(0, 10**6)
 
 
 def add_model(parser: Any) -> None:
@@ -23,7 +26,12 @@ def add_model(parser: Any) -> None:
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="merged weights, an adapter folder or a run")
     add("--base", type=Path, metavar="FILE", help="of an adapter (default: what it was trained on)")
     add("--config", metavar="NAME", help="the stock config (default: told from the weights)")
-    add("--overlap", type=int, metavar="N", help="columns that tiles share at least (default: a quarter of a tile)")
+    add(
+        "--overlap",
+        type=number(COLUMNS),
+        metavar="N",
+        help="columns that tiles share at least (default: a quarter of a tile)",
+    )
     add("--batch-size", type=number(COUNT), default=8, metavar="N", help="tiles at once (%(default)s)")
     add("--half", action="store_true", help="compute in bfloat16 on a GPU")
     add("--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)")
