@@ -59,19 +59,19 @@ def write_data(folder: Path, strips: int, seed: int) -> None:
     write_split(folder / "split.csv", names, ["val" if index % 5 == 4 else "train" for index in range(len(names))])
 
 
-def train(out: Path, data: Path) -> Path:
-    """Runs `python -m training.train -c configs/demo.yaml` with a progress bar; returns the run's folder."""
+def train(out: Path, data: Path, config: str = "configs/demo.yaml", name: str = "train") -> Path:
+    """Runs `python -m training.train -c CONFIG` with a progress bar; returns the run's folder."""
     environment = {
         **os.environ,
         "SEVERSTAL_ROOT": str(data),
         "SEVERSTAL_SPLIT": str(data / "split.csv"),
         "SAM2_LORA_NANO": str(BASE),
-        "SAM2_LORA_DEMO_RUN": str(out / "train"),
+        "SAM2_LORA_DEMO_RUN": str(out / name),
     }
-    command = [sys.executable, "-m", "training.train", "-c", "configs/demo.yaml"]
+    command = [sys.executable, "-m", "training.train", "-c", config]
     print("training: " + " ".join(command[1:]), flush=True)
-    log = out / "train.log"
-    metrics = out / "train/logs/metrics.csv"
+    log = out / f"{name}.log"
+    metrics = out / name / "logs/metrics.csv"
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -85,7 +85,7 @@ def train(out: Path, data: Path) -> Path:
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise UserError(f"training ended with exit code {process.returncode}; its log is {log}, and ends with:\n{tail}")
-    return out / "train"
+    return out / name
 
 
 def follow(bar: tqdm, metrics: Path) -> None:
@@ -188,9 +188,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         "params": facts["parameters"],
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    write_json(out / "summary.json", summary)
     draw(out / "overlays.png", samples, base, merged)
+    began = time.perf_counter()
+    summary["inspection"] = inspect(out, data, args.strips, args.seed)
+    summary["seconds"]["inspection"] = round(time.perf_counter() - began, 1)
+    write_json(out / "summary.json", summary)
     show(summary, out, len(samples))
+
+
+def inspect(out: Path, data: Path, strips: int, seed: int) -> dict[str, float]:
+    """Class prompts: trained, fitted to the validation strips, evaluated on new strips."""
+    from sam2_lora_ext.class_prompts.demo import draw_inspection, figures
+    from sam2_lora_ext.data.synthetic import write_strips
+
+    run = train(out, data, "configs/demo_classes.yaml", "train_classes")
+    model = ("--checkpoint", run, "--base", BASE, "--device", "cpu")
+    tool("tools/fit_decision.py", *model)
+    write_strips(out / "new_strips", max(strips // 4, 4), seed + 1)
+    tool("tools/evaluate_inspection.py", *model, "--data", out / "new_strips", "--out", out / "inspection")
+    record = json.loads((out / "inspection/inspection.json").read_text())
+    draw_inspection(out / "inspection.png", out / "inspection", record)
+    return figures(record["result"])
 
 
 def draw(path: Path, samples: list, base: object, merged: object) -> None:
@@ -237,7 +255,9 @@ def show(summary: dict, out: Path, count: int) -> None:
         f"mask logits {merge['max_abs_logit_diff']:.2e} at most"
     )
     print(f"time                 training {seconds['train']:.0f} s, evaluation {seconds['evaluate']:.0f} s")
-    print(f"written              {out / 'summary.json'}, overlays.png, sam2_nano_steel.pt, adapter/, train/")
+    row = summary["inspection"]
+    print("without a click      " + ", ".join(f"{key} {value:.4f}" for key, value in row.items() if value is not None))
+    print(f"written              {out / 'summary.json'}, two pictures, sam2_nano_steel.pt, adapter/, train/")
 
 
 if __name__ == "__main__":

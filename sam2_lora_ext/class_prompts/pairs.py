@@ -3,6 +3,7 @@
 Legend: O pairs of a batch, S predictions of each (more than one where clicks follow), N pairs so far, L terms.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class PairRows:
             name: exact_mean(term if name == "loss_class" else term[present > 0])
             for name, term in zip(TERMS, terms, strict=True)
         } | {"presence": exact_mean(right)}
-        return {f"{PREFIX}{name}": mean for name, mean in means.items() if mean is not None and mean == mean}
+        return {f"{PREFIX}{name}": mean for name, mean in means.items() if mean is not None and not math.isnan(mean)}
 
 
 class TrainingWindow:

@@ -14,8 +14,9 @@ from typing import Any
 
 from sam2_lora_ext.data.arguments import add_pixels
 from sam2_lora_ext.data.source import Source, from_run
+from sam2_lora_ext.inspection.options import add_model
 from sam2_lora_ext.run.paths import find_run
-from sam2_lora_ext.settings.arguments import COUNT, number
+from sam2_lora_ext.settings.arguments import number
 from sam2_lora_ext.settings.kinds import Number
 from sam2_lora_ext.utils.errors import UserError
 
@@ -47,9 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = options.add_argument
     add("images", nargs="*", type=Path, metavar="IMAGES", help="image files, or folders of them")
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="merged weights, an adapter folder or a run")
-    add("--base", type=Path, metavar="FILE", help="of an adapter (default: what it was trained on)")
-    add("--config", metavar="NAME", help="the stock config (default: told from the weights)")
+    add_model(options)
     add("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
     add("--watch", type=Path, metavar="FOLDER", help="inspect what appears in a folder, until Ctrl-C")
     add("--idle", type=number(Number(0, 1e9)), metavar="SECONDS", help="with --watch: end after so long without a file")
@@ -57,10 +56,6 @@ def parser() -> argparse.ArgumentParser:
     add("--formats", metavar="A,B,..|all", help=f"label_png, coco, supervisely, kaggle, overlays (default: {usual})")
     add("--run", type=Path, metavar="RUN", help="whose bits and orientation to take (default: that of --checkpoint)")
     add_pixels(options)
-    add("--overlap", type=int, metavar="N", help="columns that tiles share at least (default: a quarter of a tile)")
-    add("--batch-size", type=number(COUNT), default=8, metavar="N", help="tiles at once (%(default)s)")
-    add("--half", action="store_true", help="compute in bfloat16 on a GPU")
-    add("--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)")
     add("--force", action="store_true", help="begin anew where --out holds an inspection")
     return options
 
@@ -68,38 +63,27 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Inspects and prints a summary."""
     args = parser().parse_args(argv)
+    try:
+        from sam2_lora_ext.inspection.command import segmenter_of
+        from sam2_lora_ext.inspection.inspecting import Inspector, find_images, watch
+        from sam2_lora_ext.inspection.journal import Journal
+        from sam2_lora_ext.inspection.prelabels import Prelabels, check_formats
+    except ModuleNotFoundError as error:
+        raise UserError(f"inspection needs SAM 2 ({error}): pip install -e '.[sam2]'") from error
     from sam2_lora_ext.utils.folders import refuse_inputs
 
     if bool(args.images) == bool(args.watch):
         raise UserError("give image files or folders, or a folder with --watch, one of them")
     if args.idle is not None and not args.watch:
         raise UserError("--idle is for --watch: without it the call ends with the last image")
-    if not args.checkpoint.exists():
-        raise UserError(f"there is no {args.checkpoint}: give merged weights, an adapter folder or a run")
     refuse_inputs(args.out, [path for path in (args.watch, *args.images) if path is not None and path.is_dir()])
     source = _source(args)
     bits, exif = args.bits or (source.bits if source else 16), not args.as_stored and (source.exif if source else True)
-
-    from sam2_lora_ext.evaluate.models import check_device
-    from sam2_lora_ext.inspection.inspecting import Inspector, find_images, watch
-    from sam2_lora_ext.inspection.journal import Journal
-    from sam2_lora_ext.inspection.prelabels import Prelabels, check_formats
-    from sam2_lora_ext.inspection.segmenter import load_segmenter
-
-    if args.device:
-        check_device(args.device)
-    segmenter = load_segmenter(
-        args.config,
-        args.checkpoint,
-        base=args.base,
-        device=args.device,
-        overlap=args.overlap,
-        batch_size=args.batch_size,
-        half=args.half,
-    )
+    segmenter = segmenter_of(args)
     prompts = segmenter.prompts
     mixed = not prompts.decision.exclusive or max(prompts.class_ids) > 255
-    formats = check_formats(args.formats or (USUAL if mixed else f"label_png,{USUAL}"), not mixed, prompts.class_ids)
+    wanted = args.formats or (USUAL if mixed else f"label_png,{USUAL}")
+    formats = check_formats(wanted, prompts.decision.exclusive, prompts.class_ids)
     if not prompts.decision.fitted:
         print("the thresholds were never fitted, so what has a score above 0 is there: tools/fit_decision.py fits them")
     facts = {

@@ -24,7 +24,7 @@ class ClassNetwork(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        tokens = find_tokens(model)
+        tokens = find_tokens(model.sam_prompt_encoder)  # of the adapter that is on
         if tokens is None:
             raise UserError("the model has no class prompts: load them with load_segmenter, or train them first")
         self.model = model

@@ -5,6 +5,7 @@ from typing import Any
 
 from sam2_lora_ext.data.arguments import add_source
 from sam2_lora_ext.settings.arguments import COUNT, number
+from sam2_lora_ext.settings.kinds import Whole
 
 
 def add_model(parser: Any) -> None:
@@ -13,7 +14,12 @@ def add_model(parser: Any) -> None:
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="merged weights, an adapter folder or a run")
     add("--base", type=Path, metavar="FILE", help="of an adapter (default: what it was trained on)")
     add("--config", metavar="NAME", help="the stock config (default: told from the weights)")
-    add("--overlap", type=int, metavar="N", help="columns that tiles share at least (default: a quarter of a tile)")
+    add(
+        "--overlap",
+        type=number(Whole(0, 10**6)),
+        metavar="N",
+        help="columns that tiles share at least (default: a quarter)",
+    )
     add("--batch-size", type=number(COUNT), default=8, metavar="N", help="tiles at once (%(default)s)")
     add("--half", action="store_true", help="compute in bfloat16 on a GPU")
     add("--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)")

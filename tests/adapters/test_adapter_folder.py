@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sam2_lora_ext.adapters.folder import PARTS, digest_of
+from sam2_lora_ext.adapters.folder import digest_of
 from sam2_lora_ext.adapters.peft import Adapter, LayerAdapter, load_adapter, save_adapter
 from sam2_lora_ext.adapters.sources import find_adapter, read_adapter, source_files
 from sam2_lora_ext.run.cleaning import clean_up
@@ -155,7 +155,7 @@ def test_each_state_that_a_kill_leaves(state, tmp_path):
     assert not list((run / "adapters").glob(".*")) and read_adapter(run).metadata["step"] == expected
     save_adapter(make(3), run / "adapters/best")
     assert read_adapter(run).metadata["step"] == 3
-    assert set(os.listdir(run / "adapters/best")) == PARTS - {"adapter_model.bin"}
+    assert set(os.listdir(run / "adapters/best")) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def writer(folder: Path) -> int:

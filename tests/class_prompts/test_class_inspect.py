@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-import inspect_strips  # noqa: E402
+import inspect_strips
 import numpy as np
 import pytest
 from PIL import Image

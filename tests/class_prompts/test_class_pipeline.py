@@ -4,16 +4,17 @@ import csv
 import json
 from pathlib import Path
 
-import evaluate_inspection  # noqa: E402
-import fit_decision  # noqa: E402
-import inspect_strips  # noqa: E402
+import evaluate_inspection
+import fit_decision
+import inspect_strips
 import torch
 
 from helpers.small_runs import environment, train_here
 from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.data.images import read_rgb
-from sam2_lora_ext.inspection.segmenter import load_segmenter
+from sam2_lora_ext.deploy.serving import load_sam2
+from sam2_lora_ext.inspection.segmenter import Segmenter, load_segmenter
 
 
 def test_a_run_is_fitted_merged_and_inspects(nano_base: Path, strips: Path, run_dir: Path, tmp_path: Path) -> None:
@@ -30,6 +31,8 @@ def test_a_run_is_fitted_merged_and_inspects(nano_base: Path, strips: Path, run_
     images = sorted((strips / "train_images").iterdir())
     first = read_rgb(images[0])
     torch.testing.assert_close(merged(first).scores, live(first).scores, rtol=1e-4, atol=1e-4)
+    switched = load_sam2("configs/sam2_nano.yaml", nano_base, adapter, image_size=128, device="cpu")
+    torch.testing.assert_close(Segmenter(switched, prompts)(first).scores, live(first).scores)
 
     evaluate_inspection.main(["--checkpoint", str(run_dir), *where, "--out", str(run_dir / "inspection")])
     result = json.loads((run_dir / "inspection/inspection.json").read_text())["result"]

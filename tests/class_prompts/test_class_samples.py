@@ -5,21 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
-from training.dataset.utils import RepeatFactorWrapper
 
 from helpers.data_sets import HEIGHT, STRIPS, WIDTH, class_masks, reader, video_dataset, write_kaggle
-from sam2_lora_ext.class_prompts.agreement import agree
-from sam2_lora_ext.class_prompts.meter import ClassPromptMeter
 from sam2_lora_ext.data.class_samples import ClassSteps, StepSamples
 from sam2_lora_ext.data.class_targets import bounded, draw_pixel, window_targets
-from sam2_lora_ext.data.collate import collate_fn
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.ids import by_class_prompt, class_of, is_corrected
-from sam2_lora_ext.data.phases import PhasedDataset
-from sam2_lora_ext.data.pixels import ModelInput
 from sam2_lora_ext.data.rle import decode_runs, encode_mask
-from sam2_lora_ext.lora.class_tokens import ClassTokens
 from sam2_lora_ext.utils.errors import UserError
 
 CLASSES = [1, 2, 3, 4]
@@ -179,93 +171,6 @@ def test_pixels_of_a_mask_are_as_likely():
     assert max(abs(count / 5000 - 0.2) for count in counts.values()) < 0.03
 
 
-def phased(folder, share=0.5, corrections=0.5, workers=0, transforms=(), batch=2, **settings):
-    raw = SeverstalRawDataset(reader(folder), clean_share=0.3)
-    dataset = RepeatFactorWrapper(video_dataset(raw, transforms=[ModelInput(32)], max_num_objects=2))
-    steps = ClassSteps(50, [ModelInput(32)], share, corrections)
-    return PhasedDataset(
-        [dataset],
-        [batch],
-        workers,
-        False,
-        steps_per_phase=4,
-        steps=10,
-        collate_fn=Collate(),
-        **{"class_steps": steps, **settings},
-    )
-
-
-class Collate:
-    """Of float images; a class, so that workers can take it."""
-
-    __name__ = "collate_fn"
-
-    def __call__(self, batch):
-        return collate_fn(batch, "severstal")
-
-
-def kinds_of(batches):
-    """The kind of each batch by its identifiers, which are of one kind."""
-    found = []
-    for batch in batches:
-        ids = batch.metadata.unique_objects_identifier[0, :, 1]
-        kinds = {(bool(by), bool(corrected)) for by, corrected in zip(by_class_prompt(ids), is_corrected(ids))}
-        assert len(kinds) == 1
-        found.append({(False, False): "clicks", (True, False): "classes", (True, True): "corrected"}[kinds.pop()])
-    return found
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_kind_of_a_step_is_in_the_identifiers_whatever_the_workers(folder, workers):
-    random.seed(0)
-    dataset = phased(folder, workers=workers)
-    wanted = dataset.class_steps.kinds(dataset.seed, range(10))
-    assert len(set(wanted)) == 3
-    for phase, steps in ((0, wanted[:4]), (2, wanted[8:]), (1, wanted[4:8])):
-        assert kinds_of(dataset.get_loader(phase)) == steps
-
-
-def test_the_sequence_of_strips_is_that_of_click_training(folder):
-    with_classes, clicks = phased(folder), phased(folder, class_steps=None)
-    for phase in range(3):
-        assert with_classes.sample_ids(phase) == clicks.sample_ids(phase)
-        assert list(with_classes.get_loader(phase).dataloaders[0].dataset.items) == clicks.sample_ids(phase)
-
-
-def test_a_share_of_0_is_training_without_class_steps(folder):
-    def batches(dataset):
-        random.seed(5)
-        return [batch for phase in range(3) for batch in dataset.get_loader(phase)]
-
-    for one, other in zip(batches(phased(folder, share=0.0)), batches(phased(folder, class_steps=None)), strict=True):
-        assert torch.equal(one.img_batch, other.img_batch) and torch.equal(one.masks, other.masks)
-        ids = [batch.metadata.unique_objects_identifier for batch in (one, other)]
-        assert torch.equal(*ids)
-
-
-def test_a_resumed_phase_gives_the_same_samples(folder):
-    """As LoRATrainer does it: the phase seeds what is drawn."""
-
-    def batches(phase):
-        random.seed(100 + phase)
-        return [batch.masks for batch in phased(folder).get_loader(phase)]
-
-    whole = [batches(phase) for phase in range(3)]
-    assert all(torch.equal(one, other) for one, other in zip(batches(2), whole[2], strict=True))
-
-
-def test_ranks_share_kinds_and_split_samples(folder, monkeypatch):
-    single = phased(folder, batch=4)
-    pairs = []
-    for rank in range(2):
-        monkeypatch.setattr("sam2_lora_ext.data.phases.rank_and_ranks", lambda rank=rank: (rank, 2))
-        pairs.append(phased(folder, batch=2).get_loader(1).dataloaders[0].dataset)
-    monkeypatch.undo()
-    whole = single.get_loader(1).dataloaders[0].dataset
-    assert pairs[0].kinds == pairs[1].kinds == whole.kinds[::2]
-    assert [item for pair in zip(pairs[0].items, pairs[1].items) for item in pair] == list(whole.items)
-
-
 def test_clips_and_foreign_data_are_refused(folder):
     windows = {"width": 80, "stride": 40, "num_frames": 2}
     for dataset in (
@@ -276,18 +181,6 @@ def test_clips_and_foreign_data_are_refused(folder):
             ClassSteps(50, []).check(dataset)
     with pytest.raises(UserError, match="SeverstalRawDataset"):
         ClassSteps(50, []).check(object())
-
-
-def test_class_steps_need_tokens_of_the_classes_of_the_data(folder):
-    train = phased(folder)
-    with pytest.raises(UserError, match="the model has no class prompts"):
-        agree(torch.nn.Identity(), {}, train, None, [])
-    agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, "abcd"), {}, train, None, [])
-    with pytest.raises(UserError, match=r"classes has 1 \(a\), 2 \(b\), but the data has 1 \(defect_1\)"):
-        agree(ClassTokens(torch.zeros(2, 2, 8), [1, 2], "ab"), {}, train, None, [])
-    with pytest.raises(UserError, match="ClassPromptMeter needs"):
-        agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, "abcd"), {}, train, train, [ClassPromptMeter()])
-    agree(torch.nn.Identity(), {}, phased(folder, class_steps=None), None, [])
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate_inspection  # noqa: E402
-import fit_decision  # noqa: E402
+import evaluate_inspection
+import fit_decision
 import numpy as np
 import pytest
 import torch

@@ -98,7 +98,6 @@ def sentence_of(env, *overrides):
     [
         (
             "dataset.readers.kaggle.classes=[a,b,c,d,e]",
-            "classes has 1 (defect_1), 2 (defect_2), 3 (defect_3), "
             "4 (defect_4), but the data has 1 (a), 2 (b), 3 (c), 4 (d), 5 (e)",
         ),
         ("scratch.num_frames=2", "single frames"),

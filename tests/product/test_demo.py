@@ -14,6 +14,7 @@ from sam2.build_sam import build_sam2
 from sam2_lora_ext.adapters.weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[2]
+INSPECTION = {"kaggle_dice", "kaggle_dice_empty", "dice_present", "false_alarms", "recall", "ms_per_strip"}
 METRICS = {"iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks", "dice_box"}
 
 
@@ -40,7 +41,9 @@ def test_summary_has_every_number(finished):
     )
     assert summary["merge"]["max_abs_weight_diff"] < 1e-6 and summary["merge"]["max_abs_logit_diff"] < 1e-4
     assert 0 < summary["params"]["trained"] < 0.1 * summary["params"]["total"]
-    assert set(summary["seconds"]) == {"train", "evaluate"}
+    assert set(summary["seconds"]) == {"train", "evaluate", "inspection"}
+    assert set(summary["inspection"]) == INSPECTION
+    assert 0 <= summary["inspection"]["kaggle_dice"] <= 1 and summary["inspection"]["ms_per_strip"] > 0
 
 
 def test_the_merged_file_is_the_model_that_was_trained(finished):
@@ -60,6 +63,7 @@ def test_encoder_and_decoder_changed_and_nothing_else(finished):
 def test_the_picture_shows_something(finished):
     picture = Image.open(finished[0] / "overlays.png")
     assert picture.width > 4 * 256 and len(picture.convert("RGB").getcolors(2**24)) > 100
+    assert len(Image.open(finished[0] / "inspection.png").convert("RGB").getcolors(2**24)) > 100
 
 
 def test_again_starts_from_nothing(finished, tmp_path):
