@@ -18,7 +18,7 @@ def add_model(parser: Any) -> None:
         "--overlap",
         type=number(Whole(0, 10**6)),
         metavar="N",
-        help="columns that tiles share at least (default: a quarter)",
+        help="columns that tiles share (default: a quarter)",
     )
     add("--batch-size", type=number(COUNT), default=8, metavar="N", help="tiles at once (%(default)s)")
     add("--half", action="store_true", help="compute in bfloat16 on a GPU")
