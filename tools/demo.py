@@ -198,8 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def inspect(out: Path, data: Path, strips: int, seed: int) -> dict[str, float]:
     """Class prompts: trained, fitted to the validation strips, evaluated on new strips."""
-    from sam2_lora_ext.class_prompts.demo import draw_inspection, figures
     from sam2_lora_ext.data.synthetic import write_strips
+    from sam2_lora_ext.inspection.demo import draw_inspection, figures
 
     run = train(out, data, "configs/demo_classes.yaml", "train_classes")
     model = ("--checkpoint", run, "--base", BASE, "--device", "cpu")
