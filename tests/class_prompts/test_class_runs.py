@@ -37,10 +37,8 @@ def test_tokens_have_their_own_rate_and_no_weight_decay(tmp_path, nano_base, str
     )
     optimizer.step_schedulers(0.05, step=0)  # the end of the warm-up
     groups = {id(value): group for group in optimizer.optimizer.param_groups for value in group["params"]}
-    tokens, other = (
-        groups[id(find_tokens(model).tokens)],
-        groups[id(next(p for n, p in model.named_parameters() if n.endswith("lora_a")))],
-    )
+    adapter = next(value for name, value in model.named_parameters() if name.endswith("lora_a"))
+    tokens, other = groups[id(find_tokens(model).tokens)], groups[id(adapter)]
     assert tokens["lr"] == pytest.approx(0.03) and tokens["weight_decay"] == 0 and len(tokens["params"]) == 1
     assert other["lr"] == pytest.approx(3e-3) and other["weight_decay"] == pytest.approx(0.01)
 
