@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from cachetools import LRUCache
 
+from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.serve.images import Images
 from sam2_lora_ext.utils.errors import UserError
@@ -80,20 +81,11 @@ def parts_of(mask: np.ndarray) -> list[np.ndarray]:
     return [encode_mask(labels == part) for part in range(1, count)]
 
 
-def class_prompts_of(path: Path) -> Any | None:
-    """The class prompts that lie in an adapter or beside merged weights; None where there are none."""
-    try:
-        from sam2_lora_ext.adapters.class_prompts import load_class_prompts
-    except ModuleNotFoundError:  # a version without class prompts
-        return None
-    return load_class_prompts(path)
-
-
 def maker_of(
     config: str, path: Path, base: Path | None, device: str | None
 ) -> tuple[Callable[[], Inspector], dict[int, str]] | None:
     """What builds the inspector of an adapter or of merged weights, and its class table; None without class prompts."""
-    prompts = class_prompts_of(path)
+    prompts = load_class_prompts(path)
     if prompts is None:
         return None
 

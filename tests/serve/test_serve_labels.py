@@ -135,9 +135,8 @@ def test_class_prompts_are_masks_without_a_click(tmp_path, folder, adapters):
 
 
 def test_class_prompts_of_a_merged_file_are_those_of_the_segmenter(tmp_path, folder):
-    """Once class prompts are merged: the guard goes, and so does the first line."""
-    segmenter = pytest.importorskip("sam2_lora_ext.inspection.segmenter")
     from helpers.class_models import make_prompts, write_merged
+    from sam2_lora_ext.inspection.segmenter import load_segmenter
     from sam2_lora_ext.serve.classes import ClassPages
     from sam2_lora_ext.serve.images import Images
     from sam2_lora_ext.serve.models import load_models
@@ -147,7 +146,7 @@ def test_class_prompts_of_a_merged_file_are_those_of_the_segmenter(tmp_path, fol
     assert list(loaded.makers) == ["steel"] and loaded.class_names == {1: "scratch", 2: "scale", 3: "patch"}
     images = Images(folder, tmp_path)
     found = ClassPages(images, loaded.makers).inspect(0, "steel")
-    expected = segmenter.load_segmenter("configs/sam2_nano.yaml", file, device="cpu")(images.read(0))
+    expected = load_segmenter("configs/sam2_nano.yaml", file, device="cpu")(images.read(0))
     assert [one.score for one in found] == pytest.approx(expected.scores.tolist())
     for one, mask in zip(found, expected.masks.numpy(), strict=True):
         shown = sum((mask_of(part.ravel().tolist(), *mask.shape) for part in one.parts), np.zeros_like(mask))
