@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.class_prompts.decide import decide
 from sam2_lora_ext.class_prompts.pairs import PairRows
+from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles
 from sam2_lora_ext.data.class_targets import class_runs
 from sam2_lora_ext.data.class_validation import ClassTiles
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.rle import NO_RUNS, decode_runs
-from sam2_lora_ext.data.tiles import stitch
 from sam2_lora_ext.evaluate.metrics import dice, exact_mean, mask_counts
 from sam2_lora_ext.utils.errors import UserError
 
@@ -71,7 +70,7 @@ class ClassPromptMeter:
         """Forgets all strips."""
         self.pairs.reset()
         self._counts: dict[int, Tensor] = {}  # image -> int64 [C 3]: intersection, prediction, target
-        self._open: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # image -> tile -> logits [C H w], scores [C]
+        self._open: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # image -> tile -> logits [C h w], scores [C]
 
     @torch.no_grad()
     def update(self, find_stages: Sequence[Mapping[str, Any]], find_metadatas: Any) -> None:
@@ -103,18 +102,17 @@ class ClassPromptMeter:
         """Takes the logits [C h w] and scores [C] of a tile."""
         if image in self._counts:
             return
-        height, columns = self.tiles.raw.index.sizes[image].tolist()
         starts = self.tiles.starts(image)
-        size = height, self.tiles.tile_width(image)
-        large = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
         parts = self._open.setdefault(image, {})
-        parts[tile] = large, scores
+        parts[tile] = logits, scores
         if len(parts) < len(starts):
             return
         found = [parts[number] for number in range(len(starts))]
-        strip = stitch(torch.stack([part for part, _ in found]), starts, columns)
-        highest = torch.stack([score for _, score in found]).amax(0)
-        drawn = decide(strip, highest, Decision.default(len(highest), self.exclusive))
+        logits, scores = (torch.stack(row) for row in zip(*found, strict=True))
+        size = tuple(self.tiles.raw.index.sizes[image].tolist())
+        decision = Decision.default(scores.shape[1], self.exclusive)
+        strip, highest = merge_tiles(Tiles(logits, scores, tuple(starts), self.tiles.tile_width(image), size), decision)
+        drawn = decide(strip, highest, decision)
         self._counts[image] = mask_counts(drawn, self._truth(image).to(drawn.device)).cpu()
         del self._open[image]
 

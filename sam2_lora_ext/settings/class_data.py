@@ -42,7 +42,7 @@ CLASS_PROMPTS = Section(
 HOME = "sam2_lora_ext.class_prompts"
 VALIDATION = DATA["training.dataset.sam2_datasets.TorchTrainMixedDataset"]
 TARGETS = {
-    f"{HOME}.samples.ClassSteps": Section(
+    "sam2_lora_ext.data.class_samples.ClassSteps": Section(
         {
             "width": CROP,
             "transforms": ListOf(Part()),
@@ -53,7 +53,7 @@ TARGETS = {
         required=("width", "transforms"),
         rules=(no_gaps,),
     ),
-    f"{HOME}.validation.ClassValidation": Section(
+    "sam2_lora_ext.data.class_validation.ClassValidation": Section(
         {
             **VALIDATION.rows,
             "datasets": ListOf(Part(), least=1, most=1),

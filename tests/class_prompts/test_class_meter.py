@@ -36,17 +36,17 @@ def by_hand(tiles, logits_of, scores_of, exclusive):
     values, drawn = np.zeros((6, 4)), np.zeros((6, 4), bool)
     for image in range(6):
         starts = tiles.starts(image)
-        total, weights = np.zeros((4, HEIGHT, WIDTH)), np.zeros(WIDTH)
+        total, weights = np.zeros((4, HEIGHT, WIDTH)), np.zeros((4, 1, WIDTH))
         highest = np.full(4, -np.inf)
         for tile, start in enumerate(starts):
             low = logits_of(image, tile).numpy()
             large = np.array([np.array(Image.fromarray(m).resize((64, HEIGHT), Image.BILINEAR)) for m in low])
             ramp = np.minimum(np.arange(1, 65), np.arange(64, 0, -1))
-            total[:, :, start : start + 64] += large * ramp
-            weights[start : start + 64] += ramp
+            shown = (scores_of(image, tile).numpy() >= 0)[:, None, None]  # another tile has no say about the mask
+            total[:, :, start : start + 64] += large * ramp * shown
+            weights[..., start : start + 64] += ramp * shown
             highest = np.maximum(highest, scores_of(image, tile).numpy())
-        strip = total / weights
-        strip[highest < 0] = -1024
+        strip = np.where(weights > 0, total / np.maximum(weights, 1), -1024)
         masks = strip > 0
         if exclusive:
             masks &= strip.argmax(0) == np.arange(4)[:, None, None]
@@ -169,11 +169,22 @@ def test_one_false_pair_costs_exactly_one_over_the_pairs(folder):
     assert values["false_alarms"] == 0.5 and values["recall"] == 1
 
 
-def test_the_score_of_a_class_is_the_largest_over_tiles(folder):
+def test_a_tile_that_says_absent_adds_no_mask(folder):
+    """The class is there by its other tiles, whose masks are then the strip's."""
     tiles = tiles_of(folder)
     logits, scores = perfect(tiles)
+
+    def shown(image, tile):  # whether the class has a pixel in the tile
+        start = tiles.starts(image)[tile]
+        return torch.from_numpy(truth_of(image)[:, :, start : start + 64].any((1, 2)))
+
     meter = meter_of(tiles, exclusive=False)
-    feed(meter, tiles, logits, lambda image, tile: scores(image, tile) if tile == 1 else torch.full((4,), -9.0))
+    feed(
+        meter,
+        tiles,
+        lambda image, tile: torch.where(shown(image, tile)[:, None, None], logits(image, tile), 5.0),
+        lambda image, tile: torch.where(shown(image, tile), scores(image, tile), torch.tensor(-9.0)),
+    )
     assert meter.compute()["kaggle_dice"] == 1
 
 
