@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from helpers.data_formats import make_coco, rle_of
 from helpers.data_sets import STRIPS, reader, write_image, write_kaggle
@@ -49,7 +50,7 @@ def test_training_and_doctor_compare_the_tables(shared_cases, monkeypatch):
     (finding,) = guarded("data", sets.check_classes, "")
     assert finding.level == "red" and "1 (steel), 2 (crack), 3 (pit)" in finding.text
     trainer = object.__new__(LoRATrainer)
-    trainer.loss = {}
+    trainer.loss, trainer.meters, trainer.model = {}, None, nn.Module()
     trainer.mode, trainer.data_conf, trainer.max_epochs = "train", SimpleNamespace(train=train, get=lambda *_: valid), 1
     monkeypatch.setattr("training.trainer.instantiate", lambda conf: conf)
     with pytest.raises(UserError, match="is not the same in both"):
