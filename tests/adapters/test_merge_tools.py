@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.blocked import BLOCKED
 from helpers.stock_models import NANO, build, train_a_little
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
@@ -34,16 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BLOCKED = """
-import sys, runpy
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Block())
-sys.argv = {argv}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 FOREIGN = ("sam2", "training", "hydra", "omegaconf", "iopath", "fvcore", "torchvision", "tqdm", "peft", "PIL", "scipy")
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
-from test_class_segmenter import make_strip
 
-from helpers.class_models import make_prompts, write_merged
+from helpers.class_models import DECISION, make_prompts, make_strip, write_merged
 from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.index import AnnotationIndex, collect
@@ -25,8 +24,6 @@ from sam2_lora_ext.data.supervisely import SuperviselyReader
 from sam2_lora_ext.inspection.journal import Journal
 from sam2_lora_ext.inspection.segmenter import load_segmenter
 from sam2_lora_ext.utils.errors import UserError
-
-DECISION = Decision((0.0, 0.0, 0.0), (1.0,) * 3, (0.0,) * 3, (20, 20, 20), (20, 20, 20), (0.0,) * 3, fitted=True)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from test_class_inspect import DECISION
-from test_class_segmenter import make_strip
 
-from helpers.class_models import class_model, make_prompts, write_merged
+from helpers.class_models import DECISION, class_model, make_prompts, make_strip, write_merged
 from sam2_lora_ext.class_prompts.decide import decide
 from sam2_lora_ext.deploy.stock import noise_pixels
 from sam2_lora_ext.inspection.network import ClassNetwork

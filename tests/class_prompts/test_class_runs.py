@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from training.optimizer import construct_optimizer
 
-from helpers.class_batches import CLASSES, class_batch, class_model
+from helpers.class_batches import CLASSES
 from helpers.ranks import run_ranks
 from helpers.small_runs import config_of, environment, train_here
 from sam2_lora_ext.adapters.class_prompts import load_class_prompts
@@ -91,31 +90,10 @@ PROGRAM = """
 import os, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_class_runs import gradients_of_ranks
+from helpers.class_batches import gradients_of_ranks
 rank = int(os.environ["RANK"])
 torch.save(gradients_of_ranks(rank), Path(sys.argv[1], f"{{rank}}.pt"))
 """
-
-
-def gradients_of_ranks(rank: int) -> dict:
-    """Of a class step whose last class is on rank 1 alone, then of a click step, through DDP."""
-    from test_class_steps import loss_of
-    from torch.nn.parallel import DistributedDataParallel
-
-    from helpers.small_runs import make_batch
-
-    model = class_model(activations="stock").train()  # makes and ends a process group of its own
-    dist.init_process_group("gloo")
-    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
-    found = {}
-    for kind, batch in (
-        ("classes", class_batch([[1], [255]][rank : rank + 1], seed=rank)),
-        ("clicks", make_batch([[1_000_001]], seed=rank)),
-    ):
-        model.zero_grad()
-        loss_of(batch, wrapped(batch)[0]).backward()
-        found[kind] = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
-    return found
 
 
 def test_no_rank_waits_for_a_token_of_a_class_that_it_lacks(tmp_path, repository):

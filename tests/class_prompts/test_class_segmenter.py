@@ -9,7 +9,7 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from scipy import ndimage
 
-from helpers.class_models import class_model, make_prompts, write_merged
+from helpers.class_models import class_model, make_prompts, make_strip, write_merged
 from helpers.stock_models import NANO, build
 from sam2_lora_ext.adapters.decision import ABSENT, Decision
 from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles
@@ -23,13 +23,6 @@ from sam2_lora_ext.lora.class_tokens import ClassTokens, find_tokens
 from sam2_lora_ext.utils.errors import UserError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # batches of another size add in another order
-
-
-def make_strip(height: int = 64, width: int = 300, seed: int = 0) -> np.ndarray:
-    """Smooth noise uint8 [H, W, 3]."""
-    noise = np.random.default_rng(seed).random((height, width, 3))
-    smooth = ndimage.gaussian_filter(noise, (4, 4, 0))
-    return np.uint8(255 * (smooth - smooth.min()) / (smooth.max() - smooth.min()))
 
 
 def test_all_classes_at_once_equal_stock_asked_class_by_class() -> None:

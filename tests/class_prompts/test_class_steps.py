@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from training.trainer import CORE_LOSS_KEY
 
-from helpers.class_batches import CLASSES, class_batch, class_model
+from helpers.class_batches import CLASSES, LOSS, STOCKS, class_batch, class_model, loss_of
 from helpers.small_runs import make_batch, make_model
 from sam2_lora_ext.class_prompts.steps import steel_without_objects
 from sam2_lora_ext.lora.class_tokens import find_tokens
@@ -15,8 +15,6 @@ from sam2_lora_ext.utils.errors import UserError
 
 PRESENT = [[1, 255], [2]]
 SCORES = "multistep_object_score_logits"
-LOSS = {"loss_mask": 20, "loss_dice": 1, "loss_iou": 1, "loss_class": 1}
-STOCKS = {"pred_obj_scores": True, "supervise_all_iou": True, "iou_use_l1_loss": True}
 
 
 def run(model: nn.Module, batch: object, train: bool = True, seed: int = 5) -> dict:
@@ -25,11 +23,6 @@ def run(model: nn.Module, batch: object, train: bool = True, seed: int = 5) -> d
     torch.manual_seed(seed)
     model.rng = np.random.default_rng(seed)
     return model(batch)[0]
-
-
-def loss_of(batch: object, outputs: dict, **settings: object) -> Tensor:
-    loss = SeverstalLoss(LOSS | settings.pop("weights", {}), implementation="lean", **STOCKS, **settings)
-    return loss([outputs], batch.masks)[CORE_LOSS_KEY]
 
 
 def low_scores(model: nn.Module, by: float = -50.0) -> None:

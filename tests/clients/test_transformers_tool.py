@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_merge_tools import BLOCKED
 
+from helpers.blocked import BLOCKED
 from helpers.small_runs import environment, train_here
 from helpers.stock_models import TINY
 from helpers.transformers_models import adapted, their_model

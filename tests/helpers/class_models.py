@@ -1,8 +1,10 @@
-"""Stock models with class prompts for tests: random tokens, or tokens made of clicks, and files of them."""
+"""Stock models with class prompts for tests: random tokens, files of them, and strips to inspect."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import nn
 
 from helpers.stock_models import NANO, build
@@ -13,6 +15,16 @@ from sam2_lora_ext.host.class_encoder import install_class_prompts
 from sam2_lora_ext.lora.class_tokens import ClassTokens
 
 NAMES = ("scratch", "scale", "patch")
+DECISION = Decision(  # as if fitted; components below 20 pixels are dropped
+    (0.0, 0.0, 0.0), (1.0,) * 3, (0.0,) * 3, (20, 20, 20), (20, 20, 20), (0.0,) * 3, fitted=True
+)
+
+
+def make_strip(height: int = 64, width: int = 300, seed: int = 0) -> np.ndarray:
+    """Smooth noise uint8 [H, W, 3]."""
+    noise = np.random.default_rng(seed).random((height, width, 3))
+    smooth = ndimage.gaussian_filter(noise, (4, 4, 0))
+    return np.uint8(255 * (smooth - smooth.min()) / (smooth.max() - smooth.min()))
 
 
 def make_prompts(

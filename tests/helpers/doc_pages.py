@@ -15,10 +15,13 @@ ELSEWHERE = {  # what other tests run, to the letter or as a user would
     "pip install": "test_install.py",
     "cd sam2 &&": "test_install.py",
     "--use-cluster": "test_slurm.py",
+    "tools/serve.py": "test_serve_tool.py",  # it serves until Ctrl-C
 }
 SMALL = [  # (what a page says, what is run here)
     ("configs/sam2.1/sam2.1_hiera_l.yaml", "configs/sam2_nano.yaml"),
     ("-c configs/severstal_lora.yaml", "-c quick.yaml"),
+    ("-c configs/severstal_lora_classes.yaml", "-c quick_classes.yaml"),
+    (" strips/ ", " severstal/train_images "),
     ("-c severstal_lora_video", "-c quick.yaml"),
     ("-c severstal_lora ", "-c quick.yaml "),
     ("--device cuda", "--device cpu"),
@@ -27,6 +30,7 @@ SMALL = [  # (what a page says, what is run here)
     ("--grid lora.rank=4,8,16", "scratch.steps=2 --grid lora.rank=2,4"),
     ("S = 1024", "S = 128"),
     ('steel.pt")', 'steel.pt", device="cpu")'),
+    ("apply_postprocessing=False)", 'apply_postprocessing=False, device="cpu")'),
     ("predictor = SAM2ImagePredictor(model)", "predictor = fit_predictor(SAM2ImagePredictor(model))"),  # not 1024 px
 ]
 PRELUDE = """

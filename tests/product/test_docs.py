@@ -89,6 +89,9 @@ class Desk:
         make_marks(folder / "data/marks")
         for name in ("tools", "benchmarks", "configs"):
             (folder / name).symlink_to(ROOT / name)
+        classes = "launcher.experiment_log_dir=runs/severstal_lora_classes"
+        classes = write_config(folder / "config", [classes], "configs/demo_classes.yaml")
+        classes.rename(folder / "config/quick_classes.yaml")
         config = write_config(folder / "config", ["launcher.experiment_log_dir=runs/severstal_lora"])
         self.folder, self.done = folder, set()
         self.env = {
