@@ -28,7 +28,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out", "o/" + "x" * 201], "too long for a file system"),
         (["--out", "/proc/x"], "/proc is no folder that can be written to"),
         (["--data", "/dev/null"], "a pipe or a device stands there; name a data set"),
-        (["--compare", "m=/dev/zero"], "a pipe or a device stands there: give a run folder"),
+        (["--compare", "m=/dev/zero"], "is a pipe or a device, not a file: give a run folder"),
         (["--device", "cuda:77"], "is not there"),
     ],
 )

@@ -216,7 +216,7 @@ def test_shapes_and_modules_of_another_model(trained):
         with pytest.raises(UserError, match=words):
             attach_adapter(other, changed)
         assert same(values(other), before) and not list(lora_layers(other))
-    with pytest.raises(UserError, match="does not exist in this model: the adapter is of another one"):
+    with pytest.raises(UserError, match="does not exist in this model: the adapter belongs to another model"):
         apply_adapter(trained, changed)
 
 
