@@ -36,7 +36,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, metavar="FILE", help="weights: the model itself, or the base of adapters")
     add("--adapter", type=Path, metavar="PATH", help="a run folder, an adapter folder or a Trainer's checkpoint.pt")
     add("--compare", nargs="+", metavar="[NAME=]PATH", help="several models; the others are compared with the first")
-    add("--config", metavar="NAME", help="the stock config, as build_sam2 takes it (default: identified from the weights)")
+    add("--config", metavar="NAME", help="the stock config, as build_sam2 takes it (default: by the weights)")
     add(
         "--image-size",
         type=number(RESOLUTION),
@@ -70,7 +70,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--same-clicks",
         action="store_true",
-        help="all models get the clicks on the first model's errors (default: from the second click on, on their own errors)",
+        help="all models get the clicks on the first model's errors (default: after the first click, on their own)",
     )
     add("--clean-clicks", type=number(FEW), default=4, help="clicks on each clean image (default: 4)")
     add("--tile", type=number(COUNT), metavar="COLUMNS", help="segment the strip in tiles of this width")

@@ -16,8 +16,8 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing
 
 RECORDS = ("evaluation.json", "evaluation.md")  # in the output folder
-LONGEST = 200  # bytes of a folder's name: file systems end at 255
-DEEPEST = 3500  # bytes of the output folder's path: Linux ends at 4096
+LONGEST = 200  # bytes of a folder's name: the limit of file systems is 255
+DEEPEST = 3500  # bytes of the output folder's path: the limit of Linux is 4096
 
 
 def prepare(

@@ -139,7 +139,7 @@ def check_device(device: str) -> None:
         "mps": torch.backends.mps.is_available(),
     }
     if not there.get(kind.type, False):
-        raise UserError(f"--device {device} does not exist: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise UserError(f"--device {device} is missing: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
 
 
 def split_name(text: str) -> tuple[str | None, Path]:

@@ -180,7 +180,7 @@ def averages(rows: Sequence[Row]) -> dict[str, float]:
 
 @torch.inference_mode()
 def max_logit_difference(one: SAM2Base, other: SAM2Base, samples: Iterable[Sample]) -> float:
-    """The largest difference of low-resolution mask logits over all samples: three masks of a click and one of a box."""
+    """The largest difference of low-resolution logits over all samples: three masks of a click, one of a box."""
     largest = 0.0
     predictors = make_predictor(one.eval()), make_predictor(other.eval())
     for sample in samples:

@@ -28,7 +28,7 @@ def auroc(defects: Sequence[float], sound: Sequence[float]) -> float | None:
 
 
 def false_alarms(defects: Sequence[float], sound: Sequence[float], recall: float = 0.95) -> tuple[float, float] | None:
-    """The share of clicks on clean steel detected as defects at the highest threshold that finds `recall` of the defects.
+    """The share of clean clicks detected as defects, at the highest threshold that finds `recall` of the defects.
 
     Returns:
         The share and the threshold t (a click with a score of at least t is a defect); None where clicks are missing.

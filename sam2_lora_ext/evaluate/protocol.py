@@ -13,7 +13,7 @@ class Protocol:
 
     Args:
         clicks: the numbers of clicks that are reported.
-        max_clicks: largest number of clicks on an object (for clicks to reach an IoU); at least the largest of `clicks`.
+        max_clicks: largest number of clicks per object (for clicks to reach an IoU); at least the largest of `clicks`.
         shifts: shares by which boxes are shifted.
         tolerance: of the boundary F, in pixels.
         clean_clicks: clicks on each clean image.

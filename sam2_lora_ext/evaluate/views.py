@@ -17,8 +17,8 @@ from torch import Tensor
 from sam2_lora_ext.data.tiles import stitch, tile_starts
 from sam2_lora_ext.evaluate.predictor import Prompter, make_predictor
 
-NOTHING = -32.0  # logit where nobody was asked; the predictors clamp theirs here too
-BATCH = 16  # objects asked about at once
+NOTHING = -32.0  # logit without a prompt; the predictors clamp theirs here too
+BATCH = 16  # objects per batch of prompts
 
 Clicks = tuple[Tensor, Tensor]
 """Coordinates float [P, 2] and labels int [P] (1 positive, 0 negative) of one object."""
@@ -81,7 +81,7 @@ class TiledView:
 
     A click prompts the tiles that contain it, once they have a positive one; a box prompts all tiles that it
     intersects, each with its part of the box. Where tiles overlap, their logits are averaged as in `tiles.stitch`;
-    without any prompted tile the mask is empty. So an object across two tiles may need a click in each; all are counted.
+    without any prompted tile the mask is empty. So an object across two tiles may need a click in each; both count.
     """
 
     def __init__(
