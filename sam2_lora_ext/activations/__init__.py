@@ -1,2 +1,1 @@
-"""Training SAM 2 in less memory and time: the loss, what is kept for backward, and some of stock's operations, to
-rounding."""
+"""Training SAM 2 in less memory and time with the same results to rounding: losses, activations, operations."""

@@ -1,6 +1,6 @@
-"""Keeps frozen weights in the type that autocast casts them to anyway, at each use: half the bytes, and no casts.
+"""Stores frozen weights in the dtype to which autocast would cast them at each use: half the bytes and no casts.
 
-A weight that is read by a matrix product or a convolution alone is only ever seen in that type, so not a bit changes.
+Autocast casts a weight that only matrix products and convolutions read at every use, so results stay bitwise the same.
 Merging and exporting an adapter read the base from its file, not from here.
 """
 
@@ -9,13 +9,13 @@ from torch import nn
 
 from sam2_lora_ext.lora.variants import DoRALinear
 
-CAST = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)  # autocast's list, as far as SAM 2 has it
+CAST = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)  # autocast's list, restricted to SAM 2's operations
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the frozen weights and biases of the model's matrix products and convolutions, in place."""
     for module in model.modules():
-        if isinstance(module, CAST) and not isinstance(module, DoRALinear):  # DoRA also measures its weight
+        if isinstance(module, CAST) and not isinstance(module, DoRALinear):  # DoRA also computes the norm of its weight
             for parameter in (module.weight, module.bias):
                 if parameter is not None and not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)

@@ -1,8 +1,8 @@
-"""Frozen convolutions that keep nothing for backward: the gradient of their input needs the weight alone.
+"""Frozen convolutions that save nothing for backward: the gradient of their input needs the weight alone.
 
-Stock keeps the input too. SAM 2's two largest feature maps, the neck's at a quarter and an eighth of the image's side,
+Stock saves the input too. SAM 2's two largest feature maps, the neck's at a quarter and an eighth of the image's side,
 are read by frozen 1x1 convolutions only, the image's tokens after the two-way transformer by a
-frozen transposed one, and the masks of a step before by those of the prompt encoder.
+frozen transposed one, and the masks of the previous step by those of the prompt encoder.
 """
 
 import torch
@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 
 class LeanConv2d(nn.Conv2d):
-    """`nn.Conv2d` that keeps its input only while its weight is trained; for padding with zeros."""
+    """`nn.Conv2d` that saves its input only while its weight is trained; for padding with zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _frozen(self, x, False) if _is_frozen(self, x) else super().forward(x)
 
 
 class LeanConvTranspose2d(nn.ConvTranspose2d):
-    """`nn.ConvTranspose2d` that keeps its input only while its weight is trained."""
+    """`nn.ConvTranspose2d` that saves its input only while its weight is trained."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         return (
@@ -69,7 +69,7 @@ class _FrozenConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # for its layout: in another the product takes three times as long
+        # keeps the layout: in another one the product takes three times as long
         x = dy.new_empty_strided(ctx.size, ctx.strides)
         dx, _, dbias = torch.ops.aten.convolution_backward(
             dy, x, weight.to(dy.dtype), [dy.shape[1]], *ctx.how, (True, False, ctx.needs_input_grad[2])

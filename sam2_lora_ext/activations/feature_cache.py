@@ -1,10 +1,10 @@
-"""Features of a frozen image encoder, kept on disk: training the decoder alone then encodes each image once.
+"""Features of a frozen image encoder, cached on disk: training the decoder alone then encodes each image once.
 
-A file holds one image's feature maps as the decoder reads them, in the type in which they came. Its name is a hash of
-all that they depend on: the pixels as the encoder sees them (so crop, flips and brightness too), its modules and
-weights (as they are at first use), and autocast's type. So runs, ranks and validations may share a folder; but only an
-image that comes again to the bit is found again. When the bound is reached nothing more is stored: to drop the oldest
-for the newest would, in passes over a larger data set, find nothing at all.
+A file holds one image's feature maps as the decoder reads them, in the encoder's output dtype. Its name is a hash of
+all that they depend on: the encoder's input pixels (so crop, flips and brightness too), its modules and weights (as
+they are at first use), and autocast's dtype. So runs, ranks and validations may share a folder; but only a bitwise
+identical image is found again. At the size limit nothing more is stored: evicting the oldest file would, in passes
+over a data set larger than the limit, never find any.
 
 Shapes: B images, C H W of a feature map, by level from the largest to the smallest.
 """
@@ -32,10 +32,10 @@ class FeatureCache:
 
     Args:
         config: `folder`, and `max_gb`, the size (10^9 bytes) up to which this run, on all its ranks, fills the folder.
-        parts: what makes the features: frozen modules by name. They are hashed when first used, after loading.
+        parts: the frozen modules that compute the features, by name; hashed at first use, after loading.
 
     Raises:
-        UserError: a setting is wrong, or one of the modules is trained or draws at random.
+        UserError: a setting is wrong, or one of the modules is trained or random.
     """
 
     def __init__(self, config: Mapping[str, Any], parts: Mapping[str, nn.Module]):
@@ -96,8 +96,8 @@ class FeatureCache:
             return [level.permute(2, 0, 1) if name.endswith("hwc") else level for name, level in levels]
         except FileNotFoundError:
             return None
-        except Exception as error:  # whatever is wrong with a file, it can be made again
-            log.warning("the stored features %s cannot be read (%s) and are made again", path, error)
+        except Exception as error:  # any unreadable file can be computed again
+            log.warning("the stored features %s cannot be read (%s) and are computed again", path, error)
             return None
 
     def _write(self, path: Path, maps: Maps) -> None:
@@ -123,6 +123,6 @@ def _channels_last(level: Tensor) -> bool:
 
 
 def _stacked(level: tuple[Tensor, ...]) -> Tensor:
-    """Maps (C, H, W) as one (B, C, H, W) in their own layout, on which the last bits of later results depend."""
+    """Maps (C, H, W) as one (B, C, H, W) in their own memory layout, which affects the rounding of later results."""
     layout = torch.channels_last if _channels_last(level[0]) else torch.contiguous_format
     return torch.stack(level).contiguous(memory_format=layout)

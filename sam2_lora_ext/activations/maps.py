@@ -1,4 +1,4 @@
-"""Norms and position encodings of maps (B, C, H, W) by fewer operations than stock's."""
+"""Norms and position encodings of maps (B, C, H, W) in fewer operations than stock's."""
 
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam2_utils import LayerNorm2d
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class LeanLayerNorm2d(LayerNorm2d):
-    """`LayerNorm2d` over the channels, to rounding, as torch's own: one operation for nine, which keeps its input once.
+    """`LayerNorm2d` by torch's own layer norm, same to rounding: one operation instead of nine, saves its input once.
 
     Under a CPU's autocast the result has the type of the input, where stock's is float32.
     """
@@ -18,9 +18,9 @@ class LeanLayerNorm2d(LayerNorm2d):
 
 
 class UnreadPositions(PositionEmbeddingSine):
-    """The neck's position encodings, which stock makes, holds and copies for every level and reads for one.
+    """The neck's position encodings: stock computes and copies them for every level but reads those of one.
 
-    That one is what `positions` makes.
+    `positions` computes that one.
     """
 
     positions = PositionEmbeddingSine.forward

@@ -1,14 +1,13 @@
-"""The sums over pixels that SAM 2's mask losses are made of, keeping nothing for backward but the small logits.
+"""The sums over pixels in SAM 2's mask losses; only the logits at low resolution are saved for backward.
 
-With g the target (0 or 1) and z = (1 - 2 g) x the logit away from it, q = sigmoid(z) is the probability of the wrong
-answer:
+With g the target (0 or 1), x the logit and z = (1 - 2 g) x, q = sigmoid(z) is the probability of the wrong answer:
 
     focal    = mean of w q^gamma softplus(z),  w = alpha where g = 1, 1 - alpha elsewhere (1 everywhere for alpha < 0)
     overlap  = sum of p g,   drawn = sum of p,  p = sigmoid(x)
     dfocal/dx = (1 - 2 g) w q^gamma (gamma (1 - q) softplus(z) + q) / (H W),   dp/dx = q (1 - q)
 
-SAM 2 enlarges its masks four times (bilinearly) before the loss. Here they are enlarged inside, in forward and again in
-backward, all maps of a prediction step at once; above `MOST_NUMBERS` by several objects at a time.
+SAM 2 upsamples its masks by a factor of four (bilinearly) before the loss. Here they are upsampled inside, in forward
+and again in backward, all maps of a prediction step at once; above `MOST_NUMBERS` a few objects at a time.
 
 Shapes: O objects, M mask channels, H W pixels of the targets, h w of the logits: H W or smaller.
 """
@@ -96,7 +95,7 @@ def _each(values: Tensor) -> Tensor:
 
 
 def _enlarged(logits: Tensor, targets: Tensor) -> Tensor:
-    """Maps [O M h w] at the size of the targets, as SAM 2 enlarges its masks, in float32 or wider."""
+    """Maps [O M h w] at the size of the targets, upsampled as in SAM 2, in float32 or wider."""
     x, size = logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.shape[2:]
     return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
@@ -104,8 +103,8 @@ def _enlarged(logits: Tensor, targets: Tensor) -> Tensor:
 def _reduced(dy: Tensor, size: torch.Size) -> Tensor:
     """The gradient at the small maps, of `size`, from that at the large ones [O M H W].
 
-    Two products with the weights of the enlargement along each side: on a GPU they repeat exactly, torch's own gradient
-    of `interpolate` does not. Where TF32 is allowed, they are in TF32 like other products.
+    Two products with the interpolation weights of each side: on a GPU they are deterministic, torch's own gradient of
+    `interpolate` is not. Where TF32 is allowed, they are in TF32 like other products.
     """
     if dy.shape[2:] == size:
         return dy
@@ -114,7 +113,7 @@ def _reduced(dy: Tensor, size: torch.Size) -> Tensor:
 
 
 def _weights(small: int, large: int, like: Tensor) -> Tensor:
-    """What each of `small` pixels gives to each of `large` ones, (small, large)."""
+    """The interpolation weight of each of `small` pixels in each of `large` ones, (small, large)."""
     unit = torch.eye(small, dtype=like.dtype, device=like.device)
     return F.interpolate(unit[None], large, mode="linear", align_corners=False)[0]
 
@@ -130,5 +129,5 @@ def _inside(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _times_power(x: Tensor, q: Tensor, gamma: float) -> Tensor:
-    """x q^gamma, in place of x."""
+    """x q^gamma, computed in place in x."""
     return x.mul_(q).mul_(q) if gamma == 2 else x.mul_(q**gamma)

@@ -1,8 +1,8 @@
-"""What a training step keeps for backward and what it computes again, by part of a stock SAM 2.
+"""Selective activation recomputation: what a training step saves for backward and what it recomputes.
 
-Parts are frozen convolutions that keep no input, max-pooling that keeps small indices, norms in one operation, and
-activation checkpointing (arXiv 1604.06174) of trunk blocks and prediction steps. No module is added, so the keys of a
-checkpoint stay Meta's; classes are swapped in place.
+The settings are frozen convolutions that save no input, max-pooling that saves small indices, norms in one operation,
+and activation checkpointing (arXiv 1604.06174) of trunk blocks and prediction steps. Classes of modules are swapped in
+place and no module is added, so the keys of a checkpoint stay Meta's.
 """
 
 import logging
@@ -31,13 +31,13 @@ class ActivationsConfig:
     """An `activations:` block.
 
     Attributes:
-        encoder: share, 0 to 1, of the trunk's activations that backward computes again.
-        decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder) that backward computes again.
-        pool: max-pooling of the trunk keeps one byte for each result.
-        conv: frozen convolutions keep no input.
+        encoder: share, 0 to 1, of the trunk's activations that backward recomputes.
+        decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder) that backward recomputes.
+        pool: max-pooling of the trunk saves one byte for each result.
+        conv: frozen convolutions save no input.
         norms: norms over channels as one operation.
-        positions: the neck's position encodings of the last level alone, which alone are read.
-        weights: under autocast, frozen weights are held in its type (see `activations.cast`).
+        positions: only the neck's position encodings of the last level, the only ones that are read.
+        weights: under autocast, frozen weights are stored in its dtype (see `activations.cast`).
     """
 
     encoder: float = 0.0
@@ -59,7 +59,7 @@ class ActivationsConfig:
 
     @classmethod
     def of(cls, config: "ActivationsConfig | Mapping[str, Any] | str") -> "ActivationsConfig":
-        """A preset by name, or what a mapping says.
+        """A preset by name, or a policy from a mapping of settings.
 
         Raises:
             UserError: there is no such preset or setting, or a value is wrong.
@@ -84,7 +84,7 @@ PRESETS = {
 
 
 def renamed(memory: Mapping[str, Any] | str) -> ActivationsConfig:
-    """What a `memory:` block of version 0.1 is called now, with a word in the log about what is gone."""
+    """The settings of a `memory:` block of version 0.1 under their current names; a warning names the removed ones."""
     if isinstance(memory, str):
         return ActivationsConfig.of(memory)
     check_keys("memory", memory, ("encoder", "decoder", "pool", "conv", "operations", "selective", "weights"))
@@ -98,14 +98,14 @@ def renamed(memory: Mapping[str, Any] | str) -> ActivationsConfig:
 
 
 class CheckpointedBlock(MultiScaleBlock):
-    """A block of Hiera that keeps its input alone."""
+    """A block of Hiera that saves only its input for backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpointed(super().forward, x)
 
 
 def make_lean(model: nn.Module, config: ActivationsConfig) -> None:
-    """Changes the classes of parts of a SAM 2, in place, to those that `config` asks for."""
+    """Swaps classes of modules of a SAM 2, in place, as `config` sets."""
     encoder, prompts, decoder = model.image_encoder, model.sam_prompt_encoder, model.sam_mask_decoder
     if config.pool:
         _swap(encoder.trunk.modules(), {nn.MaxPool2d: LeanMaxPool2d})
@@ -126,8 +126,7 @@ def _swap(modules: Iterable[nn.Module], classes: Mapping[type, type]) -> None:
 
 
 def falls_due(count: int, share: float) -> bool:
-    """Whether the `count`-th of a series, from 1 on, is among the `share` of it that is taken: the first, then
-    evenly."""
+    """Whether element `count` (from 1 on) of a series is in a `share` of it, evenly spaced from the first on."""
     return math.ceil(count * share) > math.ceil((count - 1) * share)
 
 
@@ -138,6 +137,6 @@ def blocks_for_share(blocks: nn.ModuleList, share: float) -> int:
     """
     held, size = [0.0], 1.0
     for block in blocks:
-        held.append(held[-1] + size)  # the first block of a stage still works at the resolution before it
+        held.append(held[-1] + size)  # the first block of a stage still works at the resolution of the previous stage
         size = size / 2 if block.q_stride else size
     return sum(count <= share * held[-1] for count in held[1:])

@@ -1,6 +1,6 @@
-"""2x2 max-pooling that keeps one byte for each result: which of its window's four numbers is the largest.
+"""2x2 max-pooling that saves one byte for each result: the index of the largest of its window's four values.
 
-Stock's keeps its input and an index of eight bytes for each result. Both compute with torch's own operations.
+Stock's saves its input and an index of eight bytes for each result. Both compute with torch's own operations.
 """
 
 import torch
@@ -35,14 +35,14 @@ class _MaxPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         (place,) = ctx.saved_tensors
-        # its numbers nobody reads
+        # only its shape is read
         x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.layout)
         index = place % 2 + (place // 2).long() * ctx.shape[3] + _firsts(x)
         return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
 
 
 def _firsts(x: Tensor) -> Tensor:
-    """The indices (H / 2, W / 2), int64, of the windows' first numbers in a map (B, C, H, W)."""
+    """The indices (H / 2, W / 2), int64, of the windows' first values in a map (B, C, H, W)."""
     height, width = x.shape[2:]
     rows, columns = (torch.arange(0, side, 2, device=x.device) for side in (height, width))
     return rows[:, None] * width + columns

@@ -1,1 +1,1 @@
-"""Adapters and weights on disk: PEFT folders, sources, merging and its way back. torch and safetensors only."""
+"""Adapters and weights on disk: PEFT folders, sources, merging and unmerging. torch and safetensors only."""

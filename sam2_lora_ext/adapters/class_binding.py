@@ -1,4 +1,4 @@
-"""Class prompts on their way from a model or a checkpoint to an adapter folder, and whether they belong together.
+"""Carries class prompts from a model or a checkpoint to an adapter folder, and checks that they belong together.
 
 Needs torch and safetensors only.
 """
@@ -22,7 +22,7 @@ CLASS_PROMPTS = "class_prompts"  # the entry of a checkpoint's notes and of an a
 
 
 def facts_of(model: nn.Module) -> dict[str, Any] | None:
-    """What a checkpoint notes about a SAM 2's class prompts, as plain values; None where it has none."""
+    """The notes in a checkpoint about a SAM 2's class prompts, as plain values; None where it has none."""
     tokens = find_tokens(model)
     if tokens is None:
         return None
@@ -36,9 +36,9 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def prompts_of_state(state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> ClassPrompts | None:
-    """The class prompts in a training state dict, by what its checkpoint notes; None where there are none.
+    """The class prompts in a training state dict, with the checkpoint's notes about them; None where there are none.
 
-    The decision is the default: thresholds are fitted to weights, once these are trained.
+    The decision is the default: thresholds are fitted after training, to its final weights.
 
     Raises:
         UserError: it holds tokens, but the notes about them are missing or damaged.
@@ -64,12 +64,12 @@ def prompts_of(model: nn.Module, base_id: str | None) -> ClassPrompts | None:
 
 
 def tokens_of(prompts: ClassPrompts) -> ClassTokens:
-    """The module that class prompts are in a model."""
+    """The module that holds class prompts in a model."""
     return ClassTokens(prompts.tokens, prompts.class_ids, prompts.class_names, prompts.crop, prompts.decision.exclusive)
 
 
 def tokens_digest(prompts: ClassPrompts) -> str:
-    """SHA-256 of the tokens and of what they stand for; thresholds, which may be fitted anew, do not count."""
+    """SHA-256 of the tokens and their classes; without the thresholds, which may be fitted again."""
     digest = hashlib.sha256(json.dumps([prompts.class_ids, prompts.class_names, list(prompts.tokens.shape)]).encode())
     digest.update(prompts.tokens.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -80,17 +80,17 @@ def prompts_in_folder(folder: Path, digest: Any) -> ClassPrompts | None:
 
     Args:
         folder: of the adapter.
-        digest: what the adapter's header says of their `tokens_digest`; None where it says nothing.
+        digest: their `tokens_digest` in the adapter's header; None where it has none.
 
     Raises:
-        UserError: they are missing or damaged, or there are some that the header does not know.
+        UserError: they are missing or damaged, or the header does not list them.
     """
     file = folder / TOKENS
     if digest is None:
         if file.exists():
             raise UserError(
-                f"the adapter in {folder} was trained without class prompts, so {TOKENS} is another one's: "
-                "take it away, or copy the whole folder again"
+                f"the adapter in {folder} was trained without class prompts, so {TOKENS} belongs to another: "
+                "remove it, or copy the whole folder again"
             )
         return None
     prompts = load_class_prompts(file)

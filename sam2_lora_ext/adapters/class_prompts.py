@@ -1,12 +1,12 @@
-"""Class prompts on disk: the tokens, what they stand for, and how to decide. torch and safetensors are all it takes.
+"""Class prompts on disk: tokens, classes and decision. Needs torch and safetensors only.
 
     <adapter folder>/class_prompts.safetensors       of an adapter
     <name>.class_prompts.safetensors                 beside merged weights <name>.safetensors
-    the key `class_prompts` beside `model`           inside merged weights .pt, where stock SAM 2 does not look
+    the key `class_prompts` beside `model`           inside merged weights .pt, ignored by stock SAM 2
 
 The tensor is `tokens` float32 [C, K, D]: C classes in ascending order of their ids, K tokens each, D numbers a token.
-All else is one JSON text: `sam2_lora_ext` in the safetensors header, `header` in the entry of a .pt. `digest` says
-which weights the tokens belong to: the digest of the adapter folder, or `weights_id` of merged weights.
+All else is one JSON text: `sam2_lora_ext` in the safetensors header, `header` in the entry of a .pt. `digest`
+identifies the weights of the tokens: the digest of the adapter folder, or `weights_id` of merged weights.
 """
 
 import json
@@ -32,17 +32,17 @@ FACTS = ("class_ids", "class_names", "crop", "resolution", "base_id", "digest")
 
 @dataclass(frozen=True)
 class ClassPrompts:
-    """What a segmenter needs beside the weights.
+    """All that a class segmenter needs in addition to the weights.
 
     Args:
         tokens: float32 [C, K, D].
         class_ids: of the class table, ascending.
         class_names: in the order of the ids.
         decision: thresholds, calibration and areas.
-        crop: columns of a training window, as the tiles of a strip must have them; None for whole images.
+        crop: columns of a training window and of the tiles in use; None for whole images.
         resolution: pixels of a side of the model's input.
-        base_id: `weights_id` of the base that was adapted, None where it is not known.
-        digest: of the weights that the tokens belong to, "" where it is not known.
+        base_id: `weights_id` of the base that was adapted, None if unknown.
+        digest: of the weights that the tokens belong to, "" if unknown.
 
     Raises:
         UserError: they do not fit each other.
@@ -63,7 +63,7 @@ class ClassPrompts:
 
 
 def _fault(prompts: ClassPrompts) -> str | None:
-    """What is wrong, as the end of a sentence."""
+    """The first error, as the end of a sentence."""
     tokens, ids, names = prompts.tokens, prompts.class_ids, prompts.class_names
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.float32 or tokens.dim() != 3 or not tokens.numel():
         found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -95,10 +95,10 @@ def header_of(prompts: ClassPrompts) -> str:
 
 
 def from_header(tokens: Any, text: Any, where: str | Path) -> ClassPrompts:
-    """Class prompts from the tokens and what `header_of` gave.
+    """Class prompts from the tokens and the text of `header_of`.
 
     Raises:
-        UserError: it is something else, named by `where`.
+        UserError: the text is invalid; `where` names its file.
     """
     facts = parse_json(text, f"{where} is damaged: its class prompts' header") if isinstance(text, str) else None
     if not isinstance(facts, dict) or not isinstance(facts.get("version"), int):
@@ -120,14 +120,14 @@ def as_entry(prompts: ClassPrompts) -> dict[str, Any]:
 
 
 def from_entry(entry: Any, where: str | Path) -> ClassPrompts:
-    """What `as_entry` gave; raises `UserError` for anything else."""
+    """The inverse of `as_entry`; raises `UserError` for anything else."""
     if not isinstance(entry, Mapping) or set(entry) != {TOKENS, "header"}:
         raise UserError(f"{where} is damaged: its entry {KEY} is not what this package writes")
     return from_header(entry[TOKENS], entry["header"], where)
 
 
 def prompts_file(path: str | Path) -> Path:
-    """Where the class prompts of an adapter folder or of a .safetensors file lie; a file of them is itself the place.
+    """The path of the class prompts of an adapter folder or a .safetensors file; a file of them is its own.
 
     Args:
         path: an adapter folder or its weight file, merged weights, or a file of class prompts.
@@ -151,10 +151,10 @@ def save_class_prompts(prompts: ClassPrompts, path: str | Path, force: bool = Tr
 
 
 def load_class_prompts(path: str | Path) -> ClassPrompts | None:
-    """The class prompts of an adapter folder, of merged weights, or in a file of their own; None where there are none.
+    """The class prompts of an adapter folder, of merged weights, or in a separate file; None where there are none.
 
     Raises:
-        UserError: they are damaged, or the adapter beside them is another one.
+        UserError: they are damaged, or belong to another adapter than the one in their folder.
     """
     path = Path(path)
     file = prompts_file(path)
@@ -168,7 +168,7 @@ def load_class_prompts(path: str | Path) -> ClassPrompts | None:
     try:
         with safe_open(file, "pt") as opened:
             text = (opened.metadata() or {}).get(HEADER)
-            tokens = opened.get_tensor(TOKENS) if TOKENS in opened.keys() else None  # noqa: SIM118 (no mapping)
+            tokens = opened.get_tensor(TOKENS) if TOKENS in opened.keys() else None  # noqa: SIM118 (not a mapping)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{file} is damaged or no safetensors file ({error}): copy or export it again") from error
     prompts = from_header(tokens, text, file)

@@ -23,17 +23,17 @@ def combine(
     base: Mapping[str, Tensor],
     names: Sequence[str],
 ) -> Adapter:
-    """The adapter whose update is the weighted sum; in float64, except that a single one of weight 1 is itself.
+    """The adapter whose update is the weighted sum, in float64; a single adapter of weight 1 is returned unchanged.
 
     Args:
         adapters: at least one; each fits the base.
         weights: one factor an adapter; None for a single one means 1.
         base: the weights that all of them were trained on.
-        names: what to call them in a message.
+        names: of the adapters in messages.
 
     Raises:
-        UserError: the weights are not one finite number each, not 0; an adapter is there twice; they were trained on
-            different bases; DoRA, which is no sum, is among them; or what one trained in full another one changes too.
+        UserError: the weights are not one finite number other than 0 each; an adapter occurs twice; they were trained
+            on different bases; one is DoRA, which is not a sum; or one changes a module that another trained in full.
     """
     if weights is None and len(adapters) > 1:
         raise UserError(
@@ -45,7 +45,7 @@ def combine(
         raise UserError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters: give one each")
     for name, weight in zip(names, weights):
         if not math.isfinite(weight) or weight == 0:
-            raise UserError(f"the weight of {name} is {weight:g}: give a finite number, or leave it out for 0")
+            raise UserError(f"the weight of {name} is {weight:g}: give a finite number, or omit the adapter for 0")
     if weights == [1.0]:
         return adapters[0]
     _refuse_meaningless(adapters, names)
@@ -79,7 +79,7 @@ def _refuse_meaningless(adapters: Sequence[Adapter], names: Sequence[str]) -> No
     changed = [set(adapter.full) | {f"{name}.weight" for name in adapter.layers} for adapter in adapters]
     for index, (adapter, name) in enumerate(zip(adapters, names)):
         if adapter.is_dora:
-            raise UserError(f"{name} is DoRA, whose magnitudes are no part of a sum: merge it alone, with weight 1")
+            raise UserError(f"{name} is DoRA, whose magnitudes cannot be summed: merge it alone, with weight 1")
         for other in range(len(adapters)):
             if index != other and (both := sorted(set(adapter.full) & changed[other])):
                 raise UserError(

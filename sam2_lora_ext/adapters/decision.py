@@ -1,9 +1,9 @@
-"""From class logits and scores to masks: which classes are there, and which pixels are whose (`class_prompts.decide`).
+"""The decision from class logits and scores to masks: present classes and their pixels (`class_prompts.decide`).
 
-    z_c = scale_c * logit_c + bias_c             a scale that classes have in common
+    z_c = scale_c * logit_c + bias_c             calibrated logits, comparable between classes
     class c is present where score_c >= threshold_c
     pixel p is of class c where z_c(p) > 0, c is present and, if classes exclude each other, z_c(p) is the largest
-    a component (8-connected) of c stays with at least min_area_c pixels, or weak_area_c where score_c < weak_score_c
+    a component (8-connected) of c is kept with at least min_area_c pixels, or weak_area_c where score_c < weak_score_c
 
 Legend: C classes, by their position · H W pixels. Areas are in pixels of the image, scores and logits have no unit.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sam2_lora_ext.utils.errors import UserError
 
-ABSENT = -1024.0  # what SAM 2 itself writes where an object is not there
+ABSENT = -1024.0  # SAM 2's own logit where an object is absent
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Decision:
     """The numbers of the formulas above, one for each class.
 
     Args:
-        threshold: least object score of a class that is there.
+        threshold: least object score of a present class.
         scale: factor of a class's logits, above 0.
-        bias: summand of a class's logits.
+        bias: added to a class's logits.
         min_area: fewest pixels of a component.
         weak_area: fewest pixels of a component where the score is weak.
         weak_score: scores below it are weak.
-        exclusive: a pixel has one class at most.
-        fitted: whether these numbers come from validation data; else they are the default.
+        exclusive: a pixel has at most one class.
+        fitted: whether these numbers were fitted to validation data; otherwise they are the default.
     """
 
     threshold: tuple[float, ...]
@@ -58,7 +58,7 @@ class Decision:
 
     @classmethod
     def default(cls, classes: int, exclusive: bool = True) -> "Decision":
-        """What stands where nothing was fitted: score and logits above 0 as SAM 2 has them, and every area."""
+        """The decision before any fit: scores and logits above 0 as in SAM 2, and every area."""
         zeros, ones = (0.0,) * classes, (1.0,) * classes
         return cls(zeros, ones, zeros, (0,) * classes, (0,) * classes, zeros, exclusive)
 
@@ -71,7 +71,7 @@ class Decision:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Decision":
-        """What `as_dict` gave; raises `UserError` for anything else."""
+        """The inverse of `as_dict`; raises `UserError` for anything else."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != names:
             raise UserError(f"a decision has {', '.join(sorted(names))}, got {str(values)[:200]}")
@@ -84,18 +84,18 @@ class Decision:
 
 
 def calibrated(logits: Tensor, decision: Decision) -> Tensor:
-    """z [C, H, W] of logits [C, H, W]; any sizes may stand before C."""
+    """z [..., C, H, W] of logits [..., C, H, W]."""
     scale, bias = (torch.tensor(row, device=logits.device)[:, None, None] for row in (decision.scale, decision.bias))
     return logits.float() * scale + bias
 
 
 def claim(z: Tensor, present: Tensor, exclusive: bool) -> Tensor:
-    """The pixels bool [..., C, H, W] of each class, before areas are looked at.
+    """The pixels bool [..., C, H, W] of each class, before small areas are removed.
 
     Args:
         z: calibrated logits [..., C, H, W].
         present: bool [..., C].
-        exclusive: the largest takes the pixel, the first of equals.
+        exclusive: a pixel belongs to the class with the largest z, the first of equals.
     """
     z = z.masked_fill(~present.to(z.device)[..., None, None], ABSENT)
     masks = z > 0

@@ -1,9 +1,9 @@
-"""An adapter folder as one unit: its files are replaced together, and a digest says that they belong together.
+"""An adapter folder as one unit: its files are replaced together, and a digest proves that they belong together.
 
-The digest stands in the safetensors header's entry `sam2_lora_ext`, which PEFT's own adapters have not, and is over
+The digest is in the entry `sam2_lora_ext` of the safetensors header, which PEFT's own adapters lack. It covers
 
     tensors              names, types, shapes and values, in the order of the names
-    adapter_config.json  the fields of `BOUND`, which change what the tensors mean
+    adapter_config.json  the fields of `BOUND`, which change the meaning of the tensors
     the header           the parts of fused layers, the identity of the base, the digest of class prompts
 """
 
@@ -23,17 +23,17 @@ from sam2_lora_ext.utils.files import EXISTS
 from sam2_lora_ext.utils.folders import existing_folder, refuse_inputs, replace_folder
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-TOKENS = "class_prompts.safetensors"  # beside them where class prompts were trained, see `class_prompts`
+TOKENS = "class_prompts.safetensors"  # only with class prompts, see `class_prompts`
 PARTS = frozenset({CONFIG, WEIGHTS, OLD_WEIGHTS, TOKENS})
 HEADER, FUSED, DIGEST = "sam2_lora_ext", "fused", "digest"
-TOKENS_DIGEST = "class_prompts"  # the header's entry that says which class prompts belong to the adapter
+TOKENS_DIGEST = "class_prompts"  # the header's entry with the digest of the adapter's class prompts
 BOUND = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 log = logging.getLogger(__name__)
 
 
 def write_adapter_folder(folder: str | Path, write: Callable[[Path], Any], force: bool) -> None:
-    """Replaces an adapter folder by the one that `write` fills; see `utils.folders.replace_folder`."""
+    """Replaces an adapter folder by a new one that `write` fills; see `utils.folders.replace_folder`."""
     replace_folder(folder, write, PARTS, force=force)
 
 
@@ -42,7 +42,7 @@ def refuse_adapter_folder(out: Path, inputs: Iterable[str | Path], force: bool) 
 
     Args:
         out: missing or an empty folder, or with `force` an adapter folder.
-        inputs: files and folders that are read, which it may not be, hold or lie in.
+        inputs: files and folders that are read; `out` may not be, contain or be inside one of them.
         force: replace an adapter.
     """
     refuse_inputs(out, inputs)
@@ -52,17 +52,17 @@ def refuse_adapter_folder(out: Path, inputs: Iterable[str | Path], force: bool) 
     if not force:
         raise UserError(EXISTS.format(out))
     if not is_adapter_folder(there):
-        raise UserError(f"--force replaces an adapter, but {out} is none: choose another folder")
+        raise UserError(f"--force replaces an adapter, but {out} is not one: choose another folder")
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether both files of an adapter are there; half an adapter is none."""
+    """Whether both files of an adapter exist; one alone is not an adapter."""
     folder = existing_folder(folder)
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, OLD_WEIGHTS))
 
 
 def digest_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Mapping[str, Any]) -> str:
-    """SHA-256 of what is said above.
+    """The SHA-256 described above.
 
     Args:
         tensors: of the weight file, on the CPU.

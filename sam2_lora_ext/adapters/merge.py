@@ -1,4 +1,4 @@
-"""Works adapters into base weights, so that stock SAM 2 loads the result: as state dicts, and from file to file."""
+"""Merges adapters into base weights for stock SAM 2: as state dicts, and from file to file."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ def merge_state_dict(
     adapter: Adapter,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The base's state dict with the adapter worked in, see `LayerAdapter.merged_weight`; what stays is `base`'s own.
+    """The base's state dict with the adapter merged, see `LayerAdapter.merged_weight`; other tensors are `base`'s own.
 
     Sums are in float64 and cast once: to the base's dtype, or to float32 where that is a half precision.
 
@@ -40,30 +40,30 @@ def merge_state_dict(
         dtype: for all floating-point tensors of the result, instead.
 
     Raises:
-        UserError: the adapter has modules or shapes that the base has not, or the result is not finite.
+        UserError: the adapter has modules or shapes that the base lacks, or the result is not finite.
     """
     require_fit(base, adapter)
     return _merge(base, adapter, dtype)
 
 
 def require_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
-    """Raises a `UserError` when the base has adapters itself, or the adapter's modules or shapes are not the base's."""
+    """Raises a `UserError` when the base has adapters, or the adapter's modules or shapes differ from the base's."""
     for key in base:
         if key.endswith(ADAPTER_KEYS):
-            raise UserError(f"the base has adapters itself ({key}): give the weights that its training began with")
+            raise UserError(f"the base has adapters itself ({key}): give the weights that its training started from")
     if words := adapter.misfit(base):
         raise UserError(
-            f"{words} in the base: the adapter is of another model than this base, which looks like "
+            f"{words} in the base: the adapter belongs to another model than this base, which looks like "
             f"{identify(base) or 'no stock SAM 2'}"
         )
 
 
 @dataclass
 class Merged:
-    """What a merge did, for messages, for the record beside the file and for `compare_merged`.
+    """The result of a merge, for messages, for the record of the file and for `compare_merged`.
 
     Attributes:
-        adapter: what was merged: the one adapter, or the combination.
+        adapter: the merged adapter, or the combination of several.
         sources: of each adapter, the path that was found, its weight in the sum, and its metadata.
         changed: number of tensors that now differ from the base's, or may.
         tensors: number of all.
@@ -71,7 +71,7 @@ class Merged:
         base_id: `weights_id` of the base.
         model: name of the stock config that it looks like.
         sha256: of the written file.
-        notes: what could not be checked, or was left out, if anything.
+        notes: sentences on what could not be checked or was omitted.
     """
 
     adapter: Adapter
@@ -105,9 +105,9 @@ def merge_files(
     Args:
         base: the weights that the adapters were trained on.
         adapters: one or several, see `find_adapter`.
-        out: the file to make, never one that is read.
-        weights: one factor an adapter, see `combine`; may be left out for a single one.
-        file_format: "pt" for what `build_sam2` loads, or "safetensors"; by default what the name of `out` says.
+        out: the file to write, never one that is read.
+        weights: one factor per adapter, see `combine`; optional for a single one.
+        file_format: "pt", which `build_sam2` loads, or "safetensors"; by default from the suffix of `out`.
         dtype: one of `names.DTYPES`; by default the base's, or float32 where that is a half precision.
         alpha: see `read_adapter`.
         force: replace an existing file.
@@ -140,14 +140,14 @@ def merge_to(
     alpha: float | None = None,
     progress: bool = False,
 ) -> Merged:
-    """Merges adapters into a base, and hands the result to `write(state, class_prompts, on_written)`.
+    """Merges adapters into a base, and passes the result to `write(state, class_prompts, on_written)`.
 
     Args:
-        base: see `merge_files`, as what is not named here.
+        base: see `merge_files`, as for arguments that are not listed here.
         write: writes both, and calls `on_written` with the file, open for reading, as `write_weights` does.
 
     Raises:
-        UserError: something is missing, damaged or of another model; then nothing is handed over.
+        UserError: something is missing, damaged or of another model; then `write` is not called.
     """
     found = [find_adapter(path) for path in adapters]
     state, hashes, left_out = read_weights(base), [], []
@@ -159,11 +159,11 @@ def merge_to(
                 require_fit(state, part)
             adapter = combine(read, weights, state, list(map(str, adapters)))
             merged = _merge(state, adapter, getattr(torch, dtype) if dtype else None, progress)
-        finally:  # a wrong base, which explains whatever else did not fit
+        finally:  # a wrong base explains any other mismatch
             notes = [check_base(base, state, part, base_id.result()) for part in read]
         prompts = adapter.class_prompts
         if prompts is None and any(part.class_prompts for part in read):
-            left_out.append("class prompts are left out: they answer on the adapter alone that they were trained with")
+            left_out.append("class prompts are left out: they work only with the adapter that they were trained with")
         write(merged, prompts, lambda file: hashes.append(other.submit(sha256_of, file)))
     return Merged(
         adapter,
@@ -188,14 +188,14 @@ def write_merged(
     force: bool = True,
     **more: Any,
 ) -> None:
-    """Writes merged weights and their class prompts: in a .pt as an entry of its own, else in a file beside it.
+    """Writes merged weights and their class prompts: in a .pt as a separate entry, else in a second file.
 
     Args:
-        out: the file to make.
+        out: the file to write.
         merged: its weights.
         file_format: see `write_weights`.
         prompts: None where there are none.
-        force: replace existing files; class prompts beside an earlier file go with it.
+        force: replace existing files, including the class prompts of an earlier file.
         more: see `write_weights`.
     """
     if prompts is not None:
@@ -233,7 +233,7 @@ def _merge(
 
 
 def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
-    """`layer.merged_weight(weight)` cast to `target`, some rows at a time: no whole matrix is in memory in float64."""
+    """`layer.merged_weight(weight)` cast to `target`, a few rows at a time: no full matrix is in float64."""
     a, b = layer.lora_a.double(), block_diagonal(layer.lora_b.double(), layer.parts)
     result = torch.empty_like(weight, dtype=target)
     rows = max(1, AT_ONCE // weight.shape[1])
@@ -246,7 +246,7 @@ def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """On two busy processors, starting and joining threads for each of many small sums takes ten times as long."""
+    """One thread: on a busy machine, starting threads for each of many small sums takes ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -256,13 +256,13 @@ def one_thread() -> Iterator[None]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # one NaN or infinity makes the sum so; only then is each value looked at, for a sum may just be too large
+    # one NaN or infinity makes the sum so; only then is each value checked, since a sum may also overflow
     return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def _shown(items: Collection[tuple[str, Tensor]], wanted: bool) -> Iterable[tuple[str, Tensor]]:
     try:
-        from tqdm import tqdm  # here, for merging must work without it
+        from tqdm import tqdm  # imported here, since merging must work without it
     except ImportError:
         return items
     return tqdm(items, desc="merging", unit="tensor", leave=False, disable=None if wanted else True)

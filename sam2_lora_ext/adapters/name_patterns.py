@@ -1,12 +1,12 @@
-"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions of a file, matched to module names in bounded time.
+"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions from a file, matched to module names in bounded time.
 
-Python's own engine tries one way after the other, and `(a+)+b` has 2^n of them. Here all ways are followed at once
-(Thompson, 1968): a step for each character of the name and each place of the pattern, which are counted.
+Python's own engine backtracks, and `(a+)+b` has 2^n paths. Here the states of the automaton are simulated in parallel
+(Thompson, 1968): one step for each character of the name and each state of the pattern; steps are counted.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from re import _constants as sre  # the names of what the standard library's parser finds
+from re import _constants as sre  # operations of the standard library's parser
 from re import _parser
 from typing import Any
 
@@ -34,11 +34,11 @@ class NamePatterns:
 
     Args:
         values: pattern -> value; None for none.
-        where: what holds them, for errors.
+        where: the file that holds them, for messages.
 
     Raises:
-        UserError: a pattern is no regular expression, too large, or has what cannot be matched in bounded time: back
-            references, and looks ahead or behind.
+        UserError: a pattern is not a regular expression, is too large, or has operations that cannot be matched in
+            bounded time: back references and lookaround.
     """
 
     def __init__(self, values: Mapping[str, Any] | None, where: str):
@@ -48,7 +48,7 @@ class NamePatterns:
     def value(self, name: str, default: Any) -> Any:
         """The value of a module; `default` where no pattern matches."""
         if len(name) > LONGEST_NAME:
-            raise UserError(f"{self.where} names a module of {len(name):,} characters, which none has: it is damaged")
+            raise UserError(f"{self.where} names a module of {len(name):,} characters, too many: it is damaged")
         for key, value, automaton in self.patterns:
             if automaton is None:
                 if re.match(rf"(.*\.)?({key})$", name):
@@ -70,10 +70,10 @@ class NamePatterns:
         try:
             parsed = _parser.parse(key)
             if parsed.state.flags & ~re.UNICODE:
-                self._refuse(key)("sets flags, which PEFT's rule does not take")
+                self._refuse(key)("sets flags, which PEFT's rule does not support")
             return Automaton(parsed, self._refuse(key))
         except (re.error, RecursionError, OverflowError) as error:
-            self._refuse(key)(f"is no regular expression ({error})")
+            self._refuse(key)(f"is not a regular expression ({error})")
 
     def _refuse(self, key: str) -> Callable[[str], None]:
         def refuse(cause: str) -> None:
@@ -84,19 +84,19 @@ class NamePatterns:
 
 
 class Automaton:
-    """A parsed pattern as numbered places: from each, free ways to others, or one way for the characters of a test."""
+    """A parsed pattern as an automaton: each state has empty transitions to others, or one that tests a character."""
 
     def __init__(self, parsed: Any, refuse: Callable[[str], None]):
         self.refuse = refuse
         self.free: list[list[int]] = []
-        self.first_only: set[int] = set()  # places that are passed at the beginning of the name alone: `^`
-        self.last_only: set[int] = set()  # and at its end: `$`
+        self.first_only: set[int] = set()  # states that are passed only at the beginning of the name: `^`
+        self.last_only: set[int] = set()  # and only at its end: `$`
         self.ways: list[tuple[Test, int] | None] = []
         self.start = self._place()
         self.end = self._sequence(parsed, self.start)
 
     def match_end(self, name: str) -> tuple[bool, int]:
-        """Whether the pattern matches the name or its end after a dot, and the steps that took."""
+        """Whether the pattern matches the name or its end after a dot, and the number of steps."""
         steps, active = 0, set()
         for position in range(len(name) + 1):
             if position == 0 or name[position - 1] == ".":
@@ -110,7 +110,7 @@ class Automaton:
         return False, steps
 
     def _closure(self, places: Iterable[int], first: bool, last: bool) -> set[int]:
-        """The places that free ways lead to."""
+        """The states reachable by empty transitions."""
         reached, waiting = set(), list(places)
         while waiting:
             place = waiting.pop()
@@ -133,7 +133,7 @@ class Automaton:
         return place
 
     def _add(self, operation: Any, argument: Any, place: int) -> int:
-        """Adds one operation behind a place; returns the place behind it."""
+        """Adds one operation after a state; returns the state after it."""
         if operation is sre.SUBPATTERN and not argument[1] and not argument[2]:
             return self._sequence(argument[3], place)
         if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
@@ -169,7 +169,7 @@ class Automaton:
         return after
 
     def _test(self, operation: Any, argument: Any) -> Test:
-        """Which characters an operation takes."""
+        """The characters that an operation accepts."""
         if operation is sre.LITERAL:
             return lambda one: ord(one) == argument
         if operation is sre.NOT_LITERAL:
@@ -184,5 +184,5 @@ class Automaton:
             tests = [self._test(*entry) for entry in argument if entry[0] is not sre.NEGATE]
             wanted = argument[0][0] is not sre.NEGATE
             return lambda one: any(test(one) for test in tests) == wanted
-        self.refuse("has what cannot be matched in bounded time (a back reference, a look around, a flag)")
+        self.refuse("has an operation that cannot be matched in bounded time (a back reference, lookaround, a flag)")
         raise AssertionError(operation)

@@ -1,4 +1,4 @@
-"""Formats and precisions of written weights, for command lines, which need no torch to say them."""
+"""Formats and precisions of written weights, for command lines that must not import torch."""
 
 FORMATS = ("pt", "safetensors")
 DTYPES = ("float32", "float16", "bfloat16")

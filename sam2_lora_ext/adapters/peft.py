@@ -1,4 +1,4 @@
-"""Adapters on disk, in the format of PEFT: torch and safetensors are all that it takes.
+"""Adapters on disk, in the format of PEFT. Needs torch and safetensors only.
 
 A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.safetensors` with the keys
 
@@ -6,11 +6,10 @@ A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.sa
     base_model.model.<module>.lora_magnitude_vector   (out), with DoRA
     base_model.model.<module>.<parameter>             of a module trained in full (PEFT's `modules_to_save`)
 
-PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
-block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
-`sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
-what binds the two files to each other (`adapters.folder`). Class prompts lie beside them in a file of their own, which
-PEFT does not look at (`adapters.class_prompts`).
+PEFT has no parts of a fused layer: n adapted parts of rank r are written as one equivalent update of rank n·r whose B
+is block-diagonal. The header of the safetensors file has, besides `format`, one entry `sam2_lora_ext`: JSON of
+`Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest` the digest over both files
+(`adapters.folder`). Class prompts are in a third file, which PEFT ignores (`adapters.class_prompts`).
 """
 
 import json
@@ -56,7 +55,7 @@ PREFIX = "base_model.model."
 A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"
 READS = 3
 KEYS = {A: 2, B: 2, MAGNITUDE: 1}  # ends of a layer's keys after `lora_`, and their numbers of dimensions
-# What a PEFT config may say without changing what the adapter computes; any other setting that is on is refused.
+# Fields of a PEFT config that do not change what the adapter computes; any other setting that is on is refused.
 HARMLESS = {
     "alpha_pattern",
     "auto_mapping",
@@ -87,7 +86,7 @@ KINDS = {
     "modules_to_save": (list, NoneType),
     "lora_dropout": (int, float, NoneType),
 }
-# The other ways to begin change the base's weights.
+# Other initialisations change the base's weights.
 OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -96,7 +95,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
 
     Args:
         adapter: what to write.
-        folder: made, or replaced; what it holds beside an adapter is kept.
+        folder: created or replaced; its files that are not part of an adapter are kept.
         force: replace a folder that is not empty.
 
     Raises:
@@ -152,8 +151,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
 def load_adapter(path: str | Path) -> Adapter:
     """Reads an adapter folder, ours or PEFT's; `path` is the folder or its weight file.
 
-    Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config. A folder that is
-    replaced while it is read is read again.
+    Layers and modules are found by the tensors' names, since PEFT may shorten the lists in its config. A folder that
+    is replaced while it is read is read again.
 
     Raises:
         UserError: a file is missing or damaged, the adapter is of a kind that is not LoRA or DoRA on linear layers, its
@@ -172,7 +171,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What changes when `replace_folder` puts another folder there; the number alone may come again."""
+    """Identifies the folder, so that a replacement by `replace_folder` shows; inode numbers alone may be reused."""
     try:
         found = folder.stat()
         return found.st_ino, found.st_ctime_ns
@@ -203,7 +202,7 @@ def _read_folder(folder: Path) -> Adapter:
         for kind in KEYS if config.get("use_dora") else (A, B):
             if kind not in entries:
                 present, missing = (f"lora_{word.removesuffix('.weight')}" for word in (next(iter(entries)), kind))
-                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is not whole")
+                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is incomplete")
     ranks, alphas = (NamePatterns(config.get(f"{key}_pattern"), str(folder / CONFIG)) for key in ("rank", "alpha"))
     layers = {
         name: _layer(
@@ -227,7 +226,7 @@ def _read_folder(folder: Path) -> Adapter:
     metadata = {key: value for key, value in header.items() if key not in (FUSED, DIGEST, TOKENS_DIGEST)}
     prompts = prompts_in_folder(folder, header.get(TOKENS_DIGEST))
     adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata, prompts)
-    check_digest(weights, tensors, config, header)  # last, for it cannot say what is wrong
+    check_digest(weights, tensors, config, header)  # last, since its message is the least specific
     return adapter
 
 
@@ -272,7 +271,7 @@ def _read_header(weights: Path) -> dict[str, Any]:
 def _layer(
     name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused: dict[str, Any] | None, rank: Any, alpha: Any
 ) -> LayerAdapter:
-    """One layer of a PEFT adapter; `fused` says which parts of its B are not zero, see `save_adapter`."""
+    """One layer of a PEFT adapter; `fused` lists the nonzero parts of its B, see `save_adapter`."""
     a, b = tensors[A], tensors[B]
     rslora = bool(config.get("use_rslora"))
     if rank != a.shape[0] or a.shape[0] != b.shape[1] or not isinstance(alpha, (int, float)):

@@ -1,9 +1,9 @@
-"""The JSON file beside a merged file: what went in, with hashes, how it was made, and what came out.
+"""The JSON record of a merged file: inputs with hashes, command and result.
 
 <merged file>.json
     command, created    the command line; the time, with its zone
-    base                path, bytes, model (stock config), weights_id: SHA-256 of its values, which adapters know
-    adapters            of each: path, weight in the sum, files (name -> sha256), what its metadata say of its base
+    base                path, bytes, model (stock config), weights_id: SHA-256 of its values, recorded in adapters
+    adapters            of each: path, weight in the sum, files (name -> sha256), its metadata about its base
     result              path, bytes, sha256 of the file, dtypes, tensors, changed: those not the base's own
     versions, git_commit
     verify              with --verify: config and the fields of `Comparison`
@@ -25,7 +25,7 @@ FACTS = ("base_id", "base_path", "model_config")
 
 
 def record_path(merged: Path) -> Path:
-    """Where the record of a merged file is."""
+    """The path of the record of a merged file."""
     return merged.with_name(f"{merged.name}.json")
 
 
@@ -58,6 +58,6 @@ def describe(merged: Merged, base: Path, out: Path, command: Sequence[str]) -> d
 
 
 def with_proof(record: Mapping[str, Any], config: str, proof: Mapping[str, float]) -> dict[str, Any]:
-    """The record with what `--verify CONFIG` found; a number that is not finite, which JSON has not, as null."""
+    """The record with the result of `--verify CONFIG`; numbers that are not finite become null, as JSON requires."""
     numbers = {key: value if math.isfinite(value) else None for key, value in proof.items()}
     return {**record, "verify": {"config": config, **numbers}}

@@ -1,4 +1,4 @@
-"""Where adapters are: what a path on a command line means, read from there, and whether it belongs to a base."""
+"""Adapter sources: finds and reads the adapter that a path on a command line names, and checks its base."""
 
 import logging
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter that a path means: its own folder or file, or of a run folder `adapters/best`, else `adapters/final`.
+    """The adapter that a path names: a folder or file of its own, or `adapters/best`, else `adapters/final`, of a run.
 
     Raises:
         UserError: there is none.
@@ -32,7 +32,7 @@ def find_adapter(path: str | Path) -> Path:
     if not existing_folder(path).exists():
         raise UserError(f"there is no {path}: {GIVE}")
     if not existing_folder(path).is_dir() and not path.is_file():
-        raise UserError(f"{path} is no file, a pipe or a device stands there: {GIVE}")
+        raise UserError(f"{path} is a pipe or a device, not a file: {GIVE}")
     if path.is_file() or any((existing_folder(path) / name).exists() for name in PARTS):
         return path
     for name in ("best", "final"):
@@ -40,42 +40,42 @@ def find_adapter(path: str | Path) -> Path:
             return path / "adapters" / name
     if (path / "weights").is_dir():
         raise UserError(
-            f"{path} is a run that trained the whole model: there is nothing to merge, for its "
+            f"{path} is a run that trained the whole model: there is nothing to merge, since its "
             "weights/best.pt and weights/final.pt are what build_sam2 loads"
         )
     others = (path / "adapters" / "latest", path / "checkpoints" / "checkpoint.pt")
     hint = " or ".join(str(other) for other in others if other.exists())
     raise UserError(
         f"{path} is no adapter folder (no {CONFIG}), and no run with adapters/best or adapters/final"
-        + (f": to use what is there, give {hint}" if hint else ": was it trained up to a validation?")
+        + (f": to use another adapter of it, give {hint}" if hint else ": was it trained up to a validation?")
     )
 
 
 def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str, Tensor] | None = None) -> Adapter:
-    """The adapter that `find_adapter` finds: a PEFT folder, or what a Trainer's checkpoint holds of one.
+    """Reads the adapter that `find_adapter` finds: a PEFT folder, or a checkpoint of the Trainer.
 
     One that PEFT trained on transformers' `Sam2Model` is renamed to SAM 2's modules.
 
-    A checkpoint of version 0.1.0 knows neither alpha nor parts: `lora.json` in the folder of its run does.
+    A checkpoint of version 0.1.0 records neither alpha nor parts: they come from `lora.json` in its run's folder.
 
     Args:
         path: see `find_adapter`.
-        alpha: for a checkpoint that does not say it itself, instead of that of `lora.json`.
-        base: for a checkpoint of the whole model without `lora.json`: to tell what of it was trained.
+        alpha: for a checkpoint that does not record it, instead of that of `lora.json`.
+        base: for a checkpoint of the whole model without `lora.json`, to find its trained parameters.
 
     Raises:
-        UserError: there is no adapter, or it is damaged, of another kind, or not known well enough.
+        UserError: there is no adapter, or it is damaged, of another kind, or lacks needed settings.
     """
     path = find_adapter(path)
     if existing_folder(path).is_dir() or path.name in PARTS:
         if alpha is not None:
-            raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints of the Trainer")
+            raise UserError(f"{path} records its alpha: --alpha is for checkpoints of the Trainer")
         adapter = load_adapter(path)
         theirs = speaks_transformers([*adapter.layers, *adapter.full])
         return rename_adapter(adapter, theirs=True) if theirs else adapter
     state, facts, where = read_weights(path), read_checkpoint_notes(path), path
     if facts and alpha is not None:
-        raise UserError(f"{path} says itself what its alpha is: --alpha is for checkpoints that do not")
+        raise UserError(f"{path} records its alpha: --alpha is for checkpoints that do not")
     if not facts and (notes := _notes(path)):
         where = notes[0]
         facts = _read_notes(where)
@@ -98,7 +98,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
 
 
 def source_files(path: str | Path) -> list[Path]:
-    """The files that `read_adapter` reads of the adapter that a path means."""
+    """The files that `read_adapter` reads for a path."""
     path = find_adapter(path)
     if path.is_file() and path.name not in PARTS:
         return [path, *_notes(path)]
@@ -119,17 +119,17 @@ def check_base(
         base_path: for the message.
         base: its weights.
         adapter: with the base's identity in its metadata, or without.
-        base_id: of `base`, when it is known already.
+        base_id: of `base`, if already computed.
 
     Returns:
-        A note, when the adapter does not say which base that was.
+        A note, when the adapter does not record its base.
 
     Raises:
         UserError: it was another one; the sentence names both.
     """
     facts = adapter.metadata
     if not facts.get("base_id"):
-        return "the adapter does not say which base it was trained on: only names and shapes could be checked"
+        return "the adapter does not record which base it was trained on: only names and shapes could be checked"
     base_id = base_id or weights_id(base)
     if facts["base_id"] != base_id:
         raise UserError(
@@ -141,7 +141,7 @@ def check_base(
 
 
 def _notes(checkpoint: Path) -> list[Path]:
-    """What `read_adapter` needs beside a checkpoint that says nothing of itself: the `lora.json` of its run."""
+    """The `lora.json` of the run of a checkpoint that does not record its own settings."""
     if read_checkpoint_notes(checkpoint):
         return []
     found = [folder / "lora.json" for folder in (checkpoint.parent, checkpoint.parent.parent)]

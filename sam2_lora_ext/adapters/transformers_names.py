@@ -1,8 +1,8 @@
 """The names of Hugging Face transformers' `Sam2Model` and `Sam2VideoModel` for the modules and tensors of SAM 2.
 
-Both have the same modules (the fused `qkv` of Hiera too), under other names, so that weights and adapters go both ways
-by renaming. The three tensors that differ: their four point embeddings are one matrix (4, C), and their matrix of the
-positional encoding is there twice. The names are those of transformers 5.24. Needs torch only.
+Both have the same modules (the fused `qkv` of Hiera too) under other names, so weights and adapters are converted both
+ways by renaming. Only these tensors differ: transformers has the four point embeddings as one matrix (4, C), and the
+matrix of the positional encoding twice. The names are those of transformers 5.24. Needs torch only.
 """
 
 import re
@@ -22,7 +22,7 @@ THEIR_POSITIONS = (
     "prompt_encoder.shared_embedding.positional_embedding",
     "shared_image_embedding.positional_embedding",
 )
-THEIR_ROOTS = ("vision_encoder.", "mask_decoder.", "prompt_encoder.")  # with which no name of SAM 2's begins
+THEIR_ROOTS = ("vision_encoder.", "mask_decoder.", "prompt_encoder.")  # no name of SAM 2 begins with it
 APART = re.compile(r"vision_encoder\..*\.attn\.(?!qkv$|proj$)\w*(q|k|v|query|key|value)\w*")
 DOWNSAMPLER = re.compile(r"memory_encoder\.mask_downsampler\.(?:encoder|layers)\.(\d+)")
 
@@ -167,12 +167,12 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str], theirs: bool = False) -> "Names":
-        """Those that fit the names of one model: its mask downsampler may have another number of steps."""
+        """The renaming for the names of one model, whose mask downsampler may have another number of steps."""
         found = [int(match.group(1)) for name in names if (match := DOWNSAMPLER.match(name))]
         return cls(theirs, (max(found) + 1 if theirs else max(found) // 3) if found else 4)
 
     def get(self, name: str) -> str | None:
-        """The other name; None for one that is not known."""
+        """The other name; None for an unknown one."""
         end = next((end for end in ENDS if name.endswith(end)), "")
         for stem, rest in ((name, ""), (name.removesuffix(end), end)):
             for key, numbers in _with_stars(stem):
@@ -201,7 +201,7 @@ class Names:
 
 
 def speaks_transformers(names: Iterable[str]) -> bool:
-    """Whether names of modules or tensors are transformers' and not SAM 2's; names that both have say nothing."""
+    """Whether names of modules or tensors are transformers' and not SAM 2's; names that both use do not count."""
     ours, theirs = Names(), Names(theirs=True)
     return any(
         name.startswith(THEIR_ROOTS) or ours.get(name) is None and theirs.get(name) is not None for name in names
@@ -249,7 +249,7 @@ def rename_adapter(adapter: Adapter, *, theirs: bool = False) -> Adapter:
     """An adapter for transformers' models from one for SAM 2, or with `theirs` the other way round.
 
     Raises:
-        UserError: it changes a module that the other model has not; the sentence names it.
+        UserError: it changes a module that the other model lacks; the message names it.
     """
     names, rename = Names.of(adapter.full, theirs), state_from_transformers if theirs else state_to_transformers
     layers = {names[name]: layer for name, layer in adapter.layers.items()}

@@ -1,11 +1,10 @@
-"""The way back from a merged file: what changed of its base, as an adapter. Needs torch only.
+"""Unmerging: recovers an adapter from the difference of a merged file and its base. Needs torch only.
 
     D = merged - base = U S V^T,   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r^T
 
-B A is the closest matrix of rank r to D (Eckart and Young). Without a given rank it is that of D as far as the merged
-file's rounding lets it be seen: a singular value counts when it is above e/2 rms(merged) (sqrt(out) + sqrt(in)), twice
-what the rounding errors of a matrix of machine precision e come to. A fused `qkv` becomes an adapter by parts where
-that takes fewer numbers. Shapes: see `lora/layer.py`.
+B A is the closest matrix of rank r to D (Eckart and Young). By default r is the numerical rank of D: a singular value
+counts when it is above e/2 rms(merged) (sqrt(out) + sqrt(in)), twice the norm of the rounding errors at machine
+precision e. A fused `qkv` becomes an adapter by parts where that takes fewer numbers. Shapes: see `lora/layer.py`.
 """
 
 import math
@@ -24,7 +23,7 @@ from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN
 from sam2_lora_ext.utils.errors import UserError
 
-LOW = 0.9  # share of the largest rank above which none is low; training in full leaves nearly all of it
+LOW = 0.9  # a rank is low up to this share of the largest possible one; training in full gives nearly full rank
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Recovered:
     """An adapter from a merged file.
 
     Attributes:
-        adapter: with a scaling of 1; modules that were trained in full as they are in the file.
+        adapter: with a scaling of 1; modules that were trained in full have their values of the file.
         errors: by layer, |D - B A| / |D| (Frobenius).
         max_abs_weight_diff: largest difference of the merged file from the base with this adapter, over its layers.
     """
@@ -43,7 +42,7 @@ class Recovered:
 
 
 class Change:
-    """What changed of one linear layer: D (out, in) as a whole, and by the parts of a fused one."""
+    """The change of one linear layer: D (out, in) in one piece, and by the parts of a fused layer."""
 
     def __init__(self, name: str, base: Tensor, merged: Tensor) -> None:
         self.name, self.delta = name, merged.double() - base.double()
@@ -62,22 +61,22 @@ class Change:
         return self._spectra[parts]
 
     def rank(self, parts: tuple[bool, ...]) -> int:
-        """The rank that can be seen, of each part the largest; at least 1."""
+        """The numerical rank, the largest of the parts; at least 1."""
         out, inputs = self.delta.shape
         noise = self.rounding / math.sqrt(out * inputs) * (math.sqrt(out // len(parts)) + math.sqrt(inputs))
         return max(1, *(int((values > noise).sum()) for _, values, _ in self.spectra(parts)))
 
     def largest_rank(self, parts: tuple[bool, ...]) -> int:
-        """The largest that there is, of each part."""
+        """The largest possible rank of a part."""
         return len(self.spectra(parts)[0][1])
 
     def numbers(self, parts: tuple[bool, ...]) -> int:
-        """How many numbers an adapter of that rank has."""
+        """The number of parameters of an adapter of that rank."""
         out, inputs = self.delta.shape
         return self.rank(parts) * sum(parts) * (inputs + out // len(parts))
 
     def layer(self, parts: tuple[bool, ...], rank: int) -> LayerAdapter:
-        """The update cut off at a rank, or at the largest that there is."""
+        """The update truncated to a rank, at most the largest possible one."""
         spectra = self.spectra(parts)
         rank = min(rank, self.largest_rank(parts))
         roots = [values[:rank].sqrt() for _, values, _ in spectra]
@@ -95,14 +94,14 @@ def unmerge(
     keep_full: bool = False,
     shown: Callable[[Iterable[Change]], Iterable[Change]] = lambda changes: changes,
 ) -> Recovered:
-    """The adapter that makes `merged` of `base`.
+    """The adapter that turns `base` into `merged`.
 
     Args:
         base: the weights that were merged into.
         merged: the result, in any precision.
-        rank: of each layer (of each adapted part); by default what can be seen.
-        bound: largest error of a layer as a share of its change, beside what rounding explains.
-        keep_full: keep what is no low-rank change of a linear layer as modules trained in full.
+        rank: of each layer (of each adapted part); by default the numerical rank.
+        bound: largest error of a layer as a share of its change, in addition to rounding errors.
+        keep_full: keep changes that are not low-rank updates of linear layers as modules trained in full.
         shown: wraps the layers in a progress bar.
 
     Raises:
@@ -122,7 +121,7 @@ def unmerge(
             raise UserError(f"{key} of the merged file holds NaN or infinity: use another one")
     linear = {key.removesuffix(".weight"): key for key in changed if _is_linear(key, base, changed)}
     full = {
-        key: "changed, and is no weight of a linear layer whose bias stayed"
+        key: "changed, and is not the weight of a linear layer with an unchanged bias"
         for key in changed
         if key not in linear.values()
     }
@@ -147,7 +146,7 @@ def unmerge(
                 largest = max(largest, float(rest.abs().max()))
     if full and not keep_full:
         key, what = next(iter(full.items()))
-        more = f", and {len(full) - 1} more tensors are no low-rank change" if len(full) > 1 else ""
+        more = f", and {len(full) - 1} more tensors have no low-rank change" if len(full) > 1 else ""
         raise UserError(
             f"{key} {what}{more}: give --full to keep such modules whole, or for a cruder adapter --rank "
             "with a larger --bound"
@@ -162,13 +161,13 @@ def _same(merged: Tensor, base: Tensor) -> bool:
 
 
 def _is_linear(key: str, base: Mapping[str, Tensor], changed: list[str]) -> bool:
-    """Whether it is the weight of an `nn.Linear` whose bias stayed; an embedding has none."""
+    """Whether it is the weight of an `nn.Linear` with an unchanged bias; an embedding has no bias."""
     bias = f"{key.removesuffix('.weight')}.bias"
     return key.endswith(".weight") and base[key].dim() == 2 and bias in base and bias not in changed
 
 
 def _parts(fused: list[Change]) -> tuple[bool, ...]:
-    """The `parts` that all fused layers get, for no config says different ones: those that take fewer numbers."""
+    """The `parts` of all fused layers, since a config has one value for all: those with fewer parameters."""
     if not fused:
         return PLAIN
     touched = tuple(any(flags) for flags in zip(*(change.touched for change in fused)))

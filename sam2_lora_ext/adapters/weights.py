@@ -1,4 +1,4 @@
-"""Weight files: reading them safely, writing them whole, and telling which SAM 2 they are."""
+"""Weight files: reads them safely, writes them atomically, and identifies the SAM 2 that they belong to."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ NEW_IN_2_1 = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.weight")
 
 
 def read_file(path: str | Path) -> object:
-    """What a weight file holds: tensors and plain containers only, on the CPU, mapped from the disk where possible.
+    """The content of a weight file: tensors and plain containers only, on the CPU, memory-mapped where possible.
 
     Raises:
         UserError: there is no such file, or it is empty, damaged, or would run code when it is loaded.
@@ -55,7 +55,7 @@ def read_file(path: str | Path) -> object:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
-    except Exception as error:  # torch.load meets foreign bytes with any exception there is
+    except Exception as error:  # torch.load raises arbitrary exceptions for other bytes
         if "GLOBAL" in str(error) or "TorchScript" in str(error):
             raise UserError(
                 f"{path} holds Python objects, which run code when they are loaded: only files of tensors "
@@ -65,7 +65,7 @@ def read_file(path: str | Path) -> object:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: `{"model": {...}}` as SAM 2 and its Trainer save it, bare, or safetensors.
+    """The state dict in a file: `{"model": {...}}` as SAM 2 and its Trainer save it, without that key, or safetensors.
 
     Raises:
         UserError: see `read_file`, or the file holds something else than named tensors.
@@ -97,16 +97,16 @@ def write_weights(
     """Writes a state dict atomically: as `{"model": state}`, which stock `build_sam2` loads, or as safetensors.
 
     Args:
-        path: the file to make.
+        path: the file to write.
         state: tensors by key.
         file_format: one of `names.FORMATS`.
         metadata: for the header of a safetensors file.
         force: replace an existing file.
-        on_written: called with the file, open for reading, when it is whole but not yet flushed to the disk.
-        beside: more entries of a .pt, beside "model"; stock does not look at them.
+        on_written: called with the file, open for reading, when it is complete but not yet flushed to the disk.
+        beside: further entries of a .pt next to "model", which stock ignores.
 
     Raises:
-        UserError: the file exists and `force` is off, or the system refuses, a full disk among the reasons.
+        UserError: the file exists and `force` is off, or the system refuses, for example because the disk is full.
     """
 
     def write(temporary: Path) -> None:
@@ -116,7 +116,7 @@ def write_weights(
             else:
                 contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
                 save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
-        except (RuntimeError, SafetensorError) as error:  # both libraries hide the system's reason in these
+        except (RuntimeError, SafetensorError) as error:  # both libraries wrap the system's error in these
             raise OSError(str(error).splitlines()[0]) from error
         if on_written:
             on_written(open(temporary, "rb"))
@@ -125,7 +125,7 @@ def write_weights(
 
 
 def read_checkpoint_notes(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says about itself beside its weights, see `NOTES`; empty for those of others.
+    """The notes of a checkpoint about itself, see `NOTES`; empty for checkpoints of other programs.
 
     Raises:
         UserError: see `read_file`, or the notes are damaged.
@@ -138,7 +138,7 @@ def read_checkpoint_notes(path: str | Path) -> dict[str, Any]:
 
 
 def identify(state: Mapping[str, Tensor]) -> str | None:
-    """The name of the stock config that a state dict was built from, by its architecture; None when there is none."""
+    """The name of the stock config with the architecture of a state dict; None when there is none."""
     position = state.get("image_encoder.trunk.pos_embed")
     neck = state.get("image_encoder.neck.convs.0.conv.weight")
     if position is None or neck is None or position.dim() != 4:
@@ -150,10 +150,10 @@ def identify(state: Mapping[str, Tensor]) -> str | None:
 
 
 def weights_id(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values (as float32) in the order of the names, without any adapter's.
+    """SHA-256 over names, shapes and values (as float32) in the order of the names, without adapters.
 
-    A half-precision file and its float32 copy so have the same identity, and a model has it before and after adapters
-    were put in. Memory beyond the tensors stays bounded.
+    So a half-precision file and its float32 copy have the same identity, and so does a model before and after adapters
+    are added. Memory beyond the tensors is bounded.
     """
     digest = hashlib.sha256()
     for key in sorted(state):
@@ -189,5 +189,7 @@ def explain_mismatch(state: Mapping[str, Tensor], model_state: Mapping[str, Tens
         return None
     found, wanted = identify(state), identify(model_state)
     likely = f"they look like {found or 'no stock SAM 2'}, the model like {wanted or 'no stock SAM 2'}"
-    advice = "take config and weights of one model" if found != wanted else "check that the file holds a whole SAM 2"
+    advice = (
+        "use config and weights of the same model" if found != wanted else "check that the file holds a whole SAM 2"
+    )
     return f"the weights do not fit the model: {likely} ({'; '.join(faults)}); {advice}"

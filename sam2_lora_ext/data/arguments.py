@@ -13,8 +13,8 @@ from sam2_lora_ext.utils.errors import UserError
 if TYPE_CHECKING:
     from sam2_lora_ext.data.source import Source
 
-DATA = "the data set's folder, its csv or its json; or a run, which knows its data"
-OVERRIDE = "overrides of -c, as training takes them"
+DATA = "the data set's folder, its csv or its json; or a run, whose record names its data"
+OVERRIDE = "overrides of -c, as in training"
 
 
 def add_source(parser: Any, positional: bool) -> None:
@@ -33,7 +33,7 @@ def add_source(parser: Any, positional: bool) -> None:
         add("words", nargs="*", metavar="key=value", help=OVERRIDE)
         add("--data", type=Path, metavar="PATH", help=DATA)
     add_config(parser)
-    add("--images", type=Path, metavar="DIR", help="the image folder, where it is not beside the annotations")
+    add("--images", type=Path, metavar="DIR", help="the image folder, unless it is in the folder of the annotations")
     names = "class names from 1 on, or by number: 255=defect,.. (default: those of the format, or Severstal's four)"
     add("--classes", type=classes, metavar="A,B,..|N=A,..", help=names)
     add("--colors", type=colors, metavar="N=R/G/B,..", help="of coloured label images: 1=250/50/83,2=51/221/255")
@@ -56,15 +56,15 @@ def add_pixels(parser: Any) -> None:
 
 
 def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None" = None) -> "Source | None":
-    """The data that the arguments name; None where they name none.
+    """The data that the arguments name; None if they name none.
 
     Args:
-        args: with what `add_source` adds.
+        args: with the arguments of `add_source`.
         phase: of a config or run: "train" or "val".
         like: see `guessed`.
 
     Raises:
-        UserError: they contradict each other, or the data cannot be told.
+        UserError: they contradict each other, or the data cannot be determined.
     """
     from sam2_lora_ext.data.guess import guessed
     from sam2_lora_ext.data.source import from_config, from_run
@@ -79,7 +79,7 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None
     if wrong := next((word for word in words if "=" not in word and not word.startswith("~")), None):
         raise UserError(f"with -c CONFIG the data is the config's: {wrong!r} is no key=value")
     if args.training_config and data is not None:
-        raise UserError(f"-c {args.training_config} and {data} both say what the data is: give one of them")
+        raise UserError(f"-c {args.training_config} and {data} both name the data: give one of them")
     turned = {"exif": False} if args.as_stored else {}
     more = {} if args.bits is None else {"bits": args.bits}
     if args.training_config or data is not None and find_run(data) is not None:
@@ -99,11 +99,11 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None
 
 
 def source_of_model(args: argparse.Namespace, weights: Path) -> "Source | None":
-    """How the model behind weights was trained: by `-c`, by `--run`, or by the run that the weights lie in.
+    """The training config of weights: from `-c`, from `--run`, or from the run that contains the weights.
 
     Args:
         args: `words`, `training_config` and `run`.
-        weights: a file or folder; None is the answer where it lies in no run and nothing else is named.
+        weights: a file or folder; the result is None when no run contains it and nothing else is named.
 
     Raises:
         UserError: the arguments contradict each other, or the run or config cannot be read.
@@ -113,7 +113,7 @@ def source_of_model(args: argparse.Namespace, weights: Path) -> "Source | None":
     if args.words and not args.training_config:
         raise UserError(f"{args.words[0]!r} is one too many: key=value belongs to a training config, which -c names")
     if args.training_config and args.run:
-        raise UserError(f"-c {args.training_config} and --run {args.run} say the same: give one of them")
+        raise UserError(f"-c {args.training_config} and --run {args.run} exclude each other: give one of them")
     if args.training_config:
         return from_config(args.training_config, args.words)
     run = args.run or find_run(weights)
@@ -143,7 +143,7 @@ def colors(text: str) -> dict[int, list[int]]:
 
 
 def size(text: str) -> tuple[int, int] | str:
-    """`1600x256` as (H, W); `any` as it is."""
+    """`1600x256` as (H, W); `any` unchanged."""
     if text == "any":
         return text
     width, _, height = text.lower().partition("x")

@@ -14,7 +14,7 @@ class BalancedVOSDataset(VOSDataset):
 
     With f(c) the share of defective samples that have class c, a sample repeats r = max over its c of
     max(1, sqrt(t / f(c))) times (Gupta et al., LVIS, 2019). Clean samples repeat as often as defective ones do on
-    average, so that their share stays. Wrap it in `training.dataset.utils.RepeatFactorWrapper`.
+    average, so that their share does not change. Wrap it in `training.dataset.utils.RepeatFactorWrapper`.
 
     Args:
         video_dataset: the strips.

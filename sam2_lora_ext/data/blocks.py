@@ -1,4 +1,4 @@
-"""The data set blocks of a training config: which there are, how they are cropped, their readers, also in words."""
+"""The data set blocks of a training config: finds them, their crops and their readers, and describes these."""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -7,7 +7,7 @@ from typing import Any
 from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.utils.errors import UserError
 
-PLACES = ("csv", "json", "label_dir", "root", "image_dir")  # a reader's arguments that say where its data is
+PLACES = ("csv", "json", "label_dir", "root", "image_dir")  # a reader's arguments with the paths of its data
 FORMATS = {
     "KaggleReader": "Kaggle's csv",
     "COCOReader": "COCO",
@@ -29,7 +29,7 @@ def raw_blocks(data: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
 
 
 def crop_width(transforms: Any) -> int | None:
-    """The width that the first crop among transforms cuts; None where there is none."""
+    """The width of the first crop among transforms; None where there is none."""
     for transform in transforms if isinstance(transforms, list) else []:
         if isinstance(transform, Mapping) and str(transform.get("_target_")).endswith("StripCrop"):
             return transform.get("width")
@@ -37,21 +37,21 @@ def crop_width(transforms: Any) -> int | None:
 
 
 def build_reader(config: Mapping[str, Any], origin: str) -> Reader:
-    """The reader of a config; a record comes from anywhere, so only what has `records` is called, with plain values.
+    """The reader of a config; since a record is untrusted, only classes with `records` are called, with plain values.
 
     Args:
         config: `_target_` and the reader's arguments.
-        origin: of it, for messages.
+        origin: of the config, for messages.
 
     Raises:
-        UserError: there is no such class, it is no reader, or does not take these arguments; or the data is wrong.
+        UserError: there is no such class, it is not a reader, or does not take these arguments; or the data is wrong.
     """
     module, _, name = str(config["_target_"]).rpartition(".")
     arguments = {key: value for key, value in config.items() if key != "_target_"}
     try:
         kind = getattr(import_module(module), name, None)
         if not isinstance(kind, type) or not hasattr(kind, "records"):
-            raise TypeError(f"{config['_target_']} is no reader")
+            raise TypeError(f"{config['_target_']} is not a reader")
         return kind(**arguments)
     except (ImportError, TypeError) as error:
         raise UserError(f"the reader of {origin} cannot be made ({error}): name the data by its folder") from error
@@ -60,6 +60,6 @@ def build_reader(config: Mapping[str, Any], origin: str) -> Reader:
 def describe(reader: Mapping[str, Any]) -> str:
     """A reader's config in words: `Kaggle's csv data/train.csv, images in data/train_images`."""
     name = str(reader.get("_target_")).rpartition(".")[2]
-    place = next((reader[key] for key in PLACES if reader.get(key) is not None), "an unknown place")
+    place = next((reader[key] for key in PLACES if reader.get(key) is not None), "an unknown path")
     images = reader.get("image_dir")
     return f"{FORMATS.get(name, name)} {place}" + (f", images in {images}" if images not in (None, place) else "")

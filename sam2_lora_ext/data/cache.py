@@ -1,7 +1,7 @@
-"""The index on disk, so that the next start does not read the data again.
+"""Cache of the index on disk, so that the next start does not read the data again.
 
 The key is a hash of the reader's settings, the content of its annotation files, and name, size and time of each image
-(reading a gigabyte of pixels would take longer than building the index). A damaged or foreign file is built again.
+(reading a gigabyte of pixels would take longer than building the index). A damaged file is built again.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def cached_index(
     Args:
         reader: the annotation format.
         on_invalid: see `build_index`; an index with problems is not stored, so they are reported each time.
-        cache_dir: where to keep indexes; None builds each time. A folder that cannot be written costs a warning.
+        cache_dir: folder of the cache; None builds each time. If it cannot be written, a warning is logged.
     """
     if cache_dir is None:
         return build_index(reader, on_invalid)
@@ -42,7 +42,7 @@ def cached_index(
         return index
     except FileNotFoundError:
         pass
-    except Exception as error:  # numpy, zip and JSON fail in many ways on a damaged file, and a cache may not matter
+    except Exception as error:  # a damaged file causes many kinds of errors; a cache must never end the program
         log.warning("the stored index %s cannot be used (%s) and is built again", path, error or type(error).__name__)
     index = build_index(reader, on_invalid)
     if not index.problems:
@@ -54,7 +54,7 @@ def cached_index(
 
 
 def fingerprint(reader: Reader) -> str:
-    """SHA-256 of all that decides a reader's records."""
+    """SHA-256 of everything that determines a reader's records."""
     digest = hashlib.sha256()
     settings = {key: str(value) for key, value in vars(reader).items() if not key.startswith("_")}
     digest.update(json.dumps([VERSION, type(reader).__qualname__, settings], sort_keys=True).encode())
@@ -86,7 +86,7 @@ def save_index(index: AnnotationIndex, path: Path) -> None:
 
 
 def load_index(path: Path) -> AnnotationIndex:
-    """Reads what `save_index` wrote."""
+    """Reads a file of `save_index`."""
     with np.load(path, allow_pickle=False) as arrays:
         other = json.loads(arrays["other"].tobytes())
         values = {
@@ -97,7 +97,7 @@ def load_index(path: Path) -> AnnotationIndex:
 
 
 def _plain(value: Any) -> Any:
-    """A field of an index that is no array, as JSON holds it: a dict as its items, since its keys are numbers."""
+    """A field of an index other than an array, as a JSON value: a dict as its items, since its keys are numbers."""
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, tuple):
@@ -106,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 
 def _value(name: str, stored: Any) -> Any:
-    """The field that `_plain` made `stored` of."""
+    """The inverse of `_plain`."""
     if name in ("class_names", "class_source"):
         return {int(key): value for key, value in stored}
     if name == "problems":

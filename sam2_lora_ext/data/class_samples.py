@@ -1,7 +1,7 @@
 """Training samples of class steps: a window of a strip with every class of the table as an object, present or not.
 
-Half of the windows lie around a defect, the others anywhere. Which steps are class steps is in `schedule`; the sequence
-of strips, the share of clean ones and the repeats of rare classes stay those of the click steps.
+By default half of the windows are around a defect, the others anywhere. `class_schedule` selects the class steps; the
+sequence of strips, the share of clean ones and the repeats of rare classes are those of the click steps.
 """
 
 import random
@@ -20,19 +20,19 @@ from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.data.transforms import draw_start, places
 from sam2_lora_ext.utils.errors import UserError
 
-TRIES = 100  # windows in which no class takes part, one after the other
+TRIES = 100  # consecutive windows without any usable class
 
 
 class ClassSteps:
-    """Which steps of a training are class steps, and their samples; an argument of `PhasedDataset`.
+    """The class steps of a training and their samples; an argument of `PhasedDataset`.
 
     Args:
-        width: columns of a window, all rows of the strip; a narrower strip is taken whole. None takes every strip so.
-        transforms: what follows the crop, as in `VOSDataset`.
-        share: of the steps that are class steps, 0 to 1; with 0 training is what it is without class steps.
+        width: columns of a window, all rows of the strip; a narrower strip is not cropped. None crops no strip.
+        transforms: applied after the crop, as in `VOSDataset`.
+        share: of class steps among all steps, 0 to 1; with 0 training is the same as without class steps.
         corrections: the share of class steps in which correction clicks follow the class prompt.
-        around: the share of windows around an object of at least `min_area` pixels; first its class is drawn.
-        max_classes: the most classes of a sample, present ones first; None takes all. It bounds memory.
+        around: the share of windows around an object of at least `min_area` pixels, whose class is drawn first.
+        max_classes: largest number of classes of a sample, present ones first, to bound memory; None takes all.
         grid: as in `RandomStripCrop`.
 
     Raises:
@@ -65,7 +65,7 @@ class ClassSteps:
         return [kind_of_step(seed, step, self.share, self.corrections) for step in steps]
 
     def check(self, dataset: Any) -> None:
-        """Raises a `UserError` where a data set cannot give samples for class steps."""
+        """Raises a `UserError` if a data set has no samples for class steps."""
         raw = getattr(dataset, "video_dataset", None)
         if not isinstance(raw, SeverstalRawDataset):
             raise UserError(
@@ -85,8 +85,8 @@ class ClassSteps:
     def sample(self, dataset: VOSDataset, item: int, corrected: bool) -> VideoDatapoint:
         """A window of an item of a `VOSDataset`, drawn with `random`.
 
-        An image that lost a mask takes no part, and neither does a window in which every class has specks alone:
-        another item is taken instead.
+        An image that lost a mask is not used, nor is a window in which all classes have only specks: another item
+        replaces it.
         """
         raw = dataset.video_dataset
         for _ in range(TRIES):
@@ -99,7 +99,7 @@ class ClassSteps:
                     break
             item = random.randrange(len(raw))
         else:
-            raise UserError(f"no class took part in {TRIES} windows of {raw.index.image_dir}: lower dataset.min_area")
+            raise UserError(f"no class was usable in {TRIES} windows of {raw.index.image_dir}: lower dataset.min_area")
         pixels = load_images(video.frames)[0].crop((start, 0, stop, height))
         sample = datapoint(pixels, bounded(found, self.max_classes), video.video_id, corrected=corrected)
         for transform in self.transforms:
@@ -122,13 +122,13 @@ class ClassSteps:
 
 
 class StepSamples(Dataset):
-    """The samples of some steps: items of a data set, each read in the way of its step's kind.
+    """The samples of some steps: items of a data set, each read for the kind of its step.
 
     Args:
         dataset: a `VOSDataset`.
-        items: places in it.
-        kinds: of the step of each.
-        steps: how class steps read theirs.
+        items: indices in it.
+        kinds: of the step of each item.
+        steps: reads the samples of class steps.
     """
 
     def __init__(self, dataset: VOSDataset, items: Sequence[int], kinds: Sequence[StepKind], steps: ClassSteps):

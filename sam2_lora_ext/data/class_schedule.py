@@ -1,6 +1,6 @@
-"""Which kind of prompt an optimizer step trains: clicks, class prompts, or class prompts and correction clicks after.
+"""The kind of prompt of each optimizer step: clicks, class prompts, or class prompts with correction clicks.
 
-A function of the seed and the step's number alone: every rank and worker has the same answer, and so has a resumed run.
+A function of the seed and the step's number alone, so it is the same on every rank and worker and in a resumed run.
 Legend: s share of class steps, c share of corrected ones among them, t step (from 0), u v offsets in [0, 1).
 """
 
@@ -16,9 +16,9 @@ UNIT = 1 << 32  # shares and offsets are whole numbers of 1 / UNIT: floor() of l
 def kind_of_step(seed: int, step: int, share: float, corrections: float) -> StepKind:
     """The kind of one step.
 
-    floor(t s + u) class steps lie before step t, so any N steps in a row hold N s of them, to within one; step t is
-    one where that number grows behind it. With n of them before, a class step is corrected where floor(n c + v) grows.
-    The offsets u and v come from the seed.
+    There are floor(t s + u) class steps before step t, so any N consecutive steps have N s of them, to within one;
+    step t is a class step if floor((t + 1) s + u) is larger. A class step after n others is corrected if
+    floor((n + 1) c + v) > floor(n c + v). The seed determines the offsets u and v.
 
     Args:
         seed: of the run.

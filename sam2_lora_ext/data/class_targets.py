@@ -1,9 +1,9 @@
-"""What a window of a strip shows of each class: everything annotated of it, nothing, or too little to say.
+"""The target of each class in a window of a strip: its annotated pixels, absence, or neither for a small part.
 
     visible_c  = pixels in the window that any object of class c covers
     class c is a target    where its objects of at least `min_area` px show at least `min_area` px: all of visible_c
     class c is absent      where visible_c is empty
-    class c takes no part  otherwise: a speck, or the edge of a defect, is neither a defect to find nor sound steel
+    class c is not used    otherwise: a speck, or the edge of a defect, is neither a target nor clean steel
 
 Masks are column-major runs, never decoded here; a window is the columns [start, stop) of the strip, all rows of it.
 Legend: H rows of the strip.
@@ -22,7 +22,7 @@ from sam2_lora_ext.data.rle import NO_RUNS, crop_columns, decode_runs, union_run
 
 
 def class_runs(objects: ObjectTable, image: int, min_area: int = 1) -> dict[int, np.ndarray]:
-    """Class -> runs of the union of an image's objects of at least `min_area` pixels; only classes that have some."""
+    """Class -> runs of the union of an image's objects of at least `min_area` pixels, for classes with any."""
     found: dict[int, list[np.ndarray]] = {}
     for place in range(*objects.offsets[image : image + 2]):
         if objects.areas[place] >= min_area:
@@ -33,11 +33,11 @@ def class_runs(objects: ObjectTable, image: int, min_area: int = 1) -> dict[int,
 def window_targets(
     objects: ObjectTable, image: int, height: int, window: tuple[int, int], min_area: int
 ) -> dict[int, np.ndarray]:
-    """Class -> runs in the window, empty where it is absent; classes that take no part are left out.
+    """Class -> runs in the window, empty where it is absent; classes that are not used are left out.
 
     Args:
         objects: of all images.
-        image: which of them.
+        image: index of the image.
         height: H.
         window: its first column and the one after its last.
         min_area: in pixels of the strip.
@@ -53,7 +53,7 @@ def window_targets(
 
 
 def bounded(targets: dict[int, np.ndarray], most: int | None) -> dict[int, np.ndarray]:
-    """At most `most` of the classes, drawn with `random`: absent ones only where all that are present fit."""
+    """At most `most` of the classes, drawn with `random`: present ones first, absent ones in the remaining slots."""
     if most is None or len(targets) <= most:
         return targets
     present = [class_id for class_id, runs in targets.items() if len(runs)]
@@ -71,7 +71,7 @@ def datapoint(
         pixels: of the window.
         targets: class -> runs in the window.
         image: the strip's row in the index, as in click samples.
-        part: stands where a clip has the number of the frame: the tile, so that (image, class, tile) is unique.
+        part: number of the tile, used as the frame number, so that (image, class, tile) is unique.
         corrected: correction clicks follow the class prompt.
     """
     size = (pixels.height, pixels.width)
@@ -83,7 +83,7 @@ def datapoint(
 
 
 def draw_pixel(runs: np.ndarray) -> int:
-    """A pixel of a mask that has some, each as likely, drawn with `random`: its column-major number."""
+    """A pixel of a mask that is not empty, drawn uniformly with `random`: its column-major number."""
     ends = np.cumsum(runs[:, 1])
     place = random.randrange(int(ends[-1]))
     run = int(np.searchsorted(ends, place, side="right"))
@@ -91,5 +91,5 @@ def draw_pixel(runs: np.ndarray) -> int:
 
 
 def column_span(runs: np.ndarray, height: int) -> tuple[int, int]:
-    """The first and last column of a mask that has pixels."""
+    """The first and last column of a mask that is not empty."""
     return int(runs[0, 0]) // height, int(runs[-1].sum() - 1) // height

@@ -1,8 +1,8 @@
-"""Validation with class prompts: the click samples as before, and every strip in fixed tiles with all classes.
+"""Validation with class prompts: the usual click samples, and every strip in fixed tiles with all classes.
 
-Tiles stand at fixed columns (`tiles.tile_starts`), never around the truth. A tile's objects have the identifiers
-(image, class prompt id, tile), so they are unique, and the image is the row in the index as in click samples. Images
-that lost a mask take no part: nobody knows what is absent on them. Legend: H rows of a strip, w columns of a tile.
+Tiles have fixed columns (`tiles.tile_starts`), independent of the truth. A tile's objects have the unique identifiers
+(image, class prompt id, tile), where the image is the row in the index as in click samples. Images that lost a mask
+are not used: their absent classes are unknown. Legend: H rows of a strip, w columns of a tile.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class ClassTiles(Dataset):
         transforms: what follows the cut, as in `VOSDataset`.
 
     Raises:
-        UserError: no strip is left, the strips are clips, or the tiles do not overlap so.
+        UserError: no strip is left, the strips are clips, or the overlap is impossible.
     """
 
     def __init__(self, raw: SeverstalRawDataset, width: int | None, overlap: int, transforms: Sequence[Callable]):
@@ -46,7 +46,7 @@ class ClassTiles(Dataset):
         if not self.images:
             raise UserError(f"{index.image_dir} leaves no strip to validate class prompts on: each of them lost a mask")
         self.tiles = [(image, tile) for image in self.images for tile in range(len(self.starts(image)))]
-        self._strip: tuple[int, Image.Image] | None = None  # the last one read: its tiles come one after the other
+        self._strip: tuple[int, Image.Image] | None = None  # the last one read: its tiles are read consecutively
 
     def starts(self, image: int) -> list[int]:
         """The first column of each tile of an image."""
@@ -80,8 +80,8 @@ class ClassTiles(Dataset):
     def batches(self, size: int, rank: int, ranks: int) -> list[list[int]]:
         """This rank's batches of at most `size` tiles.
 
-        A strip's tiles are all on one rank, in a row, so that they can be put together where they are. Every rank has
-        as many batches as the others, since SAM 2's validation loop waits for all ranks: short ones repeat theirs.
+        All tiles of a strip are consecutive on one rank, which stitches them. All ranks have equally many batches,
+        since SAM 2's validation loop waits for all ranks: ranks with fewer repeat theirs.
         """
         by_image: dict[int, list[int]] = {image: [] for image in self.images}
         for place, (image, _) in enumerate(self.tiles):
@@ -93,7 +93,7 @@ class ClassTiles(Dataset):
 
 
 class ClassValidation(TorchTrainMixedDataset):
-    """Stock's validation data: its own samples, and mixed with their batches those of the same strips' tiles.
+    """Stock's validation data, interleaved with batches of tiles of the same strips.
 
     Args:
         datasets: exactly one `VOSDataset` over a `SeverstalRawDataset`, for clicks.
@@ -101,7 +101,7 @@ class ClassValidation(TorchTrainMixedDataset):
         tile_width: see `ClassTiles`.
         overlap: see `ClassTiles`.
         tile_transforms: see `ClassTiles`.
-        tiles_per_batch: the most tiles of a batch, each with all classes.
+        tiles_per_batch: largest number of tiles of a batch, each with all classes.
         **stock: the other arguments of `TorchTrainMixedDataset`.
     """
 

@@ -14,16 +14,16 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 class COCOReader:
-    """Reads the images that a COCO file lists; an annotation is an instance. Other files are named as not read.
+    """Reads the images that a COCO file lists; an annotation is an instance. Other files are reported as not read.
 
     Args:
         image_dir: the folder that `file_name` is relative to.
         json: the annotations.
         classes: class names (a list, or a table with numbers) or their count: a category is the class of its name; None
-            takes the file's categories: their ids as class numbers, or their order where an id is none.
-        crowd: whether annotations with `iscrowd` are used; an image that has one which is not used is never clean.
-        full_check: decode every image instead of looking at its header and end.
-        exif: turn images upright by their orientation tag; False takes them as stored.
+            takes the file's categories: their ids as class numbers, or their order if an id cannot be one.
+        crowd: whether annotations with `iscrowd` are used; an image with an unused one is never clean.
+        full_check: decode every image instead of checking its header and end.
+        exif: turn images upright by their orientation tag; False reads them as stored.
     """
 
     instances = True
@@ -57,7 +57,7 @@ class COCOReader:
 
     def records(self) -> Iterator[ImageRecord | Problem | Note | Unread]:
         records: dict[int | str, ImageRecord] = {}
-        lost: set[int | str | None] = set()  # image ids whose image is reported
+        lost: set[int | str | None] = set()  # ids of images that were reported
         yield from self._images(records, lost)
         as_text = {str(key): key for key in records}
         doubt, odd, odd_row = False, 0, 0
@@ -99,7 +99,7 @@ class COCOReader:
             )
         twice = [number for record in records.values() for number in record.ids if number >= 0]
         if repeated := len(twice) - len(set(twice)):
-            yield Note(f"{self.json}: {repeated} annotations have the id of another one")
+            yield Note(f"{self.json}: {repeated} annotations repeat the id of another one")
         yield from records.values()
         yield from self._unread()
 
@@ -133,7 +133,7 @@ class COCOReader:
                         + turning(self.image_dir / name, exif=self.exif),
                     )
                 record = ImageRecord(name, height, width, special=special, source_id=source_id(image_id))
-                if times[image_id] > 1:  # nobody knows whose the annotations are
+                if times[image_id] > 1:  # the image of the annotations is unknown
                     lost.add(image_id)
                     record.complete = False
                     yield record
@@ -144,7 +144,7 @@ class COCOReader:
                 yield Problem(str(self.json), row, error.cause, f"{name}: {error}", name)
 
     def _take(self, entry: dict[str, Any], record: ImageRecord) -> bool:
-        """Adds the mask of an annotation; returns whether a polygon's area or bbox is not its own.
+        """Adds the mask of an annotation; returns whether a polygon's area or bbox differs from its pixels.
 
         Raises:
             InvalidData: it cannot be used.
@@ -163,7 +163,7 @@ class COCOReader:
         return bool(wrong)
 
     def _unread(self) -> list[Unread]:
-        """What lies in the image folder, or in a folder of a listed image, and is not listed."""
+        """Files in the image folder, or in a folder of a listed image, that are not listed."""
         taken: dict[Path, set[str]] = {self.image_dir: set()}
         for entry in self._content["images"]:
             try:
@@ -176,7 +176,7 @@ class COCOReader:
 
 
 def _key(value: Any) -> int | str | None:
-    """What can be an id, else None."""
+    """The value if it can be an id, else None."""
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
@@ -193,7 +193,7 @@ def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     for key in ("images", "categories", "annotations"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(f"{path} is no COCO file: it must have a list of objects named {key}")
+            raise UserError(f"{path} is not a COCO file: it must have a list of objects named {key}")
     categories = content["categories"]
     if not all(isinstance(_key(entry.get("id")), int) and "name" in entry for entry in categories):
         raise UserError(f"{path}: each category must have an integer id and a name")

@@ -1,4 +1,4 @@
-"""COCO's masks as runs: polygons, compressed and plain RLE, and whether `area` and `bbox` agree with the pixels.
+"""COCO's masks as runs: polygons, compressed and plain RLE, with a check of `area` and `bbox`.
 
 Boxes are half open, (x0, y0, x1, y1) in pixels.
 """
@@ -12,14 +12,14 @@ from pycocotools import mask as mask_utils
 from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.data.rle import encode_mask, from_coco_counts, parse_coco_text
 
-LONGEST = 4_000_000  # pixels around all polygons of a mask: pycocotools takes 60 bytes for each, and dies of too many
+LONGEST = 4_000_000  # length in pixels of all polygons of a mask: pycocotools needs 60 bytes for each, and crashes
 
 
 def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Runs of polygons (list of [x, y, x, y, ...]) or of an RLE (`counts` as list or compressed text).
 
     Raises:
-        InvalidData: neither of these, another size, or no pixel.
+        InvalidData: neither of these, the wrong size, or no pixel.
     """
     try:
         if isinstance(segmentation, dict):
@@ -50,10 +50,10 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def disagreement(entry: dict[str, Any], runs: np.ndarray, height: int) -> str | None:
-    """How an annotation's `area` or `bbox` differs from its pixels; None where it does not, or says neither.
+    """A clause on how an annotation's `area` or `bbox` differs from its pixels; None if it does not, or has neither.
 
-    An RLE's area is exact and its box right within 1 px. A polygon's area is that of its outline: half the way around
-    it is allowed, and 2 px for its box.
+    For an RLE the area must be exact and the box within 1 px. A polygon's area is that of its outline, so it may differ
+    by half the length of the outline, and its box by 2 px.
     """
     polygon = not isinstance(entry["segmentation"], dict)
     allowed = _half_way_around(entry["segmentation"]) + 2 if polygon else 0
@@ -82,7 +82,7 @@ def box_of(runs: np.ndarray, height: int) -> tuple[int, int, int, int]:
 
 
 def _outline(polygon: np.ndarray) -> float:
-    """The way around a polygon [x, y, x, y, ...] from and back to the corner of the image, in columns or rows."""
+    """The length of the closed path from the origin along a polygon [x, y, x, y, ...] in columns or rows."""
     corners = np.concatenate([[(0, 0)], polygon.reshape(-1, 2), [(0, 0)]])
     return float(np.abs(np.diff(corners, axis=0)).max(axis=1).sum())
 

@@ -1,4 +1,4 @@
-"""What a COCO file calls things: categories and the class numbers that they get, and where an image's file is."""
+"""Names in a COCO file: the class numbers of its categories, and the paths of its images."""
 
 import os
 import re
@@ -23,8 +23,8 @@ def number_categories(
     Args:
         categories: of the file, with `id` and `name`.
         used: category ids of its annotations.
-        classes: names with numbers, see `class_table`: a category is the class of its name, wherever it stands in the
-            file. None: the ids are the numbers where all are in 1..32767, else their order.
+        classes: names with numbers, see `class_table`: a category is the class of its name, whatever its order in the
+            file. None: the ids are the numbers if all are in 1..32767, else their order.
         where: the file, for messages.
 
     Returns:
@@ -67,7 +67,7 @@ def number_categories(
 
 
 class ImageFinder:
-    """Tells the path below a folder of the image that a `file_name` means.
+    """Finds the path below a folder of the image of a `file_name`.
 
     Args:
         folder: the image folder.
@@ -84,11 +84,11 @@ class ImageFinder:
     def find(self, name: Any) -> str:
         """The path below the folder.
 
-        A backslash separates folders, as Windows writes it; leading folders that repeat the end of the folder's own
-        path are left out.
+        A backslash separates folders, as on Windows; leading folders that repeat the end of the folder's own path are
+        removed.
 
         Raises:
-            InvalidData: no name, or one that leads out of the folder, or no such file.
+            InvalidData: there is no name or no such file, or the path leads out of the folder.
         """
         if not isinstance(name, str) or not name:
             raise InvalidData("path in name", f"its file_name is {name!r}, but the path of an image is expected")

@@ -1,7 +1,7 @@
-"""Samples to a batch: SAM 2's own `collate_fn`, but images are normalised straight into the batch.
+"""SAM 2's `collate_fn` with images normalised directly into the batch.
 
-At 1024 px an image is 12 MB, and stock copies it three times on its way to the Trainer's process: frames are stacked,
-then videos, then the batch is moved into memory that both processes map. Here it is written there once.
+At 1024 px an image is 12 MB, and stock copies it three times before it reaches the Trainer's process: frames are
+stacked, then videos, then the batch is moved into shared memory. Here it is written there once.
 Legend: B videos, T frames, S side of the model's input.
 """
 
@@ -19,12 +19,12 @@ from sam2_lora_ext.data.pixels import MEAN, STD, level_table, write_normalised
 def collate_fn(
     batch: list[VideoDatapoint], dict_key: str, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
 ) -> BatchedVideoDatapoint:
-    """What stock's gives for the same samples.
+    """The same batch as stock's for the same samples.
 
     Args:
         batch: B samples of T frames, with images uint8 [S, S, 3] (`ModelInput(normalise=False)`); samples with float
-            images go to stock's as they are.
-        dict_key: which loss and meters are for this batch.
+            images are passed to stock's unchanged.
+        dict_key: selects the loss and meters of this batch.
         mean: of R, G, B in 0..1; SAM 2's by default.
         std: of R, G, B in 0..1.
     """
@@ -47,7 +47,7 @@ def collate_fn(
 
 
 def mappable(*shape: int) -> torch.Tensor:
-    """An empty float32 tensor; in a worker in memory that its parent can map, as torch's `default_collate` has it."""
+    """An empty float32 tensor; in a worker in shared memory, as in torch's `default_collate`."""
     if get_worker_info() is None:
         return torch.empty(shape)
     return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)), 0, shape)

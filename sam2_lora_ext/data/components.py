@@ -1,7 +1,7 @@
-"""8-connected components of many masks at once, found on their runs without decoding a pixel.
+"""8-connected components of many masks at once, computed on their runs without decoding pixels.
 
-Two column segments touch when they lie in neighbouring columns and their rows overlap or differ by one; the graph of
-these contacts goes to scipy's connected components. Legend: M masks, R runs, S segments (runs cut at column ends),
+Two column segments touch when they are in neighbouring columns and their rows overlap or differ by one; the graph of
+these contacts is solved by scipy's connected components. Legend: M masks, R runs, S segments (runs cut at column ends),
 C components, K runs of all components.
 """
 
@@ -16,7 +16,7 @@ CHUNK = 256  # masks at a time: bounds the memory of the graph
 
 @dataclass
 class Components:
-    """Component c lies in mask `mask[c]`, has the runs `runs[run_offsets[c]:run_offsets[c + 1]]` and the half-open box
+    """Component c is in mask `mask[c]`, has the runs `runs[run_offsets[c]:run_offsets[c + 1]]` and the half-open box
     `boxes[c]` = (x0, y0, x1, y1). Order: by mask, then by first pixel down the columns."""
 
     mask: np.ndarray  # int32 [C]
@@ -42,7 +42,7 @@ def find_components(
         run_offsets: [M + 1]; mask m has the runs `runs[run_offsets[m]:run_offsets[m + 1]]`.
         heights: [M] rows of each mask's image.
         widths: [M] columns of each mask's image.
-        split: False makes one component of each mask that has a pixel.
+        split: False makes each mask that is not empty one component.
     """
     parts = [Components.none()]
     for low in range(0, len(heights), CHUNK):
@@ -112,7 +112,7 @@ def _label(
     owner: np.ndarray, column: np.ndarray, top: np.ndarray, bottom: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
     """A label for each segment, equal exactly within a component."""
-    # one number line for all masks: a spare column between masks and spare rows between columns keep strangers apart
+    # one number line for all masks: a spare column between masks and spare rows between columns separate them
     spare = int(heights.max(initial=0)) + 3
     key = (column + (np.cumsum(widths + 2) - widths)[owner]) * spare
     begins, ends = key + top + 1, key + bottom + 1

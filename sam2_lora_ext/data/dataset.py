@@ -1,6 +1,6 @@
 """Steel strips for SAM 2's `VOSDataset`: an item is a strip (one frame, or windows along it) and its defects.
 
-Everything is checked when the data set is built, since `VOSDataset` answers an error in training with another video.
+Everything is checked when the data set is built, since after an error in training `VOSDataset` draws another video.
 """
 
 import logging
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class SeverstalRawDataset(VOSRawDataset):
-    """Strips with the objects that the annotations give.
+    """Strips with their annotated objects.
 
-    In training an item is an image with all its objects (the sampler picks some), and clean samples fill the share
-    that `clean_share` asks for, each time another clean image or part. In evaluation every object and every clean
+    In training an item is an image with all its objects (the sampler picks some), and `clean_share` of the samples are
+    clean, each time another clean image or part. In evaluation every object and every clean
     image is in exactly one item, always in the same order; `video_id` is the image's row in the index, so
     (video_id, object_id) names an object.
 
@@ -37,23 +37,23 @@ class SeverstalRawDataset(VOSRawDataset):
         reader: the annotation format, e.g. `sam2_lora_ext.data.kaggle.KaggleReader`.
         training: the behaviour above.
         objects: "instances", "components", "classes", "all", or None for what the format has; see `make_objects`.
-        min_area: the fewest pixels of an object; smaller ones are left out (their image is not clean for that).
-        include_clean: whether clean images take part.
+        min_area: fewest pixels of an object; smaller ones are left out (which does not make their image clean).
+        include_clean: whether clean images are used.
         clean_share: training only: the share of clean samples, 0 <= share < 1; None takes each clean image once.
-        clean_part_width: training only: also defect-free parts of defective strips that are at least so many columns
-            wide count as clean; None takes whole clean images alone.
+        clean_part_width: training only: also defect-free parts of defective strips of at least this width in columns
+            count as clean; None takes only entire clean images.
         split_file: a csv with the columns image and split, or without `split` a text file with one name per line;
             None takes all images, or with `split` those in the folders of that split (Supervisely's `train_split/img`).
-        split: which split or splits; `!fold0` takes all but that.
+        split: the split or splits to take; `!fold0` takes all others.
         max_objects: evaluation only: an image with more objects becomes several items; None for no bound.
-        group_width: evaluation only: objects of one item span at most so many columns, for `FixedStripCrop`.
+        group_width: evaluation only: objects of one item span at most this number of columns, for `FixedStripCrop`.
         windows: `{width, stride, num_frames}`: the strip as a video, see `Windows`; None makes it one frame.
         on_invalid: "error" or "skip".
-        bits: depth of images with more than 8 bits a channel, 8..16, see `units`; some are looked at at once.
-        cache_dir: folder for the index, so that the next start does not read the data again; None does without.
+        bits: depth of images with more than 8 bits a channel, 8..16, see `units`; some images are checked at once.
+        cache_dir: folder for the index, so that the next start does not read the data again; None: no cache.
 
     Raises:
-        UserError: what is wrong with the data or the arguments; with "error" all problems of the data at once.
+        UserError: the data or the arguments are wrong; with "error" it lists all problems of the data.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SeverstalRawDataset(VOSRawDataset):
             names = take(list(zip(names, given_splits(names))), split, source)
         else:
             names = None
-        self.images = images = select_images(self.index, names, source)  # places in the index, without objects too
+        self.images = images = select_images(self.index, names, source)  # also images without objects
         if self.windows is not None:
             self._check_widths(images)
         special = [self.index.path(image) for image in images if self.index.special[image]]
@@ -183,7 +183,7 @@ class SeverstalRawDataset(VOSRawDataset):
 def _check_clean(
     training: bool, include_clean: bool, share: float | None, part_width: int | None, windows: Windows | None
 ) -> None:
-    """Refuses arguments about clean samples that contradict each other or would do nothing."""
+    """Refuses arguments about clean samples that contradict each other or have no effect."""
     if share is not None and not (training and 0 <= share < 1):
         raise UserError(
             f"clean_share must be at least 0, below 1, and for training (in evaluation every clean image takes part "

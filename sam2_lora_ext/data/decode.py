@@ -1,7 +1,7 @@
-"""An image file decoded as viewers show it: within a limit of size, of one page only, turned by its orientation tag.
+"""Decodes an image file as viewers show it: of limited size, one page only, turned by its orientation tag.
 
-PIL decodes; the checksums of PNG and TIFF, which it does not look at, are verified before. Colour images with 16 bits
-a channel, of which PIL keeps the high bytes, are decoded by OpenCV too.
+PIL decodes; the checksums of PNG and TIFF, which PIL ignores, are verified before. PIL keeps only the high bytes of
+colour images with 16 bits a channel, so OpenCV decodes these too.
 Legend: H W height and width in pixels.
 """
 
@@ -22,11 +22,11 @@ from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import open_regular
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP")  # by content; suffixes are not believed
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP")  # by content; suffixes are ignored
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 FLAT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 LIMIT = "SAM2_LORA_MAX_PIXELS"  # the environment variable
-MOST_PIXELS = 178_956_970  # by default: what PIL itself refuses to open
+MOST_PIXELS = 178_956_970  # default: PIL's own limit
 Source = str | Path | io.BytesIO
 
 
@@ -39,9 +39,9 @@ def opened(source: Source) -> Iterator[Image.Image]:
     """The image with its header read, nothing decoded; PIL's limit of size is replaced by ours meanwhile.
 
     Raises:
-        ImageError: it cannot be opened, is too large, has several pages or a mode that cannot be shown; and in place of
-            whatever is raised inside of the `with`.
-        UserError: the limit is no number.
+        ImageError: it cannot be opened, is too large, has several pages or an unsupported mode; also for any error
+            raised inside of the `with`.
+        UserError: the limit is not a number.
     """
     limit = most_pixels()
     kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -51,14 +51,14 @@ def opened(source: Source) -> Iterator[Image.Image]:
             yield image
     except (UserError, InvalidData):
         raise
-    except Exception as error:  # decoders fail in many ways on a damaged file
+    except Exception as error:  # decoders raise many kinds of errors for a damaged file
         raise explain(error, source) from error
     finally:
         Image.MAX_IMAGE_PIXELS = kept
 
 
 def _file(source: Source) -> BinaryIO:
-    """The opened file: given a path, PIL maps some TIFFs into memory and gets those wrong that it turns."""
+    """The opened file, since PIL maps some TIFFs into memory when it gets a path, and then turns them wrongly."""
     if isinstance(source, io.BytesIO):
         return io.BytesIO(source.getvalue())
     try:
@@ -71,7 +71,7 @@ def _file(source: Source) -> BinaryIO:
 
 
 def most_pixels() -> int:
-    """The most pixels of an image, from the environment."""
+    """The largest allowed number of pixels of an image, from the environment."""
     text = os.environ.get(LIMIT) or str(MOST_PIXELS)
     if not (text.isascii() and text.isdigit() and int(text)):
         raise UserError(f"the environment variable {LIMIT} is a number of pixels, got {text!r}")
@@ -101,8 +101,8 @@ def _check_header(image: Image.Image, limit: int) -> None:
 def pages(image: Image.Image) -> int:
     """The images in a file; 1 where all after the first are previews or masks of it.
 
-    A TIFF says so of each page. In the JPEGs of cameras (MPO) the others are previews, depth or gain maps of the first,
-    and every program reads the first.
+    A TIFF marks such pages. In the JPEGs of cameras (MPO) all others are previews, depth or gain maps of the first,
+    which every program reads.
     """
     count = getattr(image, "n_frames", 1)
     if count == 1 or image.format == "MPO":
@@ -130,7 +130,7 @@ def is_wide(image: Image.Image) -> bool:
 
 
 def values(image: Image.Image) -> np.ndarray:
-    """The pixels of a decoded image, [H, W] or [H, W, 3]: uint8, or of deep modes as they are. Alpha is left out."""
+    """The pixels of a decoded image, [H, W] or [H, W, 3]: uint8, or unchanged for deeper modes; without alpha."""
     if image.mode in DEEP_MODES or image.mode == "L":
         return np.array(image)
     return np.array(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
@@ -144,20 +144,20 @@ def decode(
     Args:
         source: the file, or its content.
         exif: turn it upright by its orientation tag; False leaves it as stored.
-        take: makes the array [H, W] or [H, W, 3] from the decoded image.
+        take: converts the decoded image to the array [H, W] or [H, W, 3].
         whole: all 16 bits of colours that have them (uint16); False takes the high bytes.
 
     Raises:
-        ImageError: anything in it is damaged, or it cannot be used, see `opened`.
+        ImageError: it is damaged or cannot be used, see `opened`.
     """
     with opened(source) as image:
         tag, wide = orientation(image), whole and is_wide(image)
         if image.format == "PNG":
-            image.verify()  # the checksums, which decoding alone does not look at
+            image.verify()  # the checksums, which decoding alone ignores
         elif image.format == "TIFF":
             tiff.check_sums(image)
     with opened(source) as image:
-        image.info.pop("xmp", None)  # PIL would turn a TIFF by what XMP says too, which `cv2.imread` does not read
+        image.info.pop("xmp", None)  # PIL would turn a TIFF by its XMP data too, which `cv2.imread` ignores
         image.load()
         pixels = take(image)
         done = image.format == "TIFF" and ORIENTATION not in image.tag_v2  # PIL turns TIFFs while it decodes them
@@ -169,7 +169,7 @@ def decode(
 
 
 def _wide(source: Source, high: np.ndarray) -> np.ndarray:
-    """uint16 [H, W] or [H, W, 3] by OpenCV, if its high bytes are what PIL found."""
+    """uint16 [H, W] or [H, W, 3] by OpenCV, if its high bytes agree with PIL's result."""
     import cv2
 
     with _file(source) as file:
@@ -186,7 +186,7 @@ def _wide(source: Source, high: np.ndarray) -> np.ndarray:
 
 
 def explain(error: Exception, source: Source) -> ImageError:
-    """What an error of opening or decoding an image means."""
+    """The `ImageError` for an error of opening or decoding an image."""
     if isinstance(error, UnidentifiedImageError):
         return _unknown(source)
     if isinstance(error, MemoryError):
@@ -205,7 +205,7 @@ def explain(error: Exception, source: Source) -> ImageError:
 
 
 def _unknown(source: Source) -> ImageError:
-    """What stands in a file in which PIL sees no image."""
+    """The `ImageError` for a file that PIL does not recognise as an image."""
     with _file(source) as file:
         content = file.read(4)
     if not content:

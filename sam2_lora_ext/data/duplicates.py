@@ -1,4 +1,4 @@
-"""Images that are the same, exactly or nearly: they must not be spread over training and validation.
+"""Exact and near duplicates of images, which must be kept in the same split.
 
 Legend: N images. A thumbnail is grey, uint8 [16, 64]; a hash is bool [256].
 """
@@ -10,12 +10,12 @@ from scipy.sparse.csgraph import connected_components
 
 BITS_APART = 40  # of 256: a saved-again JPEG differs in a few
 GREY_APART = 3.0  # mean difference of two thumbnails, of 255
-FLAT = 2.0  # standard deviation of a thumbnail below which an image has nothing to tell it by
+FLAT = 2.0  # standard deviation of a thumbnail below which an image has no features to compare
 CHUNK = 256
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """A small grey copy."""
+    """A small grey copy of the image."""
     return np.asarray(image.convert("L").resize((64, 16), Image.Resampling.BILINEAR))
 
 
@@ -28,8 +28,8 @@ def difference_hash(image: Image.Image) -> np.ndarray:
 def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     """int64 [K, 2]: pairs whose hashes differ in few bits and whose thumbnails differ little.
 
-    Of images that chains of such pairs join only as many pairs are given as join them: K < N. So a set of one image N
-    times costs N comparisons and not N^2.
+    Of images joined by chains of such pairs, only the pairs of a spanning tree are given: K < N. So N copies of one
+    image cost N comparisons and not N^2.
 
     Args:
         hashes: bool [N, 256].
@@ -45,7 +45,7 @@ def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
             if lively[row]:
                 others = np.flatnonzero((bits <= BITS_APART) & lively & (joined != joined[row]))
                 others = others[np.abs(thumbs[others] - thumbs[row]).mean(axis=1) <= GREY_APART]
-                _, first = np.unique(joined[others], return_index=True)  # one of each chain
+                _, first = np.unique(joined[others], return_index=True)  # one image per chain
                 pairs.append(np.stack([np.minimum(row, others[first]), np.maximum(row, others[first])], axis=1))
                 joined[np.isin(joined, joined[others])] = joined[row]
     return np.concatenate(pairs)

@@ -1,4 +1,4 @@
-"""A data set's folder: whole or not there at all, and never written over what is read."""
+"""Writes a data set's folder atomically, and never over the inputs."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import EXISTS
 from sam2_lora_ext.utils.folders import existing_folder, replace_folder
 
-PARTS = frozenset(  # what a data set that this package wrote may hold
+PARTS = frozenset(  # files and folders of a data set written by this package
     {"train_images", "train.csv", "split.csv", "images", "annotations", "annotations.json", "meta.json", "train"}
 )
 
@@ -18,7 +18,7 @@ def refuse_folder(out: Path, force: bool) -> None:
     """Raises a `UserError` when a data set may not be written to `out`; links are followed.
 
     Args:
-        out: where nothing is, or with `force` an empty folder, or one that holds parts of a data set and nothing else.
+        out: a new path, or with `force` an empty folder or one with nothing but parts of a data set.
         force: replace that folder.
     """
     out = existing_folder(out.resolve())
@@ -28,19 +28,19 @@ def refuse_folder(out: Path, force: bool) -> None:
         raise UserError(EXISTS.format(out))
     strangers = sorted(entry.name for entry in out.iterdir() if entry.name not in PARTS) if out.is_dir() else []
     if strangers or not out.is_dir():
-        found = f"holds {strangers[0]!r}, which is none of its parts" if strangers else "is a file"
+        found = f"holds {strangers[0]!r}, which is not one of its parts" if strangers else "is a file"
         raise UserError(f"--force replaces a data set, but {out} {found}; choose another folder")
 
 
 def write_folder(out: str | Path, write: Callable[[Path], Any], force: bool = False) -> None:
-    """Calls `write(temporary)` with a new folder beside `out`, then puts it in the place of `out`.
+    """Calls `write(temporary)` with a new folder next to `out`, then renames it to `out`.
 
-    A failure leaves `out` as it was: the old folder is moved aside, and deleted only when the new one stands.
+    A failure leaves `out` unchanged: the old folder is moved away, and deleted only after the new one is complete.
 
     Args:
-        out: the folder to make.
-        write: fills the empty folder that it is given.
-        force: replace a folder that holds a data set of this package, with all its images, or nothing.
+        out: the folder to write.
+        write: fills the empty folder that is its argument.
+        force: replace an empty folder, or a data set of this package with all its images.
 
     Raises:
         UserError: `out` exists and `force` is off, it holds something else, or the system refuses.

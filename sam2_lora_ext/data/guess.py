@@ -1,4 +1,4 @@
-"""Which reader fits a path: for the tools, where a user names a folder and no format."""
+"""Guesses the reader of a path, for tools whose user names a folder and no format."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from sam2_lora_ext.data.supervisely import SuperviselyReader
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import open_regular, read_json
 
-HEADER = 1 << 16  # bytes of a table that are read to tell what it is
+HEADER = 1 << 16  # bytes of a table that are read to identify it
 LABEL_FOLDERS = ("annotations", "labels", "masks", "label", "mask", "gt")
 
 
@@ -42,13 +42,13 @@ def guessed(
     like: Source | None = None,
     **more: Any,
 ) -> Source:
-    """A data set on disk, whose format is told by what is there.
+    """A data set on disk, whose format is guessed from its files.
 
     Args:
         path: see `guess_format`.
         images: see `guess_format`.
         split: of a Supervisely project.
-        given: arguments of the reader: classes, size, colors, exif. A size matters to Kaggle's csv alone.
+        given: arguments of the reader: classes, size, colors, exif. Only Kaggle's csv uses a size.
         like: a run's source: its class table, and for the same format its other settings, where `given` has none.
         **more: fields of the source, such as bits.
 
@@ -81,12 +81,12 @@ def guessed(
 def guess_format(
     path: str | Path, images: str | Path | None = None, split: str | None = None
 ) -> tuple[type, dict[str, Any]]:
-    """The reader's class for a data set on disk, and its arguments that say where the data is.
+    """The reader's class for a data set on disk, and its arguments with the paths of the data.
 
     Args:
         path: a Kaggle csv, a COCO JSON, or a folder: with such a file, with Supervisely's `img` and `ann` (or splits
-            that have them), or with images beside a folder of label images.
-        images: the image folder, where it is not beside the annotations.
+            that have them), or with images and a folder of label images.
+        images: the image folder, unless it is in the folder of the annotations.
         split: of a Supervisely project.
 
     Raises:
@@ -103,11 +103,11 @@ def guess_format(
             return KaggleReader, {"image_dir": folder, "csv": path}
         return COCOReader, {"image_dir": folder, "json": path}
     if not path.is_dir():
-        there = f"{path} is no file, a pipe or a device stands there" if path.exists() else f"there is no {path}"
+        there = f"{path} is a pipe or a device, not a file" if path.exists() else f"there is no {path}"
         raise UserError(f"{there}; name a data set's folder, its csv or its json")
     if split is not None or any(path.glob("img")) or any(path.glob("*/img")):
         if images is not None:
-            raise UserError(f"a Supervisely project has its own images, so {images} has no place; leave it out")
+            raise UserError(f"a Supervisely project has its own images: leave out {images}")
         return SuperviselyReader, {"root": path, "split": split}
     candidates = sorted(path.glob("*.csv")) + sorted(path.glob("*.json"))
     tables = [table for table in candidates if (_is_kaggle if table.suffix == ".csv" else _is_coco)(table)]
@@ -115,7 +115,7 @@ def guess_format(
         tables = [table for table in tables if table.stem == "train"] or tables
     if len(tables) > 1:
         raise UserError(
-            f"{path} has several annotation files ({', '.join(table.name for table in tables)}); name the one you mean"
+            f"{path} has several annotation files ({', '.join(table.name for table in tables)}); name one of them"
         )
     if tables:
         return guess_format(tables[0], images)
@@ -126,12 +126,12 @@ def guess_format(
     raise UserError(
         f"{path} has no annotations that this package knows: no csv of Kaggle, no json of COCO, no folders img and ann "
         f"(Supervisely), no folder of label images ({', '.join(LABEL_FOLDERS)})"
-        + (f"; name the file to hear what is wrong with {candidates[0].name}" if candidates else "")
+        + (f"; name the file to see what is wrong with {candidates[0].name}" if candidates else "")
     )
 
 
 def image_folder(parent: Path, *others: Path) -> Path:
-    """The folder of the images beside an annotation file or folder (`others`)."""
+    """The folder of the images in `parent`, which also has an annotation file or folder (`others`)."""
     named = [parent / name for name in ("train_images", "images", "img", "imgs") if (parent / name).is_dir()]
     if named:
         return named[0]
@@ -154,7 +154,7 @@ def image_folder(parent: Path, *others: Path) -> Path:
 def _holds_images(folder: Path) -> bool:
     try:
         return any(entry.suffix.lower() in SUFFIXES and not ignored(entry.name) for entry in folder.iterdir())
-    except OSError:  # what may not be read is not it
+    except OSError:  # unreadable folders are not candidates
         return False
 
 

@@ -1,4 +1,4 @@
-"""Image files: which there are, whether they can be read, how large they are, and their pixels as 8-bit RGB.
+"""Image files: lists them, checks them, and reads their sizes and their pixels as 8-bit RGB.
 
 Legend: H W height and width in pixels, after an image is turned upright.
 """
@@ -26,13 +26,13 @@ from sam2_lora_ext.data.units import to_eight
 from sam2_lora_ext.utils.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
-DARK = 16  # a grey level at most so high (of 255) is unexposed, not steel
+DARK = 16  # grey levels up to this one (of 255) are unexposed, not steel
 LEFT_BY_SYSTEMS = frozenset({"thumbs.db", "desktop.ini"})
-_TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what an undamaged file of the kind ends with
+_TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # the last bytes of an undamaged file of this format
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Sorted names of the image files (and links) right in a folder; hidden ones, such as `._x.jpg`, are none.
+    """Sorted names of the image files (and links) directly in a folder, without hidden ones such as `._x.jpg`.
 
     Raises:
         UserError: no such folder, no permission, or no image in it.
@@ -52,15 +52,15 @@ def list_images(folder: str | Path) -> list[str]:
 
 
 def ignored(name: str) -> bool:
-    """Whether a file is none of the user's: hidden, or left by an operating system."""
+    """Whether a file is not part of the data: hidden, or written by an operating system."""
     return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
 
 
 def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
-    """Sorted names of what lies right in a folder and was not taken (`/` after a folder's), without ignored files.
+    """Sorted names of files and folders (with `/`) directly in a folder that were not read, without ignored files.
 
     Args:
-        folder: the folder; one that cannot be listed has nothing.
+        folder: the folder; one that cannot be listed counts as empty.
         taken: names of files and folders in it that were read.
     """
     taken = set(taken)
@@ -73,26 +73,26 @@ def unread(folder: str | Path, taken: Iterable[str]) -> list[str]:
 
 
 def not_taken(folder: str | Path, taken: Iterable[str], inputs: Iterable[str | Path] = ()) -> list[Unread]:
-    """`unread` as readers yield it, with the folder's path; `inputs`, if they lie in the folder, were read too."""
+    """`unread` as readers yield it, with the folder's path; `inputs` in the folder count as read."""
     above = os.path.abspath(folder)
     inner = (os.path.relpath(os.path.abspath(path), above).split(os.sep)[0] for path in inputs)
     return [Unread(f"{folder}/{name}") for name in unread(folder, {*taken, *inner})]
 
 
 def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int, int, bool]:
-    """Reads an image's header and looks whether the file is whole (its name too: it goes into csv and JSON).
+    """Reads an image's header and checks that the file is complete and its name valid in csv and JSON.
 
     Args:
         path: the image file.
-        full: decode every pixel; otherwise a file is decoded only when its end does not look as it should, or when it
-            holds floats, 32 bits or 16 bit colours, which may be out of range or of no known kind.
+        full: decode every pixel; otherwise a file is decoded only when its last bytes are unexpected, or when it has
+            floats, 32 bits or 16 bit colours, which may be out of range or of an unknown kind.
         exif: turn the image upright by its orientation tag.
 
     Returns:
-        H, W, and whether the image is special: `read_rgb` alone reads it right, and not PIL's `convert("RGB")`.
+        H, W, and whether the image is special: only `read_rgb` reads it correctly, not PIL's `convert("RGB")`.
 
     Raises:
-        ImageError: the file cannot be opened, is empty, is no image, is damaged, is too large, or has several pages.
+        ImageError: the file cannot be opened, is empty, is not an image, is damaged, too large or has several pages.
     """
     if not is_text(os.path.basename(path)):
         raise ImageError("file name", "the file's name is not UTF-8 text, which no annotation can say; rename it")
@@ -102,7 +102,7 @@ def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int,
         raise explain(error, path) from error
     except ValueError as error:  # a null byte
         raise ImageError("file name", f"no file can have this name ({error}); rename it") from error
-    if not regular:  # opening a pipe would wait for ever
+    if not regular:  # opening a pipe would block
         raise ImageError("not a file", "a folder, pipe or device stands where an image should be; remove it")
     with opened(path) as image:
         (width, height), turned, wide = stored_size(image), orientation(image), is_wide(image)
@@ -124,10 +124,10 @@ def mode_and_tag(path: str | Path) -> tuple[str, int]:
 
 
 def turning(*paths: str | Path, exif: bool = True) -> str:
-    """What the orientation tags of image files have to do with a wrong size: a clause to append, or nothing.
+    """A clause for a message about a wrong size that explains the orientation tags of image files; may be empty.
 
     Args:
-        paths: the files; the first one that has a tag is told of.
+        paths: the files; the clause names the first one that has a tag.
         exif: whether they were turned by it.
     """
     for path in paths:
@@ -145,7 +145,7 @@ def turning(*paths: str | Path, exif: bool = True) -> str:
 
 
 def read_rgb(path: str | Path, bits: int = 16, exif: bool = True) -> np.ndarray:
-    """The pixels as uint8 [H, W, 3]: the one way from an image file to 8-bit RGB.
+    """The pixels as uint8 [H, W, 3]: the only function that converts an image file to 8-bit RGB.
 
     Args:
         path: the image file.

@@ -19,7 +19,7 @@ from sam2_lora_ext.data.records import ImageRecord, Note, OnInvalid, Problem, Re
 from sam2_lora_ext.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-DIGESTED = {  # array -> its type in the digest
+DIGESTED = {  # array -> its dtype in the digest
     "name_bytes": "u1",
     "name_offsets": "<i8",
     "sizes": "<i8",
@@ -42,7 +42,7 @@ class AnnotationIndex:
     name_bytes: np.ndarray  # uint8: UTF-8 names without separators
     name_offsets: np.ndarray  # int64 [N + 1]
     sizes: np.ndarray  # int32 [N, 2] of (H, W)
-    special: np.ndarray  # bool [N]: only `images.read_rgb` reads it right
+    special: np.ndarray  # bool [N]: only `images.read_rgb` reads it correctly
     complete: np.ndarray  # bool [N]: no mask of the image was dropped
     mask_offsets: np.ndarray  # int64 [N + 1]
     mask_class: np.ndarray  # int16 [M]
@@ -51,13 +51,13 @@ class AnnotationIndex:
     image_id: np.ndarray  # int64 [N]: the file's image id; -1 where it has none
     run_offsets: np.ndarray  # int64 [M + 1]
     runs: np.ndarray  # int32 [R, 2] of (start, length)
-    problems: tuple[Problem, ...] = ()  # what was left out
+    problems: tuple[Problem, ...] = ()  # entries that cannot be used
     exif: bool = True  # images are turned upright by their orientation tag; sizes are those after turning
-    instances: bool = False  # a mask is one annotation of the file, not all that a class covers
+    instances: bool = False  # a mask is one annotation of the file, not the union of a class
     class_source: dict[int, int] = field(default_factory=dict)  # class number -> category id of the file
-    unknown: tuple[str, ...] = ()  # images of which something could not be read, and no mask was: not in the arrays
-    unread: tuple[str, ...] = ()  # files and folders beside the data that the reader did not take
-    notes: tuple[str, ...] = ()  # sentences to warn with that are no problems
+    unknown: tuple[str, ...] = ()  # images that lost all their masks: not in the arrays
+    unread: tuple[str, ...] = ()  # files and folders of the data set that the reader did not use
+    notes: tuple[str, ...] = ()  # warnings about valid data, as sentences
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -103,8 +103,8 @@ class AnnotationIndex:
         return (np.diff(self.mask_offsets) == 0) & self.complete
 
     def digest(self) -> str:
-        """SHA-256 of the content: names, sizes, class table, masks and their ids, what is incomplete or unknown, how
-        images are turned; neither paths nor pixels."""
+        """SHA-256 of the content: names, sizes, class table, masks and their ids, incomplete and unknown images,
+        orientation; neither paths nor pixels."""
         digest = hashlib.sha256()
         facts = [sorted(self.class_names.items()), getattr(self, "exif", None), list(getattr(self, "unknown", ()))]
         digest.update(json.dumps(facts).encode())
@@ -115,7 +115,7 @@ class AnnotationIndex:
         return digest.hexdigest()
 
     def subset(self, images: np.ndarray) -> "AnnotationIndex":
-        """The index of these images alone; problems are not carried over."""
+        """The index of these images alone, without problems."""
         records = []
         for image in images:
             low, high = self.mask_offsets[image : image + 2]
@@ -142,7 +142,7 @@ def pack(
     problems: Sequence[Problem] = (),
     exif: bool = True,
 ) -> AnnotationIndex:
-    """Packs records into arrays: images by name, the masks of an image by class (those of one class as they came)."""
+    """Packs records into arrays: images sorted by name, the masks of an image by class in a stable order."""
     records = sorted(records, key=lambda record: record.name)
     masks = [mask for record in records for mask in _by_class(record)]
     names = [record.name.encode("utf-8", "surrogateescape") for record in records]
@@ -169,9 +169,9 @@ def pack(
 
 
 def collect(reader: Reader, progress: bool = False) -> AnnotationIndex:
-    """Reads and checks everything in one pass; what cannot be used is in `problems`.
+    """Reads and checks everything in one pass; entries that cannot be used are in `problems`.
 
-    An image that lost a mask keeps its others (but is never clean); one that kept none is left out, and `unknown`.
+    An image that lost a mask keeps its others (but is never clean); one that lost all is left out and `unknown`.
     """
     found = {kind: [] for kind in (ImageRecord, Problem, Note, Unread)}
     for item in tqdm(reader.records(), desc="annotations", unit="image", disable=not progress):
@@ -190,7 +190,7 @@ def collect(reader: Reader, progress: bool = False) -> AnnotationIndex:
 
 
 def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool = False) -> AnnotationIndex:
-    """`collect`, for use: no problems, or with `on_invalid` "skip" at least one usable image.
+    """`collect` with checks: no problems, or with `on_invalid` "skip" at least one usable image.
 
     Raises:
         UserError: problems with "error" (all of them in one message), or nothing usable.
@@ -206,13 +206,13 @@ def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool 
 
 
 def announce(index: AnnotationIndex) -> None:
-    """Says in the log what a user should know of an index beyond its problems, a line for each kind."""
+    """Logs the warnings about an index beyond its problems, one line per kind."""
     for sentence in remarks(index):
         log.warning("%s: %s", index.image_dir, sentence)
 
 
 def remarks(index: AnnotationIndex) -> list[str]:
-    """Unknown images, images that lost masks, what was not read, and the notes, as sentences."""
+    """Unknown images, images that lost masks, unread files, and the notes, as sentences."""
     said = []
     if index.unknown:
         said.append(

@@ -1,8 +1,7 @@
-"""An index written as COCO or Supervisely: an entry for each instance, or for each 8-connected component without them.
+"""Writes an index as COCO or Supervisely: an entry for each instance, or else for each 8-connected component.
 
-From COCO to COCO annotations keep their ids, areas, boxes and iscrowd, images and categories their ids. What cannot be
-kept is numbered anew: ids that are no integers from 0, or that stand twice; and category ids that would give other
-class numbers when they are read back.
+From COCO to COCO, annotations keep their ids, areas, boxes and iscrowd, images and categories their ids. New numbers
+replace ids that are not integers from 0 or are repeated, and category ids that would change class numbers when read.
 """
 
 import json
@@ -89,7 +88,7 @@ def write_coco(index: AnnotationIndex, names: list[str], folder: Path, progress:
 
 
 def _ids(source: np.ndarray) -> list[int]:
-    """An id for each place: the source's own where it has one that no place before has, else the next free one."""
+    """An id for each entry: the source's own if it has one that no earlier entry has, else the next free one."""
     taken: set[int] = set()
     result: list[int | None] = []
     for number in source.tolist():
@@ -104,7 +103,7 @@ def _ids(source: np.ndarray) -> list[int]:
 
 
 def _category_ids(index: AnnotationIndex) -> dict[int, int]:
-    """Class number -> category id: the source's own where every class has one and they give the same class numbers."""
+    """Class number -> category id: the source's own if every class has one and they give the same class numbers."""
     ids = {number: index.class_source.get(number, -1) for number in index.class_names}
     if min(ids.values()) >= 0 and len(set(ids.values())) == len(ids):
         categories = [{"id": ids[number], "name": name} for number, name in index.class_names.items()]
@@ -114,7 +113,7 @@ def _category_ids(index: AnnotationIndex) -> dict[int, int]:
 
 
 def places(objects: ObjectTable) -> list[tuple[int, int, int]]:
-    """(image, class, place in the table) of each object."""
+    """(image, class, position in the table) of each object."""
     return [
         (image, objects.class_of(place), place)
         for image in range(len(objects.offsets) - 1)
@@ -123,7 +122,7 @@ def places(objects: ObjectTable) -> list[tuple[int, int, int]]:
 
 
 def progress_bar(names: list[str], progress: bool) -> Iterable[str]:
-    """The names, with a bar over the images."""
+    """The names, with a progress bar over the images."""
     return tqdm(names, desc="annotations", unit="image", disable=not progress)
 
 

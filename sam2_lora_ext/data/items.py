@@ -1,4 +1,4 @@
-"""Which samples a data set has: an image, a part of its columns, and some of its objects each.
+"""The items of a data set: each is an image, a part of its columns, and some of its objects.
 
 Legend: N images, L items, P objects.
 """
@@ -21,11 +21,11 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import open_regular
 
 NO_OBJECTS = np.zeros(0, dtype=np.int64)
-MARGIN = 16  # columns between a clean part and the nearest defect: borders of masks are vague
+MARGIN = 16  # columns between a clean part and the nearest defect, since borders of masks are imprecise
 
 
 class Row(NamedTuple):
-    """One item: columns [start, stop) of an image, places in the object table, the window that its clip begins at."""
+    """One item: columns [start, stop) of an image, positions in the object table, the first window of its clip."""
 
     image: int
     start: int
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Items:
-    """The rows as arrays; item l has the objects `objects[offsets[l]:offsets[l + 1]]`, one without any is clean."""
+    """The rows as arrays; item l has the objects `objects[offsets[l]:offsets[l + 1]]`, none if it is clean."""
 
     images: np.ndarray  # int32 [L]
     starts: np.ndarray  # int32 [L]
@@ -89,10 +89,10 @@ def read_split(path: str | Path, split: str | Sequence[str] | None) -> list[str]
 
 
 def _split_rows(lines: Iterator[list[str]], path: str | Path) -> list[tuple[str, str]]:
-    """(image, split) of each row of a split file, without blanks around them.
+    """(image, split) of each row of a split file, stripped of blanks.
 
     Raises:
-        UserError: no such columns, or a row that lacks a field or has one too many.
+        UserError: the columns are missing, or a row has too few or too many fields.
     """
     header = [field.strip() for field in next(lines, [])]
     if header.count("image") != 1 or header.count("split") != 1:
@@ -115,10 +115,10 @@ def _split_rows(lines: Iterator[list[str]], path: str | Path) -> list[tuple[str,
 def select_images(index: AnnotationIndex, names: list[str] | None, where: str | Path | None = None) -> np.ndarray:
     """int64: the images with these names, in the order of the index; all for None.
 
-    Names of images that were left out as invalid are passed over.
+    Names of images that were left out as invalid are skipped.
 
     Raises:
-        UserError: a name that the data does not have.
+        UserError: the data lacks a name.
     """
     if names is None:
         return np.arange(len(index))
@@ -132,12 +132,12 @@ def select_images(index: AnnotationIndex, names: list[str] | None, where: str | 
         )
     chosen = np.array(sorted(place[name] for name in names if name in place), dtype=np.int64)
     if not len(chosen):
-        raise UserError(f"no image of {where} is usable; look at the problems above")
+        raise UserError(f"no image of {where} is usable; see the problems above")
     return chosen
 
 
 def clean_part(index: AnnotationIndex, image: int, width: int) -> tuple[int, int] | None:
-    """The widest [start, stop) of columns without a mask, `MARGIN` off the next; None if narrower than `width`."""
+    """The widest [start, stop) of columns without a mask, `MARGIN` away from any; None if narrower than `width`."""
     height, columns = index.sizes[image]
     runs = [runs for _, runs in index.masks(image)]
     if not runs:
@@ -154,15 +154,15 @@ def clean_part(index: AnnotationIndex, image: int, width: int) -> tuple[int, int
 
 
 def group_objects(boxes: np.ndarray, max_objects: int | None, width: int | None) -> list[np.ndarray]:
-    """Cuts the objects of an image into groups for evaluation, each object in exactly one.
+    """Divides the objects of an image into groups for evaluation, each object in exactly one.
 
     Args:
         boxes: [P, 4] of (x0, y0, x1, y1).
-        max_objects: the most objects of a group; None for no bound.
-        width: columns that a group may span (an object that is wider is a group of its own); None for no bound.
+        max_objects: largest number of objects of a group; None for no bound.
+        width: columns that a group may span (a wider object is a separate group); None for no bound.
 
     Returns:
-        places in `boxes`, from left to right when `width` is given, else in their order.
+        positions in `boxes`, from left to right when `width` is given, else in their order.
     """
     order = range(len(boxes)) if width is None else np.lexsort((np.arange(len(boxes)), boxes[:, 0]))
     groups = []
@@ -191,16 +191,16 @@ def object_rows(
     width: int | None,
     windows: Windows | None,
 ) -> list[Row]:
-    """Rows of the defective images with the objects that `keep` (bool [P]) leaves.
+    """Rows of the defective images with the objects selected by `keep` (bool [P]).
 
     Args:
         index: the annotations.
         objects: its P objects.
-        images: which images.
-        keep: which objects.
+        images: positions of the images.
+        keep: whether to use each object.
         max_objects: see `group_objects`.
         width: see `group_objects`.
-        windows: group by the window that an object's clip begins at; None for one frame.
+        windows: group by the first window of an object's clip; None for one frame.
     """
     rows = []
     for image in images:

@@ -1,4 +1,4 @@
-"""JSON files of annotations: read whole or not at all, no key twice (one value would hide the other)."""
+"""Reads JSON files of annotations strictly: complete, and without repeated keys."""
 
 import json
 from pathlib import Path
@@ -9,22 +9,22 @@ from sam2_lora_ext.utils.files import read_bytes
 
 
 def read_annotations(path: Path) -> Any:
-    """The content of a JSON file in UTF-8, with or without a BOM; NaN and Infinity come as floats.
+    """The content of a JSON file in UTF-8, with or without a BOM; NaN and Infinity become floats.
 
     Raises:
-        UserError: the file cannot be read, or is none.
-        InvalidData: it is no JSON, goes on behind its end, or an object has a key twice; a clause for a sentence.
+        UserError: the file cannot be read, or the path is not a file.
+        InvalidData: it is not JSON, has data after its end, or an object repeats a key; the text is a clause.
     """
     content = read_bytes(path)
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
     except InvalidData:
         raise
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         if str(error).startswith("Extra data"):
-            said = f"it goes on behind the end of its JSON ({error}); are two files joined?"
+            said = f"it has data after the end of its JSON ({error}); are two files joined?"
             raise InvalidData("not JSON", said) from error
-        raise InvalidData("not JSON", f"it is no JSON ({error}); is it cut off?") from error
+        raise InvalidData("not JSON", f"it is not JSON ({error}); is it cut off?") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

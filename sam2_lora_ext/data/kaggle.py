@@ -1,8 +1,8 @@
 """Kaggle's Severstal tables, new (`ImageId,ClassId,EncodedPixels`) and old (`ImageId_ClassId,EncodedPixels`).
 
-An image of the folder without a mask in the table is clean, unless a row that may be its own could not be read. In an
-old table that says where there is no mask, an image must have all its rows. A field that says "no mask" may be empty,
-NaN, -1, `0 0` or `1 1`. Several rows of one image and class are united where they do not overlap.
+An image of the folder without a mask in the table is clean, unless an unreadable row may be one of its rows. In an old
+table with explicit rows for empty masks, an image must have all its rows. The field of an empty mask may be empty, NaN,
+-1, `0 0` or `1 1`. Several rows of one image and class are united if they do not overlap.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,11 +32,11 @@ class KaggleReader:
 
     Args:
         image_dir: the folder of the images.
-        csv: the table; its format is told by its header.
+        csv: the table; its header determines its format.
         classes: class names or their count; None for Severstal's four.
-        size: [H, W] that every image must have, since an RLE does not tell its image's size; None takes each as it is.
-        full_check: decode every image instead of looking at its header and end.
-        exif: turn images upright by their orientation tag; False takes them as stored.
+        size: [H, W] that every image must have, since an RLE does not contain its image's size; None accepts any size.
+        full_check: decode every image instead of checking its header and end.
+        exif: turn images upright by their orientation tag; False reads them as stored.
     """
 
     instances = False
@@ -90,33 +90,33 @@ class KaggleReader:
 
 
 class _Rows:
-    """What the rows say of the images, and what of that cannot be known.
+    """Collects the masks of all rows, and the images that may have lost some.
 
     Args:
-        reader: whose table it is.
+        reader: of the table.
         names: all images of the folder.
-        records: those that can be read; their masks are added here.
+        records: of the readable images; the masks are added to them.
     """
 
     def __init__(self, reader: KaggleReader, names: Sequence[str], records: dict[str, ImageRecord]):
         self.csv, self.folder, self.class_names = str(reader.csv), reader.image_dir, reader.class_names
         self.names, self.records, self.near = set(names), records, NearNames(names)
-        self.missing: set[str] = set()  # named by the table, not in the folder
+        self.missing: set[str] = set()  # named in the table but missing in the folder
         self.seen: dict[tuple[str, int | None], list[tuple[int, np.ndarray]]] = {}  # (row, runs) of image and class
         self.before: list[str] = []  # the image of the last good row
         self.doubt = False  # any image may have lost a row
 
     def spoil(self, row: BadRow) -> Problem:
-        """Takes notice of a row that cannot be used: its image is not whole, or no image is where it names none."""
+        """Records a row that cannot be used: its image is incomplete, or all images are if it names none."""
         images = sorted({name.strip() for name in row.names} & self.names)
         images = images or next(filter(None, map(self.near.find, row.names)), [])
         self.doubt = self.doubt or row.doubt or not images
-        self._not_whole(images or self.before)  # without a name it may be the torn end of the row before
+        self._not_whole(images or self.before)  # without a name it may be the end of the row before, torn off
         where = f"; its image is {shorten(images)}" if images else "; no image without a good row counts as clean"
         return Problem(self.csv, row.line, row.cause, row.sentence + where, images[0] if images else None)
 
     def take(self, row: Row) -> Problem | None:
-        """Adds the mask of a row to its record, or says why not."""
+        """Adds the mask of a row to its record, or reports a problem."""
         name = row.name
         self.before = [name]
         if name in self.names:
@@ -134,16 +134,16 @@ class _Rows:
         self.missing.add(name)
         if any(sign < " " or sign == '"' for sign in name):
             self.doubt = True
-            sentence = f"{name!r} is no image's name; correct it (no image without a good row counts as clean)"
+            sentence = f"{name!r} is not the name of an image; correct it (no image without a good row counts as clean)"
             return Problem(self.csv, row.line, "image id", sentence)
         if "/" in name or "\\" in name or name in (".", ".."):
-            sentence = f"{name!r} is no plain file name; images lie right in {self.folder}"
+            sentence = f"{name!r} is not a plain file name; images are directly in {self.folder}"
             return Problem(self.csv, row.line, "path in name", sentence)
         sentence = f"the image {name} is not in {self.folder}; add it or remove the row"
         return Problem(self.csv, row.line, "image missing", sentence, name)
 
     def _add(self, row: Row) -> tuple[str | None, str]:
-        """Keeps a row of an image that there is; the cause and the sentence where it cannot be used, or None."""
+        """Adds a row of an existing image; returns the cause and the sentence if it cannot be used, else None."""
         record, name = self.records[row.name], row.name
         absent = is_absent(row.rle)
         number = None
@@ -155,7 +155,7 @@ class _Rows:
         earlier = self.seen.setdefault((name, number), [])
         what = f"{name} {'without a class' if number is None else f'class {number}'}"
         if earlier and (absent or not len(earlier[0][1])):
-            return "duplicate row", f"{what} stands in row {earlier[0][0]} already; keep one of them"
+            return "duplicate row", f"{what} is in row {earlier[0][0]} already; keep one of them"
         try:
             runs = NO_RUNS if absent else parse_rle(row.rle, record.height, record.width)
         except RLEError as error:
@@ -171,7 +171,7 @@ class _Rows:
         return None, ""
 
     def settle(self, old: bool) -> Iterator[Problem | Note]:
-        """Unites the rows of an image and class, and says which images are not whole."""
+        """Unites the rows of each image and class, and marks incomplete images."""
         united = 0
         stated: dict[str, set[int]] = {}  # image -> classes with a good row
         cleared = {name for (name, number), rows in self.seen.items() if number is None and rows}
@@ -195,7 +195,7 @@ class _Rows:
                     self.csv,
                     None,
                     "row missing",
-                    f"{name} has no row for class {', '.join(map(str, sorted(lacking)))}, but the table says where "
+                    f"{name} has no row for class {', '.join(map(str, sorted(lacking)))}, but the table has rows where "
                     "there is no mask; add the rows, or fetch the table again if it is cut off",
                     name,
                 )

@@ -1,7 +1,7 @@
-"""The rows of Kaggle's csv, new and old, and what of it cannot be read: a row at a time, for as long as that is sound.
+"""Reads the rows of Kaggle's csv, new and old, one at a time, and reports rows that cannot be read.
 
-Columns are found by name. A quote that is not closed may swallow rows, so nothing behind a syntax error, or behind a
-field with a line break in it, is read; a last row without a line break at its end may be cut off inside.
+Columns are found by name. An open quote may swallow rows, so reading ends at a syntax error or a field with a line
+break; a last row without a line break at its end may be cut off.
 """
 
 import csv
@@ -16,8 +16,8 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import open_regular
 
 FIELD_LIMIT = 1 << 26  # characters of one RLE
-LONGEST_NAME = 16  # fields that an image's name with commas may be torn into
-TAIL = 4096  # bytes in which the last line break is looked for
+LONGEST_NAME = 16  # fields of an unquoted image name with commas
+TAIL = 4096  # bytes at the end that are searched for the last line break
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class BadRow:
     line: int
     cause: str
     sentence: str
-    names: tuple[str, ...] = ()  # texts of it that may name its image, the likeliest first
-    doubt: bool = False  # other images may have lost rows with it
+    names: tuple[str, ...] = ()  # its texts that may name its image, the likeliest first
+    doubt: bool = False  # whether other images may have lost rows with it
 
 
 class KaggleTable:
-    """A csv whose header says its format.
+    """A csv whose header determines its format.
 
     Args:
         path: the file.
@@ -53,7 +53,7 @@ class KaggleTable:
         self.old = False  # one column `image_class`; known once `rows` has begun
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """The rows in order, blank ones left out.
+        """The rows in order, without blank ones.
 
         Raises:
             UserError: the file cannot be opened, or its header is not Kaggle's.
@@ -89,7 +89,7 @@ class KaggleTable:
                     line,
                     "csv syntax",
                     f"a field goes on over the line's end to line {lines.line_num}, so a quote is missing and rows may "
-                    "be swallowed; correct the quotes (nothing behind it is read)",
+                    "be swallowed; correct the quotes (nothing after it is read)",
                     doubt=True,
                 )
                 return
@@ -103,7 +103,7 @@ class KaggleTable:
             names = tuple(part for name in names for part in (name.rpartition("_")[0], name))
         if len(fields) != length:
             sentence = f"the row has {len(fields)} fields, the header has {length} (is the file cut off?)"
-            joined = len(fields) >= 2 * length - 1  # two rows, whose line break is lost
+            joined = len(fields) >= 2 * length - 1  # two rows without the line break between them
             return BadRow(line, "row length", sentence, names, joined)
         name, class_text, rle = (fields[place] for place in places)
         if self.old:
@@ -112,14 +112,14 @@ class KaggleTable:
             sentence = "the row is not UTF-8 text; save the table as UTF-8 csv"
             return BadRow(line, "not UTF-8", sentence, (name,) if is_text(name) else ())
         if not name.strip():
-            sentence = "the row does not say its image (image_class is expected); complete or remove it"
+            sentence = "the row does not name its image (image_class is expected); complete or remove it"
             if not self.old:
-                sentence = "the row does not say its image; complete or remove it"
+                sentence = "the row does not name its image; complete or remove it"
             return BadRow(line, "no image name", sentence, names if self.old else ())
         return Row(line, name.strip(), class_text.strip(), rle)
 
     def _mark_cut(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The rows, the last one bad when the file's last line has no end, since what followed it is lost too."""
+        """The rows; the last one is bad if the file's last line has no line break, since later rows may be lost."""
         before: Row | BadRow | None = None
         for row in rows:
             if before is not None:
@@ -134,12 +134,12 @@ class KaggleTable:
         else:
             sentence = (
                 "the last row has no line break at its end, so the file may be cut off inside it; fetch it again, or "
-                "end the row with a line break if it is whole"
+                "end the row with a line break if it is complete"
             )
             yield BadRow(before.line, "row cut", sentence, (before.name,), doubt=True)
 
     def _ends_with_a_line(self) -> bool:
-        """Whether nothing but blanks stands behind the last line break."""
+        """Whether nothing but blanks follows the last line break."""
         with open(self.path, "rb") as file:
             file.seek(max(0, os.path.getsize(self.path) - TAIL))
             tail = file.read()

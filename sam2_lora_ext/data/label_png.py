@@ -27,10 +27,10 @@ class LabelPNGReader:
         image_dir: the folder of the images.
         label_dir: the folder of the label images: `X.png` belongs to `X.jpg`.
         classes: class names or their count; None for Severstal's four.
-        colors: class number -> [r, g, b] for coloured labels; black is none. None takes grey values or palette indices
-            (0 is none).
-        full_check: decode every image instead of looking at its header and end.
-        exif: turn images upright by their orientation tag; False takes them as stored.
+        colors: class number -> [r, g, b] for coloured labels; black is background. None takes grey values or palette
+            indices (0 is background).
+        full_check: decode every image instead of checking its header and end.
+        exif: turn images upright by their orientation tag; False reads them as stored.
     """
 
     instances = False
@@ -54,7 +54,7 @@ class LabelPNGReader:
             or len(set(self.colors.values())) < len(self.colors)
         ):
             raise UserError(
-                f"colors must give each class ({describe_classes(self.class_names)}) a colour of its own that is not "
+                f"colors must give each class ({describe_classes(self.class_names)}) its own colour that is not "
                 f"black, got {dict(colors)}"
             )
         self.full_check = full_check
@@ -107,7 +107,7 @@ class LabelPNGReader:
                 continue
             path = self.label_dir / labels[stem]
             record = ImageRecord(name, height, width, special=special)
-            if stem in twice:  # nobody knows whose the label is, or which label: reported with the second file
+            if stem in twice:  # the pair of image and label is ambiguous: reported with the second file
                 record.complete = False
                 yield record
                 continue
@@ -140,7 +140,7 @@ class LabelPNGReader:
             yield from not_taken(folder, names, [other])
 
     def _read(self, path: Path, record: ImageRecord) -> Iterator[Problem]:
-        """Adds the masks of one label image to its record; yields a problem for each value that is no class."""
+        """Adds the masks of one label image to its record; yields a problem for each value that is not a class."""
         label = read_label(path, self.colors is not None, self.exif)
         if label.shape != (record.height, record.width):
             raise ImageError(
@@ -175,7 +175,7 @@ def read_label(path: Path, color: bool = False, exif: bool = True) -> np.ndarray
         ImageError: the file cannot be read, was saved with loss, or has colours where numbers are expected.
     """
     probe(path, exif=exif)
-    if color and mode_and_tag(path)[0].endswith(";16"):  # of which PIL gives the high bytes: nothing, as a rule
+    if color and mode_and_tag(path)[0].endswith(";16"):  # PIL keeps only their high bytes, which are usually 0
         raise ImageError("label mode", "the label has 16 bits a channel; save it with 8, as its colors are")
     return decode(path, exif, _colours if color else _numbers, whole=False)
 
@@ -207,8 +207,8 @@ def _refuse_lossy(image: Image.Image) -> None:
     if form in LOSSY or form != image.format:
         raise ImageError(
             "lossy label",
-            f"the file is {form}, a lossy label image whose values are not those that were drawn; save it as PNG from "
-            "where it was drawn",
+            f"the file is {form}, a lossy label image whose values differ from the drawn ones; export it as PNG from "
+            "the labelling tool",
         )
 
 

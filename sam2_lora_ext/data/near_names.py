@@ -1,4 +1,4 @@
-"""Which images an id may mean that names none as it stands: another case, suffix or folder, or cut behind its stem."""
+"""Suggests images for an id that names none exactly: another case, suffix or folder, or a stem cut off."""
 
 import re
 import unicodedata
@@ -21,12 +21,12 @@ class NearNames:
                 self._images.setdefault(key, []).append(name)
 
     def find(self, text: str) -> list[str]:
-        """The images that `text` may mean, sorted; none for text without a name in it."""
+        """The images that `text` may name, sorted; empty for text without a name."""
         return sorted({name for key in _keys(text) for name in self._images.get(key, ())})
 
 
 def _keys(text: str) -> set[str]:
-    """The last part of a path, folded in case and composed as Unicode, with and without what stands behind its dots."""
+    """The last part of a path, case-folded and composed as Unicode, with and without its suffixes."""
     name = unicodedata.normalize("NFC", re.split(r"[/\\]", text.strip())[-1].strip()).casefold()
     keys = {name, name.rpartition(".")[0]}
     while name.endswith(tuple(SUFFIXES)):

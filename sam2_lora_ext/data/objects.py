@@ -1,4 +1,4 @@
-"""What is prompted and scored: the masks of an index as objects (instances, components, classes, or one for all).
+"""The objects that are prompted and scored: instances, components, classes, or one for all masks of an image.
 
 Legend: N images, P objects, K runs of all objects.
 """
@@ -30,7 +30,7 @@ class ObjectTable:
     run_offsets: np.ndarray  # int64 [P + 1]
     runs: np.ndarray  # int32 [K, 2] of (start, length)
     annotation: np.ndarray  # int64 [P]: the file's annotation id of an instance, -1 otherwise
-    mode: ObjectMode  # what an object is
+    mode: ObjectMode  # definition of an object
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,7 +40,7 @@ class ObjectTable:
         return self.runs[self.run_offsets[item] : self.run_offsets[item + 1]]
 
     def place_of(self, image: int, object_id: int) -> int:
-        """The place of an image's object, whose identifiers ascend."""
+        """The index of an image's object; identifiers ascend."""
         low, high = self.offsets[image : image + 2]
         place = int(low + np.searchsorted(self.ids[low:high], object_id))
         assert place < high and self.ids[place] == object_id, (image, object_id)
@@ -52,7 +52,7 @@ class ObjectTable:
 
 
 def resolve_mode(index: AnnotationIndex, mode: ObjectMode | None) -> ObjectMode:
-    """What an object is: None means instances where the format has them, components elsewhere.
+    """The definition of an object: None means instances if the format has them, else components.
 
     Raises:
         UserError: no such mode, or instances of a format without them.
@@ -75,8 +75,8 @@ def make_objects(index: AnnotationIndex, mode: ObjectMode | None = None) -> Obje
     Args:
         index: the annotations.
         mode: "instances": each annotation of the file is an object, in parts or touching another; "components": each
-            8-connected part of what a class covers is an object; "classes": each class of an image is one; "all":
-            whatever is defective in an image is one object, of a single class 1, "defect"; None: see `resolve_mode`.
+            8-connected component of a class is an object; "classes": each class of an image is one; "all": the
+            union of all defects of an image is one object, of a single class 1, "defect"; None: see `resolve_mode`.
     """
     mode = resolve_mode(index, mode)
     if mode == "instances":
@@ -104,7 +104,7 @@ def make_objects(index: AnnotationIndex, mode: ObjectMode | None = None) -> Obje
 
 
 def components_note(index: AnnotationIndex) -> str | None:
-    """What choosing components does to the annotations of the data, as a sentence; None where it changes nothing."""
+    """A sentence on how components change the annotations of the data; None if they change nothing."""
     joined, split = components_differ(index)
     if not joined and not split:
         return None
@@ -117,8 +117,8 @@ def components_note(index: AnnotationIndex) -> str | None:
 def components_differ(index: AnnotationIndex) -> tuple[int, int]:
     """How many annotations components would join with another one, and how many they would split.
 
-    Each 8-connected piece of an annotation lies within one component of its class: an annotation is joined when one of
-    these components has a piece of another annotation too, and split when its pieces lie in several components.
+    Each 8-connected piece of an annotation is within one component of its class: an annotation is joined when one of
+    these components also has a piece of another annotation, and split when its pieces are in several components.
     """
     if not index.instances or not len(index.mask_class):
         return 0, 0
@@ -140,7 +140,7 @@ def components_differ(index: AnnotationIndex) -> tuple[int, int]:
     piece_keys = keys(image[pieces.mask], index.mask_class[pieces.mask], pieces.runs[pieces.run_offsets[:-1], 0])
     place = order[np.searchsorted(run_keys[order], piece_keys, side="right") - 1]
     component = np.repeat(np.arange(len(counts)), counts)[place]
-    pairs = np.unique(np.stack([component, pieces.mask], axis=1), axis=0)  # which component has which annotation
+    pairs = np.unique(np.stack([component, pieces.mask], axis=1), axis=0)  # pairs of component and annotation
     shared = np.bincount(pairs[:, 0])[pairs[:, 0]] > 1
     return len(np.unique(pairs[shared, 1])), int((np.bincount(pairs[:, 1]) > 1).sum())
 

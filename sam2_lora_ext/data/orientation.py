@@ -1,6 +1,6 @@
-"""The orientation tag of an image file, and the turning that it asks for, as `cv2.imread` and labelling tools do.
+"""The orientation tag of an image file and the rotation for it, as in `cv2.imread` and labelling tools.
 
-It stands in EXIF (JPEG, PNG, WebP) or among a TIFF's own tags. Legend: H W height and width in pixels.
+The tag is in EXIF (JPEG, PNG, WebP) or among a TIFF's own tags. Legend: H W height and width in pixels.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 ORIENTATION = 274  # the tag, of EXIF and of TIFF
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what turns an image with this orientation upright
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # operation that turns an image with this orientation upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -18,11 +18,11 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # what turns an image 
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: np.rot90,
 }
-BACK = {6: 8, 8: 6}  # the orientation whose turning undoes that of another; the others undo themselves
+BACK = {6: 8, 8: 6}  # orientation -> the one with the inverse operation; the others are their own inverse
 
 
 def turned(pixels: np.ndarray, tag: int) -> np.ndarray:
-    """Pixels [H, W] or [H, W, 3] turned as an orientation tag asks; 1 asks for nothing."""
+    """Pixels [H, W] or [H, W, 3] turned upright by an orientation tag; 1 changes nothing."""
     return pixels if tag == 1 else TURNS[tag](pixels)
 
 
@@ -41,7 +41,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _late_exif(image: Image.Image) -> bytes:
-    """EXIF of a PNG, in which it may stand behind the pixels; PIL would decode them to find it."""
+    """EXIF of a PNG, also after the pixels, where PIL would have to decode them first."""
     file = image.fp
     place, where = file.tell(), 8
     try:

@@ -36,7 +36,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         seed: of the permutations.
         collate_fn: makes a batch of samples.
         worker_init_fn: as in `DataLoader`.
-        class_steps: which steps train class prompts, with samples of their own; None or a share of 0: no step does.
+        class_steps: selects the steps that train class prompts, and their samples; None or a share of 0: no step does.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         factors = getattr(datasets[0], "repeat_factors", None)
         if factors is not None and not bool((factors == 1).all()):
             raise UserError(
-                "the data set has repeat factors that nothing applies; put it into "
+                "the data set has repeat factors that nothing applies; wrap it in "
                 "training.dataset.utils.RepeatFactorWrapper"
             )
         super().__init__(
@@ -94,7 +94,7 @@ class PhasedDataset(TorchTrainMixedDataset):
 
     @property
     def _inner(self) -> Dataset:
-        """The data set inside its `RepeatFactorWrapper`, if it has one."""
+        """The data set without its `RepeatFactorWrapper`, if it has one."""
         dataset = self.datasets[0]
         return dataset.dataset if isinstance(dataset, RepeatFactorWrapper) else dataset
 
@@ -128,7 +128,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         return max(0, min(self.steps_per_phase, self.total_steps - phase * self.steps_per_phase))
 
     def sample_ids(self, phase: int) -> list[int]:
-        """The samples of a phase over all ranks: places in the data set (inside its `RepeatFactorWrapper`, if any)."""
+        """The samples of a phase over all ranks: indices of the data set (inside its `RepeatFactorWrapper`, if any)."""
         first = phase * self.steps_per_phase * self._global_batch
         last = first + self.steps_of(phase) * self._global_batch
         ids, begin, number = [], 0, 0
@@ -143,8 +143,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         """This rank's batches of the phase that the Trainer calls `epoch`."""
         if not 0 <= epoch < self.num_phases:
             raise UserError(
-                f"phase {epoch} was asked for, but the training has {self.num_phases} phases of "
-                f"{self.steps_per_phase} steps"
+                f"there is no phase {epoch}: the training has {self.num_phases} phases of {self.steps_per_phase} steps"
             )
         rank, world = rank_and_ranks()
         loader = DataLoader(

@@ -1,4 +1,4 @@
-"""Brightness, and the last step to the model's input: the same numbers as SAM 2's own transforms, in less time.
+"""Brightness, and the conversion to the model's input: the same numbers as SAM 2's own transforms, faster.
 
 Legend: H W height and width of a frame in pixels, S side of the model's square input.
 """
@@ -23,7 +23,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of SAM 2's input, R 
 class RandomBrightnessContrast:
     """v -> clip(mean + c * (v - mean)) * b on all frames, with b and c drawn once.
 
-    `mean` is the mean of the first frame, so that contrast changes nothing of the brightness.
+    `mean` is the mean of the first frame, so that contrast does not change the brightness.
 
     Args:
         brightness: b is drawn from [1 - brightness, 1 + brightness].
@@ -49,14 +49,14 @@ class RandomBrightnessContrast:
 class ModelInput:
     """The last step, for `RandomResizeAPI`, `ToTensorAPI` and `NormalizeAPI` in one: squash, tensor, normalise.
 
-    A mask that resizing would empty keeps every pixel that it touches, so that no object becomes a negative example.
+    A mask that would be empty after resizing keeps every pixel that it touches: no object becomes a negative example.
 
     Args:
         size: S.
         mean: of R, G, B in 0..1; SAM 2's by default.
         std: of R, G, B in 0..1.
         normalise: False leaves the image uint8 [S, S, 3], for `sam2_lora_ext.data.collate.collate_fn`, which normalises
-            straight into the batch.
+            it directly into the batch.
     """
 
     def __init__(self, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, normalise: bool = True):
@@ -98,9 +98,9 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
 
 
 def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [H, W] of 0 and 1 -> [S, S]: bit for bit what SAM 2's `resize` gives, but empty only if `mask` is.
+    """uint8 [H, W] of 0 and 1 -> [S, S]: bitwise equal to SAM 2's `resize`, but empty only if `mask` is.
 
-    Only the part around the object goes through the resizing.
+    Only the part around the object is resized.
     """
     pixels = mask.numpy()
     small = torch.zeros(size, size, dtype=torch.uint8)
@@ -111,7 +111,7 @@ def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
     left, right, out_left, out_right = _aligned(columns[0], columns[-1] + 1, pixels.shape[1], size)
     part = mask[
         None, None, top:bottom, left:right
-    ]  # as SAM 2 calls it: other shapes take a kernel that rounds otherwise
+    ]  # same shape as in SAM 2: other shapes use a kernel that rounds differently
     shrunk = F.resize(part, [out_bottom - out_top, out_right - out_left])[0, 0]
     small[out_top:out_bottom, out_left:out_right] = shrunk
     if not shrunk.any():

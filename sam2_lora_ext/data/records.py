@@ -1,4 +1,4 @@
-"""What every reader yields: one `ImageRecord` per image, one `Problem` per thing that cannot be used; notes beside."""
+"""The output of every reader: an `ImageRecord` per image, a `Problem` per unusable entry, notes and unread files."""
 
 import itertools
 import logging
@@ -27,7 +27,7 @@ class ImageRecord:
     width: int
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
     special: bool = False  # only `images.read_rgb` reads it right: more than 8 bits a channel, float, turned
-    complete: bool = True  # False: a mask of it was dropped, so nothing here may be called clean
+    complete: bool = True  # False: a mask of it was dropped, so it must not count as clean
     ids: list[int] = field(default_factory=list)  # the file's annotation id of each mask, -1: none; [] without ids
     crowd: list[bool] = field(default_factory=list)  # COCO's iscrowd of each mask; [] where the format has none
     source_id: int = -1  # the file's image id, -1 where it has none
@@ -41,13 +41,13 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in the data that cannot be used."""
+    """An entry of the data that cannot be used."""
 
     file: str
     row: int | None  # line of a table, counted from 1 as editors do; None where a file has no rows
     cause: str  # a few fixed words, to count by
-    sentence: str  # what came, what was expected, what to do
-    image: str | None = None  # the image that it concerns, where one is known
+    sentence: str  # actual value, expected value, and the fix
+    image: str | None = None  # the image that it concerns, if known
 
     def __str__(self) -> str:
         return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.sentence}"
@@ -55,41 +55,41 @@ class Problem:
 
 @dataclass(frozen=True)
 class Note:
-    """Something in the data that a user should know and that is no problem."""
+    """A remark on valid data that a user should know."""
 
     sentence: str
 
 
 @dataclass(frozen=True)
 class Unread:
-    """A file or folder beside the data that the reader did not take."""
+    """A file or folder of the data set that the reader did not use."""
 
     path: str
 
 
 class Reader(Protocol):
-    """One annotation format. No image is looked at before `records` is called; what names the classes (COCO's file,
-    Supervisely's `meta.json`) is read when the reader is made."""
+    """One annotation format. No image is read before `records` is called; the file with the classes (COCO's JSON,
+    Supervisely's `meta.json`) is read by the constructor."""
 
     image_dir: Path
     class_names: dict[int, str]
     exif: bool  # images are turned upright by their orientation tag
-    instances: bool  # the format says which pixels are one object: a mask is one annotation of the file
+    instances: bool  # the format has instances: a mask is one annotation of the file
 
     def records(self) -> Iterator[ImageRecord | Problem | Note | Unread]:
-        """All images, all problems and what else is to be said, in one pass.
+        """All images, problems, notes and unread files, in one pass.
 
-        An image of which anything could not be read is either not among the records, or says so (`complete`): no reader
-        may take what it could not read for the absence of a defect.
+        An image with an unreadable part is either not among the records or marked by `complete`: no reader may treat
+        unreadable data as the absence of a defect.
         """
         ...
 
     def files(self) -> list[Path]:
-        """The files besides the images whose content decides the records (the cache is keyed by them)."""
+        """The files besides the images that determine the records (the cache is keyed by their content)."""
         ...
 
     def inputs(self) -> list[Path]:
-        """The folders and files that the data set consists of: nothing may be written into or over them."""
+        """The folders and files of the data set: nothing may be written into or over them."""
         ...
 
 
@@ -125,7 +125,7 @@ def class_table(classes: int | Sequence[str] | dict[int, str] | None) -> dict[in
 
 
 def is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8: the system's file names and JSON may hold what cannot."""
+    """Whether a name can be encoded as UTF-8, which file names and JSON do not guarantee."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -134,12 +134,12 @@ def is_text(name: str) -> bool:
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many there are besides."""
+    """The first names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def source_id(value: Any) -> int:
-    """An id of a file as the index keeps it: -1 for what is no integer of 0..2^63-1."""
+    """An id of a file as stored in the index: -1 for anything but an integer of 0..2^63-1."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else -1
 
 
@@ -149,7 +149,7 @@ def describe_classes(class_names: dict[int, str]) -> str:
 
 
 def compare_class_tables(a: dict[int, str], b: dict[int, str], where_a: str, where_b: str) -> None:
-    """Whether two data sets mean the same by a class number; classes that only one of them has do not matter.
+    """Checks that class numbers mean the same in two data sets; classes of only one of them are ignored.
 
     Raises:
         UserError: a name has two numbers, or a number two names.
@@ -177,8 +177,7 @@ def compare_datasets(phases: Mapping[str, Sequence[Any]]) -> None:
 
 
 def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path) -> None:
-    """Ends the reading: one error that lists all problems (beyond `LISTED`: says where they are listed), or with `skip`
-    one summary line in the log.
+    """Reports all problems: in one error (beyond `LISTED` it names their list), or with `skip` in one line of the log.
 
     Raises:
         UserError: there are problems and `on_invalid` is "error".
@@ -196,7 +195,7 @@ def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path
 
 
 def listed(problems: Sequence[Problem], todo: str = "correct them") -> str:
-    """How many problems there are, what to do, and each on a line of its own."""
+    """The number of problems, the advice, and each problem on a separate line."""
     lines = [f"  {problem}" for problem in problems[:LISTED]]
     if len(problems) > LISTED:
         lines.append(

@@ -12,7 +12,7 @@ from sam2_lora_ext.data.records import InvalidData
 
 ABSENT = frozenset({"", "nan", "none", "null", "na", "n/a", "-1", "-1.0", "0 0", "1 1"})
 NO_RUNS = np.zeros((0, 2), dtype=np.int32)
-CELL = 32767  # characters that a spreadsheet's cell holds
+CELL = 32767  # largest number of characters in a cell of a spreadsheet
 _SCIENTIFIC = re.compile(r"[0-9][eE][+-]?[0-9]", re.ASCII)
 _INTEGERS = re.compile(r"-?[0-9]+(?:\s+-?[0-9]+)*", re.ASCII)
 
@@ -22,7 +22,7 @@ class RLEError(InvalidData):
 
 
 def is_absent(text: str) -> bool:
-    """Whether an `EncodedPixels` field says "no mask": empty, NaN, -1, `0 0` or `1 1` (Kaggle's dummies)."""
+    """Whether an `EncodedPixels` field means "no mask": empty, NaN, -1, `0 0` or `1 1` (Kaggle's dummies)."""
     return " ".join(text.split()).lower() in ABSENT
 
 
@@ -35,10 +35,11 @@ def parse_rle(text: str, height: int, width: int) -> np.ndarray:
         width: W of the image.
 
     Returns:
-        int32 [R, 2] of (start, length), starts from 0; runs that touch are joined.
+        int32 [R, 2] of (start, length), starts from 0; adjacent runs are joined.
 
     Raises:
-        RLEError: no integers, an odd count, a length below 1, a run outside the image, runs that overlap or go back.
+        RLEError: not integers, an odd count, a length below 1, a run outside the image, or runs that overlap or are
+            not in ascending order.
     """
     if len(text) == CELL:
         raise RLEError(
@@ -105,7 +106,7 @@ def join_runs(runs: np.ndarray) -> np.ndarray:
 
 
 def union_runs(masks: list[np.ndarray]) -> np.ndarray:
-    """Runs of the union of some masks of one image."""
+    """Runs of the union of masks of one image."""
     runs = np.concatenate([NO_RUNS, *masks])
     return join_runs(runs[np.argsort(runs[:, 0], kind="stable")])
 
@@ -113,7 +114,7 @@ def union_runs(masks: list[np.ndarray]) -> np.ndarray:
 def format_rle(runs: np.ndarray) -> str:
     """Writes runs as Kaggle's text; no runs give an empty string.
 
-    A mask of the first pixel alone is `01 1`: the same numbers to every reader, but not the dummy `1 1` for "no mask".
+    A mask of the first pixel only is `01 1`: the same numbers for every reader, but not the dummy `1 1` for "no mask".
     """
     shifted = np.asarray(runs, dtype=np.int64).reshape(-1, 2) + (1, 0)
     text = " ".join(map(str, shifted.ravel().tolist()))
@@ -137,14 +138,14 @@ def encode_mask(mask: np.ndarray) -> np.ndarray:
 def decode_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask of some runs: uint8 [H, W] of 0 and 1 (in Fortran order, a view of the column-major pixels)."""
     pixels = np.zeros(height * width, dtype=np.uint8)
-    view = pixels.data  # a write through it costs a third of one through numpy
+    view = pixels.data  # writing through it takes a third of the time of numpy
     for start, length in runs.tolist():
         view[start : start + length] = b"\1" * length
     return pixels.reshape(width, height).T
 
 
 def crop_columns(runs: np.ndarray, height: int, start: int, stop: int) -> np.ndarray:
-    """Runs of the columns [start, stop) alone, counted from the new left edge; never touches a pixel."""
+    """Runs of the columns [start, stop) only, counted from the new left edge; decodes no pixel."""
     low, high = start * height, stop * height
     begins = np.maximum(runs[:, 0], low)
     ends = np.minimum(runs[:, 0] + runs[:, 1], high)
@@ -173,11 +174,11 @@ def from_coco_counts(counts: list[int]) -> np.ndarray:
 def parse_coco_text(text: str) -> list[int]:
     """COCO's compressed counts as plain ones (what pycocotools' `rleFrString` reads, but checked).
 
-    Six bits a character, from `0`: five of the number, low ones first and the last with the sign, and one that says
-    that more follow. From the fourth number on, each is the difference to the one two before it.
+    Six bits per character, from `0`: five bits of the number, low ones first, and a bit that marks a continuation; the
+    last group has the sign. From the fourth number on, each is the difference to the second number before it.
 
     Raises:
-        RLEError: another character, a number that does not end, or one beyond 32 bits.
+        RLEError: an invalid character, an unfinished number, or one beyond 32 bits.
     """
     codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((codes & 32) == 0)

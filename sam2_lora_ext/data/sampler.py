@@ -1,4 +1,4 @@
-"""Which frames and objects of a strip make one sample."""
+"""Selects the frames and objects of a strip for one sample."""
 
 import random
 
@@ -13,15 +13,15 @@ from sam2_lora_ext.utils.errors import UserError
 class ObjectSampler(VOSSampler):
     """Samples for training (some objects, drawn with `random`) or evaluation (all of them, in their order).
 
-    In training every object that the first frame shows is equally likely to be taken, whatever its size, and the order
-    is random; the first frame is any that shows one, so that a prompt has something to point at. A clean object is kept
-    although its mask is empty.
+    In training every object in the first frame is equally likely to be selected, whatever its size, and the order is
+    random; the first frame is any that shows an object, so that there is one to prompt. A clean object is kept although
+    its mask is empty.
 
     Args:
         num_frames: consecutive frames of a sample; None takes all.
-        max_num_objects: the most objects of a training sample; None takes all.
-        training: whether to draw.
-        reverse_time_prob: probability of running through the frames backwards (always, where forwards does not fit).
+        max_num_objects: largest number of objects of a training sample; None takes all.
+        training: whether to draw at random.
+        reverse_time_prob: probability of reversing the frames (always, if they only fit in reverse).
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ObjectSampler(VOSSampler):
     def sample(
         self, video: VOSVideo, segment_loader: StripSegmentLoader, epoch: int | None = None
     ) -> SampledFramesAndObjects:
-        """Frames, and the objects that the first of them shows."""
+        """Frames, and the objects in the first of them."""
         count = len(video.frames) if self.num_frames is None else self.num_frames
         if len(video.frames) < count:
             raise UserError(

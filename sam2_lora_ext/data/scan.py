@@ -1,4 +1,4 @@
-"""A look at a data set: what is in it, what is wrong with it, which images are the same.
+"""Scans a data set: statistics, problems and duplicates.
 
 Legend: N usable images.
 """
@@ -23,7 +23,7 @@ from sam2_lora_ext.data.units import is_deep, to_eight, unit_warning
 
 @dataclass
 class PixelFacts:
-    """What the pixels of N images say."""
+    """Facts about the pixels of N images."""
 
     modes: list[str] = field(default_factory=list)  # of PIL, e.g. RGB; RGB;16 has 16 bits a channel
     black: list[float] = field(default_factory=list)  # share of columns that are unexposed
@@ -34,10 +34,10 @@ class PixelFacts:
     turned: int = 0  # images with an orientation tag
     deep: int = 0  # images with integers of more than 8 bits a channel, and the largest of these
     largest: int = 0
-    bits: int = 16  # as which they were read
+    bits: int = 16  # the depth as which they were read
 
     def units(self) -> list[str]:
-        """What is odd about the values."""
+        """Warnings about the values."""
         warning = unit_warning(self.largest, self.deep, self.bits)
         return [] if warning is None else [warning]
 
@@ -53,7 +53,7 @@ class PixelFacts:
 
 
 def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16) -> PixelFacts:
-    """Decodes every image once; one that cannot be decoded is a problem, and like no other.
+    """Decodes every image once; one that cannot be decoded is a problem and not a duplicate.
 
     Args:
         index: the images.
@@ -87,14 +87,14 @@ def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16
 def scan(
     reader: Reader, progress: bool = True, bits: int = 16, objects: ObjectMode | None = None
 ) -> tuple[dict[str, Any], AnnotationIndex]:
-    """Everything `scan.json` says, and the index it was found with; see `look_at_pixels` and `make_objects`."""
+    """The content of `scan.json` and its index; see `look_at_pixels` and `make_objects`."""
     index = collect(reader, progress)
     facts = look_at_pixels(index, progress, bits)
     return summarise(index, facts, objects), index
 
 
 def summarise(index: AnnotationIndex, facts: PixelFacts, mode: ObjectMode | None = None) -> dict[str, Any]:
-    """The content of `scan.json`; a mask is what one class covers of one image, an object what `mode` makes one."""
+    """The content of `scan.json`; a mask is the union of one class in one image, an object is defined by `mode`."""
     masks, objects = make_objects(index, "classes"), make_objects(index, mode)
     joined, split = components_differ(index)
     notes = [*index.notes, components_note(index)] if objects.mode == "components" else index.notes

@@ -1,4 +1,4 @@
-"""One HTML page about a scanned data set: counts, problems, and a contact sheet of overlays; no other file needed."""
+"""One HTML page about a scanned data set: counts, problems, and a contact sheet of overlays, in one file."""
 
 import base64
 import html
@@ -50,11 +50,11 @@ def color(class_id: int) -> tuple[int, int, int]:
 
 
 def choose(index: AnnotationIndex, count: int = SHEET) -> list[int]:
-    """Images for the sheet: each combination of classes in turn, so that rare ones are seen too."""
+    """Images for the sheet: each combination of classes in turn, so that rare ones appear too."""
     waiting: dict[str, list[int]] = {}
     for image, classes in enumerate(class_sets(index)):
         waiting.setdefault(combination(classes), []).append(image)
-    for images in waiting.values():  # spread over the set: neighbours in name order are often alike
+    for images in waiting.values():  # evenly spaced, since neighbours in name order are often similar
         images.sort(key=lambda image: zlib.crc32(index.name(image).encode("utf-8", "surrogateescape")))
     turns = itertools.chain.from_iterable(itertools.zip_longest(*(waiting[label] for label in sorted(waiting))))
     return sorted(itertools.islice((image for image in turns if image is not None), count))
@@ -125,7 +125,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
 
 
 def _annotation_rows(counts: Mapping[str, int] | None) -> list[tuple[str, str]]:
-    """What components would do to the annotations of a format with instances."""
+    """How components would change the annotations of a format with instances."""
     if counts is None:
         return []
     joined, split = counts["joined_by_components"], counts["split_by_components"]

@@ -1,4 +1,4 @@
-"""Masks and pixels of one strip, as SAM 2's `VOSDataset` asks for them: decoded only when used.
+"""Masks and pixels of one strip, as SAM 2's `VOSDataset` reads them: decoded only when used.
 
 A frame shows the columns [start, stop) of the strip; column-major runs are cut without decoding the rest.
 Legend: H W height and width of the frame in pixels.
@@ -28,12 +28,12 @@ class RunSegments(LazySegments):
         return self.cache[key]
 
     def items(self):
-        """(id, mask) pairs, for samplers that look at every mask."""
+        """(id, mask) pairs, for samplers that read every mask."""
         return ((key, self[key]) for key in self.keys())
 
 
 class StripSegmentLoader:
-    """`load(frame_idx)` gives the objects that the frame shows; a clean object (no runs) is in every frame.
+    """`load(frame_idx)` returns the objects in the frame; a clean object (no runs) is in every frame.
 
     Args:
         objects: object id -> runs on the whole strip.
@@ -88,6 +88,6 @@ class WindowFrame:
 
     @cached_property
     def data(self) -> torch.Tensor:
-        """float32 [3, H, W] in 0..1. SAM 2 turns it back by truncating x * 255, hence the half."""
+        """float32 [3, H, W] in 0..1. SAM 2 converts it back by truncating x * 255, so 0.5 is added."""
         crop = self._pixels.rgb[:, self._columns]
         return torch.from_numpy((crop.astype(np.float32) + 0.5) / 255).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Synthetic shapes on textured grounds: what the small base model of the demo is trained on.
+"""Synthetic shapes on textured backgrounds: the training data of the demo's small base model.
 
 Legend: H W image side in pixels, O objects. Images are uint8 [H, W, 3]; masks are bool [O, H, W] and never overlap.
 """
@@ -10,7 +10,7 @@ MIN_AREA = 60  # visible pixels at 128 px; smaller objects are dropped
 
 
 def texture(rng: np.random.Generator, size: int, octaves: tuple[int, ...] = (2, 4, 8, 16, 64)) -> np.ndarray:
-    """Smooth noise float32 [H, W], mean about 0 and deviation about 1: random grids of several sizes, enlarged and
+    """Smooth noise float32 [H, W], mean about 0 and deviation about 1: random grids of several sizes, upsampled and
     summed."""
     total = np.zeros((size, size), np.float32)
     for grid in octaves:
@@ -21,7 +21,7 @@ def texture(rng: np.random.Generator, size: int, octaves: tuple[int, ...] = (2, 
 
 
 def ground(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A textured ground without objects, float32 [H, W, 3] in 0..255: noise, sometimes stripes or a gradient."""
+    """A textured background without objects, float32 [H, W, 3] in 0..255: noise, sometimes stripes or a gradient."""
     base = rng.uniform(40, 215)
     tint = rng.normal(0, rng.choice([0.0, 12.0, 35.0]), 3)
     field = texture(rng, size) * rng.uniform(2, 16)
@@ -36,7 +36,7 @@ def ground(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _star(rng: np.random.Generator, centre: np.ndarray, radius: float, corners: int, roughness: float) -> np.ndarray:
-    """Corners [N, 2] (x, y) of a star-convex outline with its own aspect and rotation."""
+    """Vertices [N, 2] (x, y) of a star-convex outline with its own aspect and rotation."""
     angles = np.linspace(0, 2 * np.pi, corners, endpoint=False) + rng.uniform(0, 2 * np.pi)
     radii = radius * (1 + roughness * rng.uniform(-1, 1, corners))
     points = np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None]
@@ -77,12 +77,12 @@ def outline(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> None:
-    """Blends one object into `image` in place, with a contrast of its own, a texture and a soft edge."""
+    """Blends one object into `image` in place, with its own contrast, a texture and a soft edge."""
     size = image.shape[0]
     sign = rng.choice([-1.0, 1.0])
     contrast = sign * rng.uniform(22, 95) + rng.normal(0, rng.choice([0.0, 10.0, 30.0]), 3)
     surface = contrast + (texture(rng, size) * rng.uniform(0, 22))[..., None]
-    if rng.random() < 0.5:  # keeps the ground's own pattern below it, as a stain does
+    if rng.random() < 0.5:  # keeps the pattern of the background, as a stain does
         colour = image + surface
     else:
         colour = image[mask > 0].mean(0) + surface if mask.any() else image
@@ -91,7 +91,7 @@ def paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray) -> None
 
 
 def finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Camera blur, noise and rounding to uint8; half of the images lose their colour."""
+    """Camera blur, noise and rounding to uint8; half of the images become grey."""
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.0))
     if rng.random() < 0.5:

@@ -1,7 +1,7 @@
-"""What the data is, for every tool: taken from a training config or a run; `guess.guessed` takes it from a folder.
+"""One description of a data set for all tools, from a training config or a run (`guess.guessed`: from a folder).
 
-Tools get their readers from a `Source` alone. Nothing is read before it is asked for: a `Source` of a run whose data
-was moved still says how the run was trained.
+Tools get their readers only from a `Source`. Data is read on demand: a `Source` of a run whose data was moved still
+describes how the run was trained.
 """
 
 import os
@@ -23,37 +23,37 @@ from sam2_lora_ext.utils.errors import UserError
 if TYPE_CHECKING:
     from sam2_lora_ext.data.dataset import SeverstalRawDataset
 
-MIN_AREA = 16  # pixels, where nothing says it
+MIN_AREA = 16  # pixels, by default
 TAKEN = ("bits", "objects", "min_area", "include_clean", "on_invalid", "split_file", "split", "cache_dir")
 """Arguments of the data set that are fields of a source."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and everything that decides what it is.
+    """A data set and all its settings.
 
     Args:
-        origin: where this comes from, in words, such as "the validation data of the run runs/r8".
-        data: format and places, in words.
-        places: the reader's arguments that say where the data is.
-        make_reader: makes the reader, one for all copies of this source; raises `UserError` where the data is gone.
-        settings: the reader's own arguments beside its places: classes, colors, size, exif ...
+        origin: of this description, in words, such as "the validation data of the run runs/r8".
+        data: format and paths, in words.
+        places: the reader's arguments with the paths of the data.
+        make_reader: makes the reader, one for all copies of this source; raises `UserError` if the data is missing.
+        settings: the reader's other arguments: classes, colors, size, exif ...
         format: name of the reader's class.
         phase: of a config or run: "train" or "val"; None for data that was guessed.
         bits: depth of images with more than 8 bits a channel.
-        objects: what an object is; None leaves it to the data set's default.
+        objects: definition of an object; None takes the data set's default.
         min_area: fewest pixels of an object.
-        include_clean: whether clean images take part.
+        include_clean: whether clean images are used.
         on_invalid: "error" or "skip".
         split_file: csv of splits; None takes all images, or the split folders.
-        split: of it.
-        crop: columns of the window that the model sees in validation; None for whole images.
+        split: name of a split in it.
+        crop: columns of the model's window in validation; None for whole images.
         stride: of the windows of a strip as a video, whose width is `crop`; None for single images.
-        max_objects: of one item, where it is cropped.
-        group_width: columns that the objects of an item span, where it is cropped; None: `crop`.
-        resolution: pixels of a side of the model's input; None leaves it to the model's config.
+        max_objects: largest number of objects of a cropped item.
+        group_width: columns that the objects of a cropped item span; None: `crop`.
+        resolution: pixels of a side of the model's input; None takes the model config's.
         cache_dir: of the index.
-        other_data: what the other phase of the config reads, in words, where that differs from `data`.
+        other_data: the data of the other phase of the config, in words, if it differs from `data`.
     """
 
     origin: str
@@ -84,7 +84,7 @@ class Source:
         return self.settings.get("exif", True)
 
     def conditions(self) -> dict[str, Any]:
-        """What decides the numbers of an evaluation, as JSON holds it."""
+        """The settings that determine the numbers of an evaluation, as JSON values."""
         return {
             "data": self.data,
             "split_file": None if self.split_file is None else str(self.split_file),
@@ -106,7 +106,7 @@ class Source:
         return found(self) == found(other)
 
     def class_names(self) -> dict[int, str] | None:
-        """Class number -> name; of data that is gone what the settings say, None where only the data said it."""
+        """Class number -> name; for missing data those of the settings, None if only the data has them."""
         try:
             return self.make_reader().class_names
         except UserError:
@@ -118,7 +118,7 @@ class Source:
         """The data set for evaluation; the objects of an image are in one item, or in one for each crop.
 
         Raises:
-            UserError: what is wrong with the data.
+            UserError: the data is wrong.
         """
         from sam2_lora_ext.data.dataset import SeverstalRawDataset  # needs SAM 2's training code
 
@@ -151,7 +151,7 @@ def from_config(name: str, overrides: Sequence[str] = (), phase: str = "val", **
     """The data of a training config, as `python -m sam2_lora_ext.train -c NAME OVERRIDES` would read it.
 
     Args:
-        name: of the config, or the path of a user's own.
+        name: of the config, or the path of a config file.
         overrides: in Hydra's grammar.
         phase: "train" or "val".
         **reader: arguments of the reader that replace the config's, such as exif.
@@ -172,7 +172,7 @@ def from_run(run: str | Path, phase: str = "val", **reader: Any) -> Source:
     """
     folder = find_run(run)
     if folder is None:
-        raise UserError(f"{run} is no run and not in one: a run's folder has a {NAME}, of version 0.1.0 {OLD_NAME}")
+        raise UserError(f"{run} is neither a run nor inside one: a run has a {NAME}, of version 0.1.0 {OLD_NAME}")
     trainer = trainer_of(folder)
     return from_trainer(trainer, phase, f"the run {folder}", started_in(folder, trainer), **reader)
 
@@ -182,8 +182,8 @@ def from_trainer(
 ) -> Source:
     """The data of a `trainer` section; see `from_config`, `from_run`.
 
-    Crop and resolution are those of validation in both phases: they say how the model is to be looked at. A relative
-    path is taken from `root`, or where there is no such file from the working directory.
+    Crop and resolution are those of validation in both phases, since they define the model's view. A relative path is
+    resolved from `root`, or if there is no such file from the working directory.
     """
 
     def at(path: str | None) -> str | None:
@@ -209,7 +209,7 @@ def from_trainer(
     def make_reader() -> Reader:
         if gone := next((file for file in places.values() if not Path(file).exists()), None):
             raise UserError(
-                f"{origin} reads {gone}, which is not there (from {Path.cwd()}): start from the folder that training "
+                f"{origin} reads {gone}, which is missing (from {Path.cwd()}): start from the folder that training "
                 "starts in, or name the data by its folder"
             )
         return build_reader(config, origin)

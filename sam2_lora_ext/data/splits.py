@@ -1,4 +1,4 @@
-"""Train, validation and test, or k folds: the same for a seed anywhere, duplicates together, classes spread evenly."""
+"""Splits into train, validation and test, or k folds: stratified, duplicates together, reproducible from a seed."""
 
 import hashlib
 from collections import Counter
@@ -43,17 +43,17 @@ def stratified_split(
 ) -> list[str]:
     """A split for each image.
 
-    Groups of duplicates stay together. All groups are put in a row, by class combination (those that share their
-    rarest class side by side), within it in an order hashed from the seed and their names; along the row each goes to
-    the split that is furthest behind its share. So every stretch of the row, thus every combination, has the shares to
-    within a group or two, rare combinations count as their rarest class, and every split gets something.
+    Groups of duplicates stay together. All groups are sorted by class combination (those with the same rarest class are
+    adjacent), within it by a hash of the seed and their names; in this order each goes to the split that is furthest
+    behind its share. So every combination has the shares to within a group or two, rare combinations count as their
+    rarest class, and no split is empty.
 
     Args:
         names: of N images.
         classes: of each image, empty for clean.
         groups: a number for each image.
         shares: share of each split, summing to 1.
-        seed: another one gives another split.
+        seed: of the order.
 
     Raises:
         UserError: fewer groups than splits.
@@ -79,9 +79,7 @@ def stratified_split(
     for number, images in enumerate(row):
         placed += len(images)
         empty = [split for split in shares if not done[split]]
-        open_splits = (
-            empty if len(empty) == len(row) - number else shares
-        )  # the last groups, if a split has nothing yet
+        open_splits = empty if len(empty) == len(row) - number else shares  # the last groups, if a split is empty
         split = max(open_splits, key=lambda split: shares[split] * placed - done[split])
         done[split] += len(images)
         for image in images:
@@ -98,7 +96,7 @@ def given_splits(names: Sequence[str]) -> list[str]:
     folders = [PurePosixPath(name).parts[0] if name.count("/") >= 2 else "" for name in names]
     if not all(folders):
         raise UserError(
-            "only a Supervisely project with several split folders has splits of its own; for other data make a split "
+            "only a Supervisely project with several split folders has its own splits; for other data make a split "
             "file with tools/prepare_data.py split"
         )
     return [folder.removesuffix("_split").removesuffix("_images") for folder in folders]
@@ -110,7 +108,7 @@ def take(rows: Sequence[tuple[str, str]], split: str | Sequence[str], where: str
     Args:
         rows: (image, split).
         split: the split or splits to take; `!fold0` takes all others.
-        where: what the rows are from, for messages.
+        where: the source of the rows, for messages.
 
     Raises:
         UserError: no row has such a split.

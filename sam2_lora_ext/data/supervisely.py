@@ -32,13 +32,13 @@ class SuperviselyReader:
     """Reads one split of a Supervisely project, or all of them.
 
     Args:
-        root: the project folder, or a split's folder (that holds `img` and `ann`).
-        split: "train", "val", "test" ... also where the folder is named `train_images` or `train_split`; None takes
+        root: the project folder, or a split's folder (with `img` and `ann`).
+        split: "train", "val", "test" ... also if the folder is named `train_images` or `train_split`; None takes
             `root` itself if it is a split, else all its splits (images are then named `train/img/X.jpg`).
-        classes: class titles or their count; None takes them from `meta.json`: the number that each title ends with,
-            or if they do not all have one then their order; without the file Severstal's four.
-        full_check: decode every image instead of looking at its header and end.
-        exif: turn images upright by their orientation tag; False takes them as stored.
+        classes: class titles or their count; None takes them from `meta.json`: the number at the end of each title,
+            or their order if a title has none; without the file Severstal's four.
+        full_check: decode every image instead of checking its header and end.
+        exif: turn images upright by their orientation tag; False reads them as stored.
     """
 
     instances = True
@@ -134,7 +134,7 @@ class SuperviselyReader:
             objects, size = annotation["objects"], annotation.get("size")
             declared = (int(size["height"]), int(size["width"])) if size else (record.height, record.width)
             if not isinstance(objects, list):
-                raise TypeError("objects is no list")
+                raise TypeError("objects is not a list")
         except UserError as error:
             yield problem("annotation unreadable", str(error))
             return

@@ -1,4 +1,4 @@
-"""Supervisely's bitmaps: base64 of a PNG (zlib-compressed or not) whose top left corner stands at `origin` = [x, y]."""
+"""Supervisely's bitmaps: base64 of a PNG (zlib-compressed or not) whose top left pixel is at `origin` = [x, y]."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ from PIL import Image
 from sam2_lora_ext.data.decode import ImageError, decode
 from sam2_lora_ext.data.records import InvalidData
 
-LARGEST = 1 << 26  # bytes of a bitmap's PNG: a few base64 letters can say that there are gigabytes
+LARGEST = 1 << 26  # bytes of a bitmap's PNG: a few base64 letters can decompress to gigabytes
 
 
 class BitmapError(InvalidData):
@@ -20,10 +20,10 @@ class BitmapError(InvalidData):
 
 
 def place_bitmap(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
-    """The mask bool [height, width] of one object; what reaches over the border is cut.
+    """The mask bool [height, width] of one object, clipped to the image.
 
     Raises:
-        BitmapError: another geometry, invalid base64, no PNG, or no pixel inside the image.
+        BitmapError: another geometry, invalid base64, not a PNG, or no pixel inside the image.
     """
     if "bitmap" not in entry:
         raise BitmapError(
@@ -51,7 +51,7 @@ def decode_bitmap(data: str) -> np.ndarray:
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
-        raise BitmapError("invalid base64", f"its bitmap is no base64 ({error}); export it again") from error
+        raise BitmapError("invalid base64", f"its bitmap is not base64 ({error}); export it again") from error
     try:
         if not raw.startswith(b"\x89PNG"):
             unpack = zlib.decompressobj()
@@ -59,7 +59,7 @@ def decode_bitmap(data: str) -> np.ndarray:
             if not unpack.eof or unpack.unused_data:
                 raise zlib.error("its compressed data is cut off or too long")
     except zlib.error as error:
-        raise BitmapError("bitmap damaged", f"its bitmap is no PNG, zlib-compressed or not ({error})") from error
+        raise BitmapError("bitmap damaged", f"its bitmap is not a PNG, zlib-compressed or not ({error})") from error
     try:
         return decode(io.BytesIO(raw), exif=False, take=_shape)
     except ImageError as error:
@@ -68,7 +68,7 @@ def decode_bitmap(data: str) -> np.ndarray:
 
 
 def _shape(image: Image.Image) -> np.ndarray:
-    """bool [h, w]: what is not transparent, or where nothing is transparent what is not black."""
+    """bool [h, w]: pixels that are not transparent, or if none is transparent those that are not black."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         pixels = np.asarray(image.convert("RGBA"))
         opaque = pixels[..., 3] > 0
@@ -78,7 +78,7 @@ def _shape(image: Image.Image) -> np.ndarray:
 
 
 def encode_bitmap(mask: np.ndarray) -> dict[str, Any]:
-    """The `bitmap` of an object: base64(zlib(palette PNG with transparency)) of its box, and the box's corner."""
+    """The `bitmap` of an object: base64(zlib(palette PNG with transparency)) of its box, and its top left pixel."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     image = Image.fromarray(part.astype(np.uint8)).convert("P")

@@ -1,7 +1,7 @@
 """Synthetic steel strips in the Kaggle layout of Severstal, for the demo and the tests: 1600x256, four kinds of defect.
 
-Nothing of the real set is in them; they have its geometry, its file format and its habits: long thin defects, clusters
-that are annotated as one region, unexposed black ends, clean strips, sometimes two classes on one strip.
+They contain no real data, but have the geometry, file format and typical features of the real set: long thin defects,
+clusters annotated as one region, unexposed black ends, clean strips, sometimes two classes on one strip.
 Legend: H = 256 and W = 1600 pixels; images are uint8 [H, W]; masks are bool [H, W].
 """
 
@@ -28,7 +28,7 @@ def _noise(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
 
 
 def steel(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A sound strip float32 [H, W] and where it is exposed, bool [H, W]: rolling marks, uneven light, grain, black
+    """A clean strip float32 [H, W] and its exposed pixels bool [H, W]: rolling marks, uneven light, grain, black
     ends."""
     image = rng.uniform(75, 150) + 9 * _noise(rng, 3, 14) + 5 * _noise(rng, 64, 5) + 4 * _noise(rng, 40, 250)
     image += rng.normal(0, rng.uniform(2, 5), image.shape).astype(np.float32)
@@ -49,7 +49,7 @@ def _blob(rng: np.random.Generator, x: float, y: float, rx: float, ry: float, ro
 
 
 def pits(rng: np.random.Generator, image: np.ndarray, x: float, y: float) -> np.ndarray:
-    """Class 1: many small dark pits, annotated as the region that they fill."""
+    """Class 1: many small dark pits, annotated as the region that they occupy."""
     region = _blob(rng, x, y, rng.uniform(25, 70), rng.uniform(18, 55))
     rows, columns = region.nonzero()
     for index in rng.integers(len(rows), size=max(8, int(len(rows) * rng.uniform(0.010, 0.022)))):
@@ -115,7 +115,7 @@ def strip(rng: np.random.Generator, clean: bool = False) -> tuple[np.ndarray, di
 
     Returns:
         The image uint8 [H, W], and for each class on it the mask bool [H, W] of its one to three objects. Classes never
-        overlap, and nothing lies on unexposed black.
+        overlap, and no mask is on unexposed black.
     """
     image, exposed = steel(rng)
     masks: dict[int, np.ndarray] = {}
@@ -128,7 +128,7 @@ def strip(rng: np.random.Generator, clean: bool = False) -> tuple[np.ndarray, di
             mask = DEFECTS[int(class_id)](rng, canvas, x, y)
             near = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
             if (near & taken).any():
-                continue  # drawn on a copy, so nothing of it stays
+                continue  # drawn on a copy, which is discarded
             image = canvas
             taken |= near
             masks[int(class_id)] = masks.get(int(class_id), False) | mask
@@ -143,7 +143,7 @@ def write_strips(
     """Writes `count` strips as `train_images/*.jpg` and `train.csv` (new Kaggle format), the same for a seed.
 
     Args:
-        folder: made when it is missing; must not hold a `train.csv` or an image yet.
+        folder: created if missing; must not have a `train.csv` or an image yet.
         count: number of strips.
         seed: strip i depends on (seed, i) only.
         clean_share: every strip is clean with this probability.

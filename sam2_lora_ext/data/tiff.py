@@ -1,4 +1,4 @@
-"""What a TIFF's tags say must fit together and with its pixels: decoders do not look, and leave black what is missing.
+"""Checks that a TIFF's tags are consistent with each other and its pixels: decoders leave missing parts black.
 
 Legend: H W height and width in pixels as stored.
 """
@@ -14,7 +14,7 @@ SAMPLES, ROWS, PLANAR, TILE_WIDTH, TILE_LENGTH = 277, 278, 284, 322, 323
 PLACES = ((273, 279), (324, 325))  # offsets and byte counts, of strips and of tiles
 PREVIEW = 0b101  # bits of SUBFILE: a smaller copy, a mask
 RAW, DEFLATE = 1, (8, 32946)  # of COMPRESSION
-CHUNK = 1 << 20  # bytes that are unpacked at once
+CHUNK = 1 << 20  # bytes that are decompressed at once
 
 
 def is_preview(image: Tiff) -> bool:
@@ -28,10 +28,10 @@ def stored_size(image: Tiff) -> tuple[int, int]:
 
 
 def check_tags(image: Tiff) -> None:
-    """Looks at an opened TIFF.
+    """Checks an opened TIFF.
 
     Raises:
-        ValueError: the tags contradict each other, or none says whether 0 is black.
+        ValueError: the tags contradict each other, or do not define whether 0 is black.
     """
     tags = image.tag_v2
     if PHOTOMETRIC not in tags:
@@ -41,17 +41,17 @@ def check_tags(image: Tiff) -> None:
     across, rows, layers, _ = _layout(image)
     pieces = across * math.ceil(height / max(rows, 1)) * layers
     if len(offsets) != pieces or len(counts) not in (0, pieces):
-        raise ValueError(f"it has {len(offsets)} strips or tiles where its size takes {pieces}")
+        raise ValueError(f"it has {len(offsets)} strips or tiles, but its size needs {pieces}")
     if tags.get(COMPRESSION, RAW) == RAW and counts:
         _check_bytes(image, sum(counts), pieces)
 
 
 def check_sums(image: Tiff) -> None:
-    """Unpacks a TIFF that is compressed with deflate to its end, where the checksum stands.
+    """Decompresses a deflate TIFF to its end, where the checksum is.
 
     Raises:
         zlib.error: a checksum or the stream is wrong.
-        ValueError: it unpacks to more or less than its size takes.
+        ValueError: its data is longer or shorter than its size needs.
     """
     if image.tag_v2.get(COMPRESSION, RAW) not in DEFLATE:
         return
@@ -78,11 +78,11 @@ def _layout(image: Tiff) -> tuple[int, int, int, int]:
 
 
 def _check_bytes(image: Tiff, found: int, pieces: int) -> None:
-    """Refuses pixels that are fewer bytes than an image's size takes, or more than whole strips or tiles hold."""
+    """Refuses pixels of fewer bytes than an image's size needs, or more than complete strips or tiles hold."""
     across, rows, layers, row = _layout(image)
     needed = row * across * stored_size(image)[1] * layers
     if not needed <= found <= row * rows * pieces:
-        raise ValueError(f"its pixels are {found:,} bytes where its size takes {needed:,}")
+        raise ValueError(f"its pixels are {found:,} bytes, but its size needs {needed:,}")
 
 
 def _places(image: Tiff) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,7 +1,7 @@
-"""Strips in overlapping tiles, and what a model says of the tiles put together again.
+"""Cuts strips into overlapping tiles, and stitches a model's outputs of the tiles.
 
 A strip squashed to a square loses detail along its length; tiles keep it. Where tiles overlap, logits are averaged with
-weights that fall off towards a tile's ends, so that no seam shows. Legend: N tiles, H W strip, w tile width in pixels.
+weights that fall off towards a tile's ends, so that seams are smooth. Legend: N tiles, H W strip, w tile width in pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """First columns of tiles that cover [0, length): evenly spread, neighbours share at least `overlap` columns.
+    """First columns of evenly spaced tiles that cover [0, length); neighbours share at least `overlap` columns.
 
     Args:
         length: W of the strip.
@@ -60,7 +60,7 @@ def stitch(tiles: Tensor, starts: Sequence[int], length: int) -> Tensor:
     for start in starts:
         total[start : start + width] += ramp
     if not bool((total > 0).all()):
-        raise UserError(f"{len(starts)} tiles of {width} columns leave a gap in a strip of {length}; use tile_starts")
+        raise UserError(f"{len(starts)} tiles of {width} columns do not cover a strip of {length}; use tile_starts")
     out = torch.zeros(*tiles.shape[1:-1], length, dtype=dtype, device=tiles.device)
     for tile, start in zip(tiles, starts, strict=True):
         columns = slice(start, start + width)
@@ -71,14 +71,14 @@ def stitch(tiles: Tensor, starts: Sequence[int], length: int) -> Tensor:
 def predict_strip(
     model: Callable[[Tensor], Tensor], strip: Tensor, tile: int, overlap: int, batch_size: int = 1
 ) -> Tensor:
-    """Logits of a strip from a model that sees tiles.
+    """Logits of a strip from a model for tiles.
 
     Args:
         model: images [n, C, H, w] -> logits [n, ..., H, w].
         strip: image [C, H, W].
         tile: w.
         overlap: columns that neighbours share at least.
-        batch_size: the most tiles in one call.
+        batch_size: largest number of tiles in one call.
 
     Returns:
         logits [..., H, W].

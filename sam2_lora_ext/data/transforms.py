@@ -1,7 +1,7 @@
-"""Crops, flips and resizing of strips, on SAM 2's `VideoDatapoint` and in the call style of its own transforms.
+"""Crops and flips of strips, for SAM 2's `VideoDatapoint` and with the interface of its own transforms.
 
-Each draws once (with `random`) and treats all frames alike. Pixels are PIL images here, masks uint8 [H, W]; x counts
-columns and y rows from the top left. Legend: H W height and width in pixels.
+Each draws once (with `random`) for all frames. Pixels are PIL images here, masks uint8 [H, W]; x counts columns and y
+rows from the top left. Legend: H W height and width in pixels.
 """
 
 import random
@@ -18,17 +18,17 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 class RandomStripCrop:
-    """Cuts a random window that shows one of the objects, chosen at random.
+    """Cuts a random window around one of the objects, chosen at random.
 
-    An object that fits is shown whole; of a longer one some pixel, drawn uniformly, is in view. Other objects are
-    dropped when nothing of them is left in the first frame: an object that left the view must not become a negative
-    example. A clean object keeps its empty mask; its window is at least half exposed steel.
+    The window contains the object if it fits, else a pixel of it drawn uniformly. Other objects are dropped when they
+    have no pixel in the first frame: an object outside the window must not become a negative example. A clean object
+    keeps its empty mask; its window is at least half exposed steel.
 
     Args:
-        width: W of the window; a narrower strip is taken whole. None takes the full width.
+        width: W of the window; a narrower strip is not cropped. None takes the full width.
         height: H of the window; None takes the full height.
-        grid: the window begins at a multiple of so many columns, or at the last place: few windows that come again,
-            for a cache of features. An object that no such window holds whole is cut. None allows every place.
+        grid: the window begins at a multiple of this number of columns, or at the last position, so that few windows
+            recur, for a cache of features. An object that fits into no such window is cut. None allows every position.
     """
 
     def __init__(self, width: int | None, height: int | None = None, grid: int | None = None):
@@ -68,11 +68,11 @@ class RandomStripCrop:
 class FixedStripCrop:
     """Cuts a window around the objects, the same each time, for evaluation.
 
-    The window is centred on the box around all objects; where they do not fit, it stands where most of their pixels
-    are. A clean strip is cut at its exposed middle.
+    The window is centred on the box around all objects; if they do not fit, it is where most of their pixels are. A
+    clean strip is cut at its exposed middle.
 
     Args:
-        width: W of the window; None leaves the strip whole.
+        width: W of the window; None does not crop.
     """
 
     def __init__(self, width: int | None):
@@ -124,7 +124,7 @@ class RandomVerticalFlip:
 
 
 def crop(datapoint: VideoDatapoint, y: int, x: int, height: int, width: int) -> VideoDatapoint:
-    """Cuts all frames to one window and drops the objects that the first frame no longer shows (clean ones stay)."""
+    """Cuts all frames to one window and drops the objects without a pixel in the first frame (clean ones stay)."""
     for frame in datapoint.frames:
         frame.data = frame.data.crop((x, y, x + width, y + height))
         for obj in frame.objects:
@@ -141,12 +141,12 @@ def _shown(obj: Object) -> bool:
 
 
 def places(window: int, length: int, grid: int) -> list[int]:
-    """Where a window may begin within [0, length): at the multiples of `grid`, and at the last place."""
+    """Possible starts of a window within [0, length): the multiples of `grid`, and the last position."""
     return [*range(0, length - window, grid), length - window]
 
 
 def draw_start(first: int, last: int, pixel: int, window: int, length: int, grid: int = 1) -> int:
-    """A random start of a window within [0, length) that holds [first, last], or if there is none then `pixel`."""
+    """A random start of a window within [0, length) that contains [first, last], or if none does, `pixel`."""
     starts = places(window, length, grid)
     whole = [start for start in starts if last - window < start <= first]
     return random.choice(whole or [start for start in starts if pixel - window < start <= pixel])

@@ -1,6 +1,6 @@
-"""What the numbers in an image mean: from 16 bits, 12 bits in 16, or floats to 8 bits a channel, or a refusal.
+"""Converts pixel values of 16 bits, 12 bits in 16, or floats to 8 bits a channel, or refuses them.
 
-Integers of at most 8 bits are grey levels as they are. Those of more must fit into `bits` and are shifted right by
+Integers of at most 8 bits are grey levels already. Deeper ones must fit into `bits` and are shifted right by
 `bits - 8`. Floats must lie in 0..1 and are scaled by 255.
 Legend: H W height and width in pixels.
 """
@@ -15,11 +15,11 @@ from sam2_lora_ext.settings.data import BITS
 from sam2_lora_ext.utils.errors import UserError
 
 DEPTHS = (8, 10, 12, 14, 16)  # of sensors
-LOOKED_AT = 64  # images, when training starts
+LOOKED_AT = 64  # images that are checked when training starts
 
 
 def check_bits(bits: Any) -> int:
-    """The depth, if it is one.
+    """The depth, after a check.
 
     Raises:
         UserError: it is not an integer in 8..16.
@@ -61,12 +61,12 @@ def to_eight(values: np.ndarray, bits: int = 16) -> np.ndarray:
 
 
 def unit_warning(largest: int, count: int, bits: int) -> str | None:
-    """A sentence if images use so little of their depth that a smaller one must be meant.
+    """A warning if images use so little of their depth that a smaller one is likely.
 
     Args:
         largest: the largest value of all.
-        count: how many images of more than 8 bits a channel were looked at.
-        bits: the depth that they are said to use.
+        count: number of checked images of more than 8 bits a channel.
+        bits: the configured depth.
     """
     depth = next(depth for depth in DEPTHS if largest < 1 << depth)
     if not count or depth >= bits:
@@ -77,13 +77,13 @@ def unit_warning(largest: int, count: int, bits: int) -> str | None:
 
 
 def look_at_units(paths: Sequence[str], bits: int, exif: bool = True, most: int = LOOKED_AT) -> list[str]:
-    """Decodes some images and says what is odd about their values: `unit_warning`, or nothing.
+    """Decodes some images and checks their values with `unit_warning`.
 
     Args:
         paths: images of an index that are special.
-        bits: the depth that they are said to use.
-        exif: as they are read.
-        most: so many, spread evenly, are decoded.
+        bits: the configured depth.
+        exif: as in reading them.
+        most: number of images to decode, evenly spaced.
 
     Raises:
         UserError: an image cannot be decoded, or a value does not fit.

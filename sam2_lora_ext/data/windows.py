@@ -12,7 +12,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 class Windows:
-    """How strips are cut into clips.
+    """Cuts strips into clips.
 
     Args:
         width: columns of a window.
@@ -39,7 +39,7 @@ class Windows:
     def drawn(self, columns: int, height: int, objects: list[np.ndarray]) -> list[tuple[int, int]]:
         """Windows for training: all steps equal, the offset of the first drawn with `random`.
 
-        Some columns at an end are then in no window; where no object is in any, the fixed windows are taken.
+        Some columns at an end may be in no window; if no object is in any window, the fixed windows are taken.
 
         Args:
             columns: W of the strip.
@@ -57,7 +57,7 @@ class Windows:
         return [(start, start + self.width) for start in starts]
 
     def clip(self, columns: int, first: int) -> list[tuple[int, int]]:
-        """T fixed windows from the `first` on: to the right where the strip is long enough, else see `walk`."""
+        """T fixed windows from the `first` on: to the right if the strip is long enough, else see `walk`."""
         windows = self.fixed(columns)
         return [windows[place] for place in walk(first, self.num_frames, len(windows), 1)]
 
@@ -72,9 +72,9 @@ def fits(first: int, count: int, length: int) -> bool:
 
 
 def walk(first: int, count: int, length: int, step: int) -> list[int]:
-    """`count` neighbouring places of [0, length) from `first` on.
+    """`count` neighbouring positions of [0, length) from `first` on.
 
-    In the direction `step` (1 or -1) if that fits, else in the other; where neither does, it turns back at the end.
+    In the direction `step` (1 or -1) if that fits, else in the other; if neither does, it turns back at the end.
     """
     for way in (step, -step):
         if 0 <= first + way * (count - 1) < length:

@@ -1,6 +1,6 @@
-"""An index written out in each format that the readers know; what is read back gives the same objects.
+"""Writes an index in each format of the readers; reading it back gives the same objects.
 
-A whole data set is written beside its place and then renamed, so a folder is there complete or not at all.
+A data set is written to a temporary folder and then renamed, so it is complete or absent.
 """
 
 import logging
@@ -53,7 +53,7 @@ def write_label_png(index: AnnotationIndex, names: list[str], folder: Path, prog
     """`images/` and `annotations/`: the class number as grey value.
 
     Raises:
-        UserError: classes overlap, are above 255, or two images have one stem: label images cannot say that.
+        UserError: classes overlap, are above 255, or two images have one stem: label images cannot represent these.
     """
     if max(index.class_names) > 255:
         raise UserError(f"a label image holds classes up to 255, the data has class {max(index.class_names)}")
@@ -95,13 +95,13 @@ def convert(
     """Writes a data set; the image files are copied as they are.
 
     Args:
-        index: what to write; images that lost a mask as invalid are left out, since nobody could tell. Its annotations
-            stay what they are in COCO and Supervisely; the log says what another format cannot keep.
+        index: to write; images that lost an invalid mask are left out, since they would seem complete. COCO and
+            Supervisely keep its annotations; the log lists losses of other formats.
         kind: a key of `FORMATS`.
-        out: the folder to make.
+        out: the folder to write.
         force: replace it if it exists; see `write_folder`.
         progress: show a bar.
-        inputs: what the index was read from besides its images; `out` may not contain or lie in any of it.
+        inputs: the sources of the index besides its images; `out` may not contain or be inside any of them.
 
     Returns:
         The number of images of the index that are left out.
@@ -147,7 +147,7 @@ def convert(
 
 
 def joined(index: AnnotationIndex, kind: str) -> str | None:
-    """How many annotations a format with one mask for each class of an image joins, as a sentence; None if none."""
+    """A sentence on the annotations that a format with one mask for each class of an image joins; None if none."""
     pairs = index.mask_image().astype(np.int64) * (max(index.class_names) + 1) + index.mask_class
     counts = np.unique(pairs, return_counts=True)[1]
     if not index.instances or not (counts > 1).any():

@@ -1,1 +1,1 @@
-"""Evaluation of what will run in production: stock predictors, simulated users, metrics with intervals, comparisons."""
+"""Evaluation under production conditions: stock predictors, simulated users, metrics with intervals, comparisons."""

@@ -9,13 +9,13 @@ from sam2_lora_ext.settings.arguments import COUNT, RESOLUTION, SEED, number
 from sam2_lora_ext.settings.kinds import Number, Whole
 from sam2_lora_ext.utils.errors import UserError
 
-FEW = Whole(1, 1000)  # clicks, or points of a side
+FEW = Whole(1, 1000)  # clicks, or points per side
 
 EXAMPLES = """\
 examples:
-  a run beside its base, on the run's own validation data, as the run was trained:
+  a run compared with its base, on the run's own validation data, as the run was trained:
     python tools/evaluate.py --compare checkpoints/sam2.1_hiera_large.pt runs/r8 --out runs/r8/evaluation
-  the same in tiles, as in production; the images that it was trained on; images of another folder:
+  the run in tiles, as in production; on the images that it was trained on; on images of another folder:
     python tools/evaluate.py --adapter runs/r8 --tile 512 --overlap 128 --device cuda --out runs/tiles
     python tools/evaluate.py --adapter runs/r8 --split train --out runs/on_training_images
     python tools/evaluate.py --adapter runs/r8 --data data/line_2 --out runs/line_2
@@ -27,7 +27,7 @@ examples:
 
 
 def evaluate_parser(description: str) -> argparse.ArgumentParser:
-    """The options, told by their groups."""
+    """The options, in groups."""
     parser = argparse.ArgumentParser(
         description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +36,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, metavar="FILE", help="weights: the model itself, or the base of adapters")
     add("--adapter", type=Path, metavar="PATH", help="a run folder, an adapter folder or a Trainer's checkpoint.pt")
     add("--compare", nargs="+", metavar="[NAME=]PATH", help="several models; the others are compared with the first")
-    add("--config", metavar="NAME", help="the stock config, as build_sam2 takes it (default: told from the weights)")
+    add("--config", metavar="NAME", help="the stock config, as build_sam2 takes it (default: by the weights)")
     add(
         "--image-size",
         type=number(RESOLUTION),
@@ -62,30 +62,30 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
         "--min-area",
         type=number(COUNT),
         metavar="PIXELS",
-        help="smaller specks are no objects (default: the run's, else 16)",
+        help="smaller specks are not objects (default: the run's, else 16)",
     )
-    add("--limit", type=number(COUNT), metavar="N", help="only N items, spread evenly (then without Kaggle's score)")
-    add = parser.add_argument_group("how it is asked").add_argument
-    add("--max-clicks", type=number(FEW), default=8, help="clicks that a user makes at most (default: 8)")
+    add("--limit", type=number(COUNT), metavar="N", help="only N items, evenly spaced (then without Kaggle's score)")
+    add = parser.add_argument_group("prompts and views").add_argument
+    add("--max-clicks", type=number(FEW), default=8, help="largest number of clicks on an object (default: 8)")
     add(
         "--same-clicks",
         action="store_true",
-        help="all models get the clicks of the first one's errors (default: from the second click on, each its own)",
+        help="all models get the clicks on the first model's errors (default: after the first click, on their own)",
     )
     add("--clean-clicks", type=number(FEW), default=4, help="clicks on each clean image (default: 4)")
-    add("--tile", type=number(COUNT), metavar="COLUMNS", help="look at the strip in tiles of this width")
+    add("--tile", type=number(COUNT), metavar="COLUMNS", help="segment the strip in tiles of this width")
     add(
         "--overlap",
         type=number(Whole(0, 10**6)),
         default=0,
         metavar="COLUMNS",
-        help="columns that neighbouring tiles share at least",
+        help="least overlap of neighbouring tiles in columns",
     )
     add(
         "--crop",
         type=_crop,
         metavar="COLUMNS|none",
-        help="cut so many columns around the objects; none: whole images (default: as the run's own validation does)",
+        help="columns of the window around the objects; none: whole images (default: as in the run's own validation)",
     )
     add(
         "--automatic",
@@ -105,7 +105,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
         "--submission-prompt",
         default="1click",
         metavar="PROMPT",
-        help="whose masks go into submission.csv (default: 1click)",
+        help="prompt of the masks in submission.csv (default: 1click)",
     )
     add("--seed", type=number(SEED), default=0, help="of shifted boxes and clicks on clean steel")
     add = parser.add_argument
@@ -125,20 +125,20 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line.
 
     Raises:
-        UserError: options that contradict each other, or are out of range.
+        UserError: options contradict each other, or are out of range.
     """
     args = evaluate_parser(description).parse_intermixed_args(argv)
     if not (args.checkpoint or args.adapter or args.compare):
         raise UserError(
-            "say what to evaluate: --checkpoint FILE, --adapter PATH (with --checkpoint for its base), or "
+            "nothing to evaluate: give --checkpoint FILE, --adapter PATH (with --checkpoint for its base), or "
             "--compare A B ..."
         )
     if args.compare and args.adapter:
         raise UserError("--adapter is for one model: put it among those of --compare")
     if args.tile and args.crop not in (None, "none"):
-        raise UserError("--crop and --tile are two ways to look at a strip: give one of them")
+        raise UserError("--crop and --tile exclude each other: give one of them")
     if args.tile and not 0 <= args.overlap < args.tile or not args.tile and args.overlap:
-        raise UserError(f"--overlap needs --tile and is below it, got {args.overlap} and {args.tile}")
+        raise UserError(f"--overlap needs --tile and must be smaller, got {args.overlap} and {args.tile}")
     return args
 
 

@@ -1,4 +1,4 @@
-"""Which defects are found without any prompt: the stock `SAM2AutomaticMaskGenerator` against the true masks.
+"""Defects found without any prompt: masks of the stock `SAM2AutomaticMaskGenerator` compared with the true masks.
 
 Legend: O objects, A automatic masks, H W pixels.
 """
@@ -17,11 +17,11 @@ from sam2_lora_ext.evaluate.metrics import iou, mask_counts
 
 
 class AutomaticMasks:
-    """The stock generator, on whole strips or on tiles; a defect of two tiles is found in neither as a whole.
+    """The stock generator, on whole strips or on tiles; a defect across two tiles is not found as one mask.
 
     Args:
         model: any SAM 2 in eval mode.
-        points_per_side: the generator asks about so many points squared, per image or tile.
+        points_per_side: the generator prompts with this number squared of points, per image or tile.
         thresholds: it keeps masks of at least this predicted IoU and this stability.
         tile: width of tiles, None for whole strips.
         overlap: of neighbouring tiles.

@@ -18,7 +18,7 @@ def bootstrap_interval(
         seed: of the draws.
 
     Returns:
-        The lower and upper bound; both are the mean itself where there is one image.
+        The lower and upper bound; both equal the mean when there is one image.
     """
     names = {name: place for place, name in enumerate(dict.fromkeys(groups))}
     places = np.array([names[group] for group in groups])
@@ -39,8 +39,8 @@ def bootstrap_sums(
     """The percentile interval of a statistic of sums over images, such as a pooled Dice.
 
     Args:
-        table: what an image adds to each sum, [images, sums].
-        statistic: sums [draws, sums] -> values [draws]; draws without a value are NaN and left out.
+        table: the terms of each image in each sum, [images, sums].
+        statistic: sums [draws, sums] -> values [draws]; draws without a value are NaN and ignored.
         level: covered share, in (0, 1).
         draws: number of resamples.
         seed: of the draws.

@@ -10,7 +10,7 @@ import numpy as np
 def outline(mask: np.ndarray) -> np.ndarray:
     """bool [H, W]: pixels of a mask bool [H, W] that differ from the right, lower or lower right neighbour.
 
-    As in DAVIS, the edge of the image is no outline.
+    As in DAVIS, the edge of the image is not part of the outline.
     """
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
@@ -25,9 +25,9 @@ def disk(radius: int) -> np.ndarray:
 def boundary_f(prediction: np.ndarray, target: np.ndarray, tolerance: int = 2) -> float:
     """`F = 2 P R / (P + R)` of two outlines.
 
-    P is the share of the prediction's outline that lies within `tolerance` pixels of the target's, R the share of the
-    target's within `tolerance` of the prediction's. No outline at all (an empty mask, or one that fills the image) has
-    P = 1 without prediction, R = 1 without target; so F is 1 for two empty masks and 0 for one empty mask.
+    P is the share of the prediction's outline within `tolerance` pixels of the target's, R the share of the target's
+    within `tolerance` of the prediction's. An empty mask, or one that fills the image, has no outline: P = 1 for such a
+    prediction, R = 1 for such a target; so F is 1 for two empty masks and 0 for one empty mask.
 
     Args:
         prediction: bool [H, W].

@@ -1,4 +1,4 @@
-"""What would end an evaluation in the middle, found before the first model is asked."""
+"""Checks that find errors of data, models and outputs before an evaluation starts."""
 
 import os
 import tempfile
@@ -16,18 +16,18 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing
 
 RECORDS = ("evaluation.json", "evaluation.md")  # in the output folder
-LONGEST = 200  # bytes of a folder's name: file systems end at 255
-DEEPEST = 3500  # bytes of the output folder's path: Linux ends at 4096
+LONGEST = 200  # bytes of a folder's name: the limit of file systems is 255
+DEEPEST = 3500  # bytes of the output folder's path: the limit of Linux is 4096
 
 
 def prepare(
     candidates: Sequence[Candidate], conditions: Conditions, out: Path, limit: int | None = None, force: bool = False
 ) -> tuple[Samples, dict[str, Any]]:
-    """The samples to ask about, and what is said about the conditions, when all is well.
+    """The samples to evaluate and the record of the conditions, after all checks.
 
     Args:
         candidates: the models.
-        conditions: what is asked about and how.
+        conditions: the data and the protocol.
         out: the output folder.
         limit: see `Samples`.
         force: files may be replaced.
@@ -48,21 +48,21 @@ def prepare(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises a `UserError` unless each name is another one and can be a folder's."""
+    """Raises a `UserError` unless all names are different and valid names of folders."""
     if len(set(names)) < len(names) or any("/" in name or name in ("", ".", "..") for name in names):
-        raise UserError(f"each model needs a name of its own without slashes (write name=path), got {', '.join(names)}")
+        raise UserError(f"each model needs a unique name without slashes (write name=path), got {', '.join(names)}")
     for name in names:
         if name in RECORDS:
-            raise UserError(f"a model cannot be named {name}, for that is a file of the evaluation: write name=path")
+            raise UserError(f"a model cannot be named {name}, the name of a file of the evaluation: write name=path")
         if not name.isprintable() or len(name.encode("utf-8", "surrogateescape")) > LONGEST:
             raise UserError(
-                f"the name {name[:40]!r} of a model has {len(name)} characters, of which its folder cannot be made: "
+                f"the name {name[:40]!r} of a model has {len(name)} characters, too many for a folder: "
                 f"write name=path with a name of printable characters, at most {LONGEST} bytes"
             )
 
 
 def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Looks at every file and folder that an evaluation writes.
+    """Checks every file and folder that an evaluation writes.
 
     Args:
         out: the output folder.
@@ -71,7 +71,7 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
         inputs: files that are read, which are never replaced.
 
     Raises:
-        UserError: one is there already, cannot be written, or is an input.
+        UserError: one exists already, cannot be written, or is an input.
     """
     if any(len(os.fsencode(part)) > LONGEST for part in out.parts) or len(os.fsencode(out.absolute())) > DEEPEST:
         raise UserError(f"the path of --out {str(out)[:60]}... is too long for a file system: choose a shorter one")
@@ -79,39 +79,39 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
     for folder in (out, *[path for name in names for path in (out / name, out / name / GALLERY)]):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         try:
-            with tempfile.TemporaryFile(dir=there):  # what is asked for rights alone allows root even /proc
+            with tempfile.TemporaryFile(dir=there):  # os.access alone allows root even /proc
                 pass
         except OSError as error:
-            raise UserError(f"{there} is no folder that can be written to: give another --out") from error
+            raise UserError(f"{there} is not a writable folder: give another --out") from error
         if folder.name == GALLERY:
             refuse_gallery(folder, force)
     read = {Path(path).resolve() for path in inputs}
     for file in files:
         refuse_existing(file, force)
         if os.path.lexists(file) and not file.is_file():
-            raise UserError(f"{file} is no file that could be replaced: give another --out")
+            raise UserError(f"{file} is not a file that can be replaced: give another --out")
         if file.resolve() in read:
             raise UserError(f"{file} is read, so it cannot be replaced: give another --out")
 
 
 def check_samples(samples: Samples, min_area: int) -> None:
-    """Reads everything that will be asked about once.
+    """Reads every sample once.
 
     Raises:
-        UserError: an image cannot be decoded, a crop does not hold its objects, or there is no defect.
+        UserError: an image cannot be decoded, a crop does not contain its objects, or there is no defect.
     """
     dataset = samples.dataset
     if not any(dataset.classes_of(item) for item in samples.items):
         raise UserError(
             f"the {len(samples)} items of {dataset.index.image_dir} that are evaluated show no defect of at least "
-            f"{min_area} pixels: look at --limit, --min-area and the split"
+            f"{min_area} pixels: check --limit, --min-area and the split"
         )
     for _ in tqdm(samples, desc="reading images", unit="image", disable=None, leave=False):
         pass
 
 
 def check_models(candidates: Sequence[Candidate], image_size: int | None) -> None:
-    """Builds each of several models once; raises a `UserError` for one that cannot be. A lone one is built at once."""
+    """Builds each of several models once, to find errors early; a single model is built by the evaluation itself."""
     if len(candidates) > 1:
         for wanted in candidates:
             build(wanted, "cpu", image_size)

@@ -1,8 +1,8 @@
-"""Simulated users: clicks in the middle of the largest error, boxes that are a little off, clicks on sound steel.
+"""Simulated users: clicks in the middle of the largest error, shifted boxes, clicks on clean steel.
 
-All of it depends on the image, the object and the seed only, so that every model is asked alike; later clicks answer a
-model's own errors, or replay another model's. Legend: O objects, H W pixels, P clicks. Coordinates are (x, y) in
-pixels of the strip.
+Prompts depend only on the image, the object and the seed, so every model gets the same; later clicks correct a model's
+own errors, or replay those of another model. Legend: O objects, H W pixels, P clicks. Coordinates are (x, y) in pixels
+of the strip.
 """
 
 import zlib
@@ -20,18 +20,18 @@ from sam2_lora_ext.evaluate.views import Clicks, View
 def click_rounds(
     view: View, truth: Tensor, count: int, replay: Sequence[Clicks] | None = None
 ) -> Iterator[tuple[Tensor, Tensor, list[Clicks]]]:
-    """Asks with 1, 2, ... `count` clicks, as SAM's training does: each in the middle of the largest error.
+    """Prompts with 1, 2, ... `count` clicks, as SAM's training does: each in the middle of the largest error.
 
-    An object that is answered without error gets no more clicks (there is nothing to click on) and keeps its mask.
+    An object whose mask has no error gets no more clicks and keeps its mask.
 
     Args:
         view: the image.
         truth: bool [O, 1, H, W], O >= 1, none of them empty.
         count: clicks.
-        replay: for each object the clicks to make, whatever the answers; when they are used up it keeps its mask.
+        replay: for each object fixed clicks, independent of its masks; after the last one it keeps its mask.
 
     Yields:
-        Masks bool [O, 1, H, W] and object scores (logits) float [O] of the newest answers; each object's clicks so far.
+        Masks bool [O, 1, H, W] and object scores (logits) float [O] of the latest predictions; each object's clicks.
     """
     prediction, scores = torch.zeros_like(truth), torch.zeros(len(truth))
     histories: list[Clicks] = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int32)) for _ in truth]
@@ -63,15 +63,15 @@ def exact_boxes(truth: Tensor) -> Tensor:
 def shifted_boxes(
     boxes: Tensor, share: float, size: tuple[int, int], image: str, object_ids: Sequence[int], seed: int = 0
 ) -> Tensor:
-    """Boxes moved as a whole by `share` of their width and height, each along a diagonal drawn for its object.
+    """Boxes shifted by `share` of their width and height, each along a diagonal drawn for its object.
 
     Args:
         boxes: float [O, 4], see `exact_boxes`.
         share: 0.1 moves a box of 50 x 20 pixels by 5 and 2.
-        size: (H, W); what leaves the image is cut off, but a pixel always stays.
+        size: (H, W); boxes are clipped to the image, but keep at least one pixel.
         image: name of the image, part of the seed.
         object_ids: part of the seed.
-        seed: another one draws other diagonals.
+        seed: of the diagonals.
     """
     signs = torch.tensor([_diagonal(seed, image, identifier) for identifier in object_ids], dtype=torch.float32)  # O 2
     step = share * (boxes[:, 2:] - boxes[:, :2] + 1) * signs
@@ -80,7 +80,7 @@ def shifted_boxes(
 
 
 def sound_clicks(image: np.ndarray, count: int, name: str, seed: int = 0) -> Tensor:
-    """float [count, 2]: places on exposed steel of a clean image uint8 [H, W, 3]; its middle where all is black."""
+    """float [count, 2]: points on exposed steel of a clean image uint8 [H, W, 3]; its middle if all is black."""
     height, width = image.shape[:2]
     exposed = np.flatnonzero(image.mean(axis=2) > DARK)
     if not len(exposed):

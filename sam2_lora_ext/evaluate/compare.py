@@ -23,12 +23,12 @@ SUBMISSION, GALLERY = "submission.csv", "gallery"
 
 
 class Samples(Sequence[Sample]):
-    """The samples of a data set, read when they are asked for.
+    """The samples of a data set, read on demand.
 
     Args:
         dataset: built with `training=False`.
         crop: see `Protocol`.
-        limit: only the first so many, spread evenly; None for all.
+        limit: number of samples, evenly spaced; None for all.
     """
 
     def __init__(self, dataset: SeverstalRawDataset, crop: int | None = None, limit: int | None = None):
@@ -58,24 +58,24 @@ def compare(
     conditions: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates every model; writes galleries and submissions below `out`. See `checks.prepare` for what goes before.
+    """Evaluates every model; writes galleries and submissions below `out`. Call `checks.prepare` first.
 
     Args:
-        candidates: the first one is what the others are compared with.
-        samples: what is asked about; some of it a defect.
-        protocol: how.
+        candidates: the models; the others are compared with the first one.
+        samples: of the data set, with at least one defect.
+        protocol: the prompts and views.
         out: folder; each model gets `<name>/` in it.
         device: such as cuda.
-        submitted: the prompt whose masks go into submission.csv.
+        submitted: the prompt of the masks in submission.csv.
         pictures: of each kind in a gallery.
         conditions: see `Conditions.record`.
         force: replace files.
 
     Returns:
-        What evaluation.json holds.
+        The content of evaluation.json.
 
     Raises:
-        UserError: a model cannot be built or answers with NaN, or a file cannot be written.
+        UserError: a model cannot be built or predicts NaN, or a file cannot be written.
     """
     dataset, conditions = samples.dataset, dict(conditions or {})
     used = conditions.get("used", {})
@@ -134,7 +134,7 @@ def compare(
 
 
 def _rows(result: ModelResult, samples: Samples) -> list[dict[str, Any]]:
-    """What came out for each object, and `annotation`, the id of an instance in the annotation file (null: none)."""
+    """The results of each object, and `annotation`, the id of an instance in the annotation file (null: none)."""
     items, objects = samples.dataset.items, samples.dataset.objects
 
     def annotation(row: ObjectResult) -> int | None:

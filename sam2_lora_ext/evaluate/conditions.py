@@ -1,7 +1,7 @@
-"""Under which conditions models are asked: those of the first run, or what the command says, and how these differ.
+"""The conditions of an evaluation: those of the first run, or those of the command line, and their differences.
 
-A model is asked as it was trained: crop, resolution, bits, what an object is, on the run's own validation data. What
-differs from a run's own conditions is a sentence in every result.
+By default a model is evaluated as it was trained: crop, resolution, bits and definition of an object, on the run's own
+validation data. Every difference from a run's own conditions is a sentence in the results.
 """
 
 import argparse
@@ -19,23 +19,23 @@ from sam2_lora_ext.evaluate.models import Candidate
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import sha256_of
 
-VIEW = ("crop", "stride", "max_objects", "group_width", "resolution")  # how a model looks at images
-HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # how other data is read for a run
+VIEW = ("crop", "stride", "max_objects", "group_width", "resolution")  # the view of images
+HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # the reading of other data for a run
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is asked about and how.
+    """Data and views of an evaluation.
 
     Args:
         source: the data, with crop and resolution.
         own: model name -> the validation data of its run.
         runs: model name -> the run's folder.
-        tile: columns of tiles; None without.
+        tile: columns of tiles; None without tiles.
         overlap: of tiles.
         chosen: whether the command names the data or the split.
-        train: whether it says `--split train`.
-        notes: what could not be compared.
+        train: whether it has `--split train`.
+        notes: sentences on conditions that could not be compared.
     """
 
     source: Source
@@ -48,7 +48,7 @@ class Conditions:
     notes: Sequence[str] = ()
 
     def sentences(self) -> list[str]:
-        """How each run's own conditions differ from these."""
+        """Sentences on the differences of each run's own conditions from these."""
         return [f"{name}: {said}" for name, own in self.own.items() for said in self._differences(own)]
 
     def _differences(self, own: Source) -> list[str]:
@@ -86,10 +86,10 @@ class Conditions:
         return f"at crop {self.source.crop}" if self.source.crop else "whole"
 
     def training_images(self, dataset: Any) -> list[str]:
-        """Says which runs were trained on images of the data set that is evaluated.
+        """Sentences on the runs that were trained on images of the evaluated data set.
 
         Raises:
-            UserError: some were, the command chose the data, and it does not say `--split train`.
+            UserError: some were, the command chose the data, and it lacks `--split train`.
         """
         evaluated = {str(Path(dataset.index.path(int(image))).resolve()) for image in dataset.images}
         said = []
@@ -102,7 +102,7 @@ class Conditions:
             if shared and self.chosen and not self.train:
                 raise UserError(
                     f"{name} was trained on {shared} of these {len(evaluated)} images: name no data, for the run's "
-                    "validation data, or a split without them, or say --split train to evaluate training images"
+                    "validation data, or a split without them, or give --split train to evaluate training images"
                 )
             if shared:
                 why = "" if self.train else "; the data that it validates on and the data that it trains on share them"
@@ -125,7 +125,7 @@ class Conditions:
 
 
 def images_among(images: set[str], others: set[str]) -> set[str]:
-    """The images that are among others: the same file, or a copy that kept its name. Only those are read."""
+    """The images that are also among others: the same file, or a copy with the same name; only such files are read."""
     named = defaultdict(list)
     for other in others:
         named[os.path.basename(other)].append(other)
@@ -142,7 +142,7 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
     """The conditions for a command line of tools/evaluate.py.
 
     Raises:
-        UserError: no data is named and no model is in a run, or the data cannot be told.
+        UserError: no data is named and no model is in a run, or the data cannot be determined.
     """
     runs = {wanted.name: wanted.run for wanted in candidates if wanted.run is not None}
     known = args.training_config or args.data
@@ -159,14 +159,14 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
     source = source_of(args, phase, None if first is None else own[first])
     if source is None and first is None:
         raise UserError(
-            "say which data: --data PATH, or -c CONFIG for that of a training config (no model here is in a run, "
-            "which would know its data)"
+            "name the data: --data PATH, or -c CONFIG for that of a training config (no model here is in a run, "
+            "which records its data)"
         )
     if source is None:
         source = from_run(runs[first], phase, **({"exif": False} if args.as_stored else {}))
     elif first is not None and not args.training_config:
         keys = VIEW if source.phase else VIEW + HABITS
-        origin = f"{source.origin}, looked at as in the run {runs[first]}"
+        origin = f"{source.origin}, with the views of the run {runs[first]}"
         source = replace(source, origin=origin, **{key: getattr(own[first], key) for key in keys})
     chosen = known or args.split_file or args.split not in (None, "val")
     train = "train" in (args.split or "").split(",")
@@ -174,7 +174,7 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
 
 
 def changed(source: Source, args: argparse.Namespace) -> Source:
-    """The source with what the command line sets."""
+    """The source with the settings of the command line."""
     options = {"bits": args.bits, "objects": args.objects, "min_area": args.min_area, "resolution": args.image_size}
     values = {key: value for key, value in options.items() if value is not None}
     if args.split is not None:

@@ -1,4 +1,4 @@
-"""Asks one model about every object of a data set and keeps what came out, object by object.
+"""Evaluates one model on every object of a data set and keeps the results by object.
 
 Legend: O objects, H W pixels. Areas are (intersection, prediction, target) in pixels.
 """
@@ -26,7 +26,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 @dataclass(frozen=True)
 class ObjectResult:
-    """What came out for one defect."""
+    """The results of one defect."""
 
     image: str
     item: int  # of the data set
@@ -37,12 +37,12 @@ class ObjectResult:
     score: float  # object score at the first click
     runs: np.ndarray  # of the mask at the first click
     automatic: float | None  # IoU of the best automatic mask
-    clicks: list[list[int]]  # (x, y, label) of each click that was made
+    clicks: list[list[int]]  # (x, y, label) of each click
 
 
 @dataclass(frozen=True)
 class CleanResult:
-    """What came out for one click on a clean image."""
+    """The result of one click on a clean image."""
 
     image: str
     item: int
@@ -53,7 +53,7 @@ class CleanResult:
 
 @dataclass
 class ModelResult:
-    """Everything about one model."""
+    """All results of one model."""
 
     objects: list[ObjectResult] = field(default_factory=list)
     clean: list[CleanResult] = field(default_factory=list)
@@ -64,13 +64,13 @@ class ModelResult:
     automatic_counts: list[int] = field(default_factory=list)  # automatic masks, one an image
 
     def clicks(self) -> dict[tuple[int, int], Clicks]:
-        """The clicks on each object, by item and identifier, for another model to be asked with."""
+        """The clicks on each object, by item and identifier, to prompt another model with."""
         columns = {(row.item, row.object_id): torch.tensor(row.clicks).reshape(-1, 3) for row in self.objects}
         return {key: (clicks[:, :2].float(), clicks[:, 2].int()) for key, clicks in columns.items()}
 
 
 Watcher = Callable[[Sample, str, Tensor], None]
-"""Gets the masks bool [O, 1, H, W] of a sample's defects for each prompt's name."""
+"""Receives the masks bool [O, 1, H, W] of a sample's defects for each prompt's name."""
 
 
 @torch.inference_mode()
@@ -81,17 +81,17 @@ def run_model(
     watch: Watcher | None = None,
     replay: Mapping[tuple[int, int], Clicks] | None = None,
 ) -> ModelResult:
-    """Asks a model everything.
+    """Runs the evaluation of one model.
 
     Args:
         model: any SAM 2.
-        samples: what is asked about.
-        protocol: how.
-        watch: sees every mask.
-        replay: the clicks to make, as `ModelResult.clicks` of another model; None lets each answer call for the next.
+        samples: of the data set.
+        protocol: the prompts and views.
+        watch: receives every mask.
+        replay: fixed clicks, as `ModelResult.clicks` of another model; None: each click corrects the last mask.
 
     Raises:
-        UserError: the model answers with NaN.
+        UserError: the model predicts NaN.
     """
     result = ModelResult()
     automatic = None
@@ -116,7 +116,7 @@ def run_model(
 
 
 def _ask_clean(view: View, sample: Sample, item: int, protocol: Protocol, result: ModelResult) -> None:
-    """Single clicks on sound steel."""
+    """Single clicks on clean steel."""
     places = sound_clicks(sample.image, protocol.clean_clicks, sample.name, protocol.seed)
     positive = torch.ones(1, dtype=torch.int32)
     answers = view.clicks([(place[None], positive) for place in places], [None] * len(places))

@@ -26,10 +26,10 @@ WIDEST, GAP = 900, 4  # pixels of a picture, and between its halves
 
 
 def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult | CleanResult]]:
-    """Objects by their IoU at one click, at most `count` a kind and none twice, and false alarms.
+    """Objects by their IoU at one click, at most `count` per kind and none twice, and false alarms.
 
-    Fewer than three objects give the best only. A false alarm is a click on clean steel with a positive object score:
-    the highest come first, one for each image.
+    Fewer than three objects give the best only. A false alarm is a click on clean steel with a positive object score,
+    in descending order, one per image.
     """
     values = iou(torch.tensor([row.by_clicks[0] for row in result.objects]).reshape(-1, 3)).tolist()
     order = [result.objects[o] for o in sorted(range(len(values)), key=lambda o: -values[o])]
@@ -50,8 +50,7 @@ def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult |
 
 
 def refuse_gallery(folder: Path, force: bool) -> None:
-    """Raises a `UserError` when pictures may not be written to `folder`, or with `force` when it holds something
-    else."""
+    """Raises a `UserError` when pictures may not be written to `folder`; with `force`, when it has other files."""
     folder = existing_folder(folder)
     if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()):
         return
@@ -64,7 +63,7 @@ def refuse_gallery(folder: Path, force: bool) -> None:
     )
     if strangers:
         raise UserError(
-            f"--force replaces a gallery, but {folder} has {strangers[0]!r}, which is no picture of one: "
+            f"--force replaces a gallery, but {folder} has {strangers[0]!r}, which is not one of its pictures: "
             "choose another --out"
         )
 
@@ -102,7 +101,7 @@ def write_gallery(
 
 
 def draw(row: ObjectResult | CleanResult, sample: Sample, class_names: dict[int, str]) -> tuple[Image.Image, str]:
-    """Truth first, then the prediction with its click, and the caption."""
+    """The truth, the prediction with its click, and the caption."""
     height, width = sample.image.shape[:2]
     predicted, scale = decode_runs(row.runs, height, width) > 0, max(1.0, 2 * width / WIDEST)
     if isinstance(row, CleanResult):
@@ -116,7 +115,7 @@ def draw(row: ObjectResult | CleanResult, sample: Sample, class_names: dict[int,
         click = get_next_point(torch.from_numpy(truth)[None, None], None, "center")[0][0, 0].tolist()
         cells = [overlay(sample.image, truth, TRUTH, scale=scale)]
         cells.append(overlay(sample.image, predicted, AFTER, tuple(click), scale))
-    axis = 0 if width > 2 * height else 1  # long strips one above the other
+    axis = 0 if width > 2 * height else 1  # long strips are stacked
     gap = np.full((GAP, width, 3) if axis == 0 else (height, GAP, 3), 255, dtype=np.uint8)
     picture = Image.fromarray(np.concatenate(cells if len(cells) == 1 else [cells[0], gap, cells[1]], axis))
     if picture.width > WIDEST:

@@ -1,8 +1,8 @@
-"""Kaggle's mean Dice of the Severstal competition and a submission.csv, where a prompt gives each defect's class.
+"""Kaggle's mean Dice of the Severstal competition and a submission.csv; the prompt gives each defect's class.
 
-The score is the mean over all (image, class) pairs, 1 where both masks are empty. Here a user says which classes are in
-an image (by prompting them), so the many empty pairs are right by construction: `empty_submission` is what these alone
-give, and `dice_present` leaves them out. Legend: H W pixels.
+The score is the mean over all (image, class) pairs, 1 where both masks are empty. Here the prompts determine which
+classes are in an image, so the many empty pairs are right by construction: `empty_submission` is the score of these
+alone, and `dice_present` excludes them. Legend: H W pixels.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ class KaggleTally:
 
     Args:
         index: the annotations.
-        images: places in the index of the images that are evaluated, without defects too.
-        submitted: the prompt whose masks go into the submission.
+        images: positions in the index of the evaluated images, including those without defects.
+        submitted: the prompt of the masks in the submission.
     """
 
     def __init__(self, index: AnnotationIndex, images: Sequence[int], submitted: str):
@@ -42,7 +42,7 @@ class KaggleTally:
         self.runs: dict[tuple[str, int], np.ndarray] = {}
 
     def __call__(self, sample: Sample, prompt: str, masks: Tensor) -> None:
-        """Takes the masks bool [O, 1, H, W] of a sample's defects."""
+        """Adds the masks bool [O, 1, H, W] of a sample's defects."""
         classes = torch.tensor([class_of(sample.object_ids[o]) for o in sample.defects])
         for class_id in classes.unique().tolist():
             union = masks[classes == class_id, 0].any(0)
@@ -54,7 +54,7 @@ class KaggleTally:
                 self.runs[sample.name, class_id] = encode_mask(union.numpy())
 
     def truth(self, name: str, class_id: int) -> Tensor:
-        """The whole mask bool [H, W] of a class, specks included that are too small to be objects."""
+        """The full mask bool [H, W] of a class, including specks that are too small to be objects."""
         image = self.places[name]
         runs = union_runs([runs for number, runs in self.index.masks(image) if number == class_id])
         return torch.from_numpy(np.ascontiguousarray(decode_runs(runs, *self.index.sizes[image].tolist()))).bool()
@@ -62,7 +62,7 @@ class KaggleTally:
     def pairs(self, prompt: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Image, Dice float64 and whether there is a defect (bool) of each (image, class) pair, in a fixed order.
 
-        An image that may lack masks is left out: nobody knows that a class of it is empty.
+        Images that may lack masks are excluded: their empty classes are unknown.
         """
         images, values, present = [], [], []
         for name in sorted(name for name, image in self.places.items() if self.index.complete[image]):
@@ -76,7 +76,7 @@ class KaggleTally:
     def summary(self) -> dict[str, dict[str, Any]]:
         """For each prompt the mean `dice` over all pairs and `dice_present` over those with a defect.
 
-        Each comes with its 95 % interval by image (`_ci95`); `empty_submission` is what no mask at all would score.
+        Each comes with its 95 % interval by image (`_ci95`); `empty_submission` is the score without any mask.
         """
         result = {}
         for prompt in self.scores:
@@ -101,7 +101,7 @@ class KaggleTally:
         return result
 
     def write(self, path: str | Path, force: bool) -> None:
-        """Writes a row for every image and class, with an empty field where nothing was segmented."""
+        """Writes a row for every image and class, with an empty field for an empty mask."""
         rows = [
             (name, number, format_rle(self.runs.get((name, number), NO_RUNS)))
             for name in sorted(self.places)

@@ -50,7 +50,7 @@ def class_means(values: Tensor, class_ids: Tensor, classes: Sequence[int]) -> di
 
 
 def score_accuracy(score_logits: Tensor, class_ids: Tensor) -> tuple[float | None, float | None]:
-    """How often the object score is right: on clean objects (logit <= 0: "nothing here"), and on defects (logit > 0).
+    """The accuracy of the object score: on clean objects (logit <= 0: "nothing here"), and on defects (logit > 0).
 
     Args:
         score_logits: [N].

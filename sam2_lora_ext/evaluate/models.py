@@ -1,4 +1,4 @@
-"""Which model a user means by a path: weights, an adapter on its base, or a run; built as in production."""
+"""Finds the model that a path names (weights, an adapter on its base, or a run) and builds it as in production."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class Candidate:
 
     Args:
         name: in tables.
-        weights: whole weights, or the base of the adapter.
-        adapter: a folder, or a Trainer's checkpoint with adapters; None for whole weights.
-        config: a stock config's name; None tells it from the weights.
-        trained: number of trained parameters, where the run of whole weights says it; an adapter is counted.
-        run: the run that it is from, by whose record it is known how it was trained; None where there is none.
+        weights: full weights, or the base of the adapter.
+        adapter: a folder, or a Trainer's checkpoint with adapters; None for full weights.
+        config: a stock config's name; None identifies it from the weights.
+        trained: number of trained parameters as recorded by the run of full weights; for an adapter they are counted.
+        run: the run that produced it, whose record has its training conditions; None if there is none.
     """
 
     name: str
@@ -43,28 +43,28 @@ class Candidate:
     run: Path | None = None
 
     def inputs(self) -> list[Path]:
-        """The files that are read of it."""
+        """The files that building it reads."""
         return [self.weights, *([] if self.adapter is None else source_files(self.adapter))]
 
 
 def candidates(texts: Sequence[str], base: Path | None = None, config: str | None = None) -> list[Candidate]:
-    """The models behind several paths, see `candidate`; the first whole weights stand in for a base that was moved."""
+    """The models of several paths, see `candidate`; the first full weights replace a base that was moved."""
     paths = [split_name(text)[1] for text in texts]
     spare = next((path for path in paths if path.is_file() and _is_whole(path)), None)
     return [candidate(text, base, config, spare) for text in texts]
 
 
 def candidate(text: str, base: Path | None = None, config: str | None = None, spare: Path | None = None) -> Candidate:
-    """The model behind `path` or `name=path`: a weight file, an adapter folder, a run folder or a Trainer's checkpoint.
+    """The model of `path` or `name=path`: a weight file, an adapter folder, a run folder or a Trainer's checkpoint.
 
     Args:
         text: as given on the command line.
-        base: for adapters; by default the file that the adapter was trained on, if it is still there.
-        config: a stock config's name; by default told from the weights.
-        spare: the base to try where that file is gone.
+        base: for adapters; by default the file that the adapter was trained on, if it still exists.
+        config: a stock config's name; by default identified from the weights.
+        spare: the base to try if that file is missing.
 
     Raises:
-        UserError: there is nothing, or an adapter's base is not known.
+        UserError: the path does not exist, or an adapter's base is unknown.
     """
     given, path = split_name(text)
     name = short_name(path) if given is None else given
@@ -82,15 +82,15 @@ def candidate(text: str, base: Path | None = None, config: str | None = None, sp
     found = next((file for file in (base, known, spare) if file is not None and (file == base or file.exists())), None)
     if found is None or not found.exists():
         wanted = base or known or "which it does not name"
-        raise UserError(f"{path} is an adapter, and its base ({wanted}) is not there: give it with --checkpoint")
+        raise UserError(f"{path} is an adapter, and its base ({wanted}) is missing: give it with --checkpoint")
     return Candidate(name, found, find_adapter(path), config, run=run)
 
 
 def build(wanted: Candidate, device: str = "cpu", image_size: int | None = None) -> tuple[SAM2Base, dict[str, Any]]:
-    """The model as `build_sam2` makes it by default, with a live adapter, and the facts about it.
+    """The model as `build_sam2` builds it by default, with an active adapter, and its description.
 
     Args:
-        wanted: what to build.
+        wanted: the model to build.
         device: such as cuda.
         image_size: pixels of a side of the model's input, instead of the config's.
 
@@ -128,7 +128,7 @@ def build(wanted: Candidate, device: str = "cpu", image_size: int | None = None)
 
 
 def check_device(device: str) -> None:
-    """Raises a `UserError` for a device that torch does not know or that is not there."""
+    """Raises a `UserError` for a device that torch does not know or the machine does not have."""
     try:
         kind = torch.device(device)
     except RuntimeError:
@@ -139,11 +139,11 @@ def check_device(device: str) -> None:
         "mps": torch.backends.mps.is_available(),
     }
     if not there.get(kind.type, False):
-        raise UserError(f"--device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise UserError(f"--device {device} is missing: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
 
 
 def split_name(text: str) -> tuple[str | None, Path]:
-    """Name and path of `path` or `name=path`; a path that exists may have an equals sign itself."""
+    """Name and path of `path` or `name=path`; an existing path may itself contain an equals sign."""
     name, given, rest = text.partition("=")
     return (name, Path(rest)) if given and not Path(text).exists() else (None, Path(text))
 
@@ -165,7 +165,7 @@ def _trained(run: Path) -> int | None:
     try:
         return int(read_json(run / "lora.json", LARGEST_NOTE)["trained"])
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # weights alone can be evaluated too
+        return None  # weights without a record can be evaluated too
 
 
 def _size(adapter: Path) -> int:

@@ -1,5 +1,4 @@
-"""Pictures for people: masks over strips, and grids of them with captions. Images are uint8 [H, W, 3], masks bool
-[H, W]."""
+"""Draws masks over strips, and grids of them with captions. Images are uint8 [H, W, 3], masks bool [H, W]."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ def overlay(
         image: uint8 [H, W, 3].
         mask: bool [H, W].
         colour: of the mask.
-        click: where the dot is.
-        scale: how many times smaller it will be shown, so that line and dot stay visible.
+        click: position of the dot.
+        scale: factor by which the picture will be reduced; lines and dots are drawn larger by it.
     """
     picture = image.astype(np.float32)
     picture[mask] = 0.65 * picture[mask] + 0.35 * np.float32(colour)

@@ -1,7 +1,7 @@
 """Evaluates a SAM 2 as it runs in production: through the stock `SAM2ImagePredictor`, at the strip's own resolution.
 
 Legend: O objects, H W pixels of the (cropped) strip. Clicks are simulated as SAM does: the first in the middle of the
-defect, each next one in the middle of the largest error.
+defect, each later one in the middle of the largest error.
 """
 
 import warnings
@@ -35,13 +35,13 @@ class Sample:
 
     @property
     def defects(self) -> list[int]:
-        """The places of the objects that are defects."""
+        """The indices of the objects that are defects."""
         return [o for o, identifier in enumerate(self.object_ids) if class_of(identifier) != CLEAN]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came out for one defect; intersection, prediction and target areas in pixels."""
+    """The results of one defect; intersection, prediction and target areas in pixels."""
 
     name: str
     object_id: int
@@ -73,22 +73,22 @@ def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None
     objects = point.frames[0].objects
     return Sample(
         name=video.video_name,
-        image=np.array(point.frames[0].data),  # a copy: PIL's own memory cannot be written
+        image=np.array(point.frames[0].data),  # a copy, since PIL's own memory is read-only
         object_ids=[obj.object_id for obj in objects],
         masks=torch.stack([obj.segment.bool() for obj in objects])[:, None],
     )
 
 
 def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
-    """The stock predictor, also for models that do not take 1024 px."""
+    """The stock predictor, also for models with another input size than 1024 px."""
     with warnings.catch_warnings():
-        # the warning is in stock's transforms
+        # stock's transforms warn
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
         return fit_predictor(SAM2ImagePredictor(model))
 
 
 class Prompter:
-    """Asks one image's predictor about all of its objects at once."""
+    """Prompts the predictor of one image for all of its objects at once."""
 
     def __init__(self, predictor: SAM2ImagePredictor, image: np.ndarray):
         predictor.set_image(image)
@@ -102,12 +102,12 @@ class Prompter:
     def points(
         self, coords: Tensor, labels: Tensor, previous: Tensor | None = None, *, all_masks: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Answers clicks.
+        """Predicts masks for clicks.
 
         Args:
             coords: float [O, P, 2], (x, y) in pixels of the strip.
             labels: int [O, P]: 1 positive, 0 negative.
-            previous: low-resolution logits [O, 1, h, w] of the answer before, or None for the first click.
+            previous: low-resolution logits [O, 1, h, w] of the previous prediction, or None for the first click.
             all_masks: return all three candidates of a first click instead of the one with the best predicted IoU.
 
         Returns:
@@ -123,11 +123,11 @@ class Prompter:
         return logits.cpu(), low
 
     def boxes(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Answers the exact box around each mask bool [O, 1, H, W]: logits [O, 1, H, W] and [O, 1, h, w]."""
+        """Predicts from the exact box around each mask bool [O, 1, H, W]: logits [O, 1, H, W] and [O, 1, h, w]."""
         return self.corners(mask_to_box(masks)[:, 0].float())
 
     def corners(self, corners: Tensor) -> tuple[Tensor, Tensor]:
-        """Answers boxes float [O, 4] of (x0, y0, x1, y1): logits [O, 1, H, W] and [O, 1, h, w]."""
+        """Predicts from boxes float [O, 4] of (x0, y0, x1, y1): logits [O, 1, H, W] and [O, 1, h, w]."""
         boxes = self._scaled(corners.reshape(-1, 2, 2)).reshape(-1, 4)
         logits, _, low = self.predictor._predict(None, None, boxes, multimask_output=False, return_logits=True)
         return logits.cpu(), low
@@ -180,8 +180,7 @@ def averages(rows: Sequence[Row]) -> dict[str, float]:
 
 @torch.inference_mode()
 def max_logit_difference(one: SAM2Base, other: SAM2Base, samples: Iterable[Sample]) -> float:
-    """The largest difference of any low-resolution mask logit: a click's three candidates and a box's mask, on each
-    sample."""
+    """The largest difference of low-resolution logits over all samples: three masks of a click, one of a box."""
     largest = 0.0
     predictors = make_predictor(one.eval()), make_predictor(other.eval())
     for sample in samples:

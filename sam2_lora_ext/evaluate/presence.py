@@ -1,6 +1,6 @@
-"""Is there a defect? What the object score is worth: AUROC, and false alarms where 95 % of the defects are found.
+"""The object score as a detector of defects: AUROC, and false alarms where 95 % of the defects are found.
 
-Legend: P clicks on defects, N clicks on sound steel.
+Legend: P clicks on defects, N clicks on clean steel.
 """
 
 import math
@@ -16,7 +16,7 @@ DRAWS = 500
 
 
 def auroc(defects: Sequence[float], sound: Sequence[float]) -> float | None:
-    """The chance that a defect scores higher than sound steel, ties counted half; None where one of them is missing.
+    """The probability that a defect scores higher than clean steel, ties counted half; None where one is missing.
 
     AUROC = sum_pn ([d_p > s_n] + 1/2 [d_p = s_n]) / (P N), the Mann-Whitney statistic.
     """
@@ -28,7 +28,7 @@ def auroc(defects: Sequence[float], sound: Sequence[float]) -> float | None:
 
 
 def false_alarms(defects: Sequence[float], sound: Sequence[float], recall: float = 0.95) -> tuple[float, float] | None:
-    """The share of sound clicks that are taken for defects at the highest threshold that finds `recall` of the defects.
+    """The share of clean clicks detected as defects, at the highest threshold that finds `recall` of the defects.
 
     Returns:
         The share and the threshold t (a click with a score of at least t is a defect); None where clicks are missing.
@@ -42,7 +42,7 @@ def false_alarms(defects: Sequence[float], sound: Sequence[float], recall: float
 
 @dataclass(frozen=True)
 class Scores:
-    """The object scores of one model, each with the image that it is from."""
+    """The object scores of one model, each with its image."""
 
     defects: Sequence[float]
     defect_images: Sequence[Hashable]
@@ -51,7 +51,7 @@ class Scores:
 
 
 def presence_table(scores: Scores, recall: float = RECALL) -> dict[str, Any] | None:
-    """Both numbers with 95 % intervals from resampled images; None where defects or sound clicks are missing."""
+    """Both numbers with 95 % intervals from resampled images; None where defects or clean clicks are missing."""
     area, alarms = auroc(scores.defects, scores.sound), false_alarms(scores.defects, scores.sound, recall)
     if area is None or alarms is None:
         return None
@@ -70,9 +70,9 @@ def presence_table(scores: Scores, recall: float = RECALL) -> dict[str, Any] | N
 
 
 def presence_difference(first: Scores, other: Scores, recall: float = RECALL) -> dict[str, dict[str, float | int]]:
-    """`other - first` of both numbers for two models that were asked the same; both see the same resampled images.
+    """`other - first` of both numbers for two models with the same prompts, on the same resampled images.
 
-    Empty where defects or sound clicks are missing.
+    Empty where defects or clean clicks are missing.
     """
     before, after = presence_table(first, recall), presence_table(other, recall)
     if before is None or after is None:
@@ -89,7 +89,7 @@ def presence_difference(first: Scores, other: Scores, recall: float = RECALL) ->
 def resampled(scores: Scores, recall: float = RECALL, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """AUROC and false alarms float64 [draws, 2] of resampled images.
 
-    Defective and clean images are drawn apart, so that no draw lacks one of them.
+    Defective and clean images are drawn separately, so that no draw lacks one of them.
     """
     rng = np.random.default_rng(seed)
     groups = [_by_image(scores.defects, scores.defect_images), _by_image(scores.sound, scores.sound_images)]

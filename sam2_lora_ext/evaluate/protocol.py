@@ -1,4 +1,4 @@
-"""What an evaluation asks: the same for every model of a comparison, and written into evaluation.json."""
+"""The protocol of an evaluation: prompts and views, which are recorded in evaluation.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -9,20 +9,20 @@ from sam2_lora_ext.utils.errors import UserError, check_keys
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is asked; the same for every model of a comparison.
+    """Prompts and views, the same for every model of a comparison.
 
     Args:
         clicks: the numbers of clicks that are reported.
-        max_clicks: clicks that a user makes at most (for clicks to reach an IoU); at least the largest of `clicks`.
-        shifts: shares by which boxes are moved.
+        max_clicks: largest number of clicks per object (for clicks to reach an IoU); at least the largest of `clicks`.
+        shifts: shares by which boxes are shifted.
         tolerance: of the boundary F, in pixels.
         clean_clicks: clicks on each clean image.
         tile: w of tiles, None for whole strips.
         overlap: of tiles, in columns.
-        crop: columns around the objects that are cut out first, as in the run's own validation; None for all.
-        automatic: points per side for automatic masks; None leaves them out.
-        thresholds: predicted IoU and stability that an automatic mask has at least.
-        same_clicks: later clicks too are the same for all models: those that the first model's errors called for.
+        crop: columns of the window around the objects, as in the run's own validation; None for whole images.
+        automatic: points per side for automatic masks; None omits them.
+        thresholds: least predicted IoU and least stability of an automatic mask.
+        same_clicks: later clicks are the same for all models too, on the errors of the first model.
         image_size: pixels of a side of the model's input; None takes the config's.
         seed: of box shifts and clean clicks.
     """
@@ -43,7 +43,7 @@ class Protocol:
 
     @classmethod
     def of(cls, values: Any) -> "Protocol":
-        """The protocol in an evaluation.json; raises `UserError` for what this version does not write."""
+        """The protocol in an evaluation.json; raises `UserError` for one that this version does not write."""
         if not isinstance(values, Mapping):
             raise UserError(f"the protocol of an evaluation is a mapping, got {values!r}")
         check_keys("the protocol of an evaluation", values, [field.name for field in fields(cls)])
@@ -51,14 +51,14 @@ class Protocol:
 
     @property
     def prompts(self) -> list[str]:
-        """The names of what is asked: 1click, 2clicks, ..., box, box_5, ... ."""
+        """The names of the prompts: 1click, 2clicks, ..., box, box_5, ... ."""
         return [*map(clicks_name, self.clicks), "box", *map(box_name, self.shifts)]
 
     @property
     def view(self) -> str:
-        """How the model sees a strip, in words."""
+        """The view of a strip, in words."""
         if self.tile:
-            return f"tiles of {self.tile} columns that share {self.overlap}"
+            return f"tiles of {self.tile} columns that overlap by {self.overlap}"
         return f"windows of {self.crop} columns around the objects" if self.crop else "whole strips"
 
 
@@ -68,5 +68,5 @@ def clicks_name(count: int) -> str:
 
 
 def box_name(share: float) -> str:
-    """`box_5` for a box that is moved by 0.05 of its size."""
+    """`box_5` for a box that is shifted by 0.05 of its size."""
     return f"box_{round(100 * share)}"

@@ -95,10 +95,10 @@ def differences(first: ModelResult, other: ModelResult, protocol: Protocol) -> d
     """Mean of `other - first` object by object, with the interval of that difference; also of AUROC and false alarms.
 
     Raises:
-        UserError: they were not asked about the same objects.
+        UserError: they were not evaluated on the same objects.
     """
     if [(row.item, row.object_id) for row in first.objects] != [(row.item, row.object_id) for row in other.objects]:
-        raise UserError("the models were not asked about the same objects: evaluate them together with --compare")
+        raise UserError("the models were not evaluated on the same objects: evaluate them together with --compare")
     before, after = columns(first.objects, protocol), columns(other.objects, protocol)
     paired = means({name: after[name] - before[name] for name in before}, [row.image for row in first.objects])
     return paired | presence_difference(scores_of(first), scores_of(other))

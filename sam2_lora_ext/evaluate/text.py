@@ -30,7 +30,7 @@ def describe(record: Mapping[str, Any]) -> str:
     if record["differences"]:
         changes = list(record["differences"].items())
         parts += [
-            f"Differences from {record['reference']}, object by object (* where the interval leaves out 0):\n",
+            f"Differences from {record['reference']}, object by object (* where the interval excludes 0):\n",
             text_table(changes, headline(protocol) | other_differences(record), signed=True),
         ]
     parts += ["Dice and boundary F:\n", text_table(columns, details(protocol))]
@@ -42,7 +42,7 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 def summary_line(record: Mapping[str, Any]) -> str:
-    """What was asked about and how."""
+    """The data and the prompts."""
     protocol, data = Protocol.of(record["protocol"]), record["data"]
     split = f", split {data['split']}" if data["split"] else ""
     clicks = f"clicks of {record['reference']} for all" if protocol.same_clicks else "clicks in the largest error"
@@ -54,7 +54,7 @@ def summary_line(record: Mapping[str, Any]) -> str:
 
 
 def conditions_lines(said: Mapping[str, Any] | None) -> list[str]:
-    """Under which conditions was asked, and how they differ from those of each run; none in old evaluations."""
+    """The conditions and their differences from those of each run; empty for old evaluations."""
     if not said:
         return []
     used = said["used"]
@@ -73,7 +73,7 @@ def conditions_lines(said: Mapping[str, Any] | None) -> list[str]:
 
 
 def overview_table(models: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
-    """A line for each model: what it costs and what it gives."""
+    """A line for each model: cost and quality."""
     rows = [
         [model["name"], *costs(model), *[cell(model["metrics"].get(metric)) for metric in titles]] for model in models
     ]
@@ -87,7 +87,7 @@ def group_table(models: Sequence[Mapping[str, Any]], kind: str, titles: Mapping[
 
 
 def groups(models: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[str, Mapping[str, Interval]]]:
-    """Name (with the number of objects) and means of each class, or size: of one for all models, then of the next."""
+    """Name (with the number of objects) and means, by class or size and then by model."""
     found = [(model["name"], name, model[kind][name]) for name in models[0][kind] for model in models]
     return [(f"{name} ({next(iter(values.values()))['objects']}), {model}", values) for model, name, values in found]
 
@@ -141,7 +141,7 @@ def text_table(
 
 
 def cell(value: Interval | None, signed: bool = False) -> str:
-    """`0.512 [0.490, 0.530]`; a signed one has a `*` where its interval leaves out 0, one image has no interval."""
+    """`0.512 [0.490, 0.530]`; a signed one has a `*` where its interval excludes 0, one image has no interval."""
     if value is None:
         return "-"
     if value.get("images") == 1:
@@ -157,7 +157,7 @@ def bounds(mean: float, low: float, high: float, signed: bool = False, mark: str
 
 
 def other_differences(record: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics that have differences but are not of single objects, and their titles."""
+    """The metrics with differences that are not means over objects, and their titles."""
     keys = dict.fromkeys(key for values in record["differences"].values() for key in values)
     prompts = {key: prompt_title(key.removeprefix("kaggle_")) for key in keys if key.startswith("kaggle_")}
     kaggle = {key: f"Kaggle Dice {title}" for key, title in prompts.items()}

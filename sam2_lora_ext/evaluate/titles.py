@@ -1,11 +1,11 @@
-"""What the metrics of an evaluation are called in tables, and which belong where."""
+"""Titles of the metrics of an evaluation, and the metrics of each table."""
 
 from sam2_lora_ext.evaluate.protocol import Protocol
 from sam2_lora_ext.evaluate.tables import GOALS
 
 FEWER_IS_BETTER = ("clicks_to", "missed", "false_alarms")
 SIZES_TITLE = "By size of the object (small below 32², large from 96² pixels of the strip)"
-OTHER_TITLE = "Sound steel, Kaggle's mean Dice with classes given by the prompt, speed"
+OTHER_TITLE = "Clean steel, Kaggle's mean Dice with classes given by the prompt, speed"
 OTHER = {"auroc": "AUROC of the object score", "false_alarms": "false alarms at 95 % recall"}
 
 
@@ -34,7 +34,7 @@ def details(protocol: Protocol) -> dict[str, str]:
 
 
 def overview(protocol: Protocol) -> dict[str, str]:
-    """The few metrics by which methods are compared in a line each."""
+    """The few metrics of a comparison of methods, one line each."""
     first, last = protocol.prompts[0], protocol.prompts[len(protocol.clicks) - 1]
     wanted = dict.fromkeys([f"iou_{first}", f"iou_{last}", "iou_box", "boundary_box", "clicks_to_80"])
     titles = headline(protocol) | details(protocol)

@@ -1,6 +1,6 @@
-"""How a model sees a strip: whole, squashed to its square input, or in overlapping tiles that keep the detail.
+"""Views of a strip: whole, squashed to the model's square input, or in overlapping tiles at full detail.
 
-Both answer the same questions about the same strip, through the stock `SAM2ImagePredictor`. Legend: O objects, H W
+Both take the same prompts on the same strip, through the stock `SAM2ImagePredictor`. Legend: O objects, H W
 pixels of the strip, P clicks, N tiles, w tile width. Coordinates are (x, y) in pixels of the strip.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from sam2_lora_ext.data.tiles import stitch, tile_starts
 from sam2_lora_ext.evaluate.predictor import Prompter, make_predictor
 
-NOTHING = -32.0  # logit where nobody was asked; the predictors clamp theirs here too
-BATCH = 16  # objects asked about at once
+NOTHING = -32.0  # logit without a prompt; the predictors clamp theirs here too
+BATCH = 16  # objects per batch of prompts
 
 Clicks = tuple[Tensor, Tensor]
 """Coordinates float [P, 2] and labels int [P] (1 positive, 0 negative) of one object."""
@@ -26,7 +26,7 @@ Clicks = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Answer:
-    """A mask bool [H, W], the object score (a logit), and what to hand back with the next click."""
+    """A mask bool [H, W], the object score (a logit), and the state to pass back with the next click."""
 
     mask: Tensor
     score: float
@@ -34,10 +34,10 @@ class Answer:
 
 
 class View(Protocol):
-    """An image that can be asked about."""
+    """An image that can be prompted."""
 
     def clicks(self, clicks: Sequence[Clicks], memories: Sequence[Any]) -> list[Answer]:
-        """Answers all clicks so far on each object; `memories` are those of the answers before, None at first."""
+        """Predicts from all clicks so far on each object; `memories` are those of the previous call, None at first."""
         ...
 
     def boxes(self, boxes: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class View(Protocol):
 
 
 class Scores:
-    """Keeps the object scores float [O] of the decoder's last call, which the stock predictor throws away."""
+    """Keeps the object scores float [O] of the decoder's last call, which the stock predictor discards."""
 
     def __init__(self, model: SAM2Base):
         self.last = torch.zeros(0)
@@ -77,11 +77,11 @@ class WholeView:
 
 
 class TiledView:
-    """The strip in tiles, each an image of its own.
+    """The strip in tiles, each a separate image.
 
-    A click is answered by the tiles that it lies in, once they have a positive one; a box by all tiles that it reaches
-    into, each with its part of the box. Where several tiles answered, their logits are averaged as in `tiles.stitch`;
-    where none did, nothing is there. So an object of two tiles may need a click in each, and these are counted.
+    A click prompts the tiles that contain it, once they have a positive one; a box prompts all tiles that it
+    intersects, each with its part of the box. Where tiles overlap, their logits are averaged as in `tiles.stitch`;
+    without any prompted tile the mask is empty. So an object across two tiles may need a click in each; both count.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TiledView:
         return [self._click(*history, memory or {}) for history, memory in zip(clicks, memories, strict=True)]
 
     def _click(self, coords: Tensor, labels: Tensor, known: dict[int, tuple]) -> Answer:
-        known = dict(known)  # tile -> number of clicks answered, logits [H, w], low-resolution logits, score
+        known = dict(known)  # tile -> number of its clicks so far, logits [H, w], low-resolution logits, score
         for n, start in enumerate(self.starts):
             inside = (coords[:, 0] >= start) & (coords[:, 0] < start + self.tile)
             if not (labels[inside] == 1).any() or n in known and known[n][0] == int(inside.sum()):
@@ -129,7 +129,7 @@ class TiledView:
         for n in answers:
             covered[self.starts[n] : self.starts[n] + self.tile] = True
         edges = torch.diff(covered.int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[:, 0].reshape(-1, 2)
-        for left, right in edges.tolist():  # stretches without a gap
+        for left, right in edges.tolist():  # contiguous ranges
             inside = [n for n in sorted(answers) if left <= self.starts[n] < right]
             out[:, left:right] = stitch(
                 torch.stack([answers[n] for n in inside]), [self.starts[n] - left for n in inside], right - left
@@ -143,7 +143,7 @@ class Viewer:
     Args:
         model: in eval mode.
         tile: w, or None for whole strips.
-        overlap: columns that neighbouring tiles share at least.
+        overlap: least number of columns that neighbouring tiles share.
     """
 
     def __init__(self, model: SAM2Base, tile: int | None = None, overlap: int = 0):
@@ -158,7 +158,7 @@ class Viewer:
         self.scores.handle.remove()
 
     def look(self, image: np.ndarray) -> View:
-        """Encodes an image uint8 [H, W, 3]; the view is good until the next one is made."""
+        """Encodes an image uint8 [H, W, 3]; the view is valid until the next one is made."""
         needed = 1 if self.tile is None else len(tile_starts(image.shape[1], self.tile, self.overlap))
         while len(self.predictors) < needed:
             self.predictors.append(make_predictor(self.model))

@@ -1,4 +1,4 @@
-"""LoRA on any PyTorch model, made for SAM 2: the layer, the choice of layers, the report. Needs torch only."""
+"""LoRA on any PyTorch model, made for SAM 2: layers, target selection, summary. Needs torch only."""
 
 from sam2_lora_ext.lora.adapter_state import Adapter, LayerAdapter, apply_adapter, attach_adapter
 from sam2_lora_ext.lora.config import LoRAConfig

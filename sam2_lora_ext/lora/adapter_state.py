@@ -1,4 +1,4 @@
-"""An adapter by itself, in memory: taken from a model, checked, put into another model. Needs torch only."""
+"""An adapter in memory: extracted from a model, validated, attached to another model. Needs torch only."""
 
 import math
 import re
@@ -30,9 +30,9 @@ class Adapter:
         layers: module name -> its low-rank update.
         full: state dict key -> value, of the modules trained in full.
         full_modules: names of these modules.
-        dropout: in front of A, for training on.
-        metadata: facts as JSON values, of which `base_id` (see `weights_id`), `base_path` and `model_config` (a stock
-            config's name) tell the base; `step`, `metrics` and the like are for people.
+        dropout: of the input of A, for further training.
+        metadata: JSON values. `base_id` (see `weights_id`), `base_path` and `model_config` (a stock config's name)
+            identify the base; `step`, `metrics` and the like are informative only.
         class_prompts: learned tokens that were trained with it, or None.
 
     Raises:
@@ -44,7 +44,7 @@ class Adapter:
     full_modules: list[str] = field(default_factory=list)
     dropout: float = 0.0
     metadata: dict[str, Any] = field(default_factory=dict)
-    class_prompts: Any = None  # an `adapters.class_prompts.ClassPrompts`, which this folder does not know
+    class_prompts: Any = None  # an `adapters.class_prompts.ClassPrompts`, which this folder does not import
 
     def __post_init__(self) -> None:
         if not self.layers and not self.full:
@@ -86,7 +86,7 @@ class Adapter:
 
     @classmethod
     def from_model(cls, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> "Adapter":
-        """A copy, on the CPU, of a model's adapters and of what else in it has `requires_grad` but class tokens.
+        """A copy, on the CPU, of a model's adapters and of its other trained parameters, except class tokens.
 
         Raises:
             UserError: nothing is adapted, or a parameter is trained whose module is not trained as a whole.
@@ -117,7 +117,7 @@ class Adapter:
         return any(layer.magnitude is not None for layer in self.layers.values())
 
     def misfit(self, state: Mapping[str, Tensor]) -> str | None:
-        """What it changes that a model's state dict has not, or has in another shape, in words; None when it fits."""
+        """A message about the first changed key that is missing in `state` or has another shape; None when all fit."""
         shapes = {f"{name}.weight": layer.shape for name, layer in self.layers.items()}
         for key, shape in {**shapes, **{key: tuple(value.shape) for key, value in self.full.items()}}.items():
             if key not in state or tuple(state[key].shape) != shape:
@@ -126,10 +126,10 @@ class Adapter:
         return None
 
     def config(self) -> LoRAConfig:
-        """The config with which `inject` makes room for this adapter in a model without adapters.
+        """The config with which `inject` adds layers of this adapter's shapes to a model without adapters.
 
         Raises:
-            UserError: fused layers differ in their parts, which no config can say.
+            UserError: fused layers differ in their parts, which no config can express.
         """
         rslora = any(layer.rslora for layer in self.layers.values())
         ranks = {name: layer.rank for name, layer in self.layers.items()}
@@ -151,12 +151,12 @@ class Adapter:
         )
         for name, layer in self.layers.items():
             if layer.parts != config.parts_of(name):
-                raise UserError(f"{name} is adapted in the parts {layer.parts}, unlike other layers: no config says so")
+                raise UserError(f"{name} is adapted in the parts {layer.parts}, unlike others: no config allows it")
         return config
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Copies an adapter's tensors into a model that was injected alike; on an error the model is unchanged.
+    """Copies an adapter's tensors into a model that has layers of the same shapes; on an error nothing changes.
 
     Raises:
         UserError: the model's adapted layers, shapes, parts or scalings, or its full modules, differ.
@@ -189,7 +189,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 def attach_adapter(model: Model, adapter: Adapter) -> Model:
-    """Puts a live adapter into a model that has none, in place; what is outside the adapter gets frozen.
+    """Adds an active adapter to a model that has none, in place; all other parameters are frozen.
 
     Raises:
         UserError: the adapter does not fit the model.
@@ -201,10 +201,10 @@ def attach_adapter(model: Model, adapter: Adapter) -> Model:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that shares nothing."""
+    """A copy on the CPU that shares no memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _require_fit(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     if words := adapter.misfit(state):
-        raise UserError(f"{words} in this model: the adapter is of another one")
+        raise UserError(f"{words} in this model: the adapter belongs to another model")

@@ -1,11 +1,10 @@
-"""`LoRALinear` with a backward pass of its own, which keeps the dropped input and its mask and nothing else of that
-size.
+"""`LoRALinear` with its own backward pass: of the large tensors only the dropped input and its mask are saved for it.
 
     y = W x + b + B' A D x,          B' = s B,   D x = native_dropout(x)
     dB' = dy (A D x)^T,   dA = B'^T dy (D x)^T,   dx = W^T dy + D A^T B'^T dy
 
-The plain layer also keeps x or the update, and passes over the outputs twice more: here the update is added by the
-product that makes it. A and B' are cast, and B is scaled, once for all uses in a forward pass (`lora.shared`).
+The plain layer also saves x or the update, and passes over the outputs twice more: here one fused product (`addmm`)
+computes and adds the update. A and B' are cast, and B is scaled, once for all uses in a forward pass (`lora.shared`).
 
 Shapes: x (..., in) · W (out, in) · A (n·r, in) · B' (out, n·r), block-diagonal for a fused layer.
 """
@@ -20,8 +19,7 @@ from sam2_lora_ext.lora.shared import shared
 
 
 class LoRAFunction(torch.autograd.Function):
-    """The formula above of N tokens x (N, in), for W and b without a gradient; A and B' in the type of x, W and b in
-    any."""
+    """The formula above for N tokens x (N, in) and frozen W and b; A and B' have the dtype of x, W and b any."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float) -> Tensor:
@@ -52,10 +50,9 @@ class LoRAFunction(torch.autograd.Function):
 
 
 class LeanLoRALinear(LoRALinear):
-    """`LoRALinear` that computes the same with less kept for backward; parameters, keys and numbers are those of the
-    base.
+    """`LoRALinear` with the same results and less saved for backward; parameters and state dict keys are the same.
 
-    Where the weight itself is trained it is the plain layer. Derivatives of derivatives are not available.
+    Where the weight itself is trained, it computes as the plain layer. Second derivatives are not available.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,6 +69,6 @@ class LeanLoRALinear(LoRALinear):
             return y.view(*x.shape[:-1], self.out_features)
 
     def _factors_for(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B' in a type."""
+        """A and B' in a dtype."""
         a, b = self.factors()
         return a.to(dtype), block_diagonal((self.scaling * b).to(dtype), self.parts)

@@ -1,11 +1,11 @@
-"""The learned tokens of the classes, and the point labels by which SAM 2's prompt encoder is asked for them.
+"""The learned tokens of the classes, and the point labels that select them in SAM 2's prompt encoder.
 
     label of token k of class position c = FIRST_LABEL + c K + k
 
-SAM 2 knows the labels -1 (padding), 0 and 1 (clicks), 2 and 3 (corners of a box). Needs torch only.
+SAM 2 uses the labels -1 (padding), 0 and 1 (clicks), 2 and 3 (corners of a box). Needs torch only.
 
 Legend: C classes, K tokens of a class, D width of a prompt token, N prompts. The position of a class, 0 to C - 1, is
-its place in the ascending list of class ids.
+its index in the ascending list of class ids.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ STATE_KEY = f"sam_prompt_encoder.{TOKENS}.tokens"  # of the parameter in the sta
 
 
 class ClassTokens(nn.Module):
-    """The parameter `tokens` float32 [C, K, D] and the classes that it stands for.
+    """The parameter `tokens` float32 [C, K, D] and the classes that it represents.
 
     Args:
         tokens: its values.
         class_ids: the C classes as they are in the data, ascending; not always 1 to C.
         class_names: their names.
-        crop: columns of the windows that they were trained on; None for whole images, or where it is not known.
-        exclusive: whether a pixel has one class at most.
+        crop: columns of the windows that they were trained on; None for whole images, or if unknown.
+        exclusive: whether a pixel has at most one class.
 
     Raises:
         UserError: the shapes do not fit, a class comes twice or out of order, or a value is not finite.
@@ -70,12 +70,12 @@ class ClassTokens(nn.Module):
         return f"classes={len(self.class_ids)}, tokens={self.tokens.shape[1]}, width={self.tokens.shape[2]}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As in any module, but tokens may be missing: Meta's files, which a strict load takes, have none."""
+        """Loads like any module, but the tokens may be missing, so that Meta's files still load strictly."""
         if f"{prefix}tokens" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def position_of(self, class_ids: Tensor) -> Tensor:
-        """The positions int64 of class ids of any shape and number type; waits for a GPU that they are on.
+        """The positions int64 of class ids of any shape and number type; synchronises with their GPU, if any.
 
         Raises:
             UserError: one of them is not a class of these tokens.
@@ -89,7 +89,7 @@ class ClassTokens(nn.Module):
         return positions
 
     def prompt_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The points that stand for the classes at `positions` int64 [N].
+        """The points that prompt for the classes at `positions` int64 [N].
 
         Returns:
             Coordinates float32 [N, K, 2], which are 0 and have no effect, and labels int32 [N, K].
@@ -100,7 +100,7 @@ class ClassTokens(nn.Module):
         return torch.zeros(*labels.shape, 2, device=positions.device), labels
 
     def rows(self, labels: Tensor) -> Tensor:
-        """The token [..., D] of each label; of a label that means none, that of the nearest one that does."""
+        """The token [..., D] of each label; a label outside the range is clamped to the nearest valid one."""
         table = self.tokens.flatten(0, 1)
         return nn.functional.embedding((labels.long() - FIRST_LABEL).clamp(0, len(table) - 1), table)
 

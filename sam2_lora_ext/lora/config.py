@@ -1,4 +1,4 @@
-"""What a `lora:` block may say: the fields, their defaults, and a clear word on each wrong one."""
+"""The `lora:` block of a config: its fields, their defaults, and an error message for each wrong value."""
 
 import dataclasses
 import math
@@ -39,15 +39,15 @@ class LoRAConfig:
         alpha: the update is scaled by alpha / r.
         dropout: probability in [0, 1) with which training zeroes an input of A.
         dropout_on: "inputs" draws for each number of an input, as PEFT does; "channels" draws once for all tokens of a
-            call, which costs no pass over the activations but is another regulariser.
+            call, which saves a pass over the activations but is another regulariser.
         rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
         rank_pattern: glob -> rank of the adapted layers that it matches.
         alpha_pattern: glob -> alpha of the adapted layers that it matches.
         qkv_parts: of layers named `qkv`, adapt only these, e.g. ["q", "v"]; None adapts the fused layer as one.
         trainable: globs of modules that are trained in full beside the adapters, e.g. "*.norm1".
-        freeze_a: train B alone and leave A as it was drawn (LoRA-FA, arXiv 2308.03303): lean layers then keep no input.
+        freeze_a: train B alone and leave A as it was drawn (LoRA-FA, arXiv 2308.03303): lean layers then save no input.
         variant: "lora", "dora" (arXiv 2402.09353) or "pissa" (arXiv 2404.02948), see `variants.py`.
-        implementation: how the update is computed: "plain", or "lean" for the same numbers with less kept for backward.
+        implementation: how the update is computed: "plain", or "lean": same results, less saved for backward.
     """
 
     targets: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
@@ -65,7 +65,7 @@ class LoRAConfig:
     implementation: str = "plain"
 
     def __post_init__(self) -> None:
-        """Copies containers (Hydra hands over its own kinds) and checks every value; raises `UserError`."""
+        """Copies containers (Hydra passes its own types) and checks every value; raises `UserError`."""
         self.targets = _names("targets", self.targets)
         self.trainable = _names("trainable", self.trainable)
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern)

@@ -1,4 +1,4 @@
-"""Takes the adapter out of a training checkpoint's state dict, which says little about it. Needs torch only."""
+"""Extracts the adapter from the state dict of a training checkpoint. Needs torch only."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -24,23 +24,23 @@ def adapter_from_state(
     base: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """The adapter inside the state dict of a training checkpoint; frozen weights and class tokens in it are left out.
+    """The adapter in the state dict of a training checkpoint, without its frozen weights and class tokens.
 
     Args:
-        state: keys `<module>.lora_a`, `<module>.lora_b` (of a variant, see `TENSORS`), those of modules trained in
-            full, perhaps all others.
-        config: what it was trained with. Without it no layer counts as fused, and what was trained in full is what
-            differs from `base`, or every other key when the checkpoint does not hold the whole model.
+        state: keys `<module>.lora_a`, `<module>.lora_b` (of a variant, see `TENSORS`), keys of modules trained in
+            full, and optionally all others.
+        config: of the training. Without it no layer counts as fused, and the keys that differ from `base` count as
+            trained in full; in a checkpoint of a part of the model, all other keys do.
         alpha: instead of the config's.
-        base: the weights that training began with.
+        base: the weights that training started from.
         metadata: see `Adapter`.
 
     Raises:
-        UserError: the keys do not fit the config, or without it there is too little to go by.
+        UserError: the keys do not fit the config, or without a config the adapter cannot be determined.
     """
     names = [key.removesuffix(".lora_a") for key in state if key.endswith(".lora_a")]
     if config is None and alpha is None and names:
-        raise UserError("a checkpoint does not hold alpha, and there is no lora.json of its run: give --alpha")
+        raise UserError("a checkpoint does not hold alpha, and its run has no lora.json: give --alpha")
     numbers = config or LoRAConfig()
     if alpha is not None:
         numbers = replace(numbers, alpha=alpha, alpha_pattern={})

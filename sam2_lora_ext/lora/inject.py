@@ -1,4 +1,4 @@
-"""Finds the layers that a `LoRAConfig` means, puts adapters into them, and freezes everything else."""
+"""Finds the layers that a `LoRAConfig` selects, adds adapters to them, and freezes everything else."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +34,7 @@ def above(name: str) -> Iterator[str]:
 
 
 def outermost(names: list[str]) -> list[str]:
-    """The names without those inside another one."""
+    """The outermost names: without those inside another one."""
     return [name for name in names if not any(outer in names for outer in above(name))]
 
 
@@ -44,12 +44,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def find_targets(model: nn.Module, config: Config) -> list[Target]:
-    """The layers that `config.targets` means, in the model's order; changes nothing.
+    """The layers that `config.targets` selects, in the model's order; changes nothing.
 
     Raises:
         UserError: a glob matches nothing, or something that is not an `nn.Linear`, or a layer that has an adapter
             already, or a layer inside a module that is trained in full; or the outputs do not divide into q, k and v;
-            or PiSSA is asked for more singular values than a weight has.
+            or the rank of PiSSA is larger than the number of singular values of a weight.
     """
     config = LoRAConfig.of(config)
     modules = {name: module for name, module in model.named_modules() if name}
@@ -59,7 +59,7 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
             wanted.add(name)
             if isinstance(modules[name], LoRALinear):
                 raise UserError(f"{name} has a LoRA adapter already: inject into a model only once, freshly built")
-            if type(modules[name]) is not nn.Linear:  # a subclass has a forward of its own, which an adapter would drop
+            if type(modules[name]) is not nn.Linear:  # a subclass has its own forward, which an adapter would drop
                 raise UserError(
                     f"lora.targets: {glob!r} matches {name}, which is a {type(modules[name]).__name__}; "
                     "only nn.Linear can be adapted: write a narrower glob"
@@ -91,7 +91,7 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
 
 
 def find_trainable(model: nn.Module, config: Config) -> list[str]:
-    """The outermost modules that `config.trainable` means, in the model's order.
+    """The outermost modules that `config.trainable` selects, in the model's order.
 
     Raises:
         UserError: a glob matches nothing, or a module without any parameter.
@@ -133,7 +133,7 @@ def inject(model: nn.Module, config: Config) -> dict[str, Any]:
 
 
 def freeze(model: nn.Module, config: Config) -> None:
-    """Leaves gradients only to the adapters and to the modules that `config.trainable` means.
+    """Enables gradients for the adapters and the modules that `config.trainable` selects, and for nothing else.
 
     Raises:
         UserError: nothing would be left to train, or a glob is wrong (see `find_trainable`).
@@ -146,7 +146,7 @@ def freeze(model: nn.Module, config: Config) -> None:
 
 
 def build_lora_model(model: Model, lora: Config) -> Model:
-    """Puts adapters into an instantiated SAM 2 and freezes the rest, in place; for Hydra and for scripts.
+    """Adds adapters to an instantiated SAM 2 and freezes the rest, in place; for Hydra and for scripts.
 
     Args:
         model: a SAM 2 without adapters; its weights may be loaded before or after, from Meta's own keys.

@@ -33,17 +33,17 @@ def block_diagonal(lora_b: Tensor, parts: tuple[bool, ...]) -> Tensor:
 
 
 def delta_weight(lora_a: Tensor, lora_b: Tensor, scaling: float, parts: tuple[bool, ...] = PLAIN) -> Tensor:
-    """The update s B A of the weight (out, in); merging, exporting and the layer itself mean this one."""
+    """The update s B A of the weight (out, in); merging, exporting and the layer itself use this one definition."""
     return block_diagonal(scaling * lora_b, parts) @ lora_a
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """|V| (out): the length of each row of a weight V (out, in), of a row of zeros the smallest number above zero."""
+    """|V| (out): the length of each row of a weight V (out, in); for a row of zeros the smallest normal number."""
     return torch.linalg.vector_norm(weight, dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def merged_weight(weight: Tensor, delta: Tensor, magnitude: Tensor | None = None) -> Tensor:
-    """The weight that computes the same without an adapter: W + D, with a magnitude (out) each row brought to it."""
+    """The weight that computes the same without an adapter: W + D, each row scaled to `magnitude` (out) if given."""
     total = delta + weight
     return total if magnitude is None else total * (magnitude / row_norms(total))[:, None]
 
@@ -51,8 +51,8 @@ def merged_weight(weight: Tensor, delta: Tensor, magnitude: Tensor | None = None
 class LoRALinear(nn.Linear):
     """An `nn.Linear` that adopts the Parameter objects of another one and adds a low-rank update to its output.
 
-    `weight` and `bias` keep their names in the state dict, so the checkpoint of the bare model still loads. The two new
-    parameters are not in modules of their own, so no adapter key ends in `.weight` or `.bias`. With B = 0, as at the
+    `weight` and `bias` keep their names in the state dict, so the checkpoint of the base still loads. The two new
+    parameters are not in submodules, so no adapter key ends in `.weight` or `.bias`. With B = 0, as at the
     start, the output is bitwise the base's. There is no merged state: merging is a function of state dicts.
     """
 
@@ -131,11 +131,11 @@ class LoRALinear(nn.Linear):
         return merged_weight(self.weight.to(delta.dtype), delta)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """What this layer has in a state dict beside the base's keys."""
+        """Names of the tensors that this layer adds to the base's keys in a state dict."""
         return {key: value for key, value in self.state_dict().items() if key not in ("weight", "bias")}
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What of it is trained."""
+        """The parameters of the adapter that are trained."""
         return {key: value for key, value in self.named_parameters() if key not in ("weight", "bias")}
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The adapter of one layer, apart from any model. Needs torch only."""
+"""The adapter of one layer, independent of any model. Needs torch only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sam2_lora_ext.lora.variants import subtracted
 
 @dataclass
 class LayerAdapter:
-    """The numbers of one `LoRALinear` beside its base: see there for the formula and the shapes.
+    """The tensors and settings of one `LoRALinear` without its base; see there for the formula and the shapes.
 
     Attributes:
         magnitude: m (out) of DoRA, see `variants.py`; None for LoRA.
@@ -29,7 +29,7 @@ class LayerAdapter:
     def of(cls, tensors: Mapping[str, Tensor], alpha: float, rslora: bool, parts: tuple[bool, ...]) -> "LayerAdapter":
         """From the tensors that the layer has in a state dict, by their names there.
 
-        PiSSA becomes plain LoRA of twice the rank and the same scaling, for what it began with is the base's.
+        PiSSA becomes plain LoRA of twice the rank and the same scaling, since the base keeps its initial B0 A0.
         """
         a, b = tensors["lora_a"], tensors["lora_b"]
         if "lora_a0" in tensors:
@@ -50,12 +50,12 @@ class LayerAdapter:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight that it belongs to."""
+        """(out, in) of the adapted weight."""
         return self.lora_b.shape[0] // sum(self.parts) * len(self.parts), self.lora_a.shape[1]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By the names that a layer with room for it has them under."""
+        """Its tensors, by their names in the state dict of an adapted layer."""
         named = {"lora_a": self.lora_a, "lora_b": self.lora_b, "lora_m": self.magnitude}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -68,6 +68,6 @@ class LayerAdapter:
         return delta_weight(self.lora_a.to(dtype), self.lora_b.to(dtype), self.scaling, self.parts)
 
     def merged_weight(self, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The weight (out, in) of a plain layer that computes what the base's `weight` and this do, in `dtype`."""
+        """The weight (out, in) of a plain layer equivalent to the base's `weight` with this adapter, in `dtype`."""
         magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
         return merged_weight(weight.to(dtype), self.delta_weight(dtype), magnitude)

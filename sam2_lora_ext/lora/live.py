@@ -1,7 +1,7 @@
-"""Several adapters on one resident base, switched by hanging other modules into the model. Needs torch only.
+"""Several adapters on one resident base, switched by exchanging modules of the model. Needs torch only.
 
-Each adapter has its layers ready-made, and they share the base's weights: a switch copies nothing. While no adapter is
-on, the model holds the base's own modules, not one of ours; so nothing of an adapter can be left over.
+The layers of every adapter are built in advance and share the base's weights, so a switch copies nothing. While no
+adapter is active, the model holds only the base's own modules, so no effect of an adapter can remain.
 """
 
 import copy
@@ -29,10 +29,10 @@ class Table:
     """The adapters of one model.
 
     Attributes:
-        base: module name -> the base's module, for all that any adapter replaces.
+        base: module name -> the base's module, for every module that an adapter replaces.
         parents: module name -> the base's module that holds it.
-        adapters: adapter's name -> module name -> what stands there when it is on.
-        active: the name of the adapter that is on, or None.
+        adapters: adapter's name -> module name -> the module used there while the adapter is active.
+        active: the name of the active adapter, or None.
         base_id: `weights_id` of the base, when it is known.
     """
 
@@ -43,7 +43,7 @@ class Table:
     base_id: str | None = None
 
     def find(self, name: str) -> dict[str, nn.Module]:
-        """The modules of an adapter; a `UserError` lists the names when there is none of this one."""
+        """The modules of an adapter; a `UserError` lists the known names when this one is unknown."""
         if name not in self.adapters:
             names = ", ".join(map(repr, self.adapters))
             raise UserError(f"there is no adapter {name!r}: {f'there are {names}' if names else 'none was added'}")
@@ -51,7 +51,7 @@ class Table:
 
 
 def table_of(model: nn.Module) -> Table:
-    """The model's table, an empty one at first.
+    """The model's table of adapters, created empty on first use.
 
     Raises:
         UserError: the model has adapters that are not in a table, from training or from `attach_adapter`.
@@ -67,25 +67,25 @@ def table_of(model: nn.Module) -> Table:
 
 
 def put_adapter(model: nn.Module, name: str, adapter: Adapter, others: Mapping[str, nn.Module] | None = None) -> None:
-    """Makes an adapter ready for `set_adapter`; which one is on stays.
+    """Prepares an adapter for `set_adapter`; the active adapter does not change.
 
     Args:
         model: the base, with a table or without.
-        name: to call the adapter by.
-        adapter: what to put in.
-        others: by module name, what also stands there while the adapter is on, in place of a module of the base.
+        name: of the adapter in the table.
+        adapter: to add.
+        others: module name -> a further module that replaces the base's while the adapter is active.
 
     Raises:
-        UserError: the name is no text or taken, or the adapter does not fit the model, which is then unchanged.
+        UserError: the name is not a text or is in use, or the adapter does not fit the model, which is then unchanged.
     """
     table = table_of(model)
     if not isinstance(name, str) or not name:
-        raise UserError(f"an adapter is called by a text that is not empty, got {name!r}")
+        raise UserError(f"the name of an adapter must be a text that is not empty, got {name!r}")
     if name in table.adapters:
         raise UserError(f"there is an adapter {name!r} already: remove it first, or choose another name")
     with disable_adapters(model):
         if words := adapter.misfit(model.state_dict()):
-            raise UserError(f"{words} in this model: the adapter is of another one")
+            raise UserError(f"{words} in this model: the adapter belongs to another model")
         others = others or {}
         base = {place: model.get_submodule(place) for place in (*adapter.layers, *adapter.full_modules, *others)}
         for place in adapter.layers:
@@ -108,10 +108,10 @@ def put_adapter(model: nn.Module, name: str, adapter: Adapter, others: Mapping[s
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Turns one adapter on and any other off, or all off with None; in place, a matter of a millisecond.
+    """Activates one adapter and deactivates any other, or with None all; in place, in about a millisecond.
 
-    What a predictor has computed before stays as it is: call `set_image` or `init_state` again. Not to be called while
-    another thread is using the model.
+    A predictor keeps the features that it computed before: call `set_image` or `init_state` again. Do not call this
+    while another thread uses the model.
 
     Raises:
         UserError: there is no such adapter; the names are listed.
@@ -128,7 +128,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The name of the adapter that is on; None while there is none."""
+    """The name of the active adapter; None while there is none."""
     return table_of(model).active
 
 
@@ -138,7 +138,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forgets an adapter; if it is on, the base is left.
+    """Removes an adapter; if it is active, the base alone remains.
 
     Raises:
         UserError: there is no such adapter; the names are listed.
@@ -152,7 +152,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: Model) -> Iterator[Model]:
-    """The base alone for the time of the block; then the adapter that was on before it is on again."""
+    """Within the block the base alone is active; afterwards the adapter that was active before it."""
     before = active_adapter(model)
     set_adapter(model, None)
     try:
@@ -163,7 +163,7 @@ def disable_adapters(model: Model) -> Iterator[Model]:
 
 @torch.no_grad()
 def live_layer(base: nn.Linear, layer: LayerAdapter, dropout: float) -> LoRALinear:
-    """The layer that computes what `base` and its adapter do, with the base's parameters; frozen where these are."""
+    """A layer that adds the adapter to `base` and shares its parameters; frozen where these are."""
     kind = LoRALinear if layer.magnitude is None else DoRALinear
     live = kind(base, layer.rank, layer.alpha, dropout, layer.parts, layer.rslora)
     for key, parameter in live.adapter_parameters().items():
@@ -183,7 +183,7 @@ def trained_copy(base: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Modu
 
 
 def follow(module: nn.Module, present: nn.Module) -> None:
-    """Moves a module to the mode, device and dtype of the one whose place it takes: these may have changed."""
+    """Moves a module to the mode, device and dtype of the one that it replaces: these may have changed."""
     if module.training != present.training:
         module.train(present.training)
     own, wanted = _probe(module), _probe(present)
@@ -192,7 +192,7 @@ def follow(module: nn.Module, present: nn.Module) -> None:
 
 
 def _probe(module: nn.Module) -> nn.Parameter:
-    """A parameter that only this module has, if it has one; of linear layers without a search, which takes its time."""
+    """A parameter that only this module has, if any; for linear layers without the slow search."""
     if isinstance(module, nn.Linear):
         return module.lora_a if isinstance(module, LoRALinear) else module.weight
     return next(module.parameters())

@@ -1,4 +1,4 @@
-"""Says which layers are trained, per group of the model, with ranks, parameters and their share."""
+"""Summary of the trained layers, per group of the model, with ranks, parameters and their share."""
 
 from collections.abc import Iterator, Set
 from typing import Any
@@ -26,7 +26,7 @@ def group_of(name: str) -> str:
 
 
 def full_modules(model: nn.Module, trained: Set[str] | None = None) -> list[str]:
-    """The outermost modules without adapters of which every parameter is trained; `""` is the whole model.
+    """The outermost modules without adapters whose parameters are all trained; `""` is the model itself.
 
     Args:
         model: with or without adapters.
@@ -49,7 +49,7 @@ def full_modules(model: nn.Module, trained: Set[str] | None = None) -> list[str]
 
 
 def report(model: nn.Module, trained: Set[str] | None = None) -> dict[str, Any]:
-    """What is trained, as plain values for JSON.
+    """The trained layers and parameters, as plain values for JSON.
 
     Args:
         model: with or without adapters.

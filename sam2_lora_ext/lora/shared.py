@@ -1,4 +1,4 @@
-"""What all uses in a forward pass read alike, made once for them: the cast and scaled factors of adapters."""
+"""Cast and scaled adapter factors, computed once per forward pass and shared by all its uses."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +15,7 @@ _held: ContextVar[dict[Hashable, object] | None] = ContextVar("held", default=No
 
 @contextmanager
 def sharing(held: dict[Hashable, object] | None = None) -> Iterator[None]:
-    """Inside, `shared` makes a thing once and holds it to the end of the block, in `held` if that is given."""
+    """Within the block, `shared` computes each value once and keeps it to the end, in `held` if that is given."""
     token = _held.set({} if held is None else held)
     try:
         yield
@@ -24,7 +24,7 @@ def sharing(held: dict[Hashable, object] | None = None) -> Iterator[None]:
 
 
 def shared(key: Hashable, make: Callable[[], Made]) -> Made:
-    """What `make` made for this key; outside of `sharing`, and while `torch.compile` traces, made anew."""
+    """The result of `make` for this key; outside of `sharing`, and while `torch.compile` traces, computed anew."""
     held = None if torch.compiler.is_compiling() else _held.get()
     if held is None:
         return make()
@@ -34,8 +34,7 @@ def shared(key: Hashable, make: Callable[[], Made]) -> Made:
 
 
 def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, of which backward keeps the arguments alone; its second run shares with the
-    first."""
+    """`function(*args, **kwargs)` with activation checkpointing; recomputation uses the shared values of forward."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     held = None if torch.compiler.is_compiling() else _held.get()

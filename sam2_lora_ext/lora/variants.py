@@ -1,15 +1,16 @@
-"""DoRA (arXiv 2402.09353) and PiSSA (arXiv 2404.02948): layers that begin with what the base's weight says.
+"""DoRA (arXiv 2402.09353) and PiSSA (arXiv 2404.02948): adapters initialised from the pretrained weight.
 
     DoRA    y = g (W x + s B A dropout(x)) + b,   g = m / |W + s B A|
-            m begins as |W|; the gradient takes |W + s B A| as a constant
+            m is initialised to |W|; the gradient treats |W + s B A| as a constant
     PiSSA   y = W x + b + s (B A - B0 A0) dropout(x)
-            B A begins as B0 A0, where s B0 A0 are the r largest singular values of W with their vectors
+            B A is initialised to B0 A0, where s B0 A0 are the r largest singular values of W with their vectors
 
-PiSSA's paper trains s B A beside the rest W - s B0 A0. That is this sum, with the base's weight left as it is: its file
-still loads strictly, and an export is plain LoRA with A and A0, B and -B0 side by side, of rank 2r.
+PiSSA's paper trains s B A and replaces the base's weight by the residual W - s B0 A0. The sum above is the same and
+leaves W unchanged: its file still loads strictly, and an export is plain LoRA of rank 2r with the factors [A; A0] and
+[B, -B0].
 
-SAM 2's Trainer builds the model first and loads the base then. So m, or A, B, A0 and B0, are set anew whenever a weight
-is loaded without them. A checkpoint of the Trainer holds them, and a resumed run goes on with those of its beginning.
+SAM 2's Trainer builds the model before it loads the base. So m, or A, B, A0 and B0, are initialised again whenever a
+weight is loaded without them. A checkpoint of the Trainer holds them, so a resumed run continues with its own.
 
 Shapes: as in `layer.py`, and m (out) · A0 (n·r, in) · B0 (n·d, r).
 """
@@ -30,12 +31,12 @@ def subtracted(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, parts: tuple[bool, 
 
 
 class BeginsWithBase(LoRALinear):
-    """A layer that looks at its weight to begin; `mark` is a key of what it then sets."""
+    """An adapter initialised from the pretrained weight; `mark` names a tensor that the initialisation sets."""
 
     mark: str
 
     def begin(self) -> None:
-        """Sets the adapter to its beginning on the weight as it is now."""
+        """Initialises the adapter from the current weight."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -45,12 +46,12 @@ class BeginsWithBase(LoRALinear):
 
 
 class DoRALinear(BeginsWithBase):
-    """Direction and magnitude apart: `lora_m` is the length of each row of the weight. Begins bitwise as the base."""
+    """Separate direction and magnitude: `lora_m` is the length of each row of the weight. Starts bitwise equal."""
 
     mark = "lora_m"
 
     def __init__(self, base: nn.Linear, *args: Any, **kwargs: Any) -> None:
-        """As in `LoRALinear`; a fused layer can only be adapted as one, for every row gets a magnitude."""
+        """As in `LoRALinear`; a fused layer can only be adapted as one, since every row has a magnitude."""
         super().__init__(base, *args, **kwargs)
         if self.parts != PLAIN:
             raise ValueError(f"DoRA cannot adapt the parts {self.parts} of a layer")
@@ -77,7 +78,7 @@ class DoRALinear(BeginsWithBase):
 
 
 class PiSSALinear(BeginsWithBase):
-    """Begins with the largest singular values and vectors of the weight, or of each adapted part, and not at zero."""
+    """Starts with the largest singular values and vectors of the weight, or of each adapted part, instead of zero."""
 
     mark = "lora_a0"
 
@@ -85,7 +86,7 @@ class PiSSALinear(BeginsWithBase):
         """As in `LoRALinear`; the rank cannot be above that of the weight."""
         super().__init__(base, *args, **kwargs)
         if self.rank > (largest := min(self.in_features, self.out_features // len(self.parts))):
-            raise ValueError(f"PiSSA begins with {self.rank} singular values, the weight has {largest}")
+            raise ValueError(f"PiSSA starts with {self.rank} singular values, the weight has {largest}")
         self.register_buffer("lora_a0", torch.empty_like(self.lora_a, requires_grad=False))
         self.register_buffer("lora_b0", torch.empty_like(self.lora_b, requires_grad=False))
         self.begin()
@@ -112,7 +113,7 @@ class LeanPiSSALinear(PiSSALinear, LeanLoRALinear):
     """`PiSSALinear` on `LeanLoRALinear`."""
 
 
-TENSORS = {  # by `LoRAConfig.variant`, what a layer has in a state dict beside the base's keys
+TENSORS = {  # by `LoRAConfig.variant`: the tensors that a layer adds to the base's keys in a state dict
     "lora": ("lora_a", "lora_b"),
     "dora": ("lora_a", "lora_b", "lora_m"),
     "pissa": ("lora_a", "lora_b", "lora_a0", "lora_b0"),

@@ -71,7 +71,7 @@ def test_layers_that_are_not_linear_are_refused(tmp_path):
         ({"target_parameters": ["x"]}, "sets target_parameters"),
         ({"layer_replication": [[0, 1]]}, "sets layer_replication"),
         ({"rank_pattern": [1]}, r"sets rank_pattern to \[1\], which PEFT never does"),
-        ({"rank_pattern": {"(": 3}}, "is no regular expression"),
+        ({"rank_pattern": {"(": 3}}, "is not a regular expression"),
         ({"lora_alpha": None}, "alpha None: they do not belong together"),
         ({"lora_dropout": "x"}, "sets lora_dropout to 'x'"),
         ({"lora_alpha": 5}, f"adapter of {QKV} is damaged: its header does not fit its tensors and its config"),

@@ -178,7 +178,7 @@ def test_files_that_do_not_fit(tmp_path):
         load_adapter(tmp_path)
     folder_of(tmp_path, {"rank": 3})
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
-    with pytest.raises(UserError, match="has lora_A but no lora_magnitude_vector: the file is not whole"):
+    with pytest.raises(UserError, match="has lora_A but no lora_magnitude_vector: the file is incomplete"):
         load_adapter(tmp_path)
 
 

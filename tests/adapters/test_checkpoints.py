@@ -181,7 +181,7 @@ def test_a_mismatch_names_both_models(nano):
     assert explain_mismatch(tiny_20, tiny_21) == (
         "the weights do not fit the model: they look like configs/sam2/sam2_hiera_t.yaml, the model like "
         "configs/sam2.1/sam2.1_hiera_t.yaml (they lack no_obj_embed_spatial and 2 more); "
-        "take config and weights of one model"
+        "use config and weights of the same model"
     )
     assert "(the model lacks no_obj_embed_spatial and 2 more)" in explain_mismatch(tiny_21, tiny_20)
     words = explain_mismatch(nano, tiny_21)

@@ -58,7 +58,7 @@ def test_which_adapter_a_path_means(run):
     final.rename(run / "adapters" / "was final")
     with pytest.raises(
         UserError,
-        match="no run with adapters/best or adapters/final: to use what is there, give .*latest or .*checkpoint.pt",
+        match="no run with adapters/best or adapters/final: to use another adapter of it, give .*latest or .*checkpoint.pt",
     ):
         find_adapter(run)
     with pytest.raises(UserError, match="was it trained up to a validation"):
@@ -89,13 +89,13 @@ def test_a_checkpoint_of_a_run_without_lora_json(run, tmp_path):
     train_a_little(model)
     torch.save({"model": model.state_dict()}, tmp_path / "whole.pt")  # as the plain Trainer saves
     facts = merge_files(tmp_path / "base.pt", tmp_path / "whole.pt", tmp_path / "m.pt", alpha=6)
-    assert "does not say which base" in facts.notes[0] and facts.changed == len(facts.adapter.layers)
+    assert "does not record which base" in facts.notes[0] and facts.changed == len(facts.adapter.layers)
     expected = merge_state_dict(read_weights(tmp_path / "base.pt"), Adapter.from_model(model))
     assert all(torch.equal(value, expected[key]) for key, value in read_weights(tmp_path / "m.pt").items())
 
 
 def test_alpha_for_an_adapter_that_says_its_own_is_refused(run):
-    with pytest.raises(UserError, match="says itself what its alpha is"):
+    with pytest.raises(UserError, match="records its alpha"):
         read_adapter(run, 16.0)
 
 

@@ -160,7 +160,7 @@ def test_a_failed_proof_is_an_error(folder, tmp_path, monkeypatch, repository):
         (["--dtype", "float8"], "invalid choice"),
         (["--format", "onnx"], "invalid choice"),
         (["--base", "nothing.pt"], "there is no file nothing.pt"),
-        (["--alpha", "3"], "says itself what its alpha is"),
+        (["--alpha", "3"], "records its alpha"),
     ],
 )
 def test_mistakes_are_one_sentence(folder, tmp_path, monkeypatch, capsys, repository, options, words):

@@ -112,7 +112,11 @@ def test_what_is_refused(folder):
         (base, {}, "holds the base's values"),
         (change(base, proj), {}, f"{proj} changed by a matrix of rank 192 of 192, which is not low: give --full"),
         (change(base, proj), {"rank": 8}, f"{proj} differs by 0.9.* of its change at rank 8 .0.01 is allowed."),
-        (change(merged, "sam_mask_decoder.iou_token.weight"), {}, "iou_token.weight changed, and is no weight of a "),
+        (
+            change(merged, "sam_mask_decoder.iou_token.weight"),
+            {},
+            "iou_token.weight changed, and is not the weight of a ",
+        ),
         (
             change(merged, position),
             {"keep_full": True},

@@ -94,7 +94,7 @@ def test_ids_that_cannot_be_kept_are_numbered_anew(tmp_path):
     (tmp_path / "c/coco.json").write_text(json.dumps(content))
     index = build_index(guess_reader(tmp_path / "c"))
     assert sorted(index.mask_id.tolist()) == [-1, 1, 8, 9, 9] and index.image_id.tolist() == [-1, 11]
-    assert any("1 annotations have the id of another one" in note for note in index.notes)
+    assert any("1 annotations repeat the id of another one" in note for note in index.notes)
     run("convert", tmp_path / "c", "--to", "coco", "--out", tmp_path / "o", "--quiet")
     written = json.loads((tmp_path / "o/annotations.json").read_text())
     ids = [entry["id"] for entry in written["annotations"]]

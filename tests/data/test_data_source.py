@@ -81,7 +81,7 @@ def test_a_run_is_found_from_what_lies_in_it(tmp_path, monkeypatch):
     assert find_run("r8/adapters/best") == Path("r8")
     (folder / "data/images").mkdir(parents=True)
     assert find_run(folder / "data") is None and find_run(folder / "data/images") is None and find_run(tmp_path) is None
-    with pytest.raises(UserError, match="is no run and not in one"):
+    with pytest.raises(UserError, match="is neither a run nor inside one"):
         from_run(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_every_tool_reads_a_run_as_the_run_did(tmp_path, capsys):
 
 def test_a_run_whose_data_cannot_be_read_is_a_sentence(tmp_path):
     source = from_run(write_run(tmp_path / "r8", [kaggle(tmp_path)]))
-    with pytest.raises(UserError, match=r"the run .*r8 reads .*train.csv, which is not there \(from"):
+    with pytest.raises(UserError, match=r"the run .*r8 reads .*train.csv, which is missing \(from"):
         source.make_reader()
     assert source.class_names() == {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
     write_kaggle(tmp_path / "k")

@@ -23,13 +23,13 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--compare", "a\tb={base}"], "printable"),
         (["--compare", "evaluation.md={base}"], "a file of the evaluation"),
         (["--split", "tset"], "has no split 'tset'"),
-        (["--min-area", "9999999"], "look at --limit"),
+        (["--min-area", "9999999"], "check --limit"),
         (["--data", "gone"], "there is no gone"),
         (["--out", "o/" + "x" * 201], "too long for a file system"),
-        (["--out", "/proc/x"], "/proc is no folder that can be written to"),
+        (["--out", "/proc/x"], "/proc is not a writable folder"),
         (["--data", "/dev/null"], "a pipe or a device stands there; name a data set"),
-        (["--compare", "m=/dev/zero"], "a pipe or a device stands there: give a run folder"),
-        (["--device", "cuda:77"], "is not there"),
+        (["--compare", "m=/dev/zero"], "is a pipe or a device, not a file: give a run folder"),
+        (["--device", "cuda:77"], "is missing"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_asked(nano_base, strips, tmp_path, unasked, words, match):
@@ -67,7 +67,7 @@ def test_files_in_the_way_are_found_before_a_model_is_asked(nano_base, strips, t
         "evaluation.md": "exists already",
         "m/submission.csv": "exists already",
         "m/gallery/best_0.jpg": "exists already",
-        "m": "no folder that can be written to",
+        "m": "not a writable folder",
     }
     for number, (file, match) in enumerate(ways.items()):
         out = tmp_path / str(number)

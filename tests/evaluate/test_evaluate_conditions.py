@@ -149,7 +149,7 @@ def test_training_images_need_the_words(run, strips, tmp_path):
     assert "r8: trained on 8 of these 8 images" in said(found)
     assert "r8: validated on split val of" in said(found)[0]
     folder = ["--data", strips, "--crop", "320"]
-    with pytest.raises(UserError, match="r8 was trained on 8 of these 12 images: .* or say --split train"):
+    with pytest.raises(UserError, match="r8 was trained on 8 of these 12 images: .* or give --split train"):
         said(conditions(*folder, models=[run]))
     splits = [*folder, "--split-file", strips / "split.csv"]
     assert len(said(conditions(*splits, "--split", "train", models=[run]))) > 0
@@ -165,7 +165,7 @@ def test_training_images_need_the_words(run, strips, tmp_path):
 def test_a_copy_of_the_training_images_is_recognised(run, strips, tmp_path):
     """By name and content; an image of the same name alone is another one."""
     copied = Path(shutil.copytree(strips, tmp_path / "copied"))
-    with pytest.raises(UserError, match="r8 was trained on 8 of these 12 images: .* or say --split train"):
+    with pytest.raises(UserError, match="r8 was trained on 8 of these 12 images: .* or give --split train"):
         said(conditions("--data", copied, models=[run]))
     train = {row["image"] for row in csv.DictReader((strips / "split.csv").open()) if row["split"] == "train"}
     changed = copied / "train_images" / min(train)

@@ -164,9 +164,9 @@ def test_a_base_that_was_moved_is_taken_from_the_comparison(models, tmp_path):
     save_adapter(adapter, tmp_path / "moved/adapters/best")
     found = candidates([str(models["base"]), str(tmp_path / "moved")])[1]
     assert found.weights == models["base"] and build(found)[1]["trained_parameters"] > 0
-    with pytest.raises(UserError, match=r"its base \(/gone/base.pt\) is not there"):
+    with pytest.raises(UserError, match=r"its base \(/gone/base.pt\) is missing"):
         candidate(str(tmp_path / "moved"))
-    with pytest.raises(UserError, match=r"its base \(other.pt\) is not there"):  # what was named is never replaced
+    with pytest.raises(UserError, match=r"its base \(other.pt\) is missing"):  # what was named is never replaced
         candidates([str(models["base"]), str(tmp_path / "moved")], Path("other.pt"))
 
 
@@ -182,12 +182,12 @@ def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "x"], "say what to evaluate"),
+        (["--data", "x"], "nothing to evaluate"),
         (["--checkpoint", "{base}", "--data", "{strips}", "--overlap", "8"], "--overlap needs --tile"),
         (["--checkpoint", "{base}", "--data", "{strips}", "--crop", "8", "--tile", "8"], "two ways"),
         (["--checkpoint", "nowhere.pt", "--data", "{strips}"], "there is no nowhere.pt"),
         (["--checkpoint", "{base}", "--data", "{strips}/nothing"], "there is no"),
-        (["--compare", "{base}", "{base}", "--data", "{strips}"], "a name of its own"),
+        (["--compare", "{base}", "{base}", "--data", "{strips}"], "a unique name"),
         (
             ["--checkpoint", "{base}", "--data", "{strips}", "--submission-prompt", "3clicks"],
             "--submission-prompt is one of",
@@ -197,10 +197,10 @@ def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp
             "do not fit the model",
         ),
         (["--checkpoint", "{base}", "--config", "configs/nope.yaml", "--data", "{strips}"], "there is no config"),
-        (["--checkpoint", "{base}", "--device", "cuda:77", "--data", "{strips}"], "cuda:77 is not there"),
+        (["--checkpoint", "{base}", "--device", "cuda:77", "--data", "{strips}"], "cuda:77 is missing"),
         (["--checkpoint", "{base}", "--device", "tpu", "--data", "{strips}"], "--device is cpu"),
         (["--compare", "{base}", "--adapter", "{base}", "--data", "{strips}"], "put it among those of --compare"),
-        (["--checkpoint", "{base}", "--data", "{strips}", "--limit", "3", "--min-area", "9999999"], "look at --limit"),
+        (["--checkpoint", "{base}", "--data", "{strips}", "--limit", "3", "--min-area", "9999999"], "check --limit"),
     ],
 )
 def test_mistakes_are_sentences(models, strips, tmp_path, arguments, words):
@@ -227,7 +227,7 @@ def test_a_mistake_in_the_last_model_is_found_before_the_first_is_asked(models, 
         tool.main(["--compare", str(models["base"]), str(tmp_path / "other.pt"), *val_split(strips), "--out", str(out)])
     assert not out.exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is no folder that can be written to"):
+    with pytest.raises(UserError, match="file is not a writable folder"):
         tool.main(["--checkpoint", str(models["base"]), *val_split(strips), "--out", str(tmp_path / "file/out")])
     (out / "base").mkdir(parents=True)
     (out / "base/submission.csv").touch()  # of an evaluation that was stopped

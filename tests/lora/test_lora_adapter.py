@@ -216,13 +216,13 @@ def test_shapes_and_modules_of_another_model(trained):
         with pytest.raises(UserError, match=words):
             attach_adapter(other, changed)
         assert same(values(other), before) and not list(lora_layers(other))
-    with pytest.raises(UserError, match="does not exist in this model: the adapter is of another one"):
+    with pytest.raises(UserError, match="does not exist in this model: the adapter belongs to another model"):
         apply_adapter(trained, changed)
 
 
 def test_fused_layers_that_differ_have_no_config():
     mixed = Adapter({"a.qkv": layer(parts=(False, True, False)), "b.qkv": layer(b=torch.ones(6, 2))})
-    with pytest.raises(UserError, match=r"is adapted in the parts .*, unlike other layers"):
+    with pytest.raises(UserError, match=r"is adapted in the parts .*, unlike others"):
         mixed.config()
 
 

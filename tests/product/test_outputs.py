@@ -78,7 +78,7 @@ def test_a_gallery_is_replaced_as_a_whole(tmp_path):
         refuse_gallery(gallery, force=False)
     refuse_gallery(gallery, force=True)
     (gallery / "strip_0.jpg").touch()
-    with pytest.raises(UserError, match="has 'strip_0.jpg', which is no picture of one"):
+    with pytest.raises(UserError, match="has 'strip_0.jpg', which is not one of its pictures"):
         refuse_gallery(gallery, force=True)
 
 

@@ -126,7 +126,7 @@ def test_commands_of_evaluation_and_merge_are_there_and_run(page, run, tmp_path,
             "label images d/annotations, images in d/images",
         ),
         ({"_target_": "a.KaggleReader", "image_dir": "i", "csv": "t.csv"}, "Kaggle's csv t.csv, images in i"),
-        ({"_target_": "someone.elses.Reader"}, "Reader an unknown place"),
+        ({"_target_": "someone.elses.Reader"}, "Reader an unknown path"),
     ],
 )
 def test_the_page_says_what_each_run_reads_though_the_data_is_gone(tmp_path, reader, words):

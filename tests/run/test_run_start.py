@@ -174,7 +174,7 @@ def test_a_checkpoint_knows_what_it_is(whole, nano_base, tmp_path):
     (tmp_path / "lora.json").write_text('{"config": {"alpha": 400}}')  # a stranger's: nobody needs it
     assert_same_tensors(read_adapter(path).full, alone.full)
     assert {layer.alpha for layer in read_adapter(path).layers.values()} == {16}
-    with pytest.raises(ValueError, match="says itself what its alpha is"):
+    with pytest.raises(ValueError, match="records its alpha"):
         read_adapter(path, alpha=4)
 
 

@@ -122,7 +122,7 @@ def test_weights_of_the_other_generation_name_the_likely_config(model, file, lik
     env = {"SEVERSTAL_ROOT": str(strips)}
     sentence = sentence_of(env, *overrides, name=config)
     assert sentence.startswith(f"{tiny_files[file]}: the weights do not fit the model: {likely}")
-    assert sentence.endswith("take config and weights of one model") and "\n" not in sentence
+    assert sentence.endswith("use config and weights of the same model") and "\n" not in sentence
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "folder", "lacks a key", "other shape"])
