@@ -3,7 +3,8 @@
 
     make demo            (or: python tools/demo.py [--out runs/demo])
 
-Trains with SAM 2's unmodified launcher; everything it writes is below --out, which it clears first.
+Trains clicks with SAM 2's unmodified launcher, then class prompts on top, which inspect strips without a click.
+Everything it writes is below --out, which it clears first.
 """
 
 import os
@@ -36,6 +37,18 @@ CONFIG = "configs/sam2_nano.yaml"
 BASE = ROOT / "assets/sam2_nano.pt"
 CROP = 256  # columns of a strip in view, as in configs/demo.yaml
 MARK = ".sam2_lora_demo"  # tells our folder from a user's own
+# Every step by class prompts, so that a minute is enough: clicks, which are learned by now, are not kept up.
+CLASSES = (
+    "-m",
+    "sam2_lora_ext.train",
+    "-c",
+    "demo_classes",
+    "trainer.mode=train_only",
+    "dataset.class_prompts.share=1.0",
+    "dataset.class_prompts.corrections=0.0",
+    "dataset.class_prompts.around=0.8",
+    "trainer.loss.severstal.weight_dict.loss_class=3",
+)
 COLUMNS = ("iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks", "dice_box")
 
 
@@ -50,30 +63,32 @@ def clear(folder: Path) -> None:
 
 
 def write_data(folder: Path, strips: int, seed: int) -> None:
-    """Synthetic strips in Kaggle's layout and split.csv: every fifth strip validates."""
+    """Synthetic strips in Kaggle's layout and split.csv: every fifth strip validates, a fifth more is for the test."""
     from sam2_lora_ext.data.splits import write_split
     from sam2_lora_ext.data.synthetic import write_strips
 
-    write_strips(folder, strips, seed)
+    write_strips(folder, strips + strips // 5, seed)
     names = sorted(path.name for path in (folder / "train_images").iterdir())
-    write_split(folder / "split.csv", names, ["val" if index % 5 == 4 else "train" for index in range(len(names))])
+    parts = ["test" if i >= strips else "val" if i % 5 == 4 else "train" for i in range(len(names))]
+    write_split(folder / "split.csv", names, parts)
 
 
-def train(out: Path, data: Path, config: str = "configs/demo.yaml", name: str = "train") -> Path:
-    """Runs `python -m training.train -c CONFIG` with a progress bar; returns the run's folder."""
+def train(out: Path, data: Path, name: str, base: Path, *command: str) -> Path:
+    """Runs a training from a base with a progress bar; returns its folder, called `name`."""
     environment = {
         **os.environ,
         "SEVERSTAL_ROOT": str(data),
         "SEVERSTAL_SPLIT": str(data / "split.csv"),
-        "SAM2_LORA_NANO": str(BASE),
+        "SAM2_LORA_NANO": str(base),
         "SAM2_LORA_DEMO_RUN": str(out / name),
     }
-    command = [sys.executable, "-m", "training.train", "-c", config]
-    print("training: " + " ".join(command[1:]), flush=True)
+    print("training: python " + " ".join(command), flush=True)
     log = out / f"{name}.log"
     metrics = out / name / "logs/metrics.csv"
     with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
         try:
             with tqdm(desc="training", unit="step") as bar:
                 while process.poll() is None:
@@ -98,9 +113,9 @@ def follow(bar: tqdm, metrics: Path) -> None:
         bar.update(int(rows[-1]["step"]) - bar.n)
         shown = {"train_loss": "train", "val_iou_1click": "val"}
         for name, phase in shown.items():
-            last = [row for row in rows if row["phase"] == phase]
-            if last:
-                shown[name] = f"{float(last[-1]['loss' if phase == 'train' else 'iou_1click']):.3f}"
+            key = "loss" if phase == "train" else "iou_1click"
+            if last := [row for row in rows if row["phase"] == phase and row.get(key)]:
+                shown[name] = f"{float(last[-1][key]):.3f}"
         bar.set_postfix({name: value for name, value in shown.items() if value not in ("train", "val")})
 
 
@@ -129,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.data.dataset import SeverstalRawDataset
     from sam2_lora_ext.data.kaggle import KaggleReader
     from sam2_lora_ext.evaluate.predictor import averages, evaluate, max_logit_difference, read_samples
+    from sam2_lora_ext.inspection.demo import figures, inspect, table
     from sam2_lora_ext.lora.adapter_state import attach_adapter
 
     if not BASE.exists():
@@ -161,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = build(BASE)
     measure("base", base)
     began = time.perf_counter()
-    run = train(out, data)
+    run = train(out, data, "train", BASE, "-m", "training.train", "-c", "configs/demo.yaml")
     seconds["train"] = time.perf_counter() - began
 
     adapter_folder, merged_file = out / "adapter", out / "sam2_nano_steel.pt"
@@ -186,29 +202,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             "max_abs_logit_diff": max_logit_difference(lora, merged, samples),
         },
         "params": facts["parameters"],
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds": seconds,
     }
     draw(out / "overlays.png", samples, base, merged)
+    show(summary, len(samples))
     began = time.perf_counter()
-    summary["inspection"] = inspect(out, data, args.strips, args.seed)
-    summary["seconds"]["inspection"] = round(time.perf_counter() - began, 1)
+    run = train(out, data, "classes", merged_file, *CLASSES, f"scratch.steps={os.getenv('SAM2_LORA_DEMO_STEPS', 200)}")
+    result = inspect(run, merged_file, out / "inspection.png")
+    seconds["inspection"] = time.perf_counter() - began
+    summary |= {"inspection": figures(result), "seconds": {name: round(value, 1) for name, value in seconds.items()}}
     write_json(out / "summary.json", summary)
-    show(summary, out, len(samples))
-
-
-def inspect(out: Path, data: Path, strips: int, seed: int) -> dict[str, float]:
-    """Class prompts: trained, fitted to the validation strips, evaluated on new strips."""
-    from sam2_lora_ext.data.synthetic import write_strips
-    from sam2_lora_ext.inspection.demo import draw_inspection, figures
-
-    run = train(out, data, "configs/demo_classes.yaml", "train_classes")
-    model = ("--checkpoint", run, "--base", BASE, "--device", "cpu")
-    tool("tools/fit_decision.py", *model)
-    write_strips(out / "new_strips", max(strips // 4, 4), seed + 1)
-    tool("tools/evaluate_inspection.py", *model, "--data", out / "new_strips", "--out", out / "inspection")
-    record = json.loads((out / "inspection/inspection.json").read_text())
-    draw_inspection(out / "inspection.png", out / "inspection", record)
-    return figures(record["result"])
+    print(f"\n{table(result)}\n\ntime                 training, fitting and inspection {seconds['inspection']:.0f} s")
+    print(
+        f"written              {out / 'summary.json'}, overlays.png, inspection.png, sam2_nano_steel.pt, adapter/, "
+        "train/, classes/"
+    )
 
 
 def draw(path: Path, samples: list, base: object, merged: object) -> None:
@@ -239,8 +247,8 @@ def draw(path: Path, samples: list, base: object, merged: object) -> None:
     save_grid(path, rows, captions, ["image", "truth", "before (base, 1 click)", "after (merged, 1 click)"])
 
 
-def show(summary: dict, out: Path, count: int) -> None:
-    """Prints the end summary."""
+def show(summary: dict, count: int) -> None:
+    """Prints what clicks reach."""
     print(f"\n{count} validation samples, means over defects")
     print(f"{'':8}" + "".join(f"{name:>14}" for name in COLUMNS))
     for name in ("base", "lora", "merged"):
@@ -255,9 +263,6 @@ def show(summary: dict, out: Path, count: int) -> None:
         f"mask logits {merge['max_abs_logit_diff']:.2e} at most"
     )
     print(f"time                 training {seconds['train']:.0f} s, evaluation {seconds['evaluate']:.0f} s")
-    row = summary["inspection"]
-    print("without a click      " + ", ".join(f"{key} {value:.4f}" for key, value in row.items() if value is not None))
-    print(f"written              {out / 'summary.json'}, two pictures, sam2_nano_steel.pt, adapter/, train/")
 
 
 if __name__ == "__main__":

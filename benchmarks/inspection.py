@@ -1,0 +1,231 @@
+"""Class prompts against networks that need no prompt either, on real steel and on synthetic strips, with the same \
+images, batches, steps, tiles and threshold fitting.
+
+    python -m benchmarks.inspection [--data neu synthetic] [--rows k8 samed unet_r34 ...] [--seeds 0] [--steps 150]
+
+Trains on the small SAM 2, fits the decision to the validation images alone and reports on test images that nothing was
+chosen by. A row that is there already, with the same settings, is not made again: the command can be stopped at any
+time. Writes inspection.json and inspection.md into --out. NEU-Seg is split as in `benchmarks.quality`; it has no clean
+image in it, so false alarms are those of the synthetic strips.
+"""
+
+from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+
+if __name__ == "__main__":
+    catch_interrupts()  # before the imports that take long
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from tqdm import tqdm
+
+from benchmarks import rivals
+from benchmarks.quality import BASE, ROOT, write_split
+from sam2_lora_ext.data.source import Source, from_config
+from sam2_lora_ext.data.splits import write_split as write_parts
+from sam2_lora_ext.data.synthetic import write_strips
+from sam2_lora_ext.host.compose import load
+from sam2_lora_ext.inspection.evaluation import InspectionTally
+from sam2_lora_ext.inspection.fitting import fit_decision, look_at
+from sam2_lora_ext.inspection.segmenter import Segmenter, load_segmenter
+from sam2_lora_ext.inspection.strips import TrueStrips
+from sam2_lora_ext.settings.arguments import COUNT, number
+from sam2_lora_ext.utils.files import write_json
+
+TOKENS = "trainer.model.class_prompts.tokens"
+OURS = {
+    **{f"k{count}": [f"{TOKENS}={count}"] for count in (1, 4, 8, 16)},
+    "k8_no_lora": [
+        f"{TOKENS}=8",
+        "lora.targets=[]",
+        "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null",
+    ],
+}
+RIVALS = {"shared_token": 3e-3, "samed": 3e-3, "unet_r34": 1e-3, "fpn_r34": 1e-3}  # row: learning rate
+PRETRAINED = {"unet_r34_imagenet": "unet_r34", "fpn_r34_imagenet": "fpn_r34"}
+ROWS = (*OURS, *RIVALS, *PRETRAINED)
+CONFIGS = {"neu": "neu_seg_classes.yaml", "synthetic": "synthetic_classes.yaml"}
+STRIPS, CUT = 400, (240, 320)  # synthetic: 240 train, 80 validate, 80 test
+NANO = "the small SAM 2's: synthetic shapes"
+SHOWN = {
+    "macro_dice": "macro Dice",
+    "dice_present": "Dice, present",
+    "kaggle_dice": "Kaggle Dice",
+    "kaggle_dice_empty": "of nothing",
+    "recall": "recall",
+    "false_alarms": "false alarms",
+    "false_alarms_at_recall_95": "at 95 % recall",
+    "image_auroc": "AUROC",
+    "ms_per_strip": "ms",
+}
+
+
+class Data(NamedTuple):
+    """A data set: the config that trains on it, its settings, and where its images for validation and test are."""
+
+    config: str
+    overrides: list[str]
+    source: Source
+
+
+def prepare(name: str, folder: Path, real: Path) -> Data:
+    """Writes the split, and the synthetic strips, unless they are there; says where it all is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, split = str(ROOT / "benchmarks" / CONFIGS[name]), folder / "split.csv"
+    root = real if name == "neu" else folder
+    if name == "neu" and not (real / "images").is_dir():
+        raise UserError(f"there is no folder {real}/images: give NEU-Seg's training part with --neu")
+    if not split.exists() and name == "neu":
+        write_split(real, split)
+    elif not split.exists():
+        write_strips(folder, STRIPS, seed=7)
+        names = sorted(path.name for path in (folder / "train_images").iterdir())
+        parts = ["train"] * CUT[0] + ["val"] * (CUT[1] - CUT[0]) + ["test"] * (STRIPS - CUT[1])
+        write_parts(split, names, parts)
+    overrides = [f"dataset.root={root}", f"dataset.split_file={split}"]
+    os.environ["SAM2_LORA_NANO"] = str(BASE)
+    return Data(config, overrides, from_config(config, overrides))
+
+
+def train_ours(run: Path, data: Data, settings: list[str]) -> tuple[Segmenter, int]:
+    """One run through SAM 2's launcher, unless it is finished; its segmenter and number of trained parameters."""
+    command = [sys.executable, "-m", "sam2_lora_ext.train", "-c", data.config, *data.overrides, *settings]
+    if not (run / "training_summary.json").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "train.log", "w") as log:
+            done = subprocess.run(
+                [*command, f"launcher.experiment_log_dir={run}"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
+        if done.returncode:
+            raise UserError(f"the training of {run.name} failed: see {run / 'train.log'}")
+    trained = json.loads((run / "training_summary.json").read_text())["parameters"]["trained"]
+    return load_segmenter(None, run, base=BASE, device="cpu", overlap=overlap_of(data)), trained
+
+
+def train_rival(row: str, data: Data, settings: list[str], steps: int, seed: int) -> tuple[Segmenter, int]:
+    """The same batches through a network that takes no prompt."""
+    trainer = load(data.config, [*data.overrides, *settings])["trainer"]
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    classes = {k: name for k, name in trainer["model"]["class_prompts"]["classes"].items() if name is not None}
+    kind = PRETRAINED.get(row, row)
+    network = rivals.make(kind, trainer, len(classes), pretrained=row in PRETRAINED)
+    dataset = instantiate(trainer["data"]["train"], _convert_="all")
+    phases = -(-steps // trainer["data"]["train"]["steps_per_phase"])
+    batches = (batch for phase in range(phases) for batch in dataset.get_loader(phase))
+    rivals.train(network, tqdm(batches, desc=row, unit="step", total=steps), sorted(classes), steps, RIVALS[kind])
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    crop, size = data.source.crop or 200, trainer["model"]["image_size"]
+    return rivals.as_segmenter(network, classes, crop, size, overlap_of(data)), trained
+
+
+def overlap_of(data: Data) -> int | None:
+    """Columns that tiles share: NEU-Seg's images are one tile."""
+    return None if data.source.format == "KaggleReader" else 0
+
+
+def measure(segmenter: Segmenter, data: Data, words: str) -> dict[str, Any]:
+    """Fits the decision to the validation images, and evaluates it on the test images."""
+    names = segmenter.prompts.class_names
+    parts = {part: TrueStrips(replace(data.source, split=part), segmenter.prompts) for part in ("val", "test")}
+    fit = fit_decision(look_at(segmenter, tqdm(parts["val"], desc=f"{words}: val", unit="image")), names)
+    segmenter.decision = fit.decision
+    tally = InspectionTally(names, fit.decision)
+    for strip in tqdm(parts["test"], desc=f"{words}: test", unit="image"):
+        began = time.perf_counter()
+        found = segmenter(strip.image)
+        tally.add(strip.name, found, strip.truth, time.perf_counter() - began)
+    return tally.summary() | {"notes": list(fit.notes)}
+
+
+def pretraining(row: str) -> str:
+    """What the network had seen before."""
+    if row in PRETRAINED:
+        return "ImageNet"
+    return "none" if row in rivals.CNNS else NANO
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table for each data set: the mean over seeds, and the range where there are several."""
+    text = ""
+    for data in dict.fromkeys(row["data"] for row in rows):
+        text += f"\n{data}\n\n| row | pretraining | steps | seeds | trained | " + " | ".join(SHOWN.values()) + " |\n"
+        text += "|---" * (5 + len(SHOWN)) + "|\n"
+        mine = [row for row in rows if row["data"] == data]
+        for name, steps in dict.fromkeys((row["row"], row["steps"]) for row in mine):
+            same = [row for row in mine if (row["row"], row["steps"]) == (name, steps)]
+            cells = [cell([row["result"][key] for row in same], key) for key in SHOWN]
+            text += (
+                f"| {name} | {pretraining(name)} | {steps} | {len(same)} | {same[0]['trained']:,} | "
+                + " | ".join(cells)
+                + " |\n"
+            )
+    return text
+
+
+def cell(values: list[Any], key: str) -> str:
+    """`0.512 (0.490 to 0.530)`; the interval of the test images where there is one seed."""
+    means = [value["mean"] if isinstance(value, dict) else value for value in values]
+    if None in means:
+        return "-"
+    digits = 0 if key == "ms_per_strip" else 3
+    text = f"{sum(means) / len(means):.{digits}f}"
+    if len(means) > 1:
+        return f"{text} ({min(means):.{digits}f} to {max(means):.{digits}f})"
+    return text + (f" [{values[0]['low']:.3f}, {values[0]['high']:.3f}]" if isinstance(values[0], dict) else "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Makes the rows that are missing, and the tables."""
+    default = Path(os.environ.get("SAM2_LORA_REAL_DATA", ROOT / "../shared/data")) / "neu_seg"
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--neu", type=Path, default=default, help="NEU-Seg: images/ and annotations/")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/inspection")
+    parser.add_argument("--data", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*OURS, *RIVALS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=number(COUNT), default=300)
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    file = out / "inspection.json"
+    rows = json.loads(file.read_text()) if file.exists() else []
+    for name in args.data:
+        data = prepare(name, out / name, args.neu.resolve())
+        for seed in args.seeds:
+            for row in args.rows:
+                key = {"data": name, "row": row, "seed": seed, "steps": args.steps}
+                if any(key.items() <= old.items() for old in rows):
+                    continue
+                words = f"{name} {row} seed {seed}"
+                settings = [f"scratch.steps={args.steps}", f"trainer.seed_value={seed}", *OURS.get(row, [])]
+                run = out / name / f"{row}_{args.steps}_{seed}"
+                segmenter, trained = (
+                    train_ours(run, data, settings)
+                    if row in OURS
+                    else train_rival(row, data, settings, args.steps, seed)
+                )
+                rows.append(key | {"trained": trained, "result": measure(segmenter, data, words)})
+                write_json(file, rows)
+                (out / "inspection.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,179 @@
+"""Networks without prompts that the class prompts are compared with, and their training on the same batches.
+
+    softmax over C + 1 channels, that of "no class" being 0: loss = cross-entropy + Dice over the classes of the batch
+    logit_c = z_c - log(sum over the other channels of exp z)      as the decision of class prompts takes it
+    score_c = mean of the largest hundredth of logit_c             stands for the object score
+
+Batches, learning-rate schedule, optimizer and threshold fitting are those of the class prompts.
+Legend: B images, C classes, S pixels of a side, h w of the network's masks.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam2_lora_ext.adapters.class_prompts import ClassPrompts
+from sam2_lora_ext.adapters.decision import Decision
+from sam2_lora_ext.adapters.weights import read_weights
+from sam2_lora_ext.data.ids import class_of
+from sam2_lora_ext.deploy.stock import MEAN, STD
+from sam2_lora_ext.inspection.segmenter import BATCH, Segmenter
+from sam2_lora_ext.utils.errors import UserError
+
+CNNS = {"unet_r34": "Unet", "fpn_r34": "FPN"}
+WARM_UP, LAST = 0.05, 0.01  # share of the steps, and of the rate that is left at the end, as in configs/base
+LARGEST = 100
+
+
+class MaskTokens(nn.Module):
+    """SAMed's idea (arXiv 2304.13785) on SAM 2: stock's four mask tokens are the classes; no prompt, or a learned one.
+
+    Args:
+        model: SAM 2 with LoRA.
+        classes: C, at most 4.
+        learned: give the decoder one learned prompt token, the same for all images, instead of no prompt.
+    """
+
+    def __init__(self, model: nn.Module, classes: int, learned: bool):
+        super().__init__()
+        self.model, self.classes = model, classes
+        width = model.sam_prompt_embed_dim
+        self.token = nn.Parameter(torch.randn(1, 1, width)) if learned else None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """z [B, C, S/4, S/4] of normalised pixels [B, 3, S, S]."""
+        model, count = self.model, len(pixels)
+        fine, middle, coarse = model.forward_image(pixels)["backbone_fpn"]
+        if model.directly_add_no_mem_embed:
+            coarse = coarse + model.no_mem_embed.reshape(1, -1, 1, 1)
+        sparse, dense = model.sam_prompt_encoder(points=None, boxes=None, masks=None)
+        sparse = pixels.new_zeros(count, 0, sparse.shape[-1]) if self.token is None else self.token.expand(count, 1, -1)
+        masks, *_ = model.sam_mask_decoder.predict_masks(
+            image_embeddings=coarse,
+            image_pe=model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense.expand(count, -1, -1, -1),
+            repeat_image=False,
+            high_res_features=[fine, middle],
+        )
+        return masks[:, -self.classes :] if self.classes < masks.shape[1] else masks
+
+
+def make(kind: str, trainer: dict[str, Any], classes: int, pretrained: bool = False) -> nn.Module:
+    """A rival: `samed`, `shared_token` or one of `CNNS`.
+
+    Args:
+        kind: which.
+        trainer: of the class prompts' config: its model is the SAM 2 with LoRA.
+        classes: C.
+        pretrained: a CNN's encoder has ImageNet weights.
+    """
+    if kind in CNNS:
+        try:
+            import segmentation_models_pytorch as smp
+        except ImportError as error:
+            raise UserError(f"{kind} needs segmentation-models-pytorch ({error}): pip install it") from error
+        weights = "imagenet" if pretrained else None
+        return getattr(smp, CNNS[kind])("resnet34", encoder_weights=weights, classes=classes)
+    model = instantiate({**trainer["model"], "class_prompts": None}, _convert_="all")
+    base = trainer["checkpoint"]["model_weight_initializer"]["state_dict"]["checkpoint_path"]
+    _, unexpected = model.load_state_dict(read_weights(Path(base)), strict=False)
+    assert not unexpected, unexpected
+    return MaskTokens(model, classes, kind == "shared_token")
+
+
+def train(network: nn.Module, batches: Iterable[Any], class_ids: Sequence[int], steps: int, rate: float) -> None:
+    """Trains with AdamW on the batches of class steps, in place."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
+    network.train()
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor(step / steps)
+        z = network(batch.img_batch[0])
+        target = labels(batch, class_ids)  # B h w after resizing
+        z = F.interpolate(z, target.shape[-2:], mode="bilinear", align_corners=False)
+        loss = softmax_loss(z, target)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    network.eval()
+
+
+def factor(done: float) -> float:
+    """The learning rate's, by the share of the steps that are done: warm-up, then cosine, as in configs/base."""
+    if done < WARM_UP:
+        return LAST + (1 - LAST) * done / WARM_UP
+    return LAST + (1 - LAST) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+
+
+def labels(batch: Any, class_ids: Sequence[int]) -> Tensor:
+    """The class of each pixel, int64 [B, S, S]: 1 + position, or 0 for none or one that takes no part."""
+    masks, images = batch.masks[0], batch.obj_to_frame_idx[0, :, 1].tolist()
+    ids = class_of(batch.metadata.unique_objects_identifier[0, :, 1]).tolist()
+    result = torch.zeros(batch.img_batch.shape[1], *masks.shape[1:], dtype=torch.long)
+    for mask, image, class_id in zip(masks, images, ids, strict=True):
+        result[image][mask] = 1 + class_ids.index(class_id)
+    return result
+
+
+def softmax_loss(z: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy plus the mean Dice loss of the classes that the batch has; z [B, C, S, S], target [B, S, S]."""
+    z = torch.cat([torch.zeros_like(z[:, :1]), z], 1)
+    truth = F.one_hot(target, z.shape[1]).movedim(-1, 1).float()[:, 1:]
+    drawn = z.softmax(1)[:, 1:]
+    overlap, total = (drawn * truth).sum((0, 2, 3)), (drawn + truth).sum((0, 2, 3))
+    there = truth.sum((0, 2, 3)) > 0
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    return F.cross_entropy(z, target) + (dice * there).sum() / there.sum().clamp(min=1)
+
+
+class Channels(nn.Module):
+    """A rival as `Segmenter` asks it: pixels in [0, 1] -> logits [B, C, h, w] and scores [B, C]."""
+
+    def __init__(self, network: nn.Module, size: int):
+        super().__init__()
+        self.network, self.size = network.eval(), size
+        self.device = torch.device("cpu")
+        self.mean, self.std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.network((pixels - self.mean) / self.std)
+        whole = torch.cat([torch.zeros_like(z[:, :1]), z], 1)
+        others = torch.stack(
+            [torch.cat([whole[:, : c + 1], whole[:, c + 2 :]], 1).logsumexp(1) for c in range(z.shape[1])], 1
+        )
+        logits = z - others
+        flat = logits.flatten(2)
+        return logits, flat.topk(max(1, flat.shape[2] // LARGEST), dim=2).values.mean(2)
+
+
+def as_segmenter(
+    network: nn.Module, class_names: dict[int, str], crop: int, size: int, overlap: int | None
+) -> Segmenter:
+    """Looks at tiles, stitches and decides exactly as class prompts do."""
+    ids = tuple(sorted(class_names))
+    segmenter = Segmenter.__new__(Segmenter)
+    segmenter.network, segmenter.overlap, segmenter.batch_size, segmenter.half = (
+        Channels(network, size),
+        overlap,
+        BATCH,
+        False,
+    )
+    segmenter.prompts = ClassPrompts(
+        torch.zeros(len(ids), 1, 1),
+        ids,
+        tuple(class_names[number] for number in ids),
+        Decision.default(len(ids)),
+        crop,
+        size,
+        None,
+    )
+    return segmenter
