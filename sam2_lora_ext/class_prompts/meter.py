@@ -20,12 +20,12 @@ from torch import Tensor
 from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.class_prompts.decide import decide
 from sam2_lora_ext.class_prompts.pairs import PairRows
+from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles
 from sam2_lora_ext.data.class_targets import class_runs
 from sam2_lora_ext.data.class_validation import ClassTiles
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.rle import NO_RUNS, decode_runs
 from sam2_lora_ext.evaluate.metrics import dice, exact_mean, mask_counts
-from sam2_lora_ext.inspection.stitching import Tiles, merge_tiles
 from sam2_lora_ext.utils.errors import UserError
 
 OVERALL = ("kaggle_dice", "kaggle_dice_empty", "dice_present", "false_alarms", "recall", "strips", "clean_strips")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sam2_lora_ext.adapters.decision import ABSENT, Decision, calibrated
 from sam2_lora_ext.class_prompts.decide import decide
+from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles
 from sam2_lora_ext.evaluate.metrics import dice, mask_counts
 from sam2_lora_ext.inspection.areas import Table, best_areas, components_of
 from sam2_lora_ext.inspection.segmenter import Segmenter
-from sam2_lora_ext.inspection.stitching import Tiles, merge_tiles
 from sam2_lora_ext.inspection.strips import TrueStrip
 
 ROUNDS = 2

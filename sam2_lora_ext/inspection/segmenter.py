@@ -23,11 +23,11 @@ from sam2_lora_ext.adapters.decision import Decision, calibrated
 from sam2_lora_ext.adapters.sources import read_adapter
 from sam2_lora_ext.adapters.weights import weights_id
 from sam2_lora_ext.class_prompts.decide import decide
+from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles
 from sam2_lora_ext.data.tiles import cut, tile_starts
 from sam2_lora_ext.host.class_encoder import install_class_prompts
 from sam2_lora_ext.inspection.network import ClassNetwork
 from sam2_lora_ext.inspection.objects import Found, find_objects
-from sam2_lora_ext.inspection.stitching import Tiles, merge_tiles
 from sam2_lora_ext.utils.errors import UserError
 
 OVERLAP = 4  # neighbouring tiles share at least one part in so many of their columns

@@ -14,13 +14,13 @@ from torchmetrics.classification import (
 
 from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.class_prompts.decide import decide
+from sam2_lora_ext.class_prompts.stitching import Tiles
 from sam2_lora_ext.inspection.areas import Table, best_areas, best_threshold, components_of
 from sam2_lora_ext.inspection.evaluation import InspectionTally
 from sam2_lora_ext.inspection.fitting import Looked, fit_decision, platt, score_of
 from sam2_lora_ext.inspection.matching import true_objects
 from sam2_lora_ext.inspection.pixel_ap import PixelRanks
 from sam2_lora_ext.inspection.segmenter import Inspection
-from sam2_lora_ext.inspection.stitching import Tiles
 
 NAMES = ("scratch", "scale", "patch")
 

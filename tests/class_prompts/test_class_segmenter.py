@@ -12,13 +12,13 @@ from scipy import ndimage
 from helpers.class_models import class_model, make_prompts, make_strip, write_merged
 from helpers.stock_models import NANO, build
 from sam2_lora_ext.adapters.decision import ABSENT, Decision
+from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles
 from sam2_lora_ext.data.tiles import stitch
 from sam2_lora_ext.deploy.predictors import fit_predictor
 from sam2_lora_ext.deploy.stock import noise_pixels, normalised
 from sam2_lora_ext.host.class_encoder import install_class_prompts
 from sam2_lora_ext.inspection.network import ClassNetwork
 from sam2_lora_ext.inspection.segmenter import Segmenter, load_segmenter
-from sam2_lora_ext.inspection.stitching import Tiles, merge_tiles
 from sam2_lora_ext.lora.class_tokens import ClassTokens, find_tokens
 from sam2_lora_ext.utils.errors import UserError
 
