@@ -1,9 +1,7 @@
-"""Works adapters into base weights, so that stock SAM 2 loads the result: as state dicts, and from file to file."""
+"""Merges adapters into base weights from file to file, so that stock SAM 2 loads the result."""
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,49 +11,15 @@ from torch import Tensor
 
 from sam2_lora_ext.adapters.class_prompts import KEY, ClassPrompts, as_entry, prompts_file, save_class_prompts
 from sam2_lora_ext.adapters.combine import combine
+from sam2_lora_ext.adapters.merge_state import merge_state_dict, require_fit
 from sam2_lora_ext.adapters.peft import Adapter
 from sam2_lora_ext.adapters.sources import check_base, find_adapter, read_adapter, source_files
-from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, identify, read_weights, weights_id, write_weights
-from sam2_lora_ext.lora import LayerAdapter
-from sam2_lora_ext.lora.layer import block_diagonal, delta_weight, merged_weight
+from sam2_lora_ext.adapters.weights import identify, read_weights, weights_id, write_weights
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, sha256_of
 
 HALVES = (torch.float16, torch.bfloat16)
 AT_ONCE = 1 << 15  # float64 values of a weight; pieces of more than half a megabyte would be new pages each time
-
-
-def merge_state_dict(
-    base: Mapping[str, Tensor],
-    adapter: Adapter,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """The base's state dict with the adapter worked in, see `LayerAdapter.merged_weight`; what stays is `base`'s own.
-
-    Sums are in float64 and cast once: to the base's dtype, or to float32 where that is a half precision.
-
-    Args:
-        base: keys and shapes of a SAM 2 without adapters; not changed.
-        adapter: low-rank updates, and modules that replace the base's.
-        dtype: for all floating-point tensors of the result, instead.
-
-    Raises:
-        UserError: the adapter has modules or shapes that the base has not, or the result is not finite.
-    """
-    require_fit(base, adapter)
-    return _merge(base, adapter, dtype)
-
-
-def require_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
-    """Raises a `UserError` when the base has adapters itself, or the adapter's modules or shapes are not the base's."""
-    for key in base:
-        if key.endswith(ADAPTER_KEYS):
-            raise UserError(f"the base has adapters itself ({key}): give the weights that its training began with")
-    if words := adapter.misfit(base):
-        raise UserError(
-            f"{words} in the base: the adapter is of another model than this base, which looks like "
-            f"{identify(base) or 'no stock SAM 2'}"
-        )
 
 
 @dataclass
@@ -158,7 +122,7 @@ def merge_to(
             for part in read:
                 require_fit(state, part)
             adapter = combine(read, weights, state, list(map(str, adapters)))
-            merged = _merge(state, adapter, getattr(torch, dtype) if dtype else None, progress)
+            merged = merge_state_dict(state, adapter, getattr(torch, dtype) if dtype else None, progress)
         finally:  # a wrong base, which explains whatever else did not fit
             notes = [check_base(base, state, part, base_id.result()) for part in read]
         prompts = adapter.class_prompts
@@ -209,60 +173,3 @@ def write_merged(
     elif force:
         prompts_file(out).unlink(missing_ok=True)
     write_weights(out, merged, file_format, force=force, **more)
-
-
-def _merge(
-    base: Mapping[str, Tensor],
-    adapter: Adapter,
-    dtype: torch.dtype | None,
-    progress: bool = False,
-) -> dict[str, Tensor]:
-    merged = {}
-    with one_thread():
-        for key, value in _shown(base.items(), progress):
-            layer = adapter.layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-            target = value.dtype
-            if value.is_floating_point():
-                target = dtype or (torch.float32 if value.dtype in HALVES else value.dtype)
-            merged[key] = _sum(layer, value, target) if layer else adapter.full.get(key, value).to(target)
-            if not _is_finite(merged[key]):
-                large = _is_finite(value)
-                cause = f"its values are too large for {target}" if large else "its base holds NaN or infinity"
-                raise UserError(f"{key} would not be finite after the merge: {cause}")
-    return merged
-
-
-def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
-    """`layer.merged_weight(weight)` cast to `target`, some rows at a time: no whole matrix is in memory in float64."""
-    a, b = layer.lora_a.double(), block_diagonal(layer.lora_b.double(), layer.parts)
-    result = torch.empty_like(weight, dtype=target)
-    rows = max(1, AT_ONCE // weight.shape[1])
-    for begin in range(0, len(weight), rows):
-        part = slice(begin, begin + rows)
-        magnitude = None if layer.magnitude is None else layer.magnitude[part].double()
-        result[part] = merged_weight(weight[part].double(), delta_weight(a, b[part], layer.scaling), magnitude)
-    return result
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """On two busy processors, starting and joining threads for each of many small sums takes ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # one NaN or infinity makes the sum so; only then is each value looked at, for a sum may just be too large
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
-
-
-def _shown(items: Collection[tuple[str, Tensor]], wanted: bool) -> Iterable[tuple[str, Tensor]]:
-    try:
-        from tqdm import tqdm  # here, for merging must work without it
-    except ImportError:
-        return items
-    return tqdm(items, desc="merging", unit="tensor", leave=False, disable=None if wanted else True)

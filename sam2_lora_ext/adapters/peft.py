@@ -18,7 +18,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -42,12 +41,13 @@ from sam2_lora_ext.adapters.folder import (
     write_adapter_folder,
 )
 from sam2_lora_ext.adapters.name_patterns import NamePatterns
+from sam2_lora_ext.adapters.peft_config import read_config
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
 from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
 from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN, block_diagonal
 from sam2_lora_ext.utils.errors import UserError
-from sam2_lora_ext.utils.files import LARGEST_NOTE, parse_json, read_json, write_json
+from sam2_lora_ext.utils.files import parse_json, write_json
 from sam2_lora_ext.utils.folders import existing_folder
 
 __all__ = ["Adapter", "LayerAdapter", "apply_adapter", "attach_adapter", "load_adapter", "save_adapter"]
@@ -56,39 +56,6 @@ PREFIX = "base_model.model."
 A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"
 READS = 3
 KEYS = {A: 2, B: 2, MAGNITUDE: 1}  # ends of a layer's keys after `lora_`, and their numbers of dimensions
-# What a PEFT config may say without changing what the adapter computes; any other setting that is on is refused.
-HARMLESS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
-KINDS = {
-    "rank_pattern": (dict, NoneType),
-    "alpha_pattern": (dict, NoneType),
-    "modules_to_save": (list, NoneType),
-    "lora_dropout": (int, float, NoneType),
-}
-# The other ways to begin change the base's weights.
-OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) -> None:
@@ -181,7 +148,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _read_folder(folder: Path) -> Adapter:
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), folder / WEIGHTS)
     tensors, header = read_weights(weights), _read_header(weights)
     fused = header.get(FUSED, {})
@@ -229,30 +196,6 @@ def _read_folder(folder: Path) -> Adapter:
     adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata, prompts)
     check_digest(weights, tensors, config, header)  # last, for it cannot say what is wrong
     return adapter
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = read_json(path, LARGEST_NOTE)
-    except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise UserError(f"there is no {path}: an adapter folder holds {CONFIG} and {WEIGHTS}") from error
-        raise UserError(f"{path} is damaged or cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{path} describes an adapter of the kind {kind}: only LORA can be used")
-    for key, value in config.items():
-        if key == "init_lora_weights":
-            if value not in OWN_INIT:
-                raise UserError(
-                    f"{path} sets {key} to {value!r}, which changed the base's weights: save it as plain "
-                    "LoRA with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-                )
-        elif value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS:
-            raise UserError(f"{path} sets {key} to {value!r}: only LoRA and DoRA can be used, this is another kind")
-        if not isinstance(value, KINDS.get(key, object)):
-            raise UserError(f"{path} sets {key} to {value!r}, which PEFT never does: it is damaged")
-    return config
 
 
 def _read_header(weights: Path) -> dict[str, Any]:
