@@ -1,4 +1,4 @@
-"""Adapters on disk, in the format of PEFT. Needs torch and safetensors only.
+"""Adapters on disk, in the format of PEFT: torch and safetensors are all that it takes.
 
 A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.safetensors` with the keys
 
@@ -6,10 +6,11 @@ A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.sa
     base_model.model.<module>.lora_magnitude_vector   (out), with DoRA
     base_model.model.<module>.<parameter>             of a module trained in full (PEFT's `modules_to_save`)
 
-PEFT has no parts of a fused layer: n adapted parts of rank r are written as one equivalent update of rank n·r whose B
-is block-diagonal. The header of the safetensors file has, besides `format`, one entry `sam2_lora_ext`: JSON of
-`Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest` the digest over both files
-(`adapters.folder`). Class prompts are in a third file, which PEFT ignores (`adapters.class_prompts`).
+PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
+block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
+`sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
+what binds the two files to each other (`adapters.folder`). Class prompts lie beside them in a file of their own, which
+PEFT does not look at (`adapters.class_prompts`).
 """
 
 import json
@@ -17,7 +18,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ from sam2_lora_ext.adapters.folder import (
     write_adapter_folder,
 )
 from sam2_lora_ext.adapters.name_patterns import NamePatterns
+from sam2_lora_ext.adapters.peft_config import read_config
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
 from sam2_lora_ext.lora import Adapter, LayerAdapter, apply_adapter, attach_adapter, lora_scaling
 from sam2_lora_ext.lora.inject import above, outermost
 from sam2_lora_ext.lora.layer import PLAIN, block_diagonal
 from sam2_lora_ext.utils.errors import UserError
-from sam2_lora_ext.utils.files import LARGEST_NOTE, parse_json, read_json, write_json
+from sam2_lora_ext.utils.files import parse_json, write_json
 from sam2_lora_ext.utils.folders import existing_folder
 
 __all__ = ["Adapter", "LayerAdapter", "apply_adapter", "attach_adapter", "load_adapter", "save_adapter"]
@@ -55,39 +56,6 @@ PREFIX = "base_model.model."
 A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"
 READS = 3
 KEYS = {A: 2, B: 2, MAGNITUDE: 1}  # ends of a layer's keys after `lora_`, and their numbers of dimensions
-# Fields of a PEFT config that do not change what the adapter computes; any other setting that is on is refused.
-HARMLESS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
-KINDS = {
-    "rank_pattern": (dict, NoneType),
-    "alpha_pattern": (dict, NoneType),
-    "modules_to_save": (list, NoneType),
-    "lora_dropout": (int, float, NoneType),
-}
-# Other initialisations change the base's weights.
-OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) -> None:
@@ -95,7 +63,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
 
     Args:
         adapter: what to write.
-        folder: created or replaced; its files that are not part of an adapter are kept.
+        folder: made, or replaced; what it holds beside an adapter is kept.
         force: replace a folder that is not empty.
 
     Raises:
@@ -151,8 +119,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
 def load_adapter(path: str | Path) -> Adapter:
     """Reads an adapter folder, ours or PEFT's; `path` is the folder or its weight file.
 
-    Layers and modules are found by the tensors' names, since PEFT may shorten the lists in its config. A folder that
-    is replaced while it is read is read again.
+    Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config. A folder that is
+    replaced while it is read is read again.
 
     Raises:
         UserError: a file is missing or damaged, the adapter is of a kind that is not LoRA or DoRA on linear layers, its
@@ -171,7 +139,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Identifies the folder, so that a replacement by `replace_folder` shows; inode numbers alone may be reused."""
+    """What changes when `replace_folder` puts another folder there; the number alone may come again."""
     try:
         found = folder.stat()
         return found.st_ino, found.st_ctime_ns
@@ -180,7 +148,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _read_folder(folder: Path) -> Adapter:
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     weights = next((folder / name for name in (WEIGHTS, OLD_WEIGHTS) if (folder / name).exists()), folder / WEIGHTS)
     tensors, header = read_weights(weights), _read_header(weights)
     fused = header.get(FUSED, {})
@@ -202,7 +170,7 @@ def _read_folder(folder: Path) -> Adapter:
         for kind in KEYS if config.get("use_dora") else (A, B):
             if kind not in entries:
                 present, missing = (f"lora_{word.removesuffix('.weight')}" for word in (next(iter(entries)), kind))
-                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is incomplete")
+                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is not whole")
     ranks, alphas = (NamePatterns(config.get(f"{key}_pattern"), str(folder / CONFIG)) for key in ("rank", "alpha"))
     layers = {
         name: _layer(
@@ -226,32 +194,8 @@ def _read_folder(folder: Path) -> Adapter:
     metadata = {key: value for key, value in header.items() if key not in (FUSED, DIGEST, TOKENS_DIGEST)}
     prompts = prompts_in_folder(folder, header.get(TOKENS_DIGEST))
     adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata, prompts)
-    check_digest(weights, tensors, config, header)  # last, since its message is the least specific
+    check_digest(weights, tensors, config, header)  # last, for it cannot say what is wrong
     return adapter
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = read_json(path, LARGEST_NOTE)
-    except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise UserError(f"there is no {path}: an adapter folder holds {CONFIG} and {WEIGHTS}") from error
-        raise UserError(f"{path} is damaged or cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{path} describes an adapter of the kind {kind}: only LORA can be used")
-    for key, value in config.items():
-        if key == "init_lora_weights":
-            if value not in OWN_INIT:
-                raise UserError(
-                    f"{path} sets {key} to {value!r}, which changed the base's weights: save it as plain "
-                    "LoRA with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-                )
-        elif value not in (None, "none") if key == "bias" else bool(value) and key not in HARMLESS:
-            raise UserError(f"{path} sets {key} to {value!r}: only LoRA and DoRA can be used, this is another kind")
-        if not isinstance(value, KINDS.get(key, object)):
-            raise UserError(f"{path} sets {key} to {value!r}, which PEFT never does: it is damaged")
-    return config
 
 
 def _read_header(weights: Path) -> dict[str, Any]:
@@ -271,7 +215,7 @@ def _read_header(weights: Path) -> dict[str, Any]:
 def _layer(
     name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused: dict[str, Any] | None, rank: Any, alpha: Any
 ) -> LayerAdapter:
-    """One layer of a PEFT adapter; `fused` lists the nonzero parts of its B, see `save_adapter`."""
+    """One layer of a PEFT adapter; `fused` says which parts of its B are not zero, see `save_adapter`."""
     a, b = tensors[A], tensors[B]
     rslora = bool(config.get("use_rslora"))
     if rank != a.shape[0] or a.shape[0] != b.shape[1] or not isinstance(alpha, (int, float)):

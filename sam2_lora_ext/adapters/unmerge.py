@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sam2_lora_ext.adapters.merge import one_thread
+from sam2_lora_ext.adapters.merge_state import one_thread
 from sam2_lora_ext.adapters.names import LARGEST_ERROR
 from sam2_lora_ext.adapters.weights import explain_mismatch
 from sam2_lora_ext.lora import Adapter, LayerAdapter

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads an adapter from wherever it is, writes it as a folder, and prints a summary."""
     args = parser().parse_args(argv)
     from sam2_lora_ext.adapters.folder import refuse_adapter_folder
-    from sam2_lora_ext.adapters.merge import require_fit
+    from sam2_lora_ext.adapters.merge_state import require_fit
     from sam2_lora_ext.adapters.peft import save_adapter
     from sam2_lora_ext.adapters.sources import check_base, read_adapter, source_files
     from sam2_lora_ext.adapters.transformers_names import rename_adapter

@@ -23,7 +23,8 @@ from torch import nn
 import sam2_lora_ext
 from sam2_lora_ext.adapters.class_binding import CLASS_PROMPTS, facts_of, prompts_of
 from sam2_lora_ext.adapters.class_prompts import ClassPrompts
-from sam2_lora_ext.adapters.merge import merge_state_dict, write_merged
+from sam2_lora_ext.adapters.merge import write_merged
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import save_adapter
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_weights
 from sam2_lora_ext.lora import lora_layers, report

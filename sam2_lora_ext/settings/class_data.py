@@ -39,10 +39,10 @@ CLASS_PROMPTS = Section(
         "exclusive": EXCLUSIVE,
     }
 )
-HOME = "sam2_lora_ext.class_prompts"
+HOME = "sam2_lora_ext"
 VALIDATION = DATA["training.dataset.sam2_datasets.TorchTrainMixedDataset"]
 TARGETS = {
-    "sam2_lora_ext.data.class_samples.ClassSteps": Section(
+    f"{HOME}.data.class_samples.ClassSteps": Section(
         {
             "width": CROP,
             "transforms": ListOf(Part()),
@@ -53,7 +53,7 @@ TARGETS = {
         required=("width", "transforms"),
         rules=(no_gaps,),
     ),
-    "sam2_lora_ext.data.class_validation.ClassValidation": Section(
+    f"{HOME}.data.class_validation.ClassValidation": Section(
         {
             **VALIDATION.rows,
             "datasets": ListOf(Part(), least=1, most=1),
@@ -65,5 +65,5 @@ TARGETS = {
         required=(*VALIDATION.required, "tile_width", "overlap", "tile_transforms"),
         rules=(overlapping,),
     ),
-    f"{HOME}.meter.ClassPromptMeter": Section({"exclusive": EXCLUSIVE}),
+    f"{HOME}.class_prompts.meter.ClassPromptMeter": Section({"exclusive": EXCLUSIVE}),
 }

@@ -1,4 +1,4 @@
-"""The rows of what reads, samples, cuts and batches the data: `dataset` and `vos`, and the classes they name.
+"""The rows of what samples, cuts and batches the data: `dataset` and `vos`, and the classes they name.
 
 Legend of the sentences: pixels and columns are those of the stored image.
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sam2_lora_ext.settings.containers import ListOf, MapOf, Nullable, Part, Section, either
-from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of, shown
+from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of
 
 PIXELS = 1_000_000  # of a side: more than any decoder takes
 PATH = Text()
@@ -21,7 +21,6 @@ EXIF = Flag().called("dataset.exif")
 CLASS = Whole(1, 32767)
 CLASS_NAME = Text(longest=300)
 CLASSES = Nullable(either(CLASS, ListOf(CLASS_NAME, least=1, most=32767), MapOf(CLASS, CLASS_NAME, most=32767)))
-COLOUR = ListOf(Whole(0, 255), least=3, most=3)
 MIN_AREA = Whole(1).called("dataset.min_area")
 CLEAN_PART = Nullable(Whole(1, PIXELS)).called("dataset.clean_part_width")
 THRESHOLD = Nullable(Number(0, 1, above=True)).called("dataset.class_threshold")
@@ -83,35 +82,11 @@ def evaluates_all(section: Mapping[str, Any]) -> str | None:
     return None
 
 
-def distinct_names(section: Mapping[str, Any]) -> str | None:
-    """Each class has a name of its own."""
-    classes = section.get("classes")
-    names = list(classes.values()) if isinstance(classes, Mapping) else classes if isinstance(classes, list) else [""]
-    if not names or len(set(names)) < len(names):
-        return f"classes must be at least one, each with a name of its own, got {shown(classes)}"
-    return None
-
-
-def distinct_colours(section: Mapping[str, Any]) -> str | None:
-    """Each class has a colour of its own; black is no class."""
-    colours, classes = section.get("colors"), section.get("classes")
-    if colours is None:
-        return None
-    count = len(classes) if isinstance(classes, (list, Mapping)) else classes or 4
-    numbers = classes if isinstance(classes, Mapping) else range(1, 1 + count)
-    taken = [tuple(colour) for colour in colours.values()]
-    if set(colours) != set(numbers) or (0, 0, 0) in taken or len(set(taken)) < len(taken):
-        wanted = f"each of the classes {shown(list(numbers))} one of its own that is not black"
-        return f"colors must give {wanted}, got {shown(dict(colours))}"
-    return None
-
-
 WINDOWS = Section(
     {"width": Whole(2, PIXELS), "stride": Whole(1, PIXELS), "num_frames": Whole(2, 10_000)},
     required=("width", "stride", "num_frames"),
     rules=(overlapping,),
 )
-READER = {"classes": CLASSES, "full_check": FULL_CHECK, "exif": EXIF}
 DATASET = Section(
     {
         "root": PATH,
@@ -137,45 +112,6 @@ VOS = Section({"train_transforms": ListOf(Part()), "val_transforms": ListOf(Part
 
 DATA = "sam2_lora_ext.data"
 TARGETS = {
-    f"{DATA}.kaggle.KaggleReader": Section(
-        {
-            "image_dir": PATH,
-            "csv": PATH,
-            "size": Nullable(ListOf(Whole(1, PIXELS), least=2, most=2)),
-            **READER,
-        },
-        required=("image_dir", "csv"),
-        rules=(distinct_names,),
-    ),
-    f"{DATA}.label_png.LabelPNGReader": Section(
-        {
-            "image_dir": PATH,
-            "label_dir": PATH,
-            "colors": Nullable(MapOf(CLASS, COLOUR, most=32767)),
-            **READER,
-        },
-        required=("image_dir", "label_dir"),
-        rules=(distinct_names, distinct_colours),
-    ),
-    f"{DATA}.supervisely.SuperviselyReader": Section(
-        {
-            "root": PATH,
-            "split": Nullable(Text(longest=300)),
-            **READER,
-        },
-        required=("root",),
-        rules=(distinct_names,),
-    ),
-    f"{DATA}.coco.COCOReader": Section(
-        {
-            "image_dir": PATH,
-            "json": PATH,
-            "crowd": Flag(),
-            **READER,
-        },
-        required=("image_dir", "json"),
-        rules=(distinct_names,),
-    ),
     f"{DATA}.dataset.SeverstalRawDataset": Section(
         {
             "reader": Part(),

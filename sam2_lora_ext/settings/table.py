@@ -1,14 +1,15 @@
 """The table of all settings: the sections of a config, and by their `_target_` the parts that Hydra makes of it.
 
-The rows stand with what they are about: `data.py`, `class_data.py`, `model.py`, `stock.py`.
+The rows stand with what they are about: `readers.py`, `data.py`, `class_data.py`, `model.py`, `stock.py`, `optim.py`.
 """
 
-from sam2_lora_ext.settings import class_data, data, model, stock
+from sam2_lora_ext.settings import class_data, data, model, optim, readers, stock
 from sam2_lora_ext.settings.containers import ListOf, Nullable, Part, Section
 from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole
 
 NAME = Nullable(Text(longest=300))
-TARGETS = {**data.TARGETS, **class_data.TARGETS, **model.TARGETS, **stock.TARGETS}
+ROWS = (readers, data, class_data, model, stock, optim)
+TARGETS = {target: section for rows in ROWS for target, section in rows.TARGETS.items()}
 SCRATCH = Section(
     {
         "resolution": data.RESOLUTION,
@@ -25,7 +26,7 @@ SCRATCH = Section(
         "lr_ratio": Number(0, 1e6, above=True),
         "token_lr": Number(0, 100, above=True),
         "lr_schedule": Part(),
-        "weight_decay": stock.RATE,
+        "weight_decay": optim.RATE,
         "clean_share": Nullable(Number(0, 1, below=True)),
         "window_stride": Whole(1, data.PIXELS),
     },

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helpers.stock_models import TINY, build, train_a_little
-from sam2_lora_ext.adapters.merge import merge_state_dict
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import Adapter, attach_adapter, load_adapter, save_adapter
 from sam2_lora_ext.deploy.verify import mask_logits, noise_image
 from sam2_lora_ext.lora import build_lora_model, lora_layers

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers.stock_models import build, train_a_little
-from sam2_lora_ext.adapters.peft import HARMLESS, Adapter, load_adapter, save_adapter
+from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
+from sam2_lora_ext.adapters.peft_config import HARMLESS
 from sam2_lora_ext.lora import build_lora_model
 from sam2_lora_ext.utils.errors import UserError
 

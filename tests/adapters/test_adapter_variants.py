@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helpers.stock_models import build, train_a_little
-from sam2_lora_ext.adapters.merge import merge_state_dict
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import Adapter, attach_adapter, load_adapter, save_adapter
 from sam2_lora_ext.adapters.weights import weights_id
 from sam2_lora_ext.deploy.verify import mask_logits, noise_image

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.stock_models import build, train_a_little
-from sam2_lora_ext.adapters.merge import merge_state_dict
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.deploy.verify import mask_logits, noise_image
 from sam2_lora_ext.lora import Adapter, LayerAdapter, LoRALinear, build_lora_model
 from sam2_lora_ext.utils.errors import UserError

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from helpers.stock_models import NANO, build, train_a_little
-from sam2_lora_ext.adapters.merge import merge_files, merge_state_dict
+from sam2_lora_ext.adapters.merge import merge_files
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import Adapter, attach_adapter, save_adapter
 from sam2_lora_ext.adapters.sources import find_adapter, read_adapter
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights

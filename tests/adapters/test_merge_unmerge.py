@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from helpers.stock_models import NANO, build, train_a_little
-from sam2_lora_ext.adapters.merge import merge_files, merge_state_dict
+from sam2_lora_ext.adapters.merge import merge_files
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import Adapter, LayerAdapter, load_adapter, save_adapter
 from sam2_lora_ext.adapters.unmerge import unmerge
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights

@@ -9,7 +9,8 @@ from benchmarks.counting import count, real_step
 from benchmarks.kernels import Kernel, Kernels, cuda_dropout
 from benchmarks.methods import SAMPLING
 from benchmarks.roofline import CARDS, device_ms, host_ms, largest_batch, modelled
-from benchmarks.waits import Waits, count_waits, reads_booleans
+from benchmarks.wait_counter import Waits, reads_booleans
+from benchmarks.waits import count_waits
 
 SMALL, LARGE = (1, 2), (2, 3)  # images, and objects of each
 STOCK_WAITS = 9  # of the loss and its five parts, their number of objects, and the gradients' scale

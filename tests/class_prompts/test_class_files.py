@@ -11,7 +11,8 @@ from sam2.build_sam import build_sam2
 from helpers.stock_models import NANO, build, train_a_little
 from sam2_lora_ext.adapters.class_binding import facts_of, prompts_of, prompts_of_state
 from sam2_lora_ext.adapters.class_prompts import load_class_prompts
-from sam2_lora_ext.adapters.merge import merge_files, require_fit
+from sam2_lora_ext.adapters.merge import merge_files
+from sam2_lora_ext.adapters.merge_state import require_fit
 from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
 from sam2_lora_ext.adapters.sources import source_files
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from sam2.build_sam import build_sam2
 
-from sam2_lora_ext.adapters.merge import merge_state_dict
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import load_adapter, save_adapter
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
 from sam2_lora_ext.data.kaggle import KaggleReader

@@ -17,7 +17,8 @@ from benchmarks.gpu import main, make_step, profiled
 from benchmarks.methods import SAMPLING, Setup, build, make_batch
 from helpers.kills import Killed, assert_same_run, kill_at
 from helpers.small_runs import environment, train_here
-from sam2_lora_ext.adapters.merge import merge_state_dict, read_adapter
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
+from sam2_lora_ext.adapters.sources import read_adapter
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
 from sam2_lora_ext.evaluate.models import build as build_candidate
 from sam2_lora_ext.evaluate.models import candidate

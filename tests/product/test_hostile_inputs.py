@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from helpers.hostile_files import NAME, Evil, Model, adapter_folder, entry, evil_run, safetensors_of, tensors
-from sam2_lora_ext.adapters.merge import merge_state_dict, read_adapter
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import load_adapter, save_adapter
+from sam2_lora_ext.adapters.sources import read_adapter
 from sam2_lora_ext.adapters.weights import read_weights
 from sam2_lora_ext.lora import Adapter, LayerAdapter, attach_adapter
 from sam2_lora_ext.run.checkpoint import prepare_resume

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.small_runs import environment, train_here
-from sam2_lora_ext.adapters.merge import read_adapter
+from sam2_lora_ext.adapters.sources import read_adapter
 from sam2_lora_ext.adapters.weights import read_weights
 from sam2_lora_ext.run.folder import short_number
 from sam2_lora_ext.run.summary import launched_config

@@ -24,7 +24,8 @@ def test_plain_trainer(tmp_path, nano_base, strips, monkeypatch):
     """Only `torch.cuda.reset_peak_memory_stats` is stubbed: without CUDA the stock Trainer cannot make a step."""
     from sam2.build_sam import build_sam2
 
-    from sam2_lora_ext.adapters.merge import merge_state_dict, read_adapter
+    from sam2_lora_ext.adapters.merge_state import merge_state_dict
+    from sam2_lora_ext.adapters.sources import read_adapter
     from sam2_lora_ext.adapters.weights import read_weights, write_weights
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *args: None)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.small_runs import environment, launch, train_here, write_config
-from sam2_lora_ext.adapters.merge import merge_state_dict
+from sam2_lora_ext.adapters.merge_state import merge_state_dict
 from sam2_lora_ext.adapters.peft import load_adapter
 from sam2_lora_ext.adapters.weights import read_weights, weights_id
 

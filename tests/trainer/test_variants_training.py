@@ -10,8 +10,9 @@ from training.trainer import unwrap_ddp_if_wrapped
 from helpers.kills import Killed, assert_same_run, kill_at
 from helpers.small_runs import config_of, environment, rank_environment, train_here
 from helpers.stock_models import NANO
-from sam2_lora_ext.adapters.merge import merge_files, read_adapter
+from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.adapters.peft import load_adapter
+from sam2_lora_ext.adapters.sources import read_adapter
 from sam2_lora_ext.adapters.weights import read_weights
 from sam2_lora_ext.deploy.verify import compare_merged
 from sam2_lora_ext.lora import Adapter, lora_layers
