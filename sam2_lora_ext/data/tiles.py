@@ -1,7 +1,7 @@
 """Cuts strips into overlapping tiles, and stitches a model's outputs of the tiles.
 
 A strip squashed to a square loses detail along its length; tiles keep it. Where tiles overlap, logits are averaged with
-weights that fall off towards a tile's ends, so that seams are smooth. Legend: N tiles, H W strip, w tile width in pixels.
+weights that fall off towards a tile's ends, so seams are smooth. Legend: N tiles, H W strip, w tile width (pixels).
 """
 
 from collections.abc import Callable, Sequence

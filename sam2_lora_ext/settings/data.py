@@ -1,6 +1,6 @@
-"""The rows of what reads, samples, cuts and batches the data: `dataset` and `vos`, and the classes they name.
+"""The rows for reading, sampling, cropping and batching the data: `dataset` and `vos`, and the classes they name.
 
-Legend of the sentences: pixels and columns are those of the stored image.
+In the messages, pixels and columns are those of the stored image.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from sam2_lora_ext.settings.containers import ListOf, MapOf, Nullable, Part, Section, either
 from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of, shown
 
-PIXELS = 1_000_000  # of a side: more than any decoder takes
+PIXELS = 1_000_000  # of a side: more than any decoder supports
 PATH = Text()
 SHARE = Number(0, 1)
 SEED = Whole(0, 2**31 - 1)  # numpy takes 32 bits, of which stock's Trainer uses the upper ones for phases
@@ -54,7 +54,7 @@ def overlapping(section: Mapping[str, Any]) -> str | None:
 
 
 def clean_parts(section: Mapping[str, Any]) -> str | None:
-    """Settings about clean samples and groups that would do nothing, or contradict each other."""
+    """Settings about clean samples and groups must have an effect and not contradict each other."""
     share, width, training = section.get("clean_share"), section.get("clean_part_width"), section.get("training", True)
     if not training and share is not None:
         return f"clean_share is for training (in evaluation every clean image takes part once), got {share}"
@@ -70,7 +70,7 @@ def clean_parts(section: Mapping[str, Any]) -> str | None:
 
 
 def whole_strips(section: Mapping[str, Any]) -> str | None:
-    """A crop at every so many columns must leave none out."""
+    """Crops at a grid must cover all columns."""
     if section.get("width") is not None and (section.get("grid") or 1) > section["width"]:
         return f"a crop of {section['width']} columns at every {section['grid']} would leave some out; lower the grid"
     return None
@@ -84,7 +84,7 @@ def evaluates_all(section: Mapping[str, Any]) -> str | None:
 
 
 def distinct_names(section: Mapping[str, Any]) -> str | None:
-    """Each class has a name of its own."""
+    """Class names are unique."""
     classes = section.get("classes")
     names = list(classes.values()) if isinstance(classes, Mapping) else classes if isinstance(classes, list) else [""]
     if not names or len(set(names)) < len(names):
@@ -93,7 +93,7 @@ def distinct_names(section: Mapping[str, Any]) -> str | None:
 
 
 def distinct_colours(section: Mapping[str, Any]) -> str | None:
-    """Each class has a colour of its own; black is no class."""
+    """Each class has a unique colour; black is the background."""
     colours, classes = section.get("colors"), section.get("classes")
     if colours is None:
         return None

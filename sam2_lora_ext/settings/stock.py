@@ -1,4 +1,4 @@
-"""The rows of the Trainer: ours, stock's, and the schedules, optimizer and loggers that configs give it."""
+"""The rows for the Trainer, ours and stock's, and for its schedules, optimizer and loggers."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ LEVEL = one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def whole_schedule(section: Mapping[str, Any]) -> str | None:
-    """The parts of a schedule fill it."""
+    """The lengths of a schedule's parts sum to 1."""
     lengths, count = section["lengths"], len(section["schedulers"])
     scaling = section.get("interval_scaling")
     if len(lengths) != count or isinstance(scaling, list) and len(scaling) != count:
@@ -35,7 +35,7 @@ def seed_fits(section: Mapping[str, Any]) -> str | None:
 
 
 def trains_on_something(section: Mapping[str, Any]) -> str | None:
-    """What a mode reads is there."""
+    """The data of a mode is set."""
     mode, data = section.get("mode", "train"), section["data"]
     if mode != "val":
         missing = [name for name in ("optim", "loss") if not section.get(name)]
@@ -47,7 +47,7 @@ def trains_on_something(section: Mapping[str, Any]) -> str | None:
 
 
 def parts_of(tree: Any, ending: str) -> Iterator[Mapping[str, Any]]:
-    """All parts in a section whose `_target_` ends so."""
+    """All parts in a section whose `_target_` has this ending."""
     if isinstance(tree, Mapping):
         if str(tree.get("_target_", "")).endswith(ending):
             yield tree
@@ -59,17 +59,17 @@ def parts_of(tree: Any, ending: str) -> Iterator[Mapping[str, Any]]:
 
 
 def one_resolution(section: Mapping[str, Any]) -> str | None:
-    """The images are made as large as the model takes them."""
+    """The images are resized to the size of the model's input."""
     size = section["model"].get("image_size")
     for part in parts_of(section["data"], "pixels.ModelInput"):
         if size is not None and part["size"] != size:
-            made = f"the data is made {part['size']} pixels large"
+            made = f"the data is resized to {part['size']} pixels"
             return f"model.image_size is {size}, but {made}; set scratch.resolution alone"
     return None
 
 
 def frames_suffice(section: Mapping[str, Any]) -> str | None:
-    """A clip has the frames that are prompted and corrected; stock takes one of each for a single frame."""
+    """A clip has at least as many frames as are prompted and corrected; stock uses one of each for a single frame."""
     for phase, suffix in (("train", "train"), ("val", "eval")):
         wanted = section["model"].get(f"num_frames_to_correct_for_{suffix}", 1)
         for part in parts_of(section["data"].get(phase), "sampler.ObjectSampler"):

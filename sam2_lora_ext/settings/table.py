@@ -1,6 +1,6 @@
-"""The table of all settings: the sections of a config, and by their `_target_` the parts that Hydra makes of it.
+"""The table of all settings: the sections of a config, and the parts that Hydra instantiates, by their `_target_`.
 
-The rows stand with what they are about: `data.py`, `class_data.py`, `model.py`, `stock.py`.
+The rows are grouped by subject: `data.py`, `class_data.py`, `model.py`, `stock.py`.
 """
 
 from sam2_lora_ext.settings import class_data, data, model, stock
@@ -43,7 +43,7 @@ LAUNCHER = Section(
 
 
 def ports(section) -> str | None:
-    """A range has its ends in order."""
+    """The ends of a range are in order."""
     low, high = section.get("port_range", (1, 1))
     return f"port_range begins with {low}, above its end {high}" if low > high else None
 
@@ -69,7 +69,7 @@ SUBMITIT = Section(
     required=("port_range",),
     rules=(ports,),
 )
-SECTIONS = {  # in this order: the name that a user knows comes first
+SECTIONS = {  # in this order: the user's name comes first
     "scratch": SCRATCH,
     "dataset": DATASET,
     "lora": Nullable(model.LORA),
@@ -78,4 +78,4 @@ SECTIONS = {  # in this order: the name that a user knows comes first
     "submitit": SUBMITIT,
 }
 USERS = ("scratch", "dataset", "vos")
-"""Sections whose other keys are a user's own where something in the config reads them."""
+"""Sections with free keys for users, if something in the config reads them."""

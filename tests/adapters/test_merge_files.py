@@ -58,7 +58,7 @@ def test_which_adapter_a_path_means(run):
     final.rename(run / "adapters" / "was final")
     with pytest.raises(
         UserError,
-        match="no run with adapters/best or adapters/final: to use another adapter of it, give .*latest or .*checkpoint.pt",
+        match="no run with adapters/best or adapters/final: to use another adapter.*, give .*latest or .*checkpoint.pt",
     ):
         find_adapter(run)
     with pytest.raises(UserError, match="was it trained up to a validation"):

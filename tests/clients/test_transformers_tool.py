@@ -100,7 +100,7 @@ def test_the_mask_generation_pipeline_takes_the_folder(nano, offline):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--format", "pt", "--image-size", "64"], "--image-size is written into a folder only"),
+        (["--format", "pt", "--image-size", "64"], "--image-size is only for a folder"),
         (["--out", "{nano}/model"], "model exists already: choose another name, or give --force"),
         (["--out", "{nano}", "--force"], "holds"),
         (["--out", "{out}/full", "--force"], "replaces a model of transformers"),
