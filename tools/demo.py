@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The whole product once, on a CPU, in a few minutes: synthetic strips, training, adapter, merge, proof, pictures.
+"""The full workflow on a CPU in a few minutes: synthetic strips, training, adapter, merge, verification, pictures.
 
     make demo            (or: python tools/demo.py [--out runs/demo])
 
@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import csv
@@ -35,12 +35,12 @@ from sam2_lora_ext.utils.files import write_json
 CONFIG = "configs/sam2_nano.yaml"
 BASE = ROOT / "assets/sam2_nano.pt"
 CROP = 256  # columns of a strip in view, as in configs/demo.yaml
-MARK = ".sam2_lora_demo"  # tells our folder from a user's own
+MARK = ".sam2_lora_demo"  # marks the demo's folder
 COLUMNS = ("iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks", "dice_box")
 
 
 def clear(folder: Path) -> None:
-    """Empties the demo's folder; refuses one that the demo did not make."""
+    """Empties the demo's folder; refuses any other folder."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).exists():
             raise UserError(f"{folder} is not empty and not from an earlier demo: choose another --out")
@@ -50,7 +50,7 @@ def clear(folder: Path) -> None:
 
 
 def write_data(folder: Path, strips: int, seed: int) -> None:
-    """Synthetic strips in Kaggle's layout and split.csv: every fifth strip validates."""
+    """Synthetic strips in Kaggle's layout and split.csv: every fifth strip is for validation."""
     from sam2_lora_ext.data.splits import write_split
     from sam2_lora_ext.data.synthetic import write_strips
 
@@ -105,11 +105,11 @@ def follow(bar: tqdm, metrics: Path) -> None:
 
 
 def tool(*arguments: str | Path) -> None:
-    """Runs one of our command lines as a user would."""
+    """Runs a command line of this package in a process."""
     command = [sys.executable, *map(str, arguments)]
     print("$ python " + " ".join(map(str, arguments)), flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
-        raise UserError(f"{arguments[0]} failed; see what it printed above")
+        raise UserError(f"{arguments[0]} failed; see its output above")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=number(SEED), default=42)
     args = parser.parse_args(argv)
-    import_launcher()  # one sentence now rather than a traceback later
+    import_launcher()  # one sentence now instead of a traceback later
     import torch
     from sam2.build_sam import build_sam2
 

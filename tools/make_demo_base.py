@@ -4,7 +4,7 @@
     python tools/make_demo_base.py --out assets/sam2_nano.pt
 
 Takes about 75 minutes on one core. Deterministic for a seed and a number of threads. It can be stopped at any time:
-the same command goes on from the last checkpoint in --work. Legend: T frames, B images, O objects.
+the same command continues from the last checkpoint in --work. Legend: T frames, B images, O objects.
 """
 
 import os
@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import json
@@ -45,7 +45,7 @@ Scene = tuple[np.ndarray, np.ndarray]  # images uint8 [T, H, W, 3], masks bool [
 
 
 def make_pool(count: int, frames: int, seed: int, clean_share: float) -> list[Scene]:
-    """Draws `count` scenes once; training shows each of them many times, turned and recoloured."""
+    """Draws `count` scenes once; training uses each of them many times, rotated and recoloured."""
     scenes: list[Scene] = []
     for index in tqdm(range(count), desc=f"scenes of {frames} frame(s)", unit="scene"):
         rng = np.random.default_rng((seed, frames, index))
@@ -74,8 +74,8 @@ def turn(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_image: int) -> BatchedVideoDatapoint:
-    """SAM 2's batch from scenes with the same number of frames; without `rng` nothing is drawn and all objects are
-    taken."""
+    """SAM 2's batch from scenes with the same number of frames; without `rng` nothing is random and all objects
+    are used."""
     images, where, masks, identifiers = [], [], [], []
     for b, scene in enumerate(scenes):
         frames, segments = turn(rng, scene) if rng is not None else (scene[0].astype(np.float32), scene[1])
@@ -108,7 +108,7 @@ def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_im
 
 
 def corrections(progress: float) -> int:
-    """Correction clicks in training: few while the masks are still poor, all seven at the end, few while polishing
+    """Correction clicks in training: few while the masks are poor, all seven at the end, few after the restart
     (> 1)."""
     return 1 if progress < 0.55 or progress >= 1 else 3 if progress < 0.9 else 7
 
@@ -151,7 +151,7 @@ def build(config: Path, seed: int) -> torch.nn.Module:
     model = OmegaConf.load(config).model
     model._target_ = "sam2_lora_ext.model.LoRASAM2Train"
     model = instantiate(model, prob_to_use_pt_input_for_train=0.7, num_frames_to_correct_for_eval=1)
-    # An object score below 0 replaces the mask by -1024, without a gradient: start from "an object is here".
+    # An object score below 0 replaces the mask by -1024, without a gradient: start from "present".
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 2.0)
     return model
 
@@ -173,12 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="steps after that, with few clicks, at a restarted rate",
     )
     parser.add_argument("--batch", type=number(Whole(1, 100_000)), default=16, help="images a step")
-    parser.add_argument("--objects", type=number(Whole(1, 1000)), default=2, help="objects an image, at most")
+    parser.add_argument("--objects", type=number(Whole(1, 1000)), default=2, help="largest number of objects per image")
     parser.add_argument(
         "--scenes",
         type=number(Whole(10, 10**7)),
         default=12000,
-        help="different training images; clips are a tenth as many",
+        help="number of training images; there are a tenth as many clips",
     )
     parser.add_argument("--lr", type=number(Number(0, 100, above=True)), default=8e-4)
     parser.add_argument("--seed", type=number(SEED), default=42)
@@ -212,13 +212,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         if saved["facts"] != facts:
-            raise UserError(
-                f"{checkpoint} is from other settings ({saved['facts']}): use them again, or another --work"
-            )
+            raise UserError(f"{checkpoint} has other settings ({saved['facts']}): use these, or another --work")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average, first = saved["average"], saved["step"]
-        print(f"going on from step {first} of {checkpoint}")
+        print(f"continuing from step {first} of {checkpoint}")
 
     stills = make_pool(args.scenes, 1, args.seed, clean_share=0.1)
     clips = make_pool(args.scenes // 10, 3, args.seed, clean_share=0.05)
@@ -248,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep = min(0.9985, (1 + step) / (10 + step))
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, 1 - keep) if value.is_floating_point() else average[name].copy_(value)
-        seen = min(loss.item(), 20.0)  # one object that the score denies would hide all others in the average
+        seen = min(loss.item(), 20.0)  # one object with the score "absent" would dominate the average
         running = seen if step == first else 0.98 * running + 0.02 * seen
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         done = step + 1

@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     synth = command("synth", "the folder for the strips", "synthesise", reads=False)
     share = number(Number(0, 1))
     synth.add_argument("--count", type=number(COUNT), default=100, metavar="N", help="how many strips (%(default)s)")
-    synth.add_argument("--seed", type=seed, default=42, metavar="N", help="strip i depends on (N, i) only (%(default)s)")
+    synth.add_argument("--seed", type=seed, default=42, metavar="N", help="strip i depends on N and i (%(default)s)")
     synth.add_argument("--clean-share", type=share, default=0.3, metavar="X", help="without a defect (%(default)s)")
     return options
 

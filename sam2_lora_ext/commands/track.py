@@ -47,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--stride", type=count, metavar="N", help="columns between windows (default: the run's, else half the width)"
     )
     options.add_argument("--image-size", type=size, metavar="PIXELS", help="of the model's input (default: the run's)")
-    options.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda ... (default: cuda if there is one, else cpu)"
-    )
+    options.add_argument("--device", metavar="NAME", help="cpu, cuda ... (default: cuda if there is one, else cpu)")
     options.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
     options.add_argument("--force", action="store_true", help="replace an existing picture")
     return options

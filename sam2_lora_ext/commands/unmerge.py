@@ -31,9 +31,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that were merged into")
     options.add_argument("--merged", type=Path, required=True, metavar="FILE", help="the result, in any precision")
     options.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
-    options.add_argument(
-        "--rank", type=number(RANK), metavar="R", help="of every layer (default: the numerical rank)"
-    )
+    options.add_argument("--rank", type=number(RANK), metavar="R", help="of every layer (default: the numerical rank)")
     options.add_argument(
         "--bound",
         type=number(Number(0, 1)),

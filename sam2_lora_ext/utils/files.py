@@ -157,9 +157,7 @@ def inside(folder: Path, name: object) -> Path:
     """The file of a relative name in a folder; raises `UserError` if the name, or a link, leads out of it."""
     path = folder / name if isinstance(name, str) and "\0" not in name else None
     if path is None or not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"{folder} names the file {str(name)[:200]!r}, which is not inside that folder: it is not used"
-        )
+        raise UserError(f"{folder} names the file {str(name)[:200]!r}, which is not inside that folder: it is not used")
     return path
 
 
