@@ -9,7 +9,7 @@ other questions: `benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import subprocess

@@ -9,7 +9,7 @@ the step that is not counted. Prints a table and writes `runs/bench/features.jso
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import statistics

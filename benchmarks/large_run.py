@@ -10,7 +10,7 @@ large_run.json, seconds and peak resident memory of each stage. Needs about 7 GB
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import os

@@ -10,7 +10,7 @@ is `activations: stock` with the plain layer and the plain loss.
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import dataclasses

@@ -11,7 +11,7 @@ cores. Writes quality.json, quality.md and quality.png into --out.
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import hashlib

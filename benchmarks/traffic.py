@@ -8,7 +8,7 @@ Counted in DDP's own communication hook while one backward pass runs, on SAM 2.1
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""LoRA for Meta's SAM 2 training framework: adapters, steel-defect data, Trainer hooks, a merge that stock loads."""
+"""LoRA for Meta's SAM 2 training framework: adapters, steel-defect data, Trainer hooks, merging for stock SAM 2."""
 
 __version__ = "0.2.0"
 
@@ -15,7 +15,7 @@ _SERVING = (
 
 
 def __getattr__(name: str) -> object:
-    """The functions of `serving.py`, imported when they are asked for: this package is also used without torch."""
+    """The functions of `serving.py`, imported on first access, since this package is also used without torch."""
     if name not in _SERVING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sam2_lora_ext.deploy import serving

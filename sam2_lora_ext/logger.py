@@ -1,7 +1,7 @@
-"""CSV files beside TensorBoard: whole rows of metrics for `LoRATrainer`, single scalars for the plain Trainer.
+"""CSV files in addition to TensorBoard: rows of metrics for `LoRATrainer`, single scalars for the plain Trainer.
 
-Both write on rank 0 only, flush every row, and survive a kill: an unfinished last line is cut off when a file is opened
-again. Floats are written by `repr`, so reading gives the same number back.
+Both write on rank 0 only, flush every row, and survive a kill: an unfinished last line is removed when a file is opened
+again. Floats are written by `repr`, so reading returns the same number.
 """
 
 import csv
@@ -43,10 +43,10 @@ def metric_columns(meter_keys: Sequence[str]) -> list[str]:
 
 
 class CSVFile:
-    """A CSV file that only grows by whole rows; on ranks other than 0 it does nothing.
+    """A CSV file that grows by complete rows only; on ranks other than 0 it does nothing.
 
     Args:
-        path: the file; made with its folder and header when it is missing.
+        path: the file; created with its folder and header if missing.
         columns: the header.
 
     Raises:
@@ -64,7 +64,7 @@ class CSVFile:
         """Appends a row; a column without a value stays empty.
 
         Raises:
-            UserError: a key is no column, or the file cannot be written.
+            UserError: a key is not a column, or the file cannot be written.
         """
         unknown = [key for key in row if key not in self.columns]
         if unknown:
@@ -85,7 +85,7 @@ class CSVFile:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}; check what is there") from error
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
         whole = text[: text.rfind("\n") + 1]
         lines = list(csv.reader(io.StringIO(whole, newline="")))
         if not lines:
@@ -93,7 +93,7 @@ class CSVFile:
         if lines[0] != self.columns:
             raise UserError(
                 f"{self.path} has the columns {', '.join(lines[0])} where this run writes {', '.join(self.columns)}: "
-                "resume with the settings of the run that made it, or move it away"
+                "resume with the settings of its run, or move it away"
             )
         for number, line in enumerate(lines[1:], start=2):
             if len(line) != len(self.columns):
@@ -104,7 +104,7 @@ class CSVFile:
         return [dict(zip(self.columns, line, strict=True)) for line in lines[1:]]
 
     def _rewrite(self, keep: Callable[[dict[str, str]], bool]) -> int:
-        """Leaves header and the rows to keep, in one atomic step if anything changes; returns how many rows went."""
+        """Keeps the header and selected rows, atomically if anything changes; returns the number of removed rows."""
         rows = self.read()
         kept = [row for row in rows if keep(row)]
         text = _line(self.columns) + "".join(_line(row.values()) for row in kept)
@@ -117,11 +117,11 @@ class MetricsCSV(CSVFile):
     """logs/metrics.csv: a row for training every N steps and one for each validation (columns: `metric_columns`)."""
 
     def truncate_after(self, step: int, epoch: int | None = None) -> int:
-        """Drops what a resumed run will write again; the file is replaced atomically.
+        """Drops the rows that a resumed run will write again; the file is replaced atomically.
 
         Args:
-            step: training rows beyond this step go (those with `phase` "train").
-            epoch: other rows beyond this epoch go; `None` judges them by `step` too.
+            step: training rows (with `phase` "train") beyond this step are dropped.
+            epoch: other rows beyond this epoch are dropped; None compares their `step` too.
 
         Returns:
             The number of rows dropped.
@@ -143,7 +143,7 @@ class MetricsCSV(CSVFile):
 class ScalarsLogger:
     """The Trainer's logger hook: TensorBoard as stock, and each scalar as a row `step, name, value` of a CSV file.
 
-    A resumed run appends: of two rows with one step and name the later counts. Made by `make_csv_logger`.
+    A resumed run appends: of two rows with the same step and name the later one counts. See `make_csv_logger`.
     """
 
     def __init__(self, tensorboard: TensorBoardLogger, scalars: CSVFile):
@@ -165,7 +165,7 @@ class ScalarsLogger:
         self.tensorboard.log_hparams(hparams, meters)
 
     def flush(self) -> None:
-        """Writes what TensorBoard holds back; the CSV file holds nothing back."""
+        """Flushes TensorBoard; the CSV file has no buffer."""
         self.tensorboard.flush()
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class ScalarsLogger:
 
 
 def make_csv_logger(log_dir: str, csv_path: str, **writer: Any) -> ScalarsLogger:
-    """For `trainer.logging.tensorboard_writer._target_`, in the place of stock's `make_tensorboard_logger`.
+    """For `trainer.logging.tensorboard_writer._target_`, instead of stock's `make_tensorboard_logger`.
 
     Args:
         log_dir: TensorBoard's folder.
@@ -187,7 +187,7 @@ def make_csv_logger(log_dir: str, csv_path: str, **writer: Any) -> ScalarsLogger
 def _text(cell: Cell) -> str:
     if cell is None:
         return ""
-    return str(cell) if isinstance(cell, Integral | str) else repr(float(cell))  # numpy's own repr names the type
+    return str(cell) if isinstance(cell, Integral | str) else repr(float(cell))  # numpy's own repr includes the type
 
 
 def _line(cells: Any) -> str:

@@ -24,7 +24,7 @@ LOSS_NAMES = ("core_loss", "loss_mask", "loss_dice", "loss_iou", "loss_class", "
 
 @dataclass(frozen=True)
 class Rows:
-    """What is kept of each object in each frame: on the device until a value is asked for, then on the CPU."""
+    """The record of each object in each frame: on the device until a value is computed, then on the CPU."""
 
     ids: Tensor  # [N 3] int64: video, object, frame
     tracked: Tensor  # [N] bool: not the clip's first frame
@@ -64,11 +64,11 @@ class Rows:
 class SegmentationMeter:
     """IoU, Dice, object-score accuracy and loss by the contract of SAM 2's Trainer, exact over ranks.
 
-    Batches of class prompts are passed over: `class_prompts.meter` is for them.
+    Batches of class prompts are ignored: `class_prompts.meter` is for them.
 
-    Rows are known by `(video, object, frame)` and counted once, whatever the ranks and the sampler's padding; areas are
+    Rows are identified by `(video, object, frame)` and counted once despite the sampler's padding; areas are
     integers and sums correctly rounded, so the values do not depend on the number of ranks. Without any row the result
-    is `{}`; a key whose mean would be over nothing (an absent class, no clean sample) is left out.
+    is `{}`; a key without any value (an absent class, no clean sample) is left out.
 
     Keys, all Python floats (means over objects; a mask is `logit > 0`; both masks empty counts 1.0):
         `iou_1click`, `dice_1click`, and so with `2clicks`, `4clicks`, `8clicks` and the last step, as far as the steps
@@ -77,17 +77,17 @@ class SegmentationMeter:
         `iou_tracked`, `dice_tracked`: defects in later frames, at their first step (before any correction there),
             averaged over object and frame. An object that left the frame has an empty target: 1.0 if none is drawn.
         `<those>_class_<c>`: the same over the defects of class c.
-        `clean_accuracy`: share of clean objects whose object score says "nothing here" (logit <= 0) at the first step;
-            `clean_accuracy_last` at the last. `defect_accuracy`: share of defects whose score says "here".
-        `objects`, `clean`: how many defects and clean objects (in first frames).
-        `loss`, `loss_mask`, ...: from the loss's `object_losses`, if it gives them: summed over an object's frames and
-            averaged over all objects, clean ones too. For one clip per object this is what stock reports on one rank.
+        `clean_accuracy`: share of clean objects whose object score predicts "absent" (logit <= 0) at the first step;
+            `clean_accuracy_last` at the last. `defect_accuracy`: share of defects whose score predicts "present".
+        `objects`, `clean`: number of defects and clean objects (in first frames).
+        `loss`, `loss_mask`, ...: from the loss's `object_losses`, if it has them: summed over an object's frames and
+            averaged over all objects, clean ones too. For one clip per object this equals stock's report on one rank.
 
     Args:
-        classes: the classes that get keys of their own; others count in the overall means only.
-        prompt: what the first step is; it only names the keys.
+        classes: the classes with separate keys; others count in the overall means only.
+        prompt: of the first step; it only affects the names of the keys.
         losses: report the loss too. Switch it off when the plain Trainer saves best checkpoints by this meter.
-        distinct: count an object once however often it comes (validation); False counts each time (training).
+        distinct: count an object once even if it is repeated (validation); False counts each time (training).
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class SegmentationMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all rows."""
-        self._new: list[Rows] = []  # where the outputs were
+        """Removes all rows."""
+        self._new: list[Rows] = []  # on the device of the outputs
         self._parts: list[Rows] = []  # on the CPU
 
     @torch.no_grad()
@@ -144,11 +144,11 @@ class SegmentationMeter:
 
     @staticmethod
     def is_better(new: float, old: float) -> bool:
-        """Higher is better. The plain Trainer asks this for every key without naming it, so it is wrong for losses."""
+        """Higher is better. The plain Trainer calls this for every key without its name, so it is wrong for losses."""
         return new > old
 
     def keys(self, steps: int, tracked: bool = False) -> list[str]:
-        """Every key that `steps` prompt steps can give, in order: for the columns of a table."""
+        """All possible keys for `steps` prompt steps, in order: for the columns of a table."""
         names = [f"{metric}_{self._step_name(step)}" for step in self._reported(steps) for metric in ("iou", "dice")]
         names += ["iou_tracked", "dice_tracked"] if tracked else []
         keys = [key for name in names for key in (name, *(f"{name}_class_{c}" for c in self.classes))]
@@ -156,7 +156,7 @@ class SegmentationMeter:
         return keys + ([_loss_key(name) for name in LOSS_NAMES] if self.losses else [])
 
     def _compact(self) -> None:
-        """Keeps one part, so that repeated calls stay cheap; the device is waited for here, not at each update."""
+        """Merges the parts into one, so that repeated calls are cheap; only this waits for the device."""
         if self._new:
             self._parts = [Rows.concatenate([*self._parts, Rows.concatenate(self._new).on_host()])]
             self._new = []
@@ -200,7 +200,7 @@ class SegmentationMeter:
         return step + 1 if self.prompt == "click" else step
 
     def _reported(self, steps: int) -> list[int]:
-        """The step indices that are reported: the first, those of 1, 2, 4 and 8 clicks, the last."""
+        """The reported step indices: the first, those of 1, 2, 4 and 8 clicks, the last."""
         return [s for s in range(steps) if s in (0, steps - 1) or self._clicks(s) in REPORTED_CLICKS]
 
     def _step_name(self, step: int) -> str:
@@ -214,7 +214,7 @@ def _loss_key(name: str) -> str:
 
 
 def _rows_of_frame(outputs: Mapping[str, Any], ids: Tensor, tracked: bool, with_losses: bool) -> Rows:
-    """The rows of one frame, where the outputs are: outputs as in `SegmentationMeter.update`, ids [O 3]."""
+    """The rows of one frame, on the device of the outputs: outputs as in `SegmentationMeter.update`, ids [O 3]."""
     counts = mask_counts(outputs["multistep_pred_masks_high_res"] > 0, outputs["gt_masks"])
     objects, steps = counts.shape[:2]
     scores = outputs["multistep_object_score_logits"]

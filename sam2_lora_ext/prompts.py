@@ -1,8 +1,8 @@
-"""Clicks and boxes for training and validation: stock's sampling, made right for clean objects and repeatable.
+"""Clicks and boxes for training and validation: stock's sampling, corrected for clean objects and reproducible.
 
 Stock SAM 2 gives an object with an empty mask a *negative* click (in validation always at (0, 0)) and an inverted box.
-Here a clean object gets one *positive* click on sound steel, never a box, and negative clicks afterwards: the question
-"is there something here?", whose answer the object score learns.
+Here a clean object gets one *positive* click on clean steel, never a box, and negative clicks afterwards, so that the
+object score learns to predict "absent".
 
 Legend: O objects, H W pixels, P points. Coordinates are (x, y) in pixels of the model's input. Labels: 1 positive
 click, 0 negative click, 2 and 3 the corners of a box, -1 padding.
@@ -18,24 +18,23 @@ from torch import Tensor
 
 from sam2_lora_ext.run.seeding import mixed
 
-TRIES = 2**12  # pixels of the frame that are tried for a click, before those of its region are counted
+TRIES = 2**12  # random pixels of the frame that are tried for a click, before the pixels of its region are counted
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed integer
 
 
 class PromptSampler:
-    """Samples the prompts of the O objects of one batch; stands in for the two functions that `SAM2Train` calls.
+    """Samples the prompts of the O objects of one batch; replaces the two functions that `SAM2Train` calls.
 
-    All objects are sampled at once on their device, and nothing is read back from it.
+    All objects are sampled at once on their device, without synchronisation.
 
     Args:
-        empty: bool [O], which objects have no pixels: clean samples, and classes that an image has not.
-        sound: bool [O, H, W], where a clean object may be clicked.
-        keys: int64 [O], the start of each object's own random numbers, whatever else is in the batch and on whichever
-            rank.
-        seeded: whether defects are clicked by these numbers too, and not from the global generator as in stock.
+        empty: bool [O], whether an object has no pixels: clean samples, and absent classes.
+        sound: bool [O, H, W], pixels on which a clean object may be clicked.
+        keys: int64 [O], the start of each object's own random numbers, independent of batch and rank.
+        seeded: whether clicks on defects use these numbers too, instead of the global generator as in stock.
         exact_boxes: boxes without the stock jitter of 10 % (for validation).
-        first: coordinates [O, P, 2] and labels [O, P] of prompts that come before the clicks and are no clicks, so that
-            even the first click of an object without pixels is a negative one.
+        first: coordinates [O, P, 2] and labels [O, P] of prompts before the clicks; then even the first click of an
+            object without pixels is negative.
     """
 
     def __init__(
@@ -50,12 +49,12 @@ class PromptSampler:
     ):
         self.empty, self.sound, self.keys = empty, sound, keys
         self.seeded, self.exact_boxes, self.first = seeded, exact_boxes, first
-        self.correcting = False  # set once the first prompts are there
-        self.draws = 0  # random numbers that each object has used
+        self.correcting = False  # set after the first prompts
+        self.draws = 0  # number of random numbers that each object has used
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Puts this sampler where `SAM2Train` looks its sampling functions up, and takes it away again."""
+        """Within the block, `SAM2Train` uses this sampler instead of its sampling functions."""
         saved = host.get_next_point, host.sample_box_points
         host.get_next_point, host.sample_box_points = self.next_point, self.box
         try:
@@ -68,7 +67,7 @@ class PromptSampler:
 
         Args:
             gt_masks: bool [O, 1, H, W].
-            pred_masks: bool [O, 1, H, W], or None for the first click and for one that looks at the target alone.
+            pred_masks: bool [O, 1, H, W], or None for the first click and for one that depends on the target only.
             method: "uniform" over the error region, or "center" (the pixel deepest inside it).
 
         Returns:
@@ -80,7 +79,7 @@ class PromptSampler:
         if self.seeded and method == "uniform":
             return drawn
         stocks = get_next_point(gt_masks=gt_masks, pred_masks=pred_masks, method=method)
-        # stock already clicks negatively on what was wrongly found
+        # stock already places negative clicks on false positives
         ours = self.empty if pred_masks is None else self.empty & ~pred_masks.flatten(1).any(1)
         return tuple(torch.where(_like(ours, new), new.to(old), old) for new, old in zip(drawn, stocks))
 
@@ -113,8 +112,8 @@ class PromptSampler:
     def _drawn(self, gt_masks: Tensor, pred_masks: Tensor | None) -> tuple[Tensor, Tensor]:
         """Stock's uniform rule from each object's own numbers: a pixel of the error region, else of the background.
 
-        For a clean object the background is its sound steel, and its first click is positive. Of a mask that fills the
-        frame and was found exactly any pixel, which is positive; stock's is (0, 0), and negative.
+        For a clean object the background is its clean steel, and its first click is positive. For a mask that fills the
+        frame and has no error it is any pixel, positive; stock's is (0, 0), negative.
         """
         wrong = gt_masks if pred_masks is None else gt_masks ^ pred_masks
         background = torch.where(_like(self.empty, self.sound), self.sound, ~gt_masks[:, 0])
@@ -138,11 +137,11 @@ def _like(flags: Tensor, other: Tensor) -> Tensor:
 
 
 def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:
-    """A pixel (x, y) int64 [O, 2] of each object's region: uniform, where the numbers are.
+    """A pixel (x, y) int64 [O, 2] of each object's region: uniform if the numbers are.
 
-    It is the first of the frame's pixels `numbers[:, 1:]` that lies inside, so that a pixel at the region's edge that
-    rounding turns hardly ever changes it; where none does, the region's own pixel `numbers[:, 0]`. Both are modulo how
-    many there are. No value is read back, for which the host would wait for a GPU.
+    It is the first of the frame's pixels `numbers[:, 1:]` that is inside the region, so a pixel at its edge that flips
+    by rounding hardly ever changes it; if none is inside, the region's pixel `numbers[:, 0]`. All are modulo the number
+    of pixels. No value is read back, so a GPU is not synchronised.
 
     Args:
         numbers: int64 [O, N], not negative.
@@ -162,8 +161,8 @@ def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:
 
 
 def pixels_in_order(numbers: Tensor, regions: Tensor) -> Tensor:
-    """Of regions bool [O, H, W], none empty, the pixels (x, y) int64 [O, 2] in place `numbers` [O] modulo their count,
-    row by row."""
+    """The pixels (x, y) int64 [O, 2] with the indices `numbers` [O], modulo their count, of regions bool [O, H, W] that
+    are not empty, row by row."""
     objects, in_row = torch.arange(len(regions), device=regions.device), regions.sum(2)  # O H
     up_to = in_row.cumsum(1)
     place = numbers % up_to[:, -1]

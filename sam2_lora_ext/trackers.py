@@ -1,10 +1,10 @@
-"""Weights & Biases and MLflow beside TensorBoard, through the Trainer's logger hook; both are optional.
+"""Weights & Biases and MLflow in addition to TensorBoard, through the Trainer's logger hook; both are optional.
 
     trainer.logging.tensorboard_writer._target_=sam2_lora_ext.trackers.make_wandb_logger
     +trainer.logging.tensorboard_writer.project=steel
 
-or, in a config of one's own, `defaults: [/configs/severstal_lora, /configs/base/wandb, _self_]`. Only rank 0 tracks.
-What the Trainer logs by optimizer step or by epoch comes with the number that it gives.
+or, in a user's config, `defaults: [/configs/severstal_lora, /configs/base/wandb, _self_]`. Only rank 0 tracks. Values
+keep the Trainer's number of the optimizer step or epoch.
 """
 
 import atexit
@@ -23,22 +23,22 @@ from sam2_lora_ext.utils.errors import UserError
 
 STEP = "trainer_step"
 MODES = ("online", "offline", "disabled")
-ILLEGAL = re.compile(r"[^\w. :/-]", re.ASCII)  # in the names of MLflow's metrics
+ILLEGAL = re.compile(r"[^\w. :/-]", re.ASCII)  # allowed in the names of MLflow's metrics
 
 
 class Tracker(Protocol):
-    """Where scalars go."""
+    """A destination of scalars."""
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """Notes one value."""
+        """Logs one value."""
         ...
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Notes settings of the run."""
+        """Logs settings of the run."""
         ...
 
     def close(self) -> None:
-        """Ends the run; nothing is noted afterwards."""
+        """Ends the run; nothing is logged afterwards."""
         ...
 
 
@@ -46,7 +46,7 @@ class WandbTracker:
     """A run of Weights & Biases; a resumed training continues it.
 
     Args:
-        folder: where `wandb/` goes, and, as a hash, what names the run.
+        folder: of `wandb/`; its hash identifies the run.
         project: of W&B.
         name: of the run; by default the folder above `folder`.
         mode: "online", "offline" (send it later with `wandb sync`) or "disabled".
@@ -71,7 +71,7 @@ class WandbTracker:
             dir=str(folder),
             settings=wandb.Settings(console="off", disable_git=True),
         )
-        # Steps and epochs are mixed, so W&B's own step, which must grow, is of no use.
+        # Steps and epochs are mixed, so W&B's own step, which must increase, cannot be used.
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)
 
@@ -89,7 +89,7 @@ class MlflowTracker:
     """A run of MLflow; a resumed training continues it.
 
     Args:
-        folder: keeps the run's identity in `mlflow_run.txt`.
+        folder: of `mlflow_run.txt` with the run's identity.
         experiment: of MLflow.
         uri: tracking server or store; by default `sqlite:///<folder>/mlflow.db`, which needs no server.
         name: of the run; by default the folder above `folder`.
@@ -128,24 +128,24 @@ class TrackedLogger:
         atexit.register(self.close)
 
     def log(self, name: str, data: Scalar, step: int) -> None:
-        """Notes one scalar."""
+        """Logs one scalar."""
         self.tensorboard.log(name, data, step)
         if self.tracker is not None:
             self.tracker.scalar(name, float(data.detach() if isinstance(data, Tensor) else data), int(step))
 
     def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
-        """Notes several scalars of one step."""
+        """Logs several scalars of one step."""
         for name, data in payload.items():
             self.log(name, data, step)
 
     def log_hparams(self, hparams: dict[str, Scalar], meters: dict[str, Scalar]) -> None:
-        """Notes settings."""
+        """Logs settings."""
         self.tensorboard.log_hparams(hparams, meters)
         if self.tracker is not None:
             self.tracker.params(hparams)
 
     def flush(self) -> None:
-        """Writes what TensorBoard holds back."""
+        """Flushes TensorBoard."""
         self.tensorboard.flush()
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ def make_wandb_logger(
     Args:
         log_dir: TensorBoard's folder; W&B's files go into it too.
         project: see `WandbTracker`, as `name`, `mode` and `entity`.
-        params: settings to note, such as `{lora: ${lora}}`.
+        params: settings to log, such as `{lora: ${lora}}`.
         writer: further arguments of TensorBoard's `SummaryWriter`.
 
     Raises:
@@ -191,9 +191,9 @@ def make_mlflow_logger(
     """For `trainer.logging.tensorboard_writer._target_`.
 
     Args:
-        log_dir: TensorBoard's folder; MLflow's store goes into it too, unless `uri` says otherwise.
+        log_dir: TensorBoard's folder; MLflow's store is in it too, unless `uri` is set.
         experiment: see `MlflowTracker`, as `uri` and `name`.
-        params: settings to note, such as `{lora: ${lora}}`.
+        params: settings to log, such as `{lora: ${lora}}`.
         writer: further arguments of TensorBoard's `SummaryWriter`.
 
     Raises:
@@ -212,7 +212,7 @@ def _logger(
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings by dotted name (`lora.rank`): plain values as they are, lists in words; objects are no settings."""
+    """Settings by dotted name (`lora.rank`): plain values unchanged, lists as text; objects are ignored."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{above}{key}"

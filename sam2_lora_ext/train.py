@@ -1,13 +1,13 @@
 """`python -m sam2_lora_ext.train -c CONFIG key=value ...`: SAM 2's own launcher, with Hydra overrides.
 
-The launcher (`training.train`) knows no overrides. This command line composes the config with them, then runs the
-launcher's own `main`, which gets that config where it would have composed its own; ranks and cluster jobs get it too.
+The launcher (`training.train`) has no overrides. This command line composes the config with them, then runs the
+launcher's own `main` with that config instead of its own; ranks and cluster jobs use it too.
 
 Exit codes, with one rank or several: 0; 2 on a user's mistake; 143 after SIGTERM and 130 after Ctrl-C,
-once the running step is finished and `latest` is written (on a first signal; a second one ends everything at once).
+when the current step is finished and `latest` is written (on a first signal; a second one ends everything at once).
 """
 
-if __name__ == "__main__":  # Ctrl-C is a sentence from here on
+if __name__ == "__main__":  # from here on Ctrl-C ends with one sentence
     from sam2_lora_ext.utils.errors import catch_interrupts
 
     catch_interrupts()
@@ -53,19 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(OmegaConf.to_yaml(config), end="")
         return 0
     launcher.compose = lambda config_name: config
-    from sam2_lora_ext.run.lock import check_free  # needs torch, which `import_launcher` has found
+    from sam2_lora_ext.run.lock import check_free  # needs torch, which `import_launcher` has checked
 
     run_dir = config.launcher.experiment_log_dir
     if run_dir is not None:
-        check_free(Path(run_dir))  # before the launcher replaces the config files of the run that is at work
+        check_free(Path(run_dir))  # before the launcher replaces the config files of an active run
     forward = Forward()
     try:
         with forward if _starts_ranks(args, config) else contextlib.nullcontext():
             launcher.main(args)
     except Exception as error:
-        if forward.signum:  # torch's own words about the ranks that ended as they were told
+        if forward.signum:  # torch's own message about ranks that ended as requested
             return 128 + forward.signum
-        if type(error).__name__ == "ProcessExitedException":  # torch's: a rank ended otherwise than by an exception
+        if type(error).__name__ == "ProcessExitedException":  # torch's: a rank ended without an exception
             return _code_of_rank(error)
         if mistake := find_user_error(error):  # Hydra wraps what the dataset, model or Trainer raised
             raise mistake from error
@@ -74,33 +74,33 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"cannot write {error.filename or run_dir}: {error.strerror}; check the folder, its rights and the "
                 "free disk, or choose another launcher.experiment_log_dir"
             ) from error
-        if type(error).__name__ == "FailedJobError":  # submitit's: sbatch was not content
+        if type(error).__name__ == "FailedJobError":  # submitit's: sbatch failed
             raise UserError(f"Slurm refused the job: {' '.join(str(error).split())}") from error
         raise
     return 128 + forward.signum if forward.signum else 0
 
 
 def _starts_ranks(args: argparse.Namespace, config: Any) -> bool:
-    """Whether the launcher will start processes of its own here; a single rank is this process."""
+    """Whether the launcher will start processes here; a single rank is this process."""
     on_cluster = config.submitit.use_cluster if args.use_cluster is None else args.use_cluster
     return not on_cluster and (args.num_gpus or config.launcher.gpus_per_node) > 1
 
 
 def _code_of_rank(error: Any) -> int:
-    """The exit code of a rank that has said why it ended; for one that was killed this says it: 128 + the signal."""
+    """The exit code of a rank that has reported its error; for a killed one, 128 + the signal, after a message."""
     if error.exit_code >= 0:
         return error.exit_code
     hint = " (the system does this when memory runs out)" if error.signal_name == "SIGKILL" else ""
     print(
         f"error: rank {error.error_index} was ended by {error.signal_name}{hint}, and so were the others; the same "
-        "command goes on from the last checkpoint",
+        "command continues from the last checkpoint",
         file=sys.stderr,
     )
     return 128 - error.exit_code
 
 
 def _of_the_launcher(error: OSError, run_dir: str) -> bool:
-    """Whether it is about the launcher's own first files: opening one names it, a full disk while writing does not."""
+    """Whether an error is about the launcher's first files: opening one names it, a full disk while writing does not."""
     full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     return full or str(error.filename).startswith(run_dir)
 
@@ -130,8 +130,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--resume-with-changes",
         action="store_true",
-        help="trainer.resume_with_changes=true: go on "
-        "with a run though settings that change its result are not what they were; its record "
+        help="trainer.resume_with_changes=true: continue "
+        "a run although settings that affect its result have changed; its record "
         "says which",
     )
     slurm = options.add_argument_group("options of SAM 2's launcher")

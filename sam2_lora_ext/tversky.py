@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sam2_lora_ext.utils.errors import UserError
 
-FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which a saturated sigmoid would turn into NaN
+FLOOR = 1e-6  # x ** (1 / gamma) has an infinite slope at 0, which gives NaN with a saturated sigmoid
 
 
 def checked_numbers(alpha: float, beta: float, gamma: float) -> dict[str, float]:
@@ -24,15 +24,15 @@ def focal_tversky(logits: Tensor, targets: Tensor, alpha: float, beta: float, ga
     """Focal-Tversky loss (arXiv 1810.07842), `(1 - TI) ** (1 / gamma)`, of each object.
 
     `TI = (TP + 1) / (TP + alpha FN + beta FP + 1)` on probabilities p = sigmoid(logits): TP = sum(p g),
-    FN = sum((1 - p) g), FP = sum(p (1 - g)). Both masks empty: 0; an empty target alone: `beta FP / (beta FP + 1)` to
-    the power. `1 - TI` is cut off below 1e-6, so a perfect mask costs `1e-6 ** (1 / gamma)` and has no gradient.
+    FN = sum((1 - p) g), FP = sum(p (1 - g)). Both masks empty: 0; only an empty target: `beta FP / (beta FP + 1)` to
+    the power. `1 - TI` is clamped at 1e-6, so a perfect mask costs `1e-6 ** (1 / gamma)` and has no gradient.
 
     Args:
         logits: [O H W].
         targets: [O H W], 0.0 or 1.0.
-        alpha: the price of a missed pixel.
-        beta: the price of a false pixel.
-        gamma: above 1 it turns to objects that are nearly right (the paper's range is 1 to 3).
+        alpha: weight of false negatives.
+        beta: weight of false positives.
+        gamma: values above 1 emphasise objects that are nearly right (the paper's range is 1 to 3).
 
     Returns:
         [O].

@@ -1,4 +1,4 @@
-"""Whether a member's folder holds a run of the settings that are asked for, by the rule of a resume (`run.changes`)."""
+"""Checks that a member's folder has a run of the same settings, by the rule of a resume (`run.changes`)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 class MemberCheck:
-    """Compares members with what is in their folders; data and bases that they share are read once.
+    """Compares members with the runs in their folders; shared data and bases are read once.
 
     Args:
         config: the name of their config, as `locate` returns it.
-        overrides: that all share.
+        overrides: of all members.
         ranks: processes of each member.
     """
 
@@ -33,19 +33,19 @@ class MemberCheck:
         self._bases: dict[str, str | None] = {}
 
     def finished(self, member: Member) -> bool:
-        """Whether the member need not be run again.
+        """Whether the member is finished.
 
         Raises:
             UserError: its folder holds a run of other settings, and `trainer.resume_with_changes` is off.
         """
         folder, done = member.folder, is_finished(member.folder)
         if not done and not (folder / "checkpoints/checkpoint.pt").exists():
-            return False  # whatever is there begins anew
+            return False  # without a checkpoint the member starts from the beginning
         overrides = [*self.overrides, *member.overrides, f"launcher.experiment_log_dir={json.dumps(str(folder))}"]
         try:
             trainer = compose(self.config, overrides).trainer
         except UserError:
-            return False  # which the member says itself when it is run
+            return False  # the member itself reports it when it is run
         now = {"trainer": run_config.plain(trainer), "ranks": self.ranks, "data": self._data(trainer)}
         before = record_of(folder, now, {})
         if before is None:
@@ -66,7 +66,7 @@ class MemberCheck:
         if key not in self._digests:
             try:
                 self._digests[key] = data_digest(instantiate(section))
-            except Exception:  # of any kind, from data that is gone: then its paths are compared
+            except Exception:  # any error of missing data: then its paths are compared
                 self._digests[key] = None
         return self._digests[key]
 

@@ -1,7 +1,6 @@
-"""Ablations: the members of a grid of overrides, what came out of each, and the table and plot of all.
+"""Ablations: the members of a grid of overrides, their results, and a table and a plot of all.
 
-A member is a run of its own in its own folder, so that it resumes like any run and is finished when its
-summary is there.
+A member is a separate run in its own folder, so it resumes like any run and is finished when its summary exists.
 """
 
 import csv
@@ -44,10 +43,10 @@ class Member:
 
 
 def parse_grid(axes: Sequence[str]) -> dict[str, list[str]]:
-    """Key -> values of axes such as "lora.rank=4,8,16" or "lora.targets=[a,b],[c]" (commas in brackets do not divide).
+    """Key -> values of axes such as "lora.rank=4,8,16" or "lora.targets=[a,b],[c]" (not split in brackets).
 
     Raises:
-        UserError: an axis is not of this form, names a key again, or a value twice.
+        UserError: an axis does not have this form, or repeats a key or a value.
     """
     grid: dict[str, list[str]] = {}
     for axis in axes:
@@ -62,7 +61,7 @@ def parse_grid(axes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def members_of(grid: dict[str, list[str]], out: Path) -> list[Member]:
-    """All combinations of a grid's values, each with a folder below `out` that tells them."""
+    """All combinations of a grid's values, each with a folder below `out` named after them."""
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -72,13 +71,13 @@ def members_of(grid: dict[str, list[str]], out: Path) -> list[Member]:
 
 
 def note_settings(members: Sequence[Member], common: Sequence[str]) -> None:
-    """Notes in each member's folder, for people, what it is."""
+    """Writes a description for people into each member's folder."""
     for member in members:
         write_json(member.folder / MEMBER, {"values": member.values, "common": list(common)})
 
 
 def label_of(values: dict[str, str]) -> str:
-    """A folder's name for key -> value, the same in every grid; with a hash where it cannot hold all of the values."""
+    """A folder's name for key -> value, the same in every grid; with a hash if the values are too long."""
     whole = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
     label = re.sub(r"[^\w.-]+", "-", whole).strip("-")
     if label == whole and len(label) <= 80:
@@ -87,7 +86,7 @@ def label_of(values: dict[str, str]) -> str:
 
 
 def metrics_of(config: Any) -> tuple[list[str], str | None, str]:
-    """What a composed config's validation gives, its monitored metric, and whether its "max" or "min" is best."""
+    """The metrics of a composed config's validation, its monitored metric, and whether its "max" or "min" is best."""
     from hydra.utils import instantiate
 
     trainer = config.trainer
@@ -98,22 +97,22 @@ def metrics_of(config: Any) -> tuple[list[str], str | None, str]:
 
 
 def reason_of_failure(member: Member, code: int) -> str:
-    """The sentence with which a member's process ended, from its log."""
+    """The error message of a member's process, from its log."""
     log = member.folder / LOG
     lines = (
         [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     )
     sentences = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (sentences or lines or ["it left no word"])[-1][:500] + f" (exit code {code}; log: {log})"
+    return (sentences or lines or ["no error message"])[-1][:500] + f" (exit code {code}; log: {log})"
 
 
 def collect(members: Sequence[Member], failures: dict[str, str], metric: str = METRICS[0]) -> list[dict[str, Any]]:
-    """One row a member: its values, `status`, what it trained and its best validation (by the monitored metric).
+    """One row per member: its values, `status`, trained parameters and best validation (by the monitored metric).
 
     Args:
-        members: all of them.
-        failures: folder name -> reason, of those that failed now.
-        metric: a column beside the usual ones.
+        members: of the grid.
+        failures: folder name -> reason, of members that failed now.
+        metric: an additional column.
     """
     rows = []
     for member in members:
@@ -169,9 +168,9 @@ def to_markdown(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") 
 
 
 def plot(members: Sequence[Member], rows: Sequence[dict[str, Any]], metric: str, path: Path, mode: str = "max") -> None:
-    """The metric against the trained parameters, a numbered point a finished member, a star for the best.
+    """Plots the metric over the trained parameters: a numbered point per finished member, a star for the best.
 
-    Nothing without any.
+    Without a finished member nothing is written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -211,7 +210,7 @@ def plot(members: Sequence[Member], rows: Sequence[dict[str, Any]], metric: str,
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that are in no bracket and no quotes."""
+    """Splits at the commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:

@@ -1,4 +1,4 @@
-"""Runs the members of an ablation, each in a process of its own: one after another here, or as a Slurm job array."""
+"""Runs the members of an ablation, each in its own process: one after another here, or as a Slurm job array."""
 
 import argparse
 import contextlib
@@ -19,17 +19,17 @@ from sam2_lora_ext.utils.errors import UserError
 
 # It ignores the first and requeues on the second. Slurm sends them to all processes of a job, the training among them.
 OF_SUBMITIT = (signal.SIGTERM, signal.SIGUSR2)
-PATIENCE = 300.0  # seconds that a member has for its running step after a signal, before it is ended
+PATIENCE = 300.0  # seconds for a member's current step after a signal, before it is killed
 
 
 class Task:
-    """Trains one member in a process of its own; what submitit sends to the cluster."""
+    """Trains one member in its own process; the function that submitit sends to the cluster."""
 
     def __init__(self, command: list[str], folder: Path):
         self.command, self.folder = command, folder
 
     def __call__(self) -> int:
-        """The exit code of the training, which does not heed submitit's signals; when this process ends, so does it."""
+        """The exit code of the training, which ignores submitit's signals; it ends when this process ends."""
         with self.start(preexec_fn=_ignore) as process:
             try:
                 return process.wait()
@@ -47,14 +47,14 @@ class Task:
             )
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":  # noqa: F821
-        """submitit asks for this before it requeues; the run resumes by itself."""
+        """submitit calls this before it requeues; the run resumes by itself."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
 
 def attend(task: Task) -> int:
-    """Runs a member; SIGINT and SIGTERM go on to it, so that it finishes its step, and end us when it has ended."""
+    """Runs a member; forwards SIGINT and SIGTERM to it, so that it finishes its step, and ends after it."""
     got: list[tuple[int, float]] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -65,7 +65,7 @@ def attend(task: Task) -> int:
     started: list[subprocess.Popen[bytes]] = []
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        started.append(task.start(start_new_session=True))  # a terminal's Ctrl-C reaches it once, from us
+        started.append(task.start(start_new_session=True))  # gets a terminal's Ctrl-C only from this process
         if got:  # while it was started
             started[0].send_signal(got[0][0])
         while True:
@@ -130,22 +130,22 @@ def run_on_slurm(tasks: dict[Member, Task], failures: dict[str, str], args: argp
     try:
         await_jobs(array, jobs, failures)
     except KeyboardInterrupt:
-        print(f"the jobs of array {array} go on; to end them: scancel {array}", file=sys.stderr)
+        print(f"the jobs of array {array} continue; to end them: scancel {array}", file=sys.stderr)
         raise
 
 
 def await_jobs(array: str, jobs: dict[Member, Any], failures: dict[str, str]) -> None:
-    """Waits for all jobs of the array, and notes who failed and why."""
+    """Waits for all jobs of the array, and records failed members with their reasons."""
     waiting = dict(jobs)
     with tqdm(total=len(jobs), unit="member") as bar:
         while waiting:
-            gone = not in_queue(array)  # asked before the results are looked for, which come first
+            gone = not in_queue(array)  # queried first: a job writes its result before it ends
             time.sleep(2)
             for member, job in list(waiting.items()):
                 if job.paths.result_pickle.exists():
                     try:
                         code = job.result()
-                    except Exception as error:  # of any kind, from the cluster; the others go on
+                    except Exception as error:  # any error of the cluster; the other jobs continue
                         failures[member.folder.name] = " ".join(str(error).split())[-500:]
                     else:
                         if code:

@@ -189,7 +189,5 @@ def explain_mismatch(state: Mapping[str, Tensor], model_state: Mapping[str, Tens
         return None
     found, wanted = identify(state), identify(model_state)
     likely = f"they look like {found or 'no stock SAM 2'}, the model like {wanted or 'no stock SAM 2'}"
-    advice = (
-        "use config and weights of the same model" if found != wanted else "check that the file holds a whole SAM 2"
-    )
+    advice = "use config and weights of the same model" if found != wanted else "check that it is a whole SAM 2 model"
     return f"the weights do not fit the model: {likely} ({'; '.join(faults)}); {advice}"

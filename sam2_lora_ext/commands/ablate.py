@@ -27,24 +27,24 @@ from sam2_lora_ext.settings.kinds import Whole
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import write_atomic
 
-RESULTS = ("ablation.csv", "ablation.md", "ablation.png")  # made anew by each command
+RESULTS = ("ablation.csv", "ablation.md", "ablation.png")  # written by each command
 EXAMPLES = """\
 examples:
   python tools/ablate.py -c severstal_lora_tiny --grid lora.rank=4,8,16 lora.dropout=0,0.05 --out runs/ranks
   python tools/ablate.py -c severstal_lora --grid 'lora.targets=[image_encoder.*.qkv],[sam_mask_decoder.*_proj]' \\
       --out runs/targets --slurm --partition gpu --num-gpus 2 scratch.steps=5000
 
-The same command goes on where it was: finished members are not run again, others resume from their checkpoints. A
-folder of other settings is refused, as by a resume, unless trainer.resume_with_changes=true is among the overrides.
-OUT then holds a run folder a member, ablation.csv, ablation.md and ablation.png.
+The same command continues: finished members are not run again, others resume from their checkpoints. A folder of other
+settings is refused, as in a resume, unless trainer.resume_with_changes=true is among the overrides.
+OUT then has a run folder per member, ablation.csv, ablation.md and ablation.png.
 """
 
 
 def check_metric(args: argparse.Namespace, grid: dict[str, list[str]]) -> str:
-    """Fills in `args.metric`, and says whether its best is its "max" or "min".
+    """Sets `args.metric`, and returns whether its best is its "max" or "min".
 
     Raises:
-        UserError: no validation of a member gives this metric.
+        UserError: no validation of a member has this metric.
     """
     name, folder = locate(args.config)
     if folder is not None:
@@ -53,11 +53,11 @@ def check_metric(args: argparse.Namespace, grid: dict[str, list[str]]) -> str:
     args.metric = args.metric or monitor or "iou_1click"
     for change in [f"{key}={value}" for key, values in grid.items() for value in values]:
         if args.metric not in known:
-            with contextlib.suppress(UserError):  # the member's own failure
+            with contextlib.suppress(UserError):  # the member itself will report it
                 known += metrics_of(compose(name, [*args.overrides, change]))[0]
     if args.metric not in known:
         choices = ", ".join(dict.fromkeys(known))
-        raise UserError(f"--metric {args.metric}: the validation does not give it; choose from {choices}")
+        raise UserError(f"--metric {args.metric}: the validation does not have it; choose from {choices}")
     return mode if args.metric == monitor else "min" if args.metric.startswith("loss") else "max"
 
 
@@ -70,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--grid", nargs="+", required=True, metavar="key=value,value", help="the axes; all combinations are run"
     )
-    options.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the members' run folders go")
-    options.add_argument("--metric", help="decides about the best (default: the config's trainer.monitor)")
+    options.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the members' run folders")
+    options.add_argument("--metric", help="metric for the best member (default: the config's trainer.monitor)")
     options.add_argument("--num-gpus", type=number(GPUS), default=1, help="processes of each member (default: 1)")
     options.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for all members (before --grid, or after --)"
@@ -86,14 +86,14 @@ def parser() -> argparse.ArgumentParser:
     )
     slurm.add_argument("--cpus", type=number(Whole(1, 10_000)), default=6, help="of each member (default: 6)")
     slurm.add_argument(
-        "--parallel", type=number(Whole(1, 10_000)), default=16, help="members at a time, at most (default: 16)"
+        "--parallel", type=number(Whole(1, 10_000)), default=16, help="most members at a time (default: 16)"
     )
-    slurm.add_argument("--no-gpus", dest="gpus", action="store_false", help="ask for no GPU")
+    slurm.add_argument("--no-gpus", dest="gpus", action="store_false", help="request no GPU")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is not finished, then compares; exit code 1 when a member failed."""
+    """Runs the unfinished members, then compares all; exit code 1 when a member failed."""
     args = parser().parse_intermixed_args(argv)
     from sam2_lora_ext.ablation.check import MemberCheck
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     grid = parse_grid(args.grid)
     for name in RESULTS:
         if (args.out / name).exists() and not any(args.out.glob(f"*/{MEMBER}")):
-            raise UserError(f"{args.out / name} exists already, and not from an ablation: choose another --out")
+            raise UserError(f"{args.out / name} exists already, but is not from an ablation: choose another --out")
     mode = check_metric(args, grid)
     members = members_of(grid, args.out)
     check = MemberCheck(locate(args.config)[0], args.overrides, args.num_gpus)

@@ -1,10 +1,10 @@
 """`sam2-lora NAME ...`: every command line of this package under one name.
 
-A command is a module with `parser()` and `main(argv)`; torch is imported by neither until the options are read, so that
-`--help` answers at once.
+A command is a module with `parser()` and `main(argv)`; neither imports torch before the options are parsed, so that
+`--help` is fast.
 """
 
-if __name__ == "__main__":  # Ctrl-C is a sentence from here on
+if __name__ == "__main__":  # from here on Ctrl-C ends with one sentence
     from sam2_lora_ext.utils.errors import catch_interrupts
 
     catch_interrupts()
@@ -16,22 +16,22 @@ from collections.abc import Sequence
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
-COMMANDS = {  # name -> module, and what it does
+COMMANDS = {  # name -> module and description
     "train": ("sam2_lora_ext.train", "train adapters with SAM 2's own launcher and Trainer"),
-    "doctor": ("sam2_lora_ext.commands.doctor", "find out in a minute what would go wrong in a training"),
+    "doctor": ("sam2_lora_ext.commands.doctor", "check within a minute that a training will work"),
     "data": ("sam2_lora_ext.commands.data", "scan, split, convert or synthesise a data set"),
     "ablate": ("sam2_lora_ext.commands.ablate", "train a grid of settings and compare them"),
     "evaluate": ("sam2_lora_ext.commands.evaluate", "measure models on the same objects, with intervals"),
     "fit-decision": ("sam2_lora_ext.commands.fit_decision", "fit the thresholds of class prompts on validation strips"),
     "inspect": ("sam2_lora_ext.commands.inspect", "inspect strips without a click: masks, tables, pre-labels"),
-    "evaluate-inspection": ("sam2_lora_ext.commands.evaluate_inspection", "measure an inspection on strips with truth"),
-    "report": ("sam2_lora_ext.commands.report", "make one HTML file about runs"),
+    "evaluate-inspection": ("sam2_lora_ext.commands.evaluate_inspection", "evaluate an inspection on annotated strips"),
+    "report": ("sam2_lora_ext.commands.report", "write an HTML report on runs"),
     "merge": ("sam2_lora_ext.commands.merge", "merge adapters into weights that stock SAM 2 loads"),
     "unmerge": ("sam2_lora_ext.commands.unmerge", "recover the adapter of a merged file"),
-    "export-adapter": ("sam2_lora_ext.commands.export_adapter", "make a PEFT folder from a run or a checkpoint"),
-    "export-onnx": ("sam2_lora_ext.commands.export_onnx", "export a merged file to ONNX and prove it"),
-    "serve": ("sam2_lora_ext.commands.serve", "serve a local page to click on"),
-    "track": ("sam2_lora_ext.commands.track", "follow a defect along a strip"),
+    "export-adapter": ("sam2_lora_ext.commands.export_adapter", "export a run or a checkpoint as a PEFT folder"),
+    "export-onnx": ("sam2_lora_ext.commands.export_onnx", "export a merged file to ONNX and verify it"),
+    "serve": ("sam2_lora_ext.commands.serve", "serve a local page for clicks and pre-labels"),
+    "track": ("sam2_lora_ext.commands.track", "track a defect along a strip"),
 }
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="sam2-lora",
         description="LoRA for Meta's SAM 2 training framework.",
-        epilog=f"commands:\n{listed}\n\n`sam2-lora COMMAND --help` tells the options of a command.",
+        epilog=f"commands:\n{listed}\n\n`sam2-lora COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="sam2-lora COMMAND ...",
     )
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Runs a command, or prints help or a completion script."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in COMMANDS:
-        sys.argv = [f"sam2-lora {words[0]}", *words[1:]]  # what usage lines and records name
+        sys.argv = [f"sam2-lora {words[0]}", *words[1:]]  # the name in usage lines and records
         return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
     if words and not words[0].startswith("-"):
         raise UserError(f"there is no command {words[0]!r}: choose from {', '.join(COMMANDS)}")

@@ -1,7 +1,7 @@
-"""Looks at steel-defect data, splits it, converts it between formats, or makes synthetic strips.
+"""Scans steel-defect data, splits it, converts it between formats, or makes synthetic strips.
 
-The data is that of a training config (-c CONFIG key=value ...), of a run, or a folder, whose format is told by what is
-found: Kaggle's csv (new and old), Supervisely folders, label images, COCO. All of it is read, whatever its split.
+The data is that of a training config (-c CONFIG key=value ...), of a run, or a folder, whose format is guessed from its
+files: Kaggle's csv (new and old), Supervisely folders, label images, COCO. All of it is read, whatever its split.
 """
 
 import argparse
@@ -28,22 +28,22 @@ examples:
   python tools/prepare_data.py synth --out data/synthetic --count 200
 """
 
-COMMANDS = {  # the help of each: in one line, in full
+COMMANDS = {  # help of each command: one line, and in full
     "scan": (
-        "what is in a data set, and what is wrong with it",
+        "statistics and problems of a data set",
         "Reads a whole data set and writes scan.json and scan.html: counts by class and combination, object sizes, "
-        "clean share, sizes and modes, unexposed share, images that are the same or nearly so, every problem, and a "
+        "clean share, sizes and modes, unexposed share, exact and near duplicates of images, every problem, and a "
         "sheet of overlays. Problems do not stop it.",
     ),
     "split": (
         "train, val and test, or folds, as a csv",
         "Writes a csv with the columns image and split, which training reads as its split_file. Every combination of "
-        "classes is spread by the shares, images that are the same or nearly so stay together, and one seed gives one "
+        "classes is spread by the shares, duplicates and near duplicates stay together, and a seed gives the same "
         "split on any machine.",
     ),
     "convert": (
         "a data set in another format",
-        "Writes a data set in another format, its images copied as they are. Read back, it has the same masks; what "
+        "Writes a data set in another format, its images copied unchanged. Read back, it has the same masks; what "
         "the format cannot hold is refused. Images that lost a mask with --on-invalid skip are left out.",
     ),
     "synth": (
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         if reads:
             add_source(one, positional=True)
         one.add_argument("--out", type=Path, required=True, metavar="PATH", help=out)
-        one.add_argument("--force", action="store_true", help="replace what is there")
+        one.add_argument("--force", action="store_true", help="replace existing results")
         one.add_argument("--quiet", action="store_true", help="no progress bars")
         one.set_defaults(action=action)
         return one
@@ -80,11 +80,11 @@ def parser() -> argparse.ArgumentParser:
     )
     folds = number(Whole(2, 1000))
     ways.add_argument("--folds", type=folds, metavar="K", help="K equal folds named fold0, fold1, ... instead")
-    ways.add_argument("--as-given", action="store_true", help="the split folders of a Supervisely project, as they are")
+    ways.add_argument("--as-given", action="store_true", help="keep the split folders of a Supervisely project")
     seed = number(SEED)
-    split.add_argument("--seed", type=seed, default=42, metavar="N", help="another gives another split (%(default)s)")
+    split.add_argument("--seed", type=seed, default=42, metavar="N", help="of the split (%(default)s)")
     split.add_argument(
-        "--ignore-duplicates", action="store_true", help="do not look for duplicates: quick, for pixels are not read"
+        "--ignore-duplicates", action="store_true", help="do not search for duplicates: fast, since pixels are not read"
     )
     to = command("convert", "the folder for the new data set", "convert_data")
     add_on_invalid(to)
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     synth = command("synth", "the folder for the strips", "synthesise", reads=False)
     share = number(Number(0, 1))
     synth.add_argument("--count", type=number(COUNT), default=100, metavar="N", help="how many strips (%(default)s)")
-    synth.add_argument("--seed", type=seed, default=42, metavar="N", help="strip i depends on it and i (%(default)s)")
+    synth.add_argument("--seed", type=seed, default=42, metavar="N", help="strip i depends on N and i (%(default)s)")
     synth.add_argument("--clean-share", type=share, default=0.3, metavar="X", help="without a defect (%(default)s)")
     return options
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser()
     words = sys.argv[1:] if argv is None else list(argv)
     commands = next(action for action in options._actions if isinstance(action, argparse._SubParsersAction)).choices
-    if words and words[0] in commands:  # key=value may stand anywhere among the options
+    if words and words[0] in commands:  # key=value is allowed anywhere among the options
         args = commands[words[0]].parse_intermixed_args(words[1:])
     else:
         args = options.parse_args(words)
@@ -112,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def add_on_invalid(parser: argparse.ArgumentParser) -> None:
-    """What to do about problems."""
+    """The option for problems in the data."""
     parser.add_argument(
         "--on-invalid",
         choices=("error", "skip"),
-        help="list all that cannot be used and stop, or leave just that out (default: the config's, else error)",
+        help="list all invalid entries and stop, or skip them (default: the config's, else error)",
     )

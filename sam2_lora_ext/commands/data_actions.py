@@ -1,4 +1,4 @@
-"""What `sam2-lora data` does: scan, split, convert, synth. Each takes the options that were read."""
+"""The actions of `sam2-lora data`: scan, split, convert, synth. Each takes the parsed options."""
 
 import argparse
 from collections import Counter
@@ -21,10 +21,10 @@ from sam2_lora_ext.utils.folders import refuse_inputs
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """The data that the arguments name, all of it; says which."""
+    """All data that the arguments name; prints its description."""
     source = source_of(args)
     if source is None:
-        raise UserError("say which data: a folder, a csv, a json or a run, or -c CONFIG for that of a training config")
+        raise UserError("name the data: a folder, a csv, a json or a run, or -c CONFIG for that of a training config")
     print(f"reading {source.data} ({source.origin})")
     if source.other_data:
         other = "val" if args.phase == "train" else "train"
@@ -105,7 +105,7 @@ def convert_data(args: argparse.Namespace) -> None:
 
 
 def synthesise(args: argparse.Namespace) -> None:
-    """Writes synthetic strips; with --force in the place of an old set, no image of which stays."""
+    """Writes synthetic strips; with --force they replace an old set with all its images."""
     empty = args.out.is_dir() and not any(args.out.iterdir())
     write_folder(
         args.out,

@@ -1,6 +1,6 @@
-"""Finds out in a minute what would go wrong in a training: environment, config, checkpoint, data, one real step, disk.
+"""Checks within a minute that a training will work: environment, config, checkpoint, data, one real step, disk.
 
-Green lines are fine, yellow ones deserve a look, red ones will not work and say what to do. Exit code 1 with a red one.
+Green lines are fine, yellow ones are warnings, red ones will not work and name the fix. Exit code 1 with a red one.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("-c", "--config", help="the config of a training, by name or file, as for sam2_lora_ext.train")
     options.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     options.add_argument(
-        "--no-step", action="store_true", help="leave out the real step (a large model needs minutes on a CPU)"
+        "--no-step", action="store_true", help="skip the real step (a large model needs minutes on a CPU)"
     )
     options.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     return options
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back what libraries print, warn and log: it is not part of the answer."""
+    """Suppresses output, warnings and logs of libraries."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

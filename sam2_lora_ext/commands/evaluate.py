@@ -1,10 +1,11 @@
-"""Measures models as they will run in production: stock predictors, simulated clicks and boxes, 95 % intervals.
+"""Evaluates models under production conditions: stock predictors, simulated clicks and boxes, 95 % intervals.
 
-Reports IoU and Dice at 1, 2, 4, 8 clicks, with the exact box and with boxes that are 5, 10, 20 % off, clicks to an IoU
+Reports IoU and Dice at 1, 2, 4, 8 clicks, with the exact box and with boxes shifted by 5, 10, 20 %, clicks to an IoU
 of 0.80 and 0.90, boundary F, all by class and size too; false alarms on clean images; Kaggle's mean Dice and
-submission.csv. With several models, the same objects are asked of all and differences are paired.
+submission.csv. Several models are evaluated on the same objects, and their differences are paired.
 
-A run is asked as it was trained: on its validation data, at its crop, resolution and bits. What options change is said.
+By default a run is evaluated as it was trained: on its validation data, at its crop, resolution and bits. The results
+list every difference from that.
 """
 
 import argparse
@@ -81,5 +82,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def shown(text: str) -> str:
-    """The text with names that are no UTF-8, as the system may have them, in escapes."""
+    """The text with escapes for file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,7 +1,7 @@
-"""Evaluates an inspection without clicks on strips whose truth is known: quality, false alarms, missed defects, time.
+"""Evaluates an inspection without clicks on annotated strips: quality, false alarms, missed defects, time.
 
-Writes inspection.json, inspection.md and pictures of what was found, missed and false, by class. The thresholds are
-those in the file, which tools/fit_decision.py fits on validation strips; name the test strips here.
+Writes inspection.json, inspection.md and pictures of found and missed defects and false alarms, by class. The
+thresholds are those in the file, which tools/fit_decision.py fits on validation strips; name the test strips here.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Inspects, compares with the truth and writes what came out."""
+    """Inspects, compares with the truth and writes the results."""
     args = parser().parse_intermixed_args(argv)
     try:
         from tqdm import tqdm
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     segmenter = segmenter_of(args)
     strips, facts = strips_of(args, segmenter.prompts)
     if not segmenter.decision.fitted:
-        print("the thresholds were never fitted, so what has a score above 0 is there: tools/fit_decision.py fits them")
+        print("the thresholds are not fitted, so scores above 0 count as present: fit them with tools/fit_decision.py")
     gallery = Gallery(segmenter.prompts.class_names, args.pictures)
     summary = evaluate_strips(segmenter, tqdm(strips, desc="strips", unit="strip"), gallery)
     text = describe(summary)

@@ -1,7 +1,7 @@
-"""Makes an adapter folder in PEFT's format from a training run, a checkpoint of SAM 2's Trainer, or an adapter folder.
+"""Writes an adapter folder in PEFT's format from a training run, a checkpoint of SAM 2's Trainer, or another folder.
 
 The result is for SAM 2 itself, or with --for transformers for Hugging Face's Sam2Model, whose modules have other names;
-an adapter that was trained on that model is renamed the other way.
+an adapter that was trained on that model is renamed back.
 """
 
 import argparse
@@ -14,9 +14,9 @@ EXAMPLES = """\
 examples:
   the best adapter of a run:
     python tools/export_adapter.py runs/my_run my_adapter
-  the state of a run that was stopped early, or of SAM 2's own Trainer, with the base noted in it:
+  a run that was stopped early, or a run of SAM 2's own Trainer; records the base:
     python tools/export_adapter.py runs/my_run/checkpoints/checkpoint.pt my_adapter --base sam2.1_hiera_tiny.pt
-  one for transformers' Sam2Model, and one that was trained there back for SAM 2:
+  for transformers' Sam2Model, and from an adapter that was trained there, for SAM 2:
     python tools/export_adapter.py runs/my_run my_hf_adapter --for transformers
     python tools/export_adapter.py their_adapter my_adapter --base sam2.1_hiera_tiny.pt
 
@@ -41,26 +41,26 @@ def parser() -> argparse.ArgumentParser:
         "--base",
         type=Path,
         metavar="FILE",
-        help="the weights that training began with: checked, or noted where the run did not",
+        help="the weights that training started from: checked, or recorded if the run did not",
     )
     options.add_argument(
         "--alpha",
         type=number(ALPHA),
-        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json",
+        help="only for a checkpoint.pt that does not record it, and whose run has no lora.json",
     )
     options.add_argument(
         "--for",
         dest="target",
         choices=("sam2", "transformers"),
         default="sam2",
-        help="whose names the modules get (default: sam2)",
+        help="naming of the modules (default: sam2)",
     )
     options.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads an adapter from wherever it is, writes it as a folder, and prints a summary."""
+    """Reads an adapter, writes it as a folder, and prints a summary."""
     args = parser().parse_args(argv)
     from sam2_lora_ext.adapters.folder import refuse_adapter_folder
     from sam2_lora_ext.adapters.merge_state import require_fit
@@ -85,4 +85,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{len(adapter.full_modules)} modules trained in full, {size / 1e6:,.2f} MB"
         + (", for transformers' Sam2Model" if theirs else "")
     )
-    print(f"base     {adapter.metadata.get('base_path') or 'not noted; give --base to note it'}")
+    print(f"base     {adapter.metadata.get('base_path') or 'not recorded; give --base to record it'}")

@@ -9,7 +9,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 EXAMPLES = """\
 examples:
-  a merged file, proven on a strip:
+  a merged file, verified on a strip:
     python tools/export_onnx.py --config configs/sam2.1/sam2.1_hiera_l.yaml --checkpoint merged.pt --out onnx \\
         --image strip.jpg
   for AnyLabeling, X-AnyLabeling and samexporter:
@@ -22,26 +22,27 @@ examples:
     python tools/export_onnx.py --classes --decide --config configs/sam2.1/sam2.1_hiera_l.yaml \\
         --checkpoint steel.pt --out onnx
 
-OUT then holds, S being the pixels of a side:
+OUT then has, with S pixels per side:
   image_encoder.onnx  pixels (1, 3, S, S), RGB in [0, 1], the whole image squashed
                       -> image_embed, high_res_feats_0, high_res_feats_1
   mask_decoder.onnx   these, point_coords (B, N, 2), point_labels (B, N)
                       -> masks (B, 4, S/4, S/4), iou_predictions (B, 4), object_score (B, 1)
   export.json         inputs, outputs, the identity of the weights, the largest difference, times, versions
-A point is x, y in pixels of the squashed image with the label 1 (on the object) or 0 (beside it); a box is two points
-with the labels 2 (top left) and 3 (bottom right); -1 fills up. masks[:, 0] is the single mask, the others multimask's.
+A point is x, y in pixels of the squashed image with the label 1 (on the object) or 0 (not on it); a box is two points
+with the labels 2 (top left) and 3 (bottom right); -1 is padding. masks[:, 0] is the single mask, the others are the
+multimask outputs.
 
-With --classes OUT holds instead:
+With --classes OUT has instead:
   class_segmenter.onnx   pixels (B, 3, S, S) of tiles -> logits (B, C, S/4, S/4), scores (B, C); with --decide also
-                         masks (B, C, S/4, S/4), 1 where a class is (smallest areas are not inside)
+                         masks (B, C, S/4, S/4), 1 where a class is present (without the limits on areas)
   class_segmenter.json   classes, tile width, thresholds, the largest difference, versions
 
-With --layout samexporter the pair is what the runner of samexporter loads, which labelling tools share:
+With --layout samexporter the pair is for samexporter's runner, which labelling tools share:
   image_encoder.onnx  image (1, 3, S, S), normalised -> high_res_feats_0, high_res_feats_1, image_embed
   mask_decoder.onnx   image_embed, high_res_feats_0, high_res_feats_1, point_coords, point_labels as floats,
                       mask_input (B, 1, S/4, S/4), has_mask_input (B or 1)
                       -> masks (B, 3, S/4, S/4), iou_predictions (B, 3): multimask's
-and beside it lie x_anylabeling.yaml and anylabeling.yaml: load them as a custom model in these tools.
+and OUT also has x_anylabeling.yaml and anylabeling.yaml: load them as a custom model in these tools.
 """
 
 
@@ -56,10 +57,10 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="what merge_lora.py wrote, or any weights of stock SAM 2",
+        help="a file of merge_lora.py, or any weights of stock SAM 2",
     )
     options.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder of the ONNX files")
-    options.add_argument("--image", type=Path, metavar="FILE", help="what to compare on (default: smooth noise)")
+    options.add_argument("--image", type=Path, metavar="FILE", help="image for the comparison (default: smooth noise)")
     options.add_argument(
         "--image-size",
         type=number(RESOLUTION),
@@ -67,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
         help="pixels of a side, a multiple of 32 (default: the config's)",
     )
     options.add_argument("--classes", action="store_true", help="one graph that inspects without clicks")
-    options.add_argument("--decide", action="store_true", help="with --classes: thresholds and calibration inside")
-    options.add_argument("--half", action="store_true", help="with --classes: float16, and what it costs in masks")
+    options.add_argument("--decide", action="store_true", help="with --classes: include thresholds and calibration")
+    options.add_argument("--half", action="store_true", help="with --classes: float16, with a comparison of the masks")
     options.add_argument(
         "--layout",
         choices=("plain", "samexporter"),
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         help="names, order and types: for your own code (%(default)s), or for labelling tools",
     )
     options.add_argument(
-        "--name", metavar="NAME", help="what a labelling tool lists the model as (default: that of --checkpoint)"
+        "--name", metavar="NAME", help="the model's name in a labelling tool (default: that of --checkpoint)"
     )
     options.add_argument("--force", action="store_true", help="replace ONNX files in --out")
     return options
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export_class_graph(args: argparse.Namespace) -> None:
-    """Exports what class prompts find as one graph, and prints a summary."""
+    """Exports class prompts as one graph, and prints a summary."""
     from sam2_lora_ext.deploy.stock import noise_pixels, read_pixels
     from sam2_lora_ext.inspection.onnx_graph import FILE, NOTES, export_classes
     from sam2_lora_ext.inspection.segmenter import load_segmenter

@@ -1,7 +1,7 @@
-"""Fits how class prompts decide, on validation strips alone, and writes it into their file.
+"""Fits the decision of class prompts on validation strips only, and writes it into their file.
 
-Fitted are the threshold of each class's score, the scale and bias of its mask, and the smallest areas: what gives the
-largest mean Dice over all (strip, class) pairs. Do it on the adapter, before it is merged; merged files work too.
+It fits the threshold of each class's score, the scale and bias of its logits, and the smallest areas, for the largest
+mean Dice over all (strip, class) pairs. Run it on the adapter before merging; merged files work too.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     add_strips(options)
     kinds = options.add_mutually_exclusive_group()
     kinds.add_argument("--overlapping", action="store_true", help="a pixel may have several classes")
-    kinds.add_argument("--exclusive", action="store_true", help="a pixel has one class at most (default: as it was)")
-    options.add_argument("--force", action="store_true", help="replace a decision that was fitted before")
+    kinds.add_argument("--exclusive", action="store_true", help="a pixel has at most one class (default: unchanged)")
+    options.add_argument("--force", action="store_true", help="replace an earlier fit")
     return options
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     segmenter = segmenter_of(args)
     place = place_of(args.checkpoint)
     if segmenter.decision.fitted and not args.force:
-        raise UserError(f"the decision of {place} was fitted already: give --force to fit it anew")
+        raise UserError(f"the decision of {place} was fitted already: give --force to fit it again")
     strips, facts = strips_of(args, segmenter.prompts)
     exclusive = args.exclusive or segmenter.decision.exclusive and not args.overlapping
     print(f"fitting to {facts['strips']} strips: {facts['origin']}", flush=True)

@@ -1,7 +1,7 @@
-"""Inspects strips without a click: for each the mask of every defect class, or the word "clean".
+"""Inspects strips without a click: for each the mask of every defect class, or "clean".
 
-The weights must have class prompts (train with a config such as severstal_lora_classes). It goes on where it was
-stopped; a file that cannot be read is said, noted in the table, and tried again in the next call.
+The weights must have class prompts (train with a config such as severstal_lora_classes). A stopped inspection
+continues; a file that cannot be read is reported, recorded in the table, and tried again in the next call.
 """
 
 import argparse
@@ -24,16 +24,16 @@ EXAMPLES = """\
 examples:
   a folder of strips, all formats:
     python tools/inspect_strips.py --checkpoint steel.pt strips/ --out inspected
-  an adapter on its base, and what Kaggle takes:
+  an adapter on its base, and a submission for Kaggle:
     python tools/inspect_strips.py --checkpoint runs/classes --base sam2.1_hiera_large.pt strips/*.jpg \\
         --out inspected --formats kaggle
   a line that drops files, until Ctrl-C:
     python tools/inspect_strips.py --checkpoint steel.pt --watch /line/strips --out inspected
 
-OUT then holds inspection.csv (a row for each strip) and, by --formats:
+OUT then has inspection.csv (a row for each strip) and, by --formats:
   label_png   label_png/annotations/X.png: the class number as grey value
   coco        coco/annotations.json: RLE, score and area of each defect, for CVAT and this package;
-              coco/polygons.json: outlines without holes, for tools that read no RLE, such as Label Studio
+              coco/polygons.json: outlines without holes, for tools without RLE, such as Label Studio
   supervisely supervisely/: a project, with a copy of the images
   kaggle      submission.csv: a row for each image and class
   overlays    overlays/X.jpg: strips with a finding, drawn
@@ -50,13 +50,13 @@ def parser() -> argparse.ArgumentParser:
     add("images", nargs="*", type=Path, metavar="IMAGES", help="image files, or folders of them")
     add_model(options)
     add("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
-    add("--watch", type=Path, metavar="FOLDER", help="inspect what appears in a folder, until Ctrl-C")
-    add("--idle", type=number(Number(0, 1e9)), metavar="SECONDS", help="with --watch: end after so long without a file")
+    add("--watch", type=Path, metavar="FOLDER", help="inspect new files in a folder, until Ctrl-C")
+    add("--idle", type=number(Number(0, 1e9)), metavar="SECONDS", help="with --watch: end after S without a file")
     usual = f"{USUAL}, and label_png where classes exclude each other"
     add("--formats", metavar="A,B,..|all", help=f"label_png, coco, supervisely, kaggle, overlays (default: {usual})")
-    add("--run", type=Path, metavar="RUN", help="whose bits and orientation to take (default: that of --checkpoint)")
+    add("--run", type=Path, metavar="RUN", help="take its bits and orientation (default: that of --checkpoint)")
     add_pixels(options)
-    add("--force", action="store_true", help="begin anew where --out holds an inspection")
+    add("--force", action="store_true", help="replace an inspection in --out")
     return options
 
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = args.formats or (USUAL if mixed else f"label_png,{USUAL}")
     formats = check_formats(wanted, prompts.decision.exclusive, prompts.class_ids)
     if not prompts.decision.fitted:
-        print("the thresholds were never fitted, so what has a score above 0 is there: tools/fit_decision.py fits them")
+        print("the thresholds are not fitted, so scores above 0 count as present: fit them with tools/fit_decision.py")
     facts = {
         **_identity(segmenter),
         "bits": bits,
@@ -129,7 +129,7 @@ def _source(args: argparse.Namespace) -> Source | None:
 
 
 def _identity(segmenter: Any) -> dict[str, str]:
-    """What tells one model from another."""
+    """The identity of the model and its settings."""
     from sam2_lora_ext.adapters.class_prompts import header_of
     from sam2_lora_ext.adapters.weights import weights_id
 
@@ -139,7 +139,7 @@ def _identity(segmenter: Any) -> dict[str, str]:
 
 
 def _clear(out: Path) -> None:
-    """Removes what another inspection left."""
+    """Removes the results of another inspection."""
     for name in ("label_png", "coco", "supervisely", "overlays"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("submission.csv", "inspection.csv"):

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 FOLDER = "transformers"
 EXAMPLES = """\
 examples:
-  the best adapter of a run, proven on stock SAM 2:
+  the best adapter of a run, verified on stock SAM 2:
     python tools/merge_lora.py --base checkpoints/sam2.1_hiera_large.pt --adapter runs/my_run \\
         --out merged.pt --verify configs/sam2.1/sam2.1_hiera_l.yaml --image strip.jpg
-  an adapter folder (ours or PEFT's), written in half precision, with what that costs:
+  an adapter folder (ours or PEFT's), written in half precision, with its effect on masks:
     python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter my_adapter --out merged.pt --dtype bfloat16 \\
         --verify configs/sam2.1/sam2.1_hiera_t.yaml
   a checkpoint of SAM 2's Trainer:
@@ -38,7 +38,7 @@ examples:
 
 The merged file then works everywhere in place of the base:
     build_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "merged.pt")
-Beside it, merged.pt.json says what it was made of, with SHA-256 sums. tools/unmerge_lora.py goes the other way.
+merged.pt.json records its inputs with SHA-256 sums. tools/unmerge_lora.py is the inverse.
 """
 
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument(
-        "--base", type=Path, required=True, metavar="FILE", help="the weights that training began with"
+        "--base", type=Path, required=True, metavar="FILE", help="the weights that training started from"
     )
     options.add_argument(
         "--adapter",
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         type=number(Number(-1e6, 1e6)),
         nargs="+",
         metavar="W",
-        help="of several adapters, how much of each update is added (default for a single one: 1)",
+        help="factor of each adapter's update in the sum (default for a single one: 1)",
     )
     options.add_argument(
         "--out",
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="the merged file to write, or with --format transformers a folder",
     )
     options.add_argument(
-        "--format", choices=(*FORMATS, FOLDER), help="default: what the suffix of --out says; build_sam2 loads pt"
+        "--format", choices=(*FORMATS, FOLDER), help="default: by the suffix of --out; build_sam2 loads pt"
     )
     options.add_argument(
         "--image-size",
@@ -85,15 +85,15 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--alpha",
         type=number(ALPHA),
-        help="only for a checkpoint.pt that does not know it, and whose run has no lora.json",
+        help="only for a checkpoint.pt that does not record it, and whose run has no lora.json",
     )
     options.add_argument(
         "--verify",
         metavar="CONFIG",
-        help="build this stock config from the result and compare its masks with the live adapter's",
+        help="build this stock config from the result and compare its masks with those of the unmerged adapter",
     )
-    options.add_argument("--image", type=Path, metavar="FILE", help="what --verify segments (default: smooth noise)")
-    options.add_argument("--force", action="store_true", help="replace --out and its record when they exist")
+    options.add_argument("--image", type=Path, metavar="FILE", help="image for --verify (default: smooth noise)")
+    options.add_argument("--force", action="store_true", help="replace an existing --out and its record")
     return options
 
 
@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.adapters.sources import source_files
 
     if args.image_size and args.format != FOLDER:
-        raise UserError(f"--image-size is written into a folder only: give --format {FOLDER} too")
+        raise UserError(f"--image-size is only for a folder: give --format {FOLDER} too")
     if args.image and not args.verify:
-        raise UserError("--image is what --verify segments: give --verify CONFIG too")
+        raise UserError("--image is only for --verify: give --verify CONFIG too")
 
     if args.verify:
         try:
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def verify(args: argparse.Namespace, merged: "Merged", facts: dict[str, Any]) -> None:
-    """Compares the written file with base plus live adapter, notes that in the record, and fails past the bound."""
+    """Compares the written file with base and unmerged adapter, records the result, and fails beyond the bound."""
     from sam2_lora_ext.adapters.record import record_path, with_proof
     from sam2_lora_ext.deploy.verify import compare_merged
 

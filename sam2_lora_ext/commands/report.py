@@ -1,8 +1,8 @@
-"""Makes one HTML file about runs: facts, curves, tables, pictures, where adapters changed the model, commands.
+"""Writes one HTML report on runs: facts, curves, tables, pictures, changes by layer, commands.
 
-It needs no network and no other file. An evaluation in RUN_DIR/evaluation (tools/evaluate.py --out) is found by itself,
-so is RUN_DIR/inspection (tools/evaluate_inspection.py --out), and a run by what lies in it. Data, crop and resolution
-are those that the run's record names.
+The page needs no network and no other file. It includes an evaluation in RUN_DIR/evaluation (tools/evaluate.py --out)
+and an inspection in RUN_DIR/inspection (tools/evaluate_inspection.py --out). Data, crop and resolution are those of the
+run's record.
 """
 
 import argparse
@@ -30,24 +30,24 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="RUN_DIR",
-        help="what launcher.experiment_log_dir was, or something inside, such as adapters/best",
+        help="the folder launcher.experiment_log_dir, or a path inside it, such as adapters/best",
     )
     options.add_argument(
         "--evaluation",
         type=Path,
         action="append",
         metavar="DIR",
-        help="an evaluation to show, several times for several (default: RUN_DIR/evaluation)",
+        help="an evaluation to show; may be repeated (default: RUN_DIR/evaluation)",
     )
     options.add_argument(
         "--inspection",
         type=Path,
         action="append",
         metavar="DIR",
-        help="an evaluated inspection, likewise (default: RUN_DIR/inspection)",
+        help="an evaluated inspection; may be repeated (default: RUN_DIR/inspection)",
     )
     options.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
-    options.add_argument("--force", action="store_true", help="replace --out when it exists")
+    options.add_argument("--force", action="store_true", help="replace an existing --out")
     return options
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = args.inspection or there
     refuse_input_files(out, (file for folder in (*args.runs, *folders, *others) for file in read_by_report(folder)))
     text = render(runs, [read_evaluation(folder) for folder in folders], [read_inspection(path) for path in others])
-    page = text.encode("utf-8", "backslashreplace")  # a file name that is no UTF-8 is shown, not fatal
+    page = text.encode("utf-8", "backslashreplace")  # a file name that is not UTF-8 is shown with escapes
     write_atomic(out, lambda path: path.write_bytes(page), force=args.force)
     print(
         f"written  {out}: {len(text) / 1e6:.1f} MB, {len(runs)} runs, {len(folders)} evaluations, "
@@ -79,6 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_by_report(folder: Path) -> list[Path]:
-    """The files of a run or an evaluation, without pages that a report made."""
+    """The files of a run or an evaluation, without pages of a report."""
     files = folder.rglob("*") if folder.is_dir() else [folder]
     return [file for file in files if file.suffix != ".html" and file.is_file()]

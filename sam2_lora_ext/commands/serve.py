@@ -1,8 +1,8 @@
 """Serves a local page: click on a strip, see the masks of base and adapter side by side, save them as pre-labels.
 
-The page works without a network, and answers this machine alone unless --host says otherwise. Embeddings are kept, so a
-click costs one decode. Windows, bits, orientation, resolution and classes are those of the run that the adapter or the
-weights lie in, of --run, or of a training config (-c).
+The page works without a network, and is served to this machine only unless --host is set. Embeddings are cached, so a
+click costs one decode. Windows, bits, orientation, resolution and classes are those of the run that contains the
+adapter or the weights, of --run, or of a training config (-c).
 """
 
 import argparse
@@ -18,15 +18,15 @@ from sam2_lora_ext.utils.errors import UserError
 
 EXAMPLES = """\
 examples:
-  a merged file beside the base that it came from:
+  a merged file compared with its base:
     python tools/serve.py --checkpoint steel.pt --compare sam2.1_hiera_tiny.pt --images strips
-  a base with adapters, which the page switches:
+  a base with adapters that the page can switch:
     python tools/serve.py --checkpoint sam2.1_hiera_tiny.pt --adapter line_1=runs/line_1 --adapter line_2=runs/line_2 \\
         --images strips
-  on a machine that others reach as gpu7, for them too (everyone who reaches it can use it; better: ssh -L):
+  for other machines, under the name gpu7 (everyone who reaches it can use it; better: ssh -L):
     python tools/serve.py --checkpoint steel.pt --images strips --host 0.0.0.0 --name gpu7
 
-Kept masks become a data set, a folder in --out, when the page's Save is pressed: coco, supervisely, label_png, kaggle.
+The page's Save button writes kept masks as a data set into a folder in --out: coco, supervisely, label_png, kaggle.
 """
 
 
@@ -43,20 +43,20 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[NAME=]PATH",
-        help="a run, an adapter folder or a checkpoint on top of --checkpoint; several times for several",
+        help="a run, an adapter folder or a checkpoint on top of --checkpoint; may be repeated",
     )
-    add("--compare", type=Path, action="append", default=[], metavar="FILE", help="further whole weights to choose")
-    add("--config", metavar="NAME", help="the stock config (default: told from the weights)")
+    add("--compare", type=Path, action="append", default=[], metavar="FILE", help="further full weights to choose from")
+    add("--config", metavar="NAME", help="the stock config (default: identified from the weights)")
     add("--images", type=Path, metavar="DIR", help="the strips (without it, images are dropped onto the page)")
-    add("--out", type=Path, default=Path("prelabels"), metavar="DIR", help="where data sets are saved (%(default)s)")
-    add("--run", type=Path, metavar="RUN", help="what the weights are from (default: the run that they lie in)")
+    add("--out", type=Path, default=Path("prelabels"), metavar="DIR", help="the folder for data sets (%(default)s)")
+    add("--run", type=Path, metavar="RUN", help="the run of the weights (default: the run that contains them)")
     add_config(options)
     add_pixels(options)
     add("--classes", type=classes, metavar="A,B,..|N=A,..", help="class names (default: the run's, else Severstal's)")
     add("--crop", type=number(COUNT), metavar="N", help="columns of the window around a click (default: the run's)")
     add("--image-size", type=number(RESOLUTION), metavar="PIXELS", help="of the model's input (default: the run's)")
-    add("--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)")
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="the address to listen at (%(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda ... (default: cuda if there is one, else cpu)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="the address to listen on (%(default)s)")
     add("--name", action="append", default=[], metavar="NAME", help="a further name of this machine in the browser")
     add("--port", type=number(Whole(0, 65535)), default=8000, metavar="N", help="0: a free one (%(default)s)")
     return options
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = loaded.class_names or (source and source.class_names())
         table = class_table(args.classes or own or None)
         if missing := set(loaded.class_names) - set(table):
-            raise UserError(f"--classes lacks class {min(missing)}, which a model's class prompts know")
+            raise UserError(f"--classes lacks class {min(missing)}, which a model's class prompts have")
         engine = Engine(loaded.models, images, args.crop or (source and source.crop))
         read = [*loaded.inputs, *([args.images] if args.images else [])]
         labels = Labels(images, table, args.out, read)
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = "localhost" if args.host in ("0.0.0.0", "::") else f"[{args.host}]" if ":" in args.host else args.host
 
         class Server(uvicorn.Server):
-            """Says where it is as soon as it answers."""
+            """Prints the address as soon as the server responds."""
 
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, taken before the models are loaded; raises `UserError` where it cannot be had."""
+    """A listening socket, opened before the models are loaded; raises `UserError` if that fails."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise UserError(f"cannot listen at {host}:{port} ({error.strerror or error}): choose another --port") from error
+        raise UserError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port") from error

@@ -1,8 +1,8 @@
-"""Follows one defect along a strip with SAM 2's own video predictor: a click in one window, its mask in all others.
+"""Tracks one defect along a strip with SAM 2's own video predictor: a click in one window, its mask in all others.
 
 The strip is cut into overlapping windows that move to both sides of the click, as `configs/severstal_lora_video.yaml`
-trains it; what the windows say is stitched back to the strip and drawn into a picture. Windows, bits, orientation and
-resolution are those of the run that the weights lie in or that --run names, or of a training config (-c).
+trains it; their masks are stitched back to the strip and drawn into a picture. Windows, bits, orientation and
+resolution are those of the run that contains the weights or of --run, or of a training config (-c).
 """
 
 import argparse
@@ -21,7 +21,7 @@ examples:
   python tools/track_strip.py --checkpoint steel.pt -c severstal_lora_video dataset.bits=12 --image strip.png \\
       --click 640,120 --out tracked.png
 """
-WIDTH = 512  # columns of a window, where nothing says it
+WIDTH = 512  # columns of a window, by default
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,13 +31,13 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("words", nargs="*", metavar="key=value", help=OVERRIDE)
     options.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="merged (or any SAM 2) weights")
-    options.add_argument("--config", metavar="NAME", help="the stock config (default: told from the weights)")
+    options.add_argument("--config", metavar="NAME", help="the stock config (default: identified from the weights)")
     options.add_argument("--image", type=Path, required=True, metavar="FILE", help="the strip")
     options.add_argument(
         "--click", required=True, metavar="X,Y", help="a pixel of the defect, from the strip's top left"
     )
     options.add_argument(
-        "--run", type=Path, metavar="RUN", help="what the weights are from (default: the run that --checkpoint lies in)"
+        "--run", type=Path, metavar="RUN", help="the run of the weights (default: the run that contains --checkpoint)"
     )
     add_config(options)
     add_pixels(options)
@@ -47,16 +47,14 @@ def parser() -> argparse.ArgumentParser:
         "--stride", type=count, metavar="N", help="columns between windows (default: the run's, else half the width)"
     )
     options.add_argument("--image-size", type=size, metavar="PIXELS", help="of the model's input (default: the run's)")
-    options.add_argument(
-        "--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)"
-    )
+    options.add_argument("--device", metavar="NAME", help="cpu, cuda ... (default: cuda if there is one, else cpu)")
     options.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
     options.add_argument("--force", action="store_true", help="replace an existing picture")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tracks, prints what was found, writes the picture."""
+    """Tracks, prints a summary, writes the picture."""
     args = parser().parse_intermixed_args(argv)
     import numpy as np
     import torch

@@ -1,4 +1,4 @@
-"""Recovers the adapter from a merged file and its base, by truncated singular value decomposition of what changed."""
+"""Recovers the adapter from a merged file and its base, by truncated singular value decomposition of the change."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ EXAMPLES = """\
 examples:
   the adapter of a merged file, at the rank that it has:
     python tools/unmerge_lora.py --base sam2.1_hiera_large.pt --merged merged.pt --out adapter
-  norms or a head were trained in full beside the adapter:
+  norms or a head were trained in full in addition to the adapter:
     python tools/unmerge_lora.py --base sam2.1_hiera_tiny.pt --merged merged.pt --out adapter --full
-  a smaller adapter than the one that was merged, whatever it loses:
+  a smaller adapter than the merged one, with a large allowed error:
     python tools/unmerge_lora.py --base sam2.1_hiera_tiny.pt --merged merged.pt --out adapter --rank 4 --bound 0.9
 
-The folder is one for merge_lora.py, for further training, and for PEFT. Its scaling is 1 (alpha equals the rank).
+The folder can be used by merge_lora.py, for further training, and by PEFT. Its scaling is 1 (alpha equals the rank).
 """
 
 
@@ -31,9 +31,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that were merged into")
     options.add_argument("--merged", type=Path, required=True, metavar="FILE", help="the result, in any precision")
     options.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
-    options.add_argument(
-        "--rank", type=number(RANK), metavar="R", help="of every layer (default: what rounding lets be seen)"
-    )
+    options.add_argument("--rank", type=number(RANK), metavar="R", help="of every layer (default: the numerical rank)")
     options.add_argument(
         "--bound",
         type=number(Number(0, 1)),
@@ -41,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="largest error of a layer as a share of its change (default: %(default)g)",
     )
-    options.add_argument("--full", action="store_true", help="keep what is not low-rank as modules trained in full")
+    options.add_argument("--full", action="store_true", help="keep other changes as modules trained in full")
     options.add_argument("--force", action="store_true", help="replace an adapter in --out")
     return options
 
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         worst = max(found.errors, key=found.errors.__getitem__)
         print(
             f"error    {median(found.errors.values()):.3g} of a layer's change, at most {found.errors[worst]:.3g} in "
-            f"{worst} ({args.bound:g} is allowed beside the file's own rounding)"
+            f"{worst} ({args.bound:g} is allowed in addition to rounding errors)"
         )
         print(f"weights  base and adapter differ from {args.merged} by at most {found.max_abs_weight_diff:.3g}")
 

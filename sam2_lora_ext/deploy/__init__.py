@@ -1,1 +1,1 @@
-"""A trained model in use: stock SAM 2, its predictors, live adapters, the proof of a merge, ONNX."""
+"""Deployment: stock SAM 2, its predictors, adapters at run time, verification of a merge, ONNX."""

@@ -1,7 +1,7 @@
 """The README.md of a model folder, which Hugging Face calls a model card: base, adapters, data, metrics, licence.
 
-Everything is from the merge and from the records of the adapters' runs; what they do not say is said to be unknown. Of
-paths only the last part is written, for a card is made to be published.
+All facts are from the merge and from the records of the adapters' runs; missing ones are marked as unknown. Only the
+last part of a path is written, since a card is meant to be published.
 """
 
 import math
@@ -50,8 +50,8 @@ VIDEO = "\n`Sam2VideoModel` and `Sam2VideoProcessor` load the same folder for tr
 LICENCE = """\
 ## Licence
 
-Meta's SAM 2 is under the Apache License 2.0, and so are its weights; `license` above says so of a model that was made
-of them. No record says under which terms the data may be used: make sure of it before you publish this model.
+Meta's SAM 2 and its weights are under the Apache License 2.0; `license` above is for a model made from them. The terms
+of use of the data are not recorded: check them before you publish this model.
 """
 
 
@@ -59,7 +59,7 @@ def model_card(merged: Merged, base: Path, folder: str, *, video: bool) -> str:
     """The text of the card.
 
     Args:
-        merged: what was merged, with the adapters' metadata.
+        merged: the merge, with the adapters' metadata.
         base: the file of the base's weights.
         folder: name of the model's folder.
         video: whether the weights of the memory are in it.
@@ -116,10 +116,10 @@ def _adapters(merged: Merged) -> Iterator[str]:
 
 
 def _data(run: Path | None) -> Iterator[str]:
-    """What the run was trained on; without a run, that nothing is known."""
+    """The training data of the run; without a run, a sentence that it is unknown."""
     yield from ("## Data", "")
     if run is None:
-        yield "The adapter was given without its run: what it was trained on is not known."
+        yield "The adapter was given without its run: its training data is unknown."
         return
     digests = read_run_config(run, warn=False)["data"]
     for phase in ("train", "val"):
@@ -160,7 +160,7 @@ def _metrics(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
         else {}
     )
     if not rows:
-        yield "The adapter says of no validation."
+        yield "The adapter records no validation."
         return
     yield from (
         "On the run's validation data, with the prompts of training; `tools/evaluate.py` measures with "
@@ -178,7 +178,7 @@ def _metrics(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _note(file: Path) -> dict[str, Any]:
-    """A note of a run; empty where it is missing or damaged, which a card does not hang on."""
+    """A JSON record of a run; empty if it is missing or damaged, since a card does not require it."""
     try:
         content = read_json(file, LARGEST_NOTE)
     except UserError:

@@ -1,4 +1,4 @@
-"""Writes a stock SAM 2 as two ONNX files, proves them under onnxruntime against PyTorch, and times both.
+"""Writes a stock SAM 2 as two ONNX files, compares onnxruntime's results with PyTorch's, and times both.
 
 Needs sam2 and the packages of the extra `onnx`. See `onnx_layouts.py` for the inputs and outputs of the files.
 """
@@ -25,19 +25,19 @@ from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "export.json"
-BOUND = 1e-4  # share of the largest logit: other kernels add in another order, some 1e-6 for each of dozens of layers
-TIMED, ENOUGH = 5, 10.0  # runs, after one that is not counted; no further one after so many seconds
+BOUND = 1e-4  # share of the largest logit: other kernels sum in another order, about 1e-6 for each of dozens of layers
+TIMED, ENOUGH = 5, 10.0  # number of runs after a warm-up run, and the seconds after which no further one starts
 
 
 @dataclass
 class Proof:
-    """The ONNX files against PyTorch.
+    """The comparison of the ONNX files with PyTorch.
 
     Attributes:
         max_abs_logit_diff: largest difference of a mask logit, over all prompts and mask outputs.
         max_abs_logit: largest logit, for scale.
         flipped: share of mask pixels that changed side.
-        bound: what `max_abs_logit_diff` may be.
+        bound: largest allowed `max_abs_logit_diff`.
         seconds: median by half ("image_encoder"; "mask_decoder" for one click) and runtime ("pytorch", "onnxruntime").
     """
 
@@ -49,12 +49,12 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        """Whether the files are the model."""
+        """Whether the difference is within the bound."""
         return self.max_abs_logit_diff <= self.bound  # False for NaN
 
 
 def require_packages() -> None:
-    """Raises a `UserError` that says what to install when a package of the extra `onnx` is missing."""
+    """Raises a `UserError` with the install command when a package of the extra `onnx` is missing."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)
@@ -63,9 +63,9 @@ def require_packages() -> None:
 
 
 def check_output(folder: Path, force: bool, inputs: Iterable[Path] = (), layout: str = "plain") -> None:
-    """Raises a `UserError` when the folder cannot take the files, has some and `force` is off, or they are `inputs`.
+    """Raises a `UserError` when the files cannot be written: they exist and `force` is off, or they are `inputs`.
 
-    A config file of a labelling tool is never left beside a pair that its runner cannot run.
+    A config file of a labelling tool never remains with a pair that its runner cannot run.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out names the folder of the ONNX files")
@@ -90,17 +90,17 @@ def export(
 ) -> Proof:
     """Writes image_encoder.onnx, mask_decoder.onnx, export.json and the layout's config files.
 
-    Nothing is written unless the proof passes.
+    Nothing is written unless the comparison passes.
 
     Args:
         model: a stock SAM 2 on the CPU, see `build_stock`.
-        folder: made when missing.
-        pixels: what the files are proven on, RGB in [0, 1] (1, 3, S, S); it decides nothing else.
-        facts: for export.json, beside what this function knows.
-        force: replace files that are there.
+        folder: created if missing.
+        pixels: the image of the comparison, RGB in [0, 1] (1, 3, S, S); used for nothing else.
+        facts: further entries of export.json.
+        force: replace existing files.
         report: called with a line about each stage.
         layout: a key of `LAYOUTS`.
-        name: what a labelling tool calls the model.
+        name: of the model in a labelling tool.
 
     Raises:
         UserError: a package is missing, a file exists, the masks differ by more than the bound, or the system refuses.
@@ -121,7 +121,7 @@ def export(
             proof = prove(model, Path(made), pixels, layout)
             if not proof.passed:
                 raise UserError(
-                    "the ONNX files are not the model: their mask logits differ by "
+                    "the ONNX files differ from the model: their mask logits differ by "
                     f"{proof.max_abs_logit_diff:.3g}, and {proof.bound:.3g} is allowed; none was written"
                 )
             folder.mkdir(exist_ok=True)
@@ -209,7 +209,7 @@ def session(path: Path) -> Any:
 def _write(half: nn.Module, layout: Layout, name: str, inputs: tuple[Tensor, ...], path: Path) -> None:
     """Traces one half into one file; the numbers of prompts and of points stay open."""
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about its own names and internals
+        warnings.simplefilter("ignore")  # warnings of the exporter about its own names and internals
         torch.onnx.export(
             half,
             inputs,

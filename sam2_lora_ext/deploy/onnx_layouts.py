@@ -1,10 +1,10 @@
-"""Inputs, outputs and their order in the two ONNX files, for one's own code or for labelling tools.
+"""Inputs, outputs and their order in the two ONNX files, for user code or for labelling tools.
 
 Legend: S pixels of a side of the input · B prompts · N points of each.
 
-`plain` is for one's own code; see `onnx_models.py`. `samexporter` is the contract of samexporter's runner for SAM 2,
-which AnyLabeling and X-AnyLabeling contain too: they take inputs and outputs by place and not by name, scale points to
-the input's pixels, and show the mask with the best predicted IoU. For the two tools a config file lies beside the pair.
+`plain` is for user code; see `onnx_models.py`. `samexporter` is the interface of samexporter's runner for SAM 2, which
+AnyLabeling and X-AnyLabeling include too: they identify inputs and outputs by position and not by name, scale points to
+the input's pixels, and show the mask with the best predicted IoU. The two tools also get a config file.
 """
 
 import re
@@ -35,7 +35,7 @@ class Layout:
         outputs: the same.
         image: RGB in [0, 1] (1, 3, S, S) as the encoder takes it.
         prompt: points (B, N, 2), labels (B, N) and S as the decoder takes them, in the order of its inputs.
-        masks: which of stock's four mask outputs the decoder gives.
+        masks: stock's mask outputs (of four) that the decoder returns.
         configs: name -> text of a tool's config file, from the model's name and S.
     """
 
@@ -48,7 +48,7 @@ class Layout:
     configs: dict[str, Callable[[str, int], str]] = field(default_factory=dict)
 
     def examples(self, model: nn.Module, pixels: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """What to trace the two halves with: an image (1, 3, S, S), and B = 3 prompts of N = 2 points."""
+        """Example inputs for tracing the two halves: an image (1, 3, S, S), and B = 3 prompts of N = 2 points."""
         size = pixels.shape[-1]
         with torch.no_grad():
             outputs = self.halves["image_encoder"](model)(self.image(pixels))
@@ -58,10 +58,10 @@ class Layout:
         return {"image_encoder": (self.image(pixels),), "mask_decoder": (*map(features.get, FEATURES), *prompt)}
 
     def open_sizes(self, name: str) -> list[dict[int, Any] | None]:
-        """The axes of each input of a half that may have any size: prompts, points of a prompt, flags of prompts."""
+        """The dynamic axes of each input of a half: prompts, points of a prompt, flags of prompts."""
         from torch.export import Dim
 
-        # torch.export takes sizes of 0 and 1 for constants where they are traced, so the examples have others
+        # torch.export treats traced sizes of 0 and 1 as constants, so the examples have others
         prompts, points, flags = (Dim(axis, min=1, max=MANY) for axis in ("prompts", "points", "flags"))
         point = {0: prompts, 1: points}
         axes = {"point_coords": point, "point_labels": point, "mask_input": {0: prompts}, "has_mask_input": {0: flags}}
@@ -69,18 +69,18 @@ class Layout:
 
 
 def config_text(kind: str, with_size: bool, name: str, size: int) -> str:
-    """The YAML by which a labelling tool loads the pair as a custom model.
+    """The YAML with which a labelling tool loads the pair as a custom model.
 
     Args:
-        kind: what the tool calls the type of the model.
-        with_size: AnyLabeling asks for the size too.
+        kind: the tool's name of the type of the model.
+        with_size: AnyLabeling needs the size too.
         name: shown in the tool's list.
         size: S.
     """
     encoder, decoder = (f"{half}.onnx" for half in PAIR)
     config = {
         "type": kind,
-        "name": re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "sam2",  # it becomes a folder of the tool
+        "name": re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "sam2",  # the tool's folder
         "display_name": f"SAM 2 ({name})",
         "encoder_model_path": encoder,
         "decoder_model_path": decoder,
@@ -132,5 +132,5 @@ LAYOUTS = {
 
 
 def configs_of_others(layout: Layout) -> Iterable[str]:
-    """Config files that a pair of another layout has beside it, and this one has not."""
+    """Config files of other layouts that this one does not have."""
     return sorted({name for other in LAYOUTS.values() for name in other.configs} - set(layout.configs))

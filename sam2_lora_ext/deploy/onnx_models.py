@@ -1,4 +1,4 @@
-"""The two halves of a stock SAM 2 that go into ONNX files: what sees the image once, and what answers prompts.
+"""The two halves of a stock SAM 2 for ONNX files: the image encoder, and the prompt encoder with mask decoder.
 
 Legend: S pixels of a side of the input · D width of the features · B prompts · N points of each ·
 C = 4 mask outputs.
@@ -9,12 +9,11 @@ C = 4 mask outputs.
     these three, point_coords (B, N, 2), point_labels (B, N) -> masks (B, C, S/4, S/4), iou_predictions (B, C),
                                                                 object_score (B, 1)
 
-`point_coords` are x before y in pixels of the squashed input; `point_labels` int64: 1 on the object, 0 beside it, 2 and
+`point_coords` are x before y in pixels of the squashed input; `point_labels` int64: 1 on the object, 0 outside, 2 and
 3 the top left and bottom right corner of a box, -1 for none. `masks` are logits: output 0 is the single mask, 1 to 3
-are those of multimask, and `iou_predictions` is what the model thinks of each.
+are those of multimask, and `iou_predictions` is the predicted IoU of each.
 
-The halves for labelling tools differ in what their runners do themselves: see `LabellingImageHalf` and
-`LabellingPromptHalf`.
+The halves for labelling tools omit steps of their runners: see `LabellingImageHalf` and `LabellingPromptHalf`.
 """
 
 import torch
@@ -24,7 +23,7 @@ from sam2_lora_ext.deploy.stock import normalised
 
 
 class ImageHalf(nn.Module):
-    """The image encoder, normalisation before it, and behind it the decoder's projections of its fine features."""
+    """Normalisation, the image encoder, and the decoder's projections of its fine features."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,13 +35,13 @@ class ImageHalf(nn.Module):
     def features(self, image: Tensor) -> tuple[Tensor, ...]:
         """The features of a normalised image, the coarse ones first."""
         fine, middle, coarse = self.model.forward_image(image)["backbone_fpn"]
-        if self.model.directly_add_no_mem_embed:  # as SAM2ImagePredictor does for a single image
+        if self.model.directly_add_no_mem_embed:  # as in SAM2ImagePredictor for a single image
             coarse = coarse + self.model.no_mem_embed.reshape(1, -1, 1, 1)
         return coarse, fine, middle
 
 
 class PromptHalf(nn.Module):
-    """Prompt encoder and mask decoder, for any number of prompts on one image; boxes are points, as the predictor's."""
+    """Prompt encoder and mask decoder, for any number of prompts on one image; boxes are points, as in predictors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class PromptHalf(nn.Module):
 
 
 class LabellingImageHalf(ImageHalf):
-    """`ImageHalf` for runners that normalise the image themselves and want the finest features first.
+    """`ImageHalf` for runners that normalise the image themselves and expect the finest features first.
 
     image (1, 3, S, S), normalised -> high_res_feats_0, high_res_feats_1, image_embed.
     """
@@ -87,7 +86,7 @@ class LabellingImageHalf(ImageHalf):
 
 
 class LabellingPromptHalf(PromptHalf):
-    """`PromptHalf` that takes a mask as prompt too and gives multimask's three masks, of which runners take the best.
+    """`PromptHalf` with a mask as a further prompt; returns the three multimask outputs, of which runners use the best.
 
     The features, point_coords (B, N, 2), point_labels (B, N) as floats, mask_input (B, 1, S/4, S/4) logits,
     has_mask_input (B) or (1): 1 where `mask_input` counts, 0 where not -> masks (B, 3, S/4, S/4), iou_predictions

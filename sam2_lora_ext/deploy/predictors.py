@@ -1,10 +1,10 @@
-"""Makes SAM 2's own predictors fit a model that does not take 1024 pixels. Imports nothing of SAM 2."""
+"""Adapts SAM 2's own predictors to a model with another input size than 1024. Imports nothing of SAM 2."""
 
 from typing import Any, TypeVar
 
 from sam2_lora_ext.utils.errors import UserError
 
-STRIDES = (4, 8, 16)  # of the three feature maps that the image predictor keeps
+STRIDES = (4, 8, 16)  # strides of the three feature maps that the image predictor keeps
 Predictor = TypeVar("Predictor")
 
 
@@ -12,8 +12,8 @@ def fit_predictor(predictor: Predictor) -> Predictor:
     """Sets the sizes of the feature maps to those of the model's input, in place; stock has those of 1024 pixels.
 
     Args:
-        predictor: a `SAM2ImagePredictor`, or a `SAM2AutomaticMaskGenerator`, which has one inside. A
-            `SAM2VideoPredictor` needs none of this.
+        predictor: a `SAM2ImagePredictor`, or a `SAM2AutomaticMaskGenerator`, which contains one. A
+            `SAM2VideoPredictor` does not need this.
 
     Raises:
         UserError: it is neither.

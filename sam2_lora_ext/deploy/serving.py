@@ -1,4 +1,4 @@
-"""Stock SAM 2 with live adapters, for SAM 2's own predictors. SAM 2 is imported only when a model is built.
+"""Stock SAM 2 with switchable adapters, for SAM 2's own predictors. SAM 2 is imported only when a model is built.
 
 adapters = {"line 1": "runs/line1", "line 2": "runs/line2"}
 model = load_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt", adapters)
@@ -46,7 +46,7 @@ __all__ = [
 
 ENCODER = "sam_prompt_encoder"  # the module of a SAM 2 that class prompts replace
 Source = str | Path | Adapter
-COARSEST = 32  # pixels of the input that one place of the trunk's last feature map stands for
+COARSEST = 32  # stride of the trunk's last feature map in pixels
 
 
 def load_sam2(
@@ -60,21 +60,21 @@ def load_sam2(
     apply_postprocessing: bool = True,
     hydra_overrides_extra: Sequence[str] = (),
 ) -> "SAM2Base":
-    """Builds stock SAM 2 as `build_sam2` does, loads a base and puts live adapters into it; in eval mode.
+    """Builds stock SAM 2 as `build_sam2` does, loads a base and adds switchable adapters; in eval mode.
 
     Args:
         config: name of a stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
         base: the base's weight file (.pt, .safetensors), or any merged one.
-        adapter: a run folder, an adapter folder, a Trainer's checkpoint or an `Adapter`, which is then called
-            "default"; or several by name, of which the first is on. None: the base alone, adapters may be added.
-        video: build a `SAM2VideoPredictor`, which is its own predictor.
+        adapter: a run folder, an adapter folder, a Trainer's checkpoint or an `Adapter`, with the name "default"; or
+            several by name, the first of which becomes active. None: the base alone, adapters may be added later.
+        video: build a `SAM2VideoPredictor`, which is a model and a predictor.
         image_size: pixels of a side of the model's input instead of the config's.
         device: by default the GPU when there is one, else the CPU.
         apply_postprocessing: see `build_sam2`.
         hydra_overrides_extra: see `build_sam2`.
 
     Raises:
-        UserError: a file is missing or damaged, base and config are not of one model, or an adapter is of another base.
+        UserError: a file is missing or damaged, base and config differ in the model, or an adapter is of another base.
     """
     from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
@@ -97,16 +97,16 @@ def load_sam2(
 
 
 def add_adapter(model: nn.Module, name: str, adapter: Source, *, base_path: str | Path = "the model's") -> None:
-    """Makes one more adapter ready for `set_adapter`, with its class prompts if it has some; which one is on stays.
+    """Prepares one more adapter for `set_adapter`, with its class prompts if any; the active adapter does not change.
 
     Args:
         model: of `load_sam2`, or any SAM 2 without adapters.
-        name: to call it by.
+        name: of the adapter.
         adapter: see `load_sam2`.
-        base_path: where the model's base came from, for messages.
+        base_path: file of the model's base, for messages.
 
     Raises:
-        UserError: the name is taken, there is no such adapter, or it is of another base.
+        UserError: the name is in use, there is no such adapter, or it is of another base.
     """
     with disable_adapters(model):
         state = model.state_dict()

@@ -14,7 +14,7 @@ from sam2_lora_ext.adapters.weights import explain_mismatch, read_weights
 from sam2_lora_ext.utils.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of SAM 2's input
-POSITIVE, NEGATIVE, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # SAM 2's labels of points and of a box's corners
+POSITIVE, NEGATIVE, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # SAM 2's labels of points and of the corners of a box
 PROMPTS = [  # (x, y) as shares of the image, with labels
     ([(0.50, 0.50)], [POSITIVE]),
     ([(0.25, 0.25)], [POSITIVE]),
@@ -27,10 +27,10 @@ PROMPTS = [  # (x, y) as shares of the image, with labels
 
 
 def check_inputs(config: str, image: str | Path | None = None) -> None:
-    """Tells early what `build_stock` and `read_image` would stumble over.
+    """Checks the inputs of `build_stock` and `read_image` early.
 
     Raises:
-        UserError: there is no such config, or it is no inference config, or the image cannot be read.
+        UserError: there is no such config, it is not an inference config, or the image cannot be read.
     """
     import sam2  # noqa: F401  (initialises Hydra with SAM 2's configs)
     from hydra import compose
@@ -42,17 +42,17 @@ def check_inputs(config: str, image: str | Path | None = None) -> None:
     except MissingConfigException as error:
         raise UserError(f"there is no config {config!r}: {stock}") from error
     if not known:
-        raise UserError(f"{config} is no inference config (it has no model at its top): {stock}")
+        raise UserError(f"{config} is not an inference config (it has no key model at its top): {stock}")
     if image is not None:
         read_image(image, 8)
 
 
 def build_stock(config: str, weights: str | Path | None = None, image_size: int | None = None) -> nn.Module:
-    """Stock SAM 2 on the CPU as `build_sam2` makes it, without the postprocessing that chooses between masks.
+    """Stock SAM 2 on the CPU as `build_sam2` builds it, without the postprocessing that selects masks.
 
     Args:
         config: name of a stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
-        weights: what to load; by default the weights stay random.
+        weights: file to load; by default the weights remain random.
         image_size: pixels of a side of the input, instead of the config's.
 
     Raises:
@@ -115,7 +115,7 @@ def noise_pixels(size: int) -> Tensor:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """RGB in [0, 1] (..., 3, H, W) as SAM 2 takes it."""
+    """RGB in [0, 1] (..., 3, H, W), normalised for SAM 2."""
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 

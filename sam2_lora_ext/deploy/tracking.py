@@ -1,4 +1,4 @@
-"""Follows a clicked object through the windows of a strip with SAM 2's own video predictor, and draws what it found."""
+"""Tracks a clicked object through the windows of a strip with SAM 2's own video predictor, and draws the result."""
 
 import tempfile
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 TINT = (0, 180, 255)
-SURE = 10.0  # logits are cut off here: a window without the object says -1024, which would outvote all others
+SURE = 10.0  # logits are clamped here: a window without the object has -1024, which would dominate the average
 GAP = 5  # white columns between the windows of the picture
 
 
@@ -47,7 +47,7 @@ def draw(
     windows: Sequence[tuple[int, int]],
     tiles: np.ndarray,
 ) -> Image.Image:
-    """The strip; below it the strip with the mask tinted and the click as a cross; below that what each window says.
+    """The strip; below it the strip with the mask tinted and the click as a cross; below that the masks of the windows.
 
     Args:
         strip: uint8 [H, W, 3].

@@ -1,6 +1,6 @@
 """The architecture of a SAM 2 as transformers' `Sam2Config` and `Sam2VideoConfig` take it, from its weights' shapes.
 
-What these do not tell (windows, blocks with global attention, heads) is in `ARCHITECTURES`, by size. Torch only.
+`ARCHITECTURES` has the settings that shapes do not determine (windows, global attention, heads), by size. Torch only.
 
 Legend: C width of the features (256) · M width of the memory (64) · S pixels of a side of the input.
 """
@@ -16,19 +16,19 @@ from sam2_lora_ext.adapters.weights import identify
 from sam2_lora_ext.utils.errors import UserError
 
 MEMORY_WIDTH = 64
-STRIDES = (4, 8, 16)  # pixels of the input that an element of each feature map covers, of a side
+STRIDES = (4, 8, 16)  # stride of each feature map in pixels of the input
 BLOCK = "image_encoder.trunk.blocks.{}"
 DOWN = "memory_encoder.mask_downsampler.encoder.{}.weight"
 ATTENTION = "sam_mask_decoder.transformer.final_attn_token_to_image"
 
 
 class Architecture(NamedTuple):
-    """What the shapes of the weights do not tell.
+    """The settings that the shapes of the weights do not determine.
 
     Attributes:
         windows: side of the attention's windows, by stage.
-        global_blocks: which blocks attend to everything.
-        heads: of the first stage; each stage has twice those of the one before.
+        global_blocks: indices of the blocks with global attention.
+        heads: of the first stage; each later stage has twice as many as the previous one.
         image_size: S of the stock config.
     """
 
@@ -55,7 +55,7 @@ def image_config(state: Mapping[str, Tensor], image_size: int | None = None) -> 
         image_size: S, if the model is used at another size than its stock config's; a multiple of 32.
 
     Raises:
-        UserError: the weights are of no known size, or `image_size` is no multiple of 32.
+        UserError: the weights are of no known size, or `image_size` is not a multiple of 32.
     """
     known = _architecture(state)
     size = known.image_size if image_size is None else image_size
@@ -73,7 +73,7 @@ def image_config(state: Mapping[str, Tensor], image_size: int | None = None) -> 
 
 
 def memory_width(state: Mapping[str, Tensor]) -> int:
-    """M of a model; `Sam2VideoModel` has `MEMORY_WIDTH` written into its memory attention, and takes no other."""
+    """M of a model; the memory attention of `Sam2VideoModel` supports only `MEMORY_WIDTH`."""
     return state["maskmem_tpos_enc"].shape[-1]
 
 
@@ -87,7 +87,7 @@ def _architecture(state: Mapping[str, Tensor]) -> Architecture:
     name = identify(state)
     if name is None:
         raise UserError(
-            "the weights are of no stock size of SAM 2 or 2.1, and their shapes alone do not tell the windows and "
+            "the weights are of no stock size of SAM 2 or 2.1, and their shapes alone do not determine the windows and "
             "heads that transformers' config needs: merge into a .pt file instead"
         )
     return next(known for end, known in ARCHITECTURES.items() if Path(name).stem.endswith(end))
@@ -130,7 +130,7 @@ def _decoder(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _memory(state: Mapping[str, Tensor], size: int) -> dict[str, Any]:
-    """What only `Sam2VideoModel` uses."""
+    """The arguments that only `Sam2VideoModel` uses."""
     width = _rows(state, "memory_attention.layers.0.self_attn.q_proj")
     out, into, kernel, _ = state[DOWN.format(0)].shape
     stride = math.isqrt(out // into)  # channels grow as the area shrinks
@@ -165,6 +165,6 @@ def _rows(state: Mapping[str, Tensor], module: str) -> int:
 
 
 def _count(state: Mapping[str, Tensor], layers: str) -> int:
-    """How many modules there are whose names differ in the number at `{}`."""
+    """The number of modules whose names differ in the number at `{}`."""
     before = layers.removesuffix("{}")
     return len({key[len(before) :].split(".")[0] for key in state if key.startswith(before)})

@@ -3,7 +3,7 @@
     FOLDER/
       config.json            of `Sam2VideoModel`, which `Sam2Model` and the pipelines read too
       processor_config.json  of `Sam2VideoProcessor`, which `Sam2Processor` reads too
-      model.safetensors      all weights, those of the memory too, which `Sam2Model` passes over
+      model.safetensors      all weights, with those of the memory, which `Sam2Model` ignores
       README.md              the model card, see `model_card`
 
 `Sam2VideoModel` can have a memory of 64 channels only: the folder of another model (the small one of
@@ -38,7 +38,7 @@ PARTS = frozenset({CONFIG, PROCESSOR, WEIGHTS, CARD})
 
 
 def require_transformers() -> None:
-    """Raises a `UserError` where transformers is missing or knows no SAM 2."""
+    """Raises a `UserError` if transformers is missing or has no SAM 2."""
     try:
         from transformers import Sam2VideoModel  # noqa: F401
     except ImportError as error:
@@ -52,7 +52,7 @@ def refuse_model_folder(out: Path, inputs: Iterable[str | Path], force: bool) ->
 
     Args:
         out: missing or an empty folder, or with `force` a folder of this kind.
-        inputs: files and folders that are read, which it may not be, hold or lie in.
+        inputs: files and folders that are read; `out` may not be, contain or be inside one of them.
         force: replace a model.
     """
     refuse_inputs(out, inputs)
@@ -62,7 +62,7 @@ def refuse_model_folder(out: Path, inputs: Iterable[str | Path], force: bool) ->
     if not force:
         raise UserError(EXISTS.format(out))
     if not all((there / name).is_file() for name in (CONFIG, WEIGHTS)):
-        raise UserError(f"--force replaces a model of transformers, but {out} is none: choose another folder")
+        raise UserError(f"--force replaces a model of transformers, but {out} is not one: choose another folder")
 
 
 def write_model_folder(
@@ -78,7 +78,7 @@ def write_model_folder(
 
     Args:
         base: see `merge_files`, as `adapters`.
-        out: the folder to make.
+        out: the folder to write.
         image_size: pixels of a side of the model's input; by default that of the adapters' runs, else the stock one.
         force: replace a folder of this kind.
         **options: see `merge_to`.
@@ -96,7 +96,7 @@ def write_model_folder(
     def write(temporary: Path) -> None:
         def save(merged: Mapping[str, Tensor], prompts: Any, on_written: Any) -> None:
             if prompts is not None:
-                dropped.append("class prompts are left out: Sam2Model knows clicks and boxes alone")
+                dropped.append("class prompts are left out: Sam2Model has only clicks and boxes")
             config = make_config(merged, size)
             state = their_state(merged, config)
             config.save_pretrained(temporary)
@@ -114,7 +114,7 @@ def write_model_folder(
 
 
 def trained_size(adapters: Iterable[str | Path]) -> int | None:
-    """Pixels of a side of the input that the adapters' runs trained at; None where no run says it.
+    """Pixels of a side of the input that the adapters' runs trained at; None if no run records it.
 
     Raises:
         UserError: the runs differ.
@@ -123,7 +123,7 @@ def trained_size(adapters: Iterable[str | Path]) -> int | None:
     sizes = {run: size for run in runs if (size := (trainer_of(run).get("model") or {}).get("image_size"))}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{run} at {size}" for run, size in sizes.items())
-        raise UserError(f"the runs trained at different sizes ({found}): say by --image-size which one to write")
+        raise UserError(f"the runs trained at different sizes ({found}): choose one with --image-size")
     return next(iter(sizes.values()), None)
 
 
@@ -157,12 +157,12 @@ def their_state(state: Mapping[str, Tensor], config: "Sam2VideoConfig | Sam2Conf
     """A state dict of SAM 2 as that of the model of this config.
 
     Raises:
-        UserError: the installed transformers has other modules than it had in version 5.24.
+        UserError: the installed transformers has other modules than version 5.24.
     """
     import transformers
 
     renamed = state_to_transformers(state)
-    renamed[THEIR_POSITIONS[1]] = renamed[THEIR_POSITIONS[0]].clone()  # a safetensors file shares no memory
+    renamed[THEIR_POSITIONS[1]] = renamed[THEIR_POSITIONS[0]].clone()  # safetensors does not allow shared memory
     kind = transformers.Sam2Model if config.model_type == "sam2" else transformers.Sam2VideoModel
     with torch.device("meta"):
         wanted = kind(config).state_dict()
@@ -176,12 +176,12 @@ def their_state(state: Mapping[str, Tensor], config: "Sam2VideoConfig | Sam2Conf
 
 
 def left_out(state: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> list[str]:
-    """A note that names which tensors of SAM 2 are not in a folder; none where all are."""
+    """A note with the tensors of SAM 2 that are not in a folder; empty if all are."""
     missing = sorted({key.split(".")[0] for key in state.keys() - state_from_transformers(written).keys()})
     if not missing:
         return []
     return [
-        f"left out: {', '.join(missing)}, for transformers' Sam2VideoModel takes a memory of {MEMORY_WIDTH} channels "
+        f"left out: {', '.join(missing)}, since transformers' Sam2VideoModel has a memory of {MEMORY_WIDTH} channels "
         f"only and this model's has {memory_width(state)}: the folder is for Sam2Model"
     ]
 
@@ -210,7 +210,7 @@ def folder_logits(folder: Path, image: Tensor) -> Tensor:
     from transformers import Sam2Model
 
     model = Sam2Model.from_pretrained(folder, local_files_only=True).eval()
-    model.mask_decoder.dynamic_multimask_via_stability = False  # the single mask as it is, as `build_stock` has it
+    model.mask_decoder.dynamic_multimask_via_stability = False  # the unchanged single mask, as in `build_stock`
     return model_logits(model, image)
 
 

@@ -1,4 +1,4 @@
-"""Proves a merged file on stock SAM 2: its mask logits against those of the base with the live adapter. Needs sam2."""
+"""Verifies a merged file on stock SAM 2: compares its mask logits with those of base and adapter. Needs sam2."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from sam2_lora_ext.deploy.transformers_folder import folder_logits, folder_size,
 from sam2_lora_ext.lora import attach_adapter, lora_layers
 
 LOGIT_BOUND = 1e-4
-HALF_BOUNDS = {torch.float16: 0.01, torch.bfloat16: 0.08}  # share of the largest logit: about ten times what is usual
+HALF_BOUNDS = {torch.float16: 0.01, torch.bfloat16: 0.08}  # share of the largest logit: about ten times the usual
 
 
 @dataclass
 class Comparison:
-    """Merged against unmerged.
+    """The comparison of merged and unmerged.
 
     Attributes:
         max_abs_weight_diff: largest difference of the file from the merged weights in float64, over all tensors.
@@ -27,7 +27,7 @@ class Comparison:
         flipped: share of mask pixels that changed side.
         lowest_iou: of a mask with its counterpart.
         mean_iou: over all prompts and mask outputs.
-        bound: what `max_abs_logit_diff` may be, given the dtypes in the file.
+        bound: largest allowed `max_abs_logit_diff` for the dtypes in the file.
     """
 
     max_abs_weight_diff: float
@@ -40,22 +40,22 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the merged file is the adapter's model."""
+        """Whether the difference is within the bound."""
         return self.max_abs_logit_diff <= self.bound  # False for NaN
 
 
 def compare_merged(
     merged: str | Path, base: str | Path, adapter: Adapter, config: str, image: str | Path | None = None
 ) -> Comparison:
-    """Builds stock SAM 2 from the merged file, and another from the base with the adapter live, and compares them.
+    """Builds stock SAM 2 from the merged file, and another from the base with the adapter, and compares them.
 
     Args:
-        merged: the file to prove, loaded by `build_sam2` itself unless it is safetensors; or a folder, loaded by
+        merged: the file to verify, loaded by `build_sam2` itself unless it is safetensors; or a folder, loaded by
             transformers' `Sam2Model`.
         base: the weights that were merged.
-        adapter: what was merged into them.
+        adapter: that was merged into them.
         config: name of the stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
-        image: what to segment; by default smooth noise, the same each time.
+        image: to segment; by default smooth noise, the same each time.
 
     Raises:
         UserError: there is no such config, or the weights are of another one, or the image cannot be read.

@@ -1,1 +1,1 @@
-"""Looks for what would go wrong in a long training: environment, config, checkpoint, data, one real step, disk."""
+"""Checks before a long training: environment, config, checkpoint, data, one real step, disk."""

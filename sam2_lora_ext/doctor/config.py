@@ -1,4 +1,4 @@
-"""Checks of a training config: it composes, what it names exists and imports, its keys fit, its folder is free."""
+"""Checks of a training config: it composes, its classes import, its files exist, its keys fit, its folder is free."""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ def walk(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_targets(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Everything that `_target_` names, imported here: Hydra hides the cause behind "Error locating target"."""
+    """Imports every `_target_` here, since Hydra hides the cause behind "Error locating target"."""
     targets: dict[str, str] = {}
     for where, value in walk(config):
         if where.rpartition(".")[2] == "_target_":
@@ -39,14 +39,14 @@ def check_targets(config: Mapping[str, Any]) -> Iterator[Finding]:
             yield red(
                 AREA,
                 f"{where}: {target} cannot be imported: {root_cause(error)}",
-                "correct the name, or fix that import",
+                "correct the name, or fix the import",
             )
     if not bad:
         yield green(AREA, f"composes; all {len(targets)} classes and functions that it names can be imported")
 
 
 def resolve(target: str) -> Any:
-    """What a dotted name means.
+    """The object of a dotted name.
 
     Raises:
         ImportError: no such module, or an import inside it fails.
@@ -59,12 +59,12 @@ def resolve(target: str) -> Any:
             found = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name and (name == error.name or name.startswith(f"{error.name}.")) and cut > 1:
-                continue  # not a module but a class, perhaps
+                continue  # perhaps a class, not a module
             raise
         for part in parts[cut:]:
             found = getattr(found, part)
         return found
-    raise ImportError(f"{target!r} is no dotted name of a class or function")
+    raise ImportError(f"{target!r} is not the dotted name of a class or function")
 
 
 def check_paths(config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -83,13 +83,13 @@ def check_paths(config: Mapping[str, Any]) -> Iterator[Finding]:
             missing.setdefault(value, where)
     for value, where in missing.items():
         said = f"{where} is {value}, which does not exist (from {Path.cwd()})"
-        yield red(AREA, said, "correct the path; the environment variables that set it stand in the config's header")
+        yield red(AREA, said, "correct the path; the config's header lists the environment variables that set it")
     if not missing:
         yield green(AREA, f"all {len(set(inputs.values()))} input paths exist")
 
 
 def check_keys(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """The keys of batches, losses and meters, which the Trainer compares only when it gets there."""
+    """The keys of batches, losses and meters, which the Trainer compares only when it uses them."""
     trainer = config["trainer"]
     losses = set(trainer.get("loss") or {})
     bad = False
@@ -116,7 +116,7 @@ def check_keys(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def run_folder(config: Mapping[str, Any]) -> Path:
-    """Where the run goes; what names no folder goes where SAM 2's launcher puts it."""
+    """The run's folder; by default that of SAM 2's launcher."""
     return Path(config["launcher"].get("experiment_log_dir") or "sam2_logs").absolute()
 
 

@@ -1,4 +1,4 @@
-"""Checks of the data: a short scan of what training and validation would read, and whether they share images."""
+"""Checks of the data: a short scan of the training and validation data, and a search for shared images."""
 
 import time
 from collections import Counter
@@ -19,7 +19,7 @@ LOOKED_AT = 16  # images of each phase that are decoded
 
 
 class DataSets:
-    """The data sets of a config, built as in training when they are first checked.
+    """The data sets of a config, built as in training on first use.
 
     Args:
         data: the config's `trainer.data`.
@@ -30,13 +30,13 @@ class DataSets:
         self.built: dict[str, list[Any]] = {"train": [], "val": []}
 
     def check(self, phase: str) -> Iterator[Finding]:
-        """Builds the data sets of a phase; counts what they hold, and decodes some of the images."""
+        """Builds the data sets of a phase, counts their content, and decodes some of the images."""
         from hydra.utils import instantiate
 
         for data in (self.data.get(phase) or {}).get("datasets", []):
             configs = [config for config, _ in raw_blocks(data)]
             if not configs:
-                said = f"{phase}: {data.get('_target_')} has no video_dataset, so it was not looked at"
+                said = f"{phase}: {data.get('_target_')} has no video_dataset, so it was not checked"
                 yield yellow(AREA, said, "check it yourself")
             for config in configs:
                 dataset = instantiate(config, _convert_="all")
@@ -48,20 +48,20 @@ class DataSets:
                     yield green(AREA, f"{phase}: {len(dataset)} videos in a {type(dataset).__name__}")
 
     def check_apart(self) -> Iterator[Finding]:
-        """Images that are in training and in validation make every number too good."""
+        """Images in both training and validation, which make the metrics too optimistic."""
         paths = {phase: set().union(*map(image_paths, built)) for phase, built in self.built.items()}
         if shared := sorted(paths["train"] & paths["val"]):
             said = f"{len(shared)} of {len(paths['val'])} images of validation are trained on too, such as {shared[0]}"
             yield yellow(AREA, said, "give dataset.split_file, made by tools/prepare_data.py split")
 
     def check_classes(self) -> list[Finding]:
-        """A class number must mean the same in training and in validation: raises `UserError` as training would."""
+        """A class number must mean the same in training and in validation: raises the same `UserError` as training."""
         compare_datasets(self.built)
         return []
 
 
 def describe(phase: str, dataset: Any) -> Iterator[Finding]:
-    """What a `SeverstalRawDataset` holds."""
+    """The content of a `SeverstalRawDataset`."""
     counts = Counter(number for item in range(len(dataset)) for number in dataset.classes_of(item))
     names = ", ".join(f"{name} {counts[number]}" for number, name in sorted(dataset.class_names.items()))
     clean = sum(not dataset.classes_of(item) for item in range(len(dataset)))
@@ -76,14 +76,14 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
         yield yellow(AREA, f"{phase}: {sentence}", "set dataset.objects=null")
     absent = [name for number, name in sorted(dataset.class_names.items()) if not counts[number]]
     if not counts:
-        yield red(AREA, f"{phase}: no sample has a defect", "look at split_file and min_area")
+        yield red(AREA, f"{phase}: no sample has a defect", "check split_file and min_area")
     elif absent:
         said = f"{phase}: no sample of {', '.join(absent)}"
-        yield yellow(AREA, said, "look at the split, if that class should be there")
+        yield yellow(AREA, said, "check the split, if that class should be in it")
 
 
 def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
-    """Decodes a few images, spread evenly: of most, headers alone are read when the data set is built."""
+    """Decodes a few evenly spaced images, since building the data set reads only the headers of most."""
     index, images = dataset.index, list(dataset.images)
     chosen = spread(images, LOOKED_AT)
     damaged, began = [], time.perf_counter()
@@ -105,7 +105,7 @@ def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
 
 
 def image_paths(dataset: Any) -> set[str]:
-    """The image files of a data set of ours, with links followed; of another kind none."""
+    """The image files of a data set of ours, with links followed; empty for other kinds."""
     if not hasattr(dataset, "index"):
         return set()
     return {str(Path(dataset.index.path(int(image))).resolve()) for image in dataset.images}

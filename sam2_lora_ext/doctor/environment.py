@@ -16,7 +16,7 @@ from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yello
 from sam2_lora_ext.host.configs import INSTALL_SAM2
 
 AREA = "environment"
-HIDDEN = "run from another folder, take that one off PYTHONPATH, or rename it"
+HIDDEN = "run from another folder, remove that one from PYTHONPATH, or rename it"
 IMPORTS = ("torch", "torchvision.ops", "sam2.build_sam", "training.train", "training.trainer", "sam2_lora_ext.trainer")
 EXTRA = "train"
 PORTS, PORTS_TRIED = (10000, 65000), 5
@@ -34,7 +34,7 @@ def installed_version(name: str) -> str | None:
 def check_packages(
     version: Callable[[str], str | None] = installed_version, python: tuple[int, ...] = sys.version_info[:3]
 ) -> Iterator[Finding]:
-    """Python, and every package that training needs, against the lowest versions that this package names."""
+    """Python and every package that training needs, compared with the lowest required versions."""
     from packaging.requirements import Requirement
 
     if python < (3, 11):
@@ -61,7 +61,7 @@ def check_packages(
 
 
 def check_imports(modules: tuple[str, ...] = IMPORTS) -> Iterator[Finding]:
-    """SAM 2 and its training code, imported one after the other; the first failure says why, not just where."""
+    """Imports SAM 2 and its training code; reports the cause of the first failure."""
     for name in modules:
         try:
             importlib.import_module(name)
@@ -79,14 +79,14 @@ def check_imports(modules: tuple[str, ...] = IMPORTS) -> Iterator[Finding]:
             elif "parent directory" in str(error):
                 advice = "run from another folder: a folder named sam2 here hides the package"
             else:
-                advice = "fix what the error names; make env installs what was tested"
+                advice = "fix the cause in the error; make env installs the tested versions"
             yield red(AREA, f"import {name} fails: {root_cause(error)}", advice)
             return
     yield green(AREA, f"SAM 2 and its training code import ({Path(importlib.import_module('sam2').__file__).parent})")
 
 
 def hiding(missing: str) -> str | None:
-    """What is found as `sam2` or `training` before SAM 2's own, and lacks the module `missing`; None without such."""
+    """The path that hides SAM 2's own `sam2` or `training` and lacks the module `missing`; None if there is none."""
     top, _, inside = missing.partition(".")
     found = sys.modules.get(top)
     if top not in ("sam2", "training") or not inside or found is None:
@@ -96,7 +96,7 @@ def hiding(missing: str) -> str | None:
 
 
 def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """The GPUs against what the config wants of them; without a config just which there are."""
+    """The GPUs compared with the config's needs; without a config just a list of them."""
     import torch
 
     trainer = config["trainer"] if config is not None else {}
@@ -111,7 +111,7 @@ def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
         if wanted:
             yield red(
                 AREA,
-                f"the config wants CUDA, but {why}",
+                f"the config needs CUDA, but {why}",
                 "set trainer.accelerator=cpu trainer.optim.amp.enabled=false, or fix the driver",
             )
         else:
@@ -135,9 +135,9 @@ def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
 
 
 def check_shared_memory(config: Mapping[str, Any] | None, folder: str = "/dev/shm") -> Iterator[Finding]:
-    """Whether batches on their way from workers fit: workers x 2 batches of float32 images, and their masks.
+    """Whether queued batches of the workers fit: workers x 2 batches of float32 images, and their masks.
 
-    Without a config the need is that of configs/base/severstal.yaml.
+    Without a config the settings of configs/base/severstal.yaml count.
     """
     trainer = config["trainer"] if config is not None else {"data": {"train": {"num_workers": 4}}, "model": {}}
     data = trainer["data"]
@@ -147,7 +147,7 @@ def check_shared_memory(config: Mapping[str, Any] | None, folder: str = "/dev/sh
         return
     side = int(trainer["model"].get("image_size", 1024))
     images = max(int(size) for phase in ("train", "val") for size in (data.get(phase) or {}).get("batch_sizes", [1]))
-    need = workers * 2 * images * side * side * (3 * 4 + 16)  # bytes; 16 masks of a byte a pixel
+    need = workers * 2 * images * side * side * (3 * 4 + 16)  # bytes; 16 masks of one byte per pixel
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
@@ -162,7 +162,7 @@ def check_shared_memory(config: Mapping[str, Any] | None, folder: str = "/dev/sh
 
 
 def check_ports(config: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """Whether ranks can meet: a few ports of `submitit.port_range`, drawn as the launcher draws one."""
+    """Whether ranks can connect: tries a few ports of `submitit.port_range`, drawn as in the launcher."""
     wanted = (config.get("submitit") or {}).get("port_range") if config is not None else None
     low, high = (int(port) for port in wanted or PORTS)
     reason = ""
@@ -178,7 +178,7 @@ def check_ports(config: Mapping[str, Any] | None) -> Iterator[Finding]:
 
 
 def check_disk(folder: Path, need: float, what: str) -> Iterator[Finding]:
-    """The free space where a run will write, against what it will write."""
+    """The free space in the folder of a run, compared with the size of its files."""
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(existing).free
     text = f"disk of {existing}: {free / GIGA:,.1f} GB free, about {need / GIGA:,.2f} GB needed ({what})"

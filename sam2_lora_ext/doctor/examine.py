@@ -1,4 +1,4 @@
-"""Runs all checks in the order in which a user would meet the faults."""
+"""Runs all checks in the order in which errors would occur in a training."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ STEP_ADVICE = (
 
 
 def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) -> Iterator[Finding]:
-    """All findings; what cannot be looked at because of an earlier fault is left out.
+    """All findings; checks that an earlier error makes impossible are skipped.
 
     Args:
         name: a config, or None for the environment alone.
         overrides: for the config, in Hydra's grammar.
-        step: make the real step too.
+        step: run the real step too.
     """
     yield from guarded("environment", environment.check_packages, "make env installs what is needed")
     imports = list(guarded("environment", environment.check_imports, "make env installs what is needed"))
@@ -34,9 +34,9 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
     machine = (environment.check_gpu, environment.check_shared_memory, environment.check_ports)
     if name is None:
         for check in machine:
-            yield from guarded("environment", lambda check=check: check(None), "fix what the error names")
+            yield from guarded("environment", lambda check=check: check(None), "fix the cause in the error")
         free = shutil.disk_usage(Path.cwd()).free / environment.GIGA
-        said = f"{free:,.1f} GB free in {Path.cwd()}; with -c CONFIG this is set against the need"
+        said = f"{free:,.1f} GB free in {Path.cwd()}; with -c CONFIG it is compared with the need"
         yield green("disk", said)
         return
     try:
@@ -55,7 +55,7 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
 
 
 def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
-    """Base, adapters, data, the step (with a `gpu` that the config wants and has) and the disk."""
+    """Base, adapters, data, the step (if the `gpu` that the config needs exists) and the disk."""
     from sam2_lora_ext.doctor.training import Training
 
     training = Training(config)
@@ -77,7 +77,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
     if step and gpu and not causes and not missing:
         yield from guarded("step", training.check_step, STEP_ADVICE)
     elif step:
-        yield yellow("step", "no step was made, since something above is red", "fix it and run the doctor again")
+        yield yellow("step", "no step was run, since a line above is red", "fix it and run the doctor again")
     if training.buildable:
         folder = configs.run_folder(config)
         what = "checkpoints, exports, logs"

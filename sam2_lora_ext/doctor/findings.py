@@ -1,4 +1,4 @@
-"""What the doctor says: green, yellow and red lines, each of the latter two with what to do."""
+"""The findings of the doctor: green, yellow and red lines; yellow and red ones with advice."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ MARKS = {"green": "ok  ", "yellow": "note", "red": "FAIL"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: green is as it should be, yellow works but deserves a look, red will not work."""
+    """One line: green is fine, yellow is a warning, red will not work."""
 
     level: Level
     area: str
@@ -23,22 +23,22 @@ class Finding:
 
 
 def green(area: str, text: str) -> Finding:
-    """As it should be."""
+    """A check that passed."""
     return Finding("green", area, text)
 
 
 def yellow(area: str, text: str, advice: str) -> Finding:
-    """Works, but deserves a look."""
+    """A warning."""
     return Finding("yellow", area, text, advice)
 
 
 def red(area: str, text: str, advice: str) -> Finding:
-    """Will not work."""
+    """An error: the training will not work."""
     return Finding("red", area, text, advice)
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost cause of an error in one line; our own sentences as they are."""
+    """The innermost cause of an error in one line; the text of a `UserError` unchanged."""
     if mistake := find_user_error(error) or system_sentence(error):
         return str(mistake)
     seen: set[int] = set()
@@ -51,7 +51,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def guarded(area: str, check: Callable[[], Iterable[Finding]], advice: str) -> Iterator[Finding]:
-    """The findings of a check; whatever it raises becomes a red one with its cause, so that the other checks go on."""
+    """The findings of a check; an exception becomes a red one with its cause, so that the other checks continue."""
     try:
         yield from check()
     except (Exception, SystemExit) as error:

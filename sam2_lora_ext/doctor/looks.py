@@ -1,4 +1,4 @@
-"""What the doctor says about gradients after a step, and about memory."""
+"""Checks of gradients after a step, and of memory."""
 
 import resource
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from sam2_lora_ext.doctor.findings import Finding, green, red
 
 
 def check_gradients(model: nn.Module) -> Iterator[Finding]:
-    """After a backward: every adapter has a gradient. With B = 0 that of A is zero, so B tells."""
+    """After a backward pass: every adapter has a gradient. With B = 0 that of A is zero, so that of B is checked."""
     from sam2_lora_ext.lora import lora_layers
 
     layers = dict(lora_layers(model))
@@ -36,7 +36,7 @@ def check_gradients(model: nn.Module) -> Iterator[Finding]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most so far: of the GPU, or resident of this process."""
+    """Peak bytes so far: of the GPU, or resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Checks of what a training is made of: the base, the adapted model, the data, and one real step on one sample."""
+"""Checks of the parts of a training: the base, the adapted model, the data, and one real step on one sample."""
 
 import contextlib
 import os
@@ -17,11 +17,11 @@ from sam2_lora_ext.settings import check_class_ids
 from sam2_lora_ext.utils.errors import UserError
 
 GIGA = 1e9
-TRIES = 50  # samples that are looked at for one with a defect
+TRIES = 50  # samples that are searched for one with a defect
 
 
 class Training:
-    """A config's parts, built when they are first asked for and used by several checks.
+    """A config's parts, built on first use and shared by several checks.
 
     Args:
         config: as plain containers, resolved.
@@ -35,7 +35,7 @@ class Training:
 
     @property
     def initializer(self) -> Mapping[str, Any]:
-        """The config of what loads the base; empty without one."""
+        """The config of `model_weight_initializer`; empty without one."""
         return (self.trainer.get("checkpoint") or {}).get("model_weight_initializer") or {}
 
     @property
@@ -45,7 +45,7 @@ class Training:
 
     @property
     def model(self) -> nn.Module:
-        """The model as the Trainer builds it, without weights."""
+        """The model as in the Trainer, without weights."""
         if self._model is None:
             from hydra.utils import instantiate
 
@@ -55,7 +55,7 @@ class Training:
 
     @property
     def buildable(self) -> bool:
-        """Whether there is a model; `check_adapters` says why not."""
+        """Whether the model can be built; `check_adapters` reports the reason if not."""
         try:
             return self.model is not None
         except Exception:
@@ -69,12 +69,12 @@ class Training:
         if self.base_path is None:
             yield yellow(
                 area,
-                "the config names no base, so training would begin with random weights",
+                "the config names no base, so training would start from random weights",
                 "set trainer.checkpoint.model_weight_initializer as in configs/base/severstal.yaml",
             )
             return
         if not os.path.exists(self.base_path):
-            return  # check_paths says so
+            return  # reported by check_paths
         state = read_weights(self.base_path)
         count = sum(value.numel() for value in state.values())
         kind = identify(state) or "no stock SAM 2"
@@ -84,17 +84,17 @@ class Training:
             yield red(
                 area,
                 f"{self.base_path} is a training checkpoint with adapters inside, not a base",
-                "give the file that its training began with, or merge it first: tools/merge_lora.py",
+                "give the file that its training started from, or merge it first: tools/merge_lora.py",
             )
             return
         if self.buildable and (sentence := explain_mismatch(state, self.model.state_dict())):
-            yield red(area, sentence, "take the config of this checkpoint, or the checkpoint of this config")
+            yield red(area, sentence, "use the config of this checkpoint, or the checkpoint of this config")
             return
         missing = [key for key in self.model.state_dict() if key not in state] if self.buildable else []
         for glob in (self.initializer.get("ignore_missing_keys") or []) if self.buildable else []:
             if not any(fnmatchcase(key, glob) for key in missing):
-                said = f"trainer.checkpoint.model_weight_initializer.ignore_missing_keys: {glob!r} hits nothing"
-                yield red(area, said, "set it to null where no adapter is trained")
+                said = f"trainer.checkpoint.model_weight_initializer.ignore_missing_keys: {glob!r} matches nothing"
+                yield red(area, said, "set it to null if no adapter is trained")
         if bad := [
             key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
         ]:
@@ -108,7 +108,7 @@ class Training:
             self.model.load_state_dict(state, strict=False)
 
     def check_adapters(self) -> Iterator[Finding]:
-        """What is trained; targets that hit nothing are an error when the model is built."""
+        """The trained parameters; targets that match nothing are an error when the model is built."""
         from sam2_lora_ext.lora import report
 
         facts = report(self.model)
@@ -124,7 +124,7 @@ class Training:
         yield green("adapters", f"{said}; layers: {groups or 'all'}")
 
     def check_loss(self) -> Iterator[Finding]:
-        """The loss is built, and the classes that it weights are those of the data; nothing to say where they are."""
+        """The loss can be built, and the data has the classes that it weights; no finding if so."""
         from hydra.utils import instantiate
 
         losses = {key: instantiate(conf, _convert_="all") for key, conf in (self.trainer.get("loss") or {}).items()}
@@ -150,7 +150,7 @@ class Training:
             yield red(
                 area,
                 f"the loss of one sample is {float(loss)}",
-                "look at the base and at the sample's image; try trainer.optim.amp.enabled=false",
+                "check the base and the sample's image; try trainer.optim.amp.enabled=false",
             )
             return
         loss.backward()
@@ -165,7 +165,7 @@ class Training:
         yield from check_gradients(model)
 
     def sample(self) -> Any:
-        """A batch of one training sample that shows a defect, if one of the first has any."""
+        """A batch of one training sample with a defect, if one of the first has any."""
         from hydra.utils import instantiate
 
         conf = self.trainer["data"]["train"]
@@ -177,7 +177,7 @@ class Training:
         return collate([_attribute(dataset, "video_dataset", holder=True)[place]])
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision as the config has it; the Trainer's is for CUDA only."""
+        """Mixed precision as in the config; the Trainer's is for CUDA only."""
         amp = (self.trainer.get("optim") or {}).get("amp") or {}
         if not amp.get("enabled") or self.device.type != "cuda":
             return contextlib.nullcontext()
@@ -197,7 +197,7 @@ class Training:
 
 
 def _attribute(dataset: Any, name: str, holder: bool = False) -> Any:
-    """`dataset.name`, looked up through wrappers that have a `dataset`; with `holder` the data set that has it."""
+    """`dataset.name`, looked up through wrappers with a `dataset`; with `holder` the data set that has it."""
     inner = dataset
     while inner is not None and not hasattr(inner, name):
         inner = getattr(inner, "dataset", None)

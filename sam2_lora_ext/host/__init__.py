@@ -1,1 +1,1 @@
-"""What touches SAM 2 and Hydra from outside: where configs are, composing them, patches of the stock Trainer."""
+"""The interface to SAM 2 and Hydra: finding and composing configs, patches of the stock Trainer."""

@@ -1,8 +1,8 @@
-"""SAM 2's prompt encoder that also knows the labels of class prompts: their rows are learned tokens, not positions.
+"""SAM 2's prompt encoder extended by the labels of class prompts, which it embeds as learned tokens, not positions.
 
-Everything behind it is stock: the image and video predictors, correction clicks and the mask decoder carry such labels
-like those of clicks. Take the single mask of a class prompt, even with one token (stock gives three for one point), and
-switch off `dynamic_multimask_via_stability`, which would put another mask in its place.
+Everything after it is stock: the image and video predictors, correction clicks and the mask decoder treat such labels
+like those of clicks. Use the single mask of a class prompt, even with one token (stock gives three for one point), and
+switch off `dynamic_multimask_via_stability`, which would replace it by another mask.
 
 Legend: N prompts, P points of each, C classes, K tokens of a class, D width of a prompt token.
 """
@@ -22,16 +22,16 @@ CLICK, POSITIONS = "point_embeddings.1.weight", "pe_layer.positional_encoding_ga
 
 
 class ClassPromptEncoder(PromptEncoder):
-    """`PromptEncoder` with `class_tokens`; without a label of theirs its results are stock's, bit for bit."""
+    """`PromptEncoder` with `class_tokens`; without their labels its results are bitwise stock's."""
 
     class_tokens: ClassTokens
     clicks_seed: int | None = None  # not None: tokens are set to clicks whenever weights are loaded without tokens
 
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
-        """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens where a label means one.
+        """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens for their labels.
 
-        The tokens are always in the graph, with a gradient of zero where no label means them: DDP waits for each
-        parameter that is trained.
+        The tokens are always in the graph, with a gradient of zero if no label selects them: DDP waits for each
+        trained parameter.
         """
         embedded = super()._embed_points(points, labels, pad)
         labels = nn.functional.pad(labels, (0, int(pad)), value=-1)
@@ -39,12 +39,12 @@ class ClassPromptEncoder(PromptEncoder):
         return torch.where((labels >= FIRST_LABEL)[..., None], tokens, embedded)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """SAM 2's Trainer builds the model first and loads the base then: only now there are clicks to begin with."""
+        """SAM 2's Trainer builds the model before it loads the base: only then do click embeddings exist."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         click, matrix = (state_dict.get(prefix + key) for key in (CLICK, POSITIONS))
         if self.clicks_seed is None or f"{prefix}{TOKENS}.tokens" in state_dict or click is None or matrix is None:
             return
-        if click.shape == self.point_embeddings[1].weight.shape:  # else the load of this weight fails
+        if click.shape == self.point_embeddings[1].weight.shape:  # otherwise loading this weight fails
             tokens = self.class_tokens.tokens
             drawn = click_embeddings(click, matrix, tokens.shape[0] * tokens.shape[1], self.clicks_seed)
             with torch.no_grad():
@@ -52,15 +52,15 @@ class ClassPromptEncoder(PromptEncoder):
 
 
 def click_embeddings(click: Tensor, matrix: Tensor, count: int, seed: int) -> Tensor:
-    """The embeddings [count, D] of positive clicks at random places of the image, float32 on the CPU.
+    """The embeddings [count, D] of positive clicks at random points of the image, float32 on the CPU.
 
         e(x, y) = [sin v, cos v] + click,    v = 2 pi (2 (x, y) - 1) matrix,    x, y uniform in [0, 1)
 
     Args:
         click: SAM 2's embedding of a positive click [1, D].
         matrix: the Gaussian matrix [2, D/2] of its position encoding.
-        count: how many.
-        seed: of the places.
+        count: number of clicks.
+        seed: of the points.
     """
     places = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
     angles = 2 * math.pi * (2 * places - 1) @ matrix.detach().float().cpu()
@@ -68,7 +68,7 @@ def click_embeddings(click: Tensor, matrix: Tensor, count: int, seed: int) -> Te
 
 
 def install_class_prompts(model: nn.Module, tokens: ClassTokens, clicks_seed: int | None = None) -> None:
-    """Gives a SAM 2, for training or inference, class prompts in place; tokens that it had are replaced.
+    """Adds class prompts to a SAM 2 for training or inference, in place; existing tokens are replaced.
 
     The parameter's key is `sam_prompt_encoder.class_tokens.tokens`; it is moved to the model's device.
 
@@ -90,7 +90,7 @@ def install_class_prompts(model: nn.Module, tokens: ClassTokens, clicks_seed: in
     if width != encoder.embed_dim:
         raise UserError(
             f"the class tokens have width {width}, but the model's prompt tokens have {encoder.embed_dim}: "
-            "they are of another model"
+            "they belong to another model"
         )
     encoder.__class__ = ClassPromptEncoder
     encoder.clicks_seed = clicks_seed
@@ -100,7 +100,7 @@ def install_class_prompts(model: nn.Module, tokens: ClassTokens, clicks_seed: in
 
 
 def with_class_prompts(encoder: PromptEncoder, tokens: ClassTokens) -> ClassPromptEncoder:
-    """A copy of stock's prompt encoder that has class prompts; see `install_class_prompts`."""
+    """A copy of stock's prompt encoder with class prompts; see `install_class_prompts`."""
     holder = nn.Module()
     holder.sam_prompt_encoder = copy.deepcopy(encoder)
     install_class_prompts(holder, tokens)

@@ -1,4 +1,4 @@
-"""Finds a training config by the names that people use, composes it with overrides, and says what is wrong with it."""
+"""Finds a training config by any usual name, composes it with overrides, and reports its errors."""
 
 import difflib
 import os
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 LAUNCHER_SECTIONS = ("launcher", "trainer", "submitit")
-"""What `training.train.main` reads from a config."""
+"""The sections that `training.train.main` reads from a config."""
 
 
 def locate(name: str) -> tuple[str, Path | None]:
-    """The name by which Hydra finds a config, and the folder to search besides, for a user's own file.
+    """The name by which Hydra finds a config, and an additional search folder for a user's own file.
 
-    A shipped config goes before a file of the same relative path; `./` in front, or an absolute path, means the file.
+    A shipped config has priority over a file of the same relative path; `./` in front, or an absolute path, selects
+    the file.
 
     Raises:
         UserError: there is no such config; the known ones are listed, the closest first.
@@ -29,7 +30,7 @@ def locate(name: str) -> tuple[str, Path | None]:
     file = Path(name).expanduser()
     if not (file.is_absolute() or name.startswith(("./", "../", "~"))):
         wanted = name if name.endswith(".yaml") else f"{name}.yaml"
-        for root in (sam2_root(), config_root()):  # the order in which Hydra looks
+        for root in (sam2_root(), config_root()):  # Hydra's search order
             if root and "configs" in Path(wanted).parts[:1] and os.path.isfile(root / wanted):
                 return wanted, None
         found = [known for known in known_configs() if f"/{known}".endswith(f"/{wanted}")]
@@ -44,14 +45,14 @@ def locate(name: str) -> tuple[str, Path | None]:
         if root and file.is_relative_to(root / "configs"):
             return file.relative_to(root).as_posix(), None
     if file.suffix != ".yaml":
-        raise UserError(f"the config {file} must have a name that ends in .yaml, for Hydra reads no other")
+        raise UserError(f"the config {file} must have a name that ends in .yaml, since Hydra reads no other")
     return file.name, file.parent
 
 
 def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
-    """Composes a config from SAM 2's, this project's and the user's folders, as the launcher does, and checks it.
+    """Composes a config from SAM 2's, this project's and the user's folders, as in the launcher, and checks it.
 
-    What it holds is checked against the table of settings.
+    Its values are checked against the table of settings.
 
     Args:
         name: as `locate` returns it.
@@ -59,7 +60,7 @@ def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
 
     Raises:
         UserError: a file or key is missing, an override cannot be read, a setting has a wrong value, or the config is
-            not one to train with.
+            not a training config.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -87,7 +88,7 @@ def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
     except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise UserError(f"cannot compose {name}: {_sentence(error)}{_likely_key(name, error)}") from error
     if absent := [section for section in LAUNCHER_SECTIONS if not OmegaConf.is_dict(config.get(section))]:
-        raise UserError(f"{name} is not a config to train with: it has no {', '.join(absent)}; {_choices(name)}")
+        raise UserError(f"{name} is not a training config: it has no {', '.join(absent)}; {_choices(name)}")
     check(config)
     return config
 
@@ -107,7 +108,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _sentence(error: Exception) -> str:
-    """What Hydra and its cause say, on one line, without the search path, links and dumps around it."""
+    """The message of Hydra's error and its cause on one line, without search path, links and dumps."""
     said = []
     for part in (error, error.__cause__):
         text = re.split(r"\n\s*(?:full_key:|See https?:|Set the environment|Config search path:)", str(part))[0]
@@ -130,7 +131,7 @@ def _likely_key(name: str, error: Exception) -> str:
         return ""
     try:
         known = list(_keys(hydra.compose(config_name=name)))
-    except HydraException:  # the file itself overrides what is not there
+    except HydraException:  # the file itself overrides a missing key
         return ""
     close = difflib.get_close_matches(unknown[1], known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

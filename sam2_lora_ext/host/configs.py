@@ -1,6 +1,6 @@
-"""Where this project's configs are, which configs there are, and whether SAM 2's training code is installed.
+"""Lists training configs and their folders, and finds SAM 2's launcher.
 
-Needs nothing but the standard library, so that the command lines can tell what is missing.
+Needs only the standard library, so that the command lines can report missing packages.
 """
 
 import importlib
@@ -23,7 +23,7 @@ INSTALL_SAM2 = (
 
 
 def config_root() -> Path:
-    """The folder that holds `configs/`: the package when a wheel shipped them inside it, else the checkout's root."""
+    """The folder that holds `configs/`: the package in an installed wheel, else the checkout's root."""
     package = Path(__file__).resolve().parents[1]
     return package if (package / "configs").is_dir() else package.parent
 
@@ -35,11 +35,11 @@ def sam2_root() -> Path | None:
 
 
 def known_configs() -> list[str]:
-    """The configs to train with, as Hydra names them: the user's own folder, this project's, SAM 2's training files."""
+    """The training configs, by Hydra's names: the user's own folder, this project's, SAM 2's training files."""
     names = []
     if folder := os.environ.get(USER_CONFIG_DIR):
         names += _yaml_names(Path(folder), "*.yaml")
-    names += _yaml_names(config_root(), "configs/*.yaml")  # configs/base/ is what these share
+    names += _yaml_names(config_root(), "configs/*.yaml")  # configs/base/ has their shared parts
     if root := sam2_root():
         names += _yaml_names(root, "configs/*_training/*.yaml")
     return list(dict.fromkeys(names))
@@ -71,7 +71,7 @@ def _yaml_names(root: Path, pattern: str) -> list[str]:
 
 
 def _trains(path: Path) -> bool:
-    """Whether a YAML file may be a config to train with, as far as its text tells; what cannot be read is none."""
+    """Whether a YAML file may be a training config, by its text; False for one that cannot be read."""
     try:
         return not re.search(r"^model:", read_text(path, LARGEST_NOTE), re.MULTILINE)
     except UserError:

@@ -1,6 +1,6 @@
-"""Two things that the stock Trainer cannot do, put right only while `LoRATrainer` is at work.
+"""Two fixes of the stock Trainer, active only while `LoRATrainer` runs.
 
-Without CUDA its first step dies in `MemMeter`; and it writes the whole environment, secrets included, into the log.
+Without CUDA its first step fails in `MemMeter`; and it logs the entire environment, including secrets.
 """
 
 import errno
@@ -45,27 +45,27 @@ class HostMemMeter(MemMeter):
 
 
 def log_redacted_environment() -> None:
-    """Logs the environment as stock does, without the values of variables whose names speak of secrets."""
+    """Logs the environment as stock does, without the values of variables with names of secrets."""
     lines = [f"{name}={redact(name, os.environ[name])}" for name in sorted(os.environ)]
     logging.info("Logging ENV_VARIABLES\n" + "\n".join(lines))
 
 
 def redact(name: str, value: str) -> str:
-    """The value of a variable as it may be logged: without secrets, told by the name, and without passwords in URLs."""
+    """The value of a variable for the log: without secrets, recognised by the name, and without passwords in URLs."""
     return "<redacted>" if SECRET.search(name) else URL_PASSWORD.sub(r"\1<redacted>@", value)
 
 
 @contextmanager
 def host_guards(accelerator: str) -> Iterator[None]:
-    """Replaces `log_env_variables`, and on a CPU `MemMeter`, in the Trainer's module for the time of the block."""
+    """Replaces `log_env_variables`, and on a CPU `MemMeter`, in the Trainer's module within the block."""
     saved, raising = (host.MemMeter, host.log_env_variables), logging.raiseExceptions
-    logging.raiseExceptions = False  # a line that a full disk refuses is no reason for a traceback
+    logging.raiseExceptions = False  # no traceback for a line that cannot be logged on a full disk
     host.log_env_variables = log_redacted_environment
     if accelerator == "cpu":
         host.MemMeter = HostMemMeter
     try:
         with warnings.catch_warnings():
-            # The Trainer names CUDA's autocast by its old name, at every step; on a CPU that does nothing and says so.
+            # The Trainer uses the deprecated name of CUDA's autocast at every step; on a CPU it does nothing and warns.
             warnings.filterwarnings(
                 "ignore", message=r".*torch\.cuda\.amp\.autocast.*deprecated", category=FutureWarning
             )
@@ -76,7 +76,7 @@ def host_guards(accelerator: str) -> Iterator[None]:
 
 
 def share_log() -> None:
-    """Lets this package's loggers write where the Trainer, which has taken logging over by now, writes its own."""
+    """Makes this package's loggers write to the Trainer's log, after the Trainer has configured logging."""
     ours = logging.getLogger("sam2_lora_ext")
     ours.handlers, ours.propagate = logging.root.handlers, False
     ours.setLevel(logging.INFO)
@@ -84,9 +84,9 @@ def share_log() -> None:
 
 @contextmanager
 def at_work(accelerator: str) -> Iterator[None]:
-    """Guards the host; ends the process with one sentence on a user's mistake, or on Ctrl-C.
+    """Applies the patches; ends the process with one sentence on a user's mistake, or on Ctrl-C.
 
-    The launcher is stock, so nobody above would catch the error: users would see a traceback through Hydra.
+    The stock launcher catches no errors: users would see a traceback through Hydra.
     """
     with host_guards(accelerator):
         try:
@@ -99,13 +99,13 @@ def at_work(accelerator: str) -> Iterator[None]:
             if sentence is None:
                 raise
             logging.error(str(sentence))
-            rank = int(os.environ.get("RANK", "0"))  # most mistakes are met by all ranks, but some by one
+            rank = int(os.environ.get("RANK", "0"))  # most mistakes occur on all ranks, but some on one
             print(f"error: {f'rank {rank}: ' if rank else ''}{sentence}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
 
 
 def system_refusal(error: BaseException) -> str | None:
-    """A sentence for what the disk or its rights refused somewhere in the host's code; None for other errors."""
+    """A sentence for an error of the disk or its rights anywhere in SAM 2's code; None for other errors."""
     if not isinstance(error, OSError) or error.errno not in REFUSALS:
         return None
     return (

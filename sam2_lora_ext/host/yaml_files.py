@@ -1,7 +1,7 @@
-"""YAML files of users and runs, looked at before anything is made of them: bounded in size, depth and repetition.
+"""Checks YAML files of users and runs before they are loaded: limits on size, depth and repetition.
 
-Ten lines of aliases of aliases stand for a billion nodes. The YAML library composes them as a graph, in which a node
-that is repeated stands once: so they are counted there.
+Ten lines of aliases of aliases can expand to a billion nodes. The YAML library first composes a graph, in which a
+repeated node exists once, so the expanded nodes are counted there.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def check_yaml(path: str | Path) -> yaml.Node | None:
     """The node graph of a YAML file; None for an empty one.
 
     Raises:
-        UserError: the file cannot be read, is no YAML, or stands for more than `MOST_NODES` nodes or `DEEPEST` levels.
+        UserError: the file cannot be read, is not YAML, or expands to more than `MOST_NODES` nodes or `DEEPEST` levels.
     """
     text = read_text(path, LARGEST)
     try:
@@ -31,10 +31,10 @@ def check_yaml(path: str | Path) -> yaml.Node | None:
     except RecursionError as error:
         raise UserError(f"{path} is nested too deep, more than {DEEPEST} levels, or contains itself") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML that can be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if nodes > MOST_NODES or depth > DEEPEST:
         raise UserError(
-            f"{path} stands for more than {MOST_NODES:,} values or {DEEPEST} levels, by aliases (*name) that repeat "
+            f"{path} expands to more than {MOST_NODES:,} values or {DEEPEST} levels, by aliases (*name) that repeat "
             "each other or by nesting; write it out"
         )
     return root
@@ -49,11 +49,11 @@ def load_yaml(path: str | Path) -> Any:
     try:
         return OmegaConf.load(path)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is no config that can be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
 
 
 def check_config(name: str, folder: Path) -> None:
-    """Checks a user's config in `folder`, and what its defaults name there, before Hydra reads them.
+    """Checks a user's config in `folder`, and the files of its defaults there, before Hydra reads them.
 
     Raises:
         UserError: as `check_yaml`.
@@ -61,7 +61,7 @@ def check_config(name: str, folder: Path) -> None:
     waiting, seen = [folder / name], set()
     while waiting:
         file = waiting.pop()
-        if file in seen or not file.is_file():  # what Hydra looks for elsewhere, it finds in SAM 2's or our own folder
+        if file in seen or not file.is_file():  # other files are in SAM 2's or this project's folder
             continue
         seen.add(file)
         root = check_yaml(file)
@@ -71,7 +71,7 @@ def check_config(name: str, folder: Path) -> None:
 
 
 def _names(node: yaml.Node) -> Iterator[str]:
-    """The files that an entry of a defaults list may mean: `name`, `/group/name@package`, `group: name`."""
+    """The files that an entry of a defaults list may name: `name`, `/group/name@package`, `group: name`."""
     if isinstance(node, yaml.ScalarNode):
         yield node.value.partition("@")[0].strip("/ ").removesuffix(".yaml")
     elif isinstance(node, yaml.SequenceNode):
@@ -84,7 +84,7 @@ def _names(node: yaml.Node) -> Iterator[str]:
 
 
 def _size(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """(nodes, depth) of what a node stands for; one inside itself ends as nesting that is too deep does."""
+    """(nodes, depth) of an expanded node; a node inside itself counts as too deep nesting."""
     if id(node) not in known:
         known[id(node)] = None
         pairs = node.value if isinstance(node, yaml.CollectionNode) else ()

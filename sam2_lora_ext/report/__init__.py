@@ -1,1 +1,1 @@
-"""One HTML page about runs: facts, curves, tables, pictures, where the adaptation happened, how to repeat it."""
+"""One HTML page about runs: facts, curves, tables, pictures, updates by layer, commands to repeat them."""

@@ -1,4 +1,4 @@
-"""Reads what runs and evaluations left on the disk, and says plainly what is missing or damaged."""
+"""Reads the files of runs and evaluations, and reports missing or damaged ones."""
 
 import csv
 import io
@@ -22,13 +22,13 @@ TABLE = "logs/metrics.csv"
 
 @dataclass
 class Run:
-    """One run folder; what the run has not written (yet) is empty."""
+    """One run folder; fields of files that do not exist (yet) are empty."""
 
     path: Path
     name: str
-    label: str  # short, and another one for each run of a report
+    label: str  # short, and unique among the runs of a report
     summary: dict[str, Any] = field(default_factory=dict)  # of a finished run
-    extended: int | None = None  # steps after which it was finished before it was extended, while it is
+    extended: int | None = None  # steps at its earlier end, while an extended run is unfinished
     lora: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, str]] = field(default_factory=list)  # of logs/metrics.csv
 
@@ -36,7 +36,7 @@ class Run:
         """Steps and values of a column of metrics.csv, without empty cells and values that are not finite.
 
         Raises:
-            UserError: a cell is no number.
+            UserError: a cell is not a number.
         """
         cells = [(row["step"], row[column]) for row in self.rows if row["phase"] == phase and row.get(column)]
         try:
@@ -47,35 +47,35 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def adapter(self) -> tuple[str, Adapter] | None:
-        """The adapter that the run would be used with, and its kind: best, else final, else latest."""
+        """The adapter for the use of the run, and its kind: best, else final, else latest."""
         for kind in ("best", "final", "latest"):
             if is_adapter_folder(self.path / "adapters" / kind):
                 return kind, load_adapter(self.path / "adapters" / kind)
         return None
 
     def weights(self) -> tuple[str, dict[str, Any]] | None:
-        """The whole weights of a run that trained no adapter, and their kind: best, else final."""
+        """The full weights of a run that trained no adapter, and their kind: best, else final."""
         for kind in ("best", "final"):
             if (self.path / "weights" / f"{kind}.pt").exists():
                 return kind, read_weights(self.path / "weights" / f"{kind}.pt")
         return None
 
     def base(self) -> dict[str, Any] | None:
-        """The base's weights, when the file is still where it was."""
+        """The base's weights, if the file still exists."""
         path = self.lora.get("base_path")
         return read_weights(path) if path and Path(path).is_file() else None
 
 
 @dataclass
 class Evaluation:
-    """One evaluation.json and the folder that its pictures are in."""
+    """One evaluation.json and the folder of its pictures."""
 
     folder: Path
     record: dict[str, Any]
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Several run folders; where their folders have one name, a label has what tells them apart.
+    """Several run folders; labels of folders with the same name are made unique.
 
     Raises:
         UserError: as `read_run`, or a run is given twice.
@@ -93,11 +93,11 @@ def read_run(path: Path, label: str | None = None) -> Run:
     """A run folder of `LoRATrainer`.
 
     Raises:
-        UserError: it is none, or a file in it is damaged.
+        UserError: it is not a run folder, or a file in it is damaged.
     """
     if not (path / "run.json").is_file():
         raise UserError(
-            f"{path} is no run folder (there is no run.json in it): give the folder of launcher.experiment_log_dir"
+            f"{path} is not a run folder (it has no run.json): give the folder of launcher.experiment_log_dir"
         )
     run = Run(path, str(_json(path / "run.json", dict).get("name", path.name)), label or path.resolve().name)
     for attribute, file in (("summary", SUMMARY), ("lora", "lora.json")):
@@ -122,19 +122,19 @@ def read_evaluation(path: Path) -> Evaluation:
         raise UserError(f"there is no {file}: make it with tools/evaluate.py")
     record = _json(file, dict)
     if not {"protocol", "models", "differences", "data"} <= set(record) or not record["models"]:
-        raise UserError(f"{file} is not what tools/evaluate.py writes: give its folder")
+        raise UserError(f"{file} is not from tools/evaluate.py: give its folder")
     return Evaluation(file.parent, record)
 
 
 @contextmanager
 def understood(what: str) -> Iterator[None]:
-    """Turns what goes wrong with the content of JSON files (`what`) into a `UserError`."""
+    """Turns errors of the content of JSON files (`what`) into a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        sentence = f"{what} does not hold what this version writes ({error!r}): restore it, or run again"
+        sentence = f"{what} is damaged or of another version ({error!r}): restore it, or run again"
         raise UserError(sentence) from error
 
 

@@ -1,4 +1,4 @@
-"""The commands that repeat a run: its config with the environment it was composed with, then merge and evaluate."""
+"""The commands that repeat a run: its config with the environment variables of its start, then merge and evaluate."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ VARIABLE = re.compile(
 
 
 def training_command(run: Run) -> str | None:
-    """The shell command that trains the same again into another folder; None where the run has no config.yaml."""
+    """The shell command that repeats the training into another folder; None if the run has no config.yaml."""
     config = run.path / "config.yaml"
     if not config.exists():
         return None
@@ -27,7 +27,7 @@ def training_command(run: Run) -> str | None:
 
 
 def environment(run: Run) -> dict[str, str]:
-    """The values that environment variables had in the run's config, found by laying its two forms side by side."""
+    """The values of environment variables in the run's config, found by comparing its raw and resolved forms."""
     from omegaconf import OmegaConf
 
     files = [run.path / "config.yaml", run.path / "config_resolved.yaml"]
@@ -42,12 +42,12 @@ def environment(run: Run) -> dict[str, str]:
                 found[match["name"]] = known[len(match["before"]) : len(known) - len(match["after"])]
     log_dir = _at(raw, "launcher", "experiment_log_dir")
     if log_dir and (match := VARIABLE.match(str(log_dir))):
-        found.pop(match["name"], None)  # the command names another folder
+        found.pop(match["name"], None)  # the command sets another folder
     return found
 
 
 def use_commands(run: Run) -> list[str]:
-    """Merging the adapter, and measuring it against its base under the run's own conditions, which its record holds."""
+    """The commands that merge the adapter, and compare it with its base under the conditions in the run's record."""
     base, config = run.lora.get("base_path"), run.lora.get("model_config")
     if not base:
         return []
@@ -73,7 +73,7 @@ def knows_data(run: Run) -> bool:
 
 
 def data_of(run: Run) -> str:
-    """Where the run's images and splits are, and how it looks at them; the reason where that is not known."""
+    """The run's images, splits and views; the reason if they are unknown."""
     if find_run(run.path) is None:
         return "-"
     try:
@@ -93,7 +93,7 @@ def _resolved(run: Run) -> Any:
 
 
 def _pairs(raw: Any, resolved: Any) -> Iterator[tuple[str, Any]]:
-    """Strings of the raw config with what became of them."""
+    """Strings of the raw config with their resolved values."""
     if isinstance(raw, dict) and isinstance(resolved, dict):
         for key in (key for key in raw if key in resolved):
             yield from _pairs(raw[key], resolved[key])

@@ -1,4 +1,4 @@
-"""Plots as inline SVG that follow the page's colours, so that they are right in light and dark."""
+"""Plots as inline SVG that use the page's colours, for its light and dark styles."""
 
 import io
 import re
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from sam2_lora_ext.report.adapter_stats import Change
 
-INK, GRID = "#010203", "#040506"  # stand for the page's own colours, which are put in afterwards
-COLOURS = ("#2f7ed8", "#e07b39", "#2ca25f", "#c23b6b", "#7b61c9", "#9a8a24")  # to be told apart on white and on black
+INK, GRID = "#010203", "#040506"  # placeholders for the page's own colours
+COLOURS = ("#2f7ed8", "#e07b39", "#2ca25f", "#c23b6b", "#7b61c9", "#9a8a24")  # distinguishable on white and on black
 STYLES = ("-", "--", ":")
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
@@ -20,10 +20,10 @@ def plot(curves: Mapping[tuple[str, str], Curve], title: str, ylabel: str, *, lo
     """Lines over optimizer steps as `<svg>`; empty without a point.
 
     Args:
-        curves: by run and by what is drawn; of several runs each has a colour, of one run each curve.
+        curves: by run and quantity; with several runs each run has a colour, with one run each curve.
         title: above the plot.
         ylabel: of the values.
-        log: a logarithmic axis where the values span more than a power of ten.
+        log: use a logarithmic axis if the values span more than a power of ten.
     """
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     if not curves:
@@ -46,13 +46,13 @@ def plot(curves: Mapping[tuple[str, str], Curve], title: str, ylabel: str, *, lo
     axes.set(xlabel="optimizer step", ylabel=ylabel, title=_plain(title), yscale=scale)
     if len(curves) < 4:
         axes.legend(labelcolor=INK, frameon=False, fontsize=8)
-    else:  # too many to lie over the curves
+    else:  # too many to be drawn over the curves
         figure.legend(loc="outside lower center", ncols=2, labelcolor=INK, frameon=False, fontsize=8)
     return _svg(figure, title)
 
 
 def bars(rows: Sequence[Change], title: str) -> str:
-    """A horizontal bar for each row: `relative` in percent, or `norm` where there is no base."""
+    """A horizontal bar for each row: `relative` in percent, or `norm` without a base."""
     if not rows:
         return ""
     relative = all(row.relative is not None for row in rows)
@@ -82,7 +82,7 @@ def _axes(size: tuple[float, float]):
 
 def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text stays text; ids of its own
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text remains text; unique ids
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -94,7 +94,7 @@ def _svg(figure: Figure, title: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """As matplotlib shows it: a dollar would begin a formula, an underscore in front would hide it from a legend."""
+    """Escaped for matplotlib: a dollar would begin a formula, a leading underscore would hide it from a legend."""
     return text.lstrip("_").replace("$", r"\$")
 
 

@@ -12,7 +12,7 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import read_bytes
 
 WIDE = 2.5  # width by height
-LARGEST_PICTURE = 1 << 26  # bytes; a page with larger ones opens nowhere
+LARGEST_PICTURE = 1 << 26  # bytes; browsers do not open pages with larger ones
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #5b6570; --line: #d9dee3; --panel: #f5f7f9;
@@ -63,15 +63,15 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], wrap: bool
 
 
 def folded(title: str, body: str, unfolded: bool = False) -> str:
-    """A part of the page that opens on a click."""
+    """A collapsible part of the page."""
     return f"<details{' open' if unfolded else ''}><summary>{escape(title)}</summary>{body}</details>"
 
 
 def picture(file: Path, caption: str) -> str:
-    """A JPEG or PNG inside the page; a strip takes two columns where there are several.
+    """A JPEG or PNG inside the page; a strip spans two columns if there are several.
 
     Raises:
-        UserError: the file is missing or no picture.
+        UserError: the file is missing or not a picture.
     """
     try:
         content = read_bytes(file, LARGEST_PICTURE)
@@ -91,7 +91,7 @@ def figure(svg: str) -> str:
 
 
 def page(title: str, body: str) -> str:
-    """The whole page; it asks the network for nothing, not even for an icon."""
+    """The page; it makes no network requests, not even for an icon."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">

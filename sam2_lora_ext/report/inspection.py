@@ -10,12 +10,12 @@ from sam2_lora_ext.report.html import folded, picture, table
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, inside, read_json
 
-LEGEND = "The truth (green) with what was found over it (blue), or what is a false alarm (orange)."
+LEGEND = "The truth (green) with the result over it (blue), or a false alarm (orange)."
 
 
 @dataclass
 class InspectionResult:
-    """One inspection.json and the folder that its pictures are in."""
+    """One inspection.json and the folder of its pictures."""
 
     folder: Path
     record: dict[str, Any]
@@ -32,7 +32,7 @@ def read_inspection(path: Path) -> InspectionResult:
         raise UserError(f"there is no {file}: make it with tools/evaluate_inspection.py")
     record = read_json(file, LARGEST_NOTE)
     if not isinstance(record, dict) or not {"result", "gallery", "strips", "command"} <= set(record):
-        raise UserError(f"{file} is not what tools/evaluate_inspection.py writes: give its folder")
+        raise UserError(f"{file} is not from tools/evaluate_inspection.py: give its folder")
     return InspectionResult(file.parent, record)
 
 

@@ -54,7 +54,7 @@ def tables(evaluation: Evaluation) -> str:
         lines = [[title, *[_difference(values.get(key), key) for values in changes]] for key, title in titles.items()]
         parts += [
             f"<h3>Differences from {escape(record['reference'])}</h3>",
-            "<p class=soft>On the same objects; green (better) and red (worse) where the interval leaves out 0.</p>",
+            "<p class=soft>On the same objects; green (better) and red (worse) where the interval excludes 0.</p>",
             table(["", *record["differences"]], lines),
         ]
     for kind, heading in (("classes", "By class"), ("sizes", SIZES_TITLE)):
@@ -71,7 +71,7 @@ def _shown(value: Mapping[str, Any] | None) -> Raw:
 
 
 def _difference(value: Mapping[str, Any] | None, metric: str) -> Raw:
-    """Signed, and coloured by who is better where the interval leaves out 0."""
+    """Signed, and coloured as better or worse if the interval excludes 0."""
     shown = _small(cell(value, signed=True).replace("*", ""))
     if value is None or value["low"] <= 0 <= value["high"]:
         return shown
@@ -80,5 +80,5 @@ def _difference(value: Mapping[str, Any] | None, metric: str) -> Raw:
 
 
 def _small(text: str) -> Raw:
-    """The interval of `0.512 [0.490, 0.530]` in small letters."""
+    """`0.512 [0.490, 0.530]` with the interval in small print."""
     return Raw(escape(text).replace("[", "<small>[").replace("]", "]</small>"))

@@ -15,8 +15,7 @@ from sam2_lora_ext.report.numbers import tables
 from sam2_lora_ext.utils.files import inside
 
 LEGEND = (
-    "The truth (green), then the mask of one click (blue, the click red); on clean steel what was taken for a defect "
-    "(orange)."
+    "The truth (green), then the mask of one click (blue, the click red); on clean steel the false detection (orange)."
 )
 
 
@@ -24,7 +23,7 @@ def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], inspections: 
     """The page.
 
     Raises:
-        UserError: a file of a run or an evaluation holds something else than is written there.
+        UserError: a file of a run or an evaluation has an unexpected content.
     """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [f"<h1>{escape(title)}</h1>"]
@@ -37,13 +36,13 @@ def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], inspections: 
         with understood(f"{result.folder / 'inspection.json'}"):
             parts.append(inspection(result))
     if not evaluations and not inspections:
-        parts.append("<h2>Evaluation</h2><p>There is none yet; the command to make it stands at the end.</p>")
+        parts.append("<h2>Evaluation</h2><p>There is none yet; its command is at the end of this page.</p>")
     parts += [adaptation(runs), reproduce(runs, [*evaluations, *inspections])]
     return page(title, "\n".join(parts))
 
 
 def facts(runs: Sequence[Run]) -> str:
-    """What was trained, on what, how long, and what came out."""
+    """Model, data, duration and results of each training."""
 
     def row(name: str, value: Callable[[Run], Any]) -> list[Any]:
         return [name, *[value(run) for run in runs]]
@@ -64,7 +63,7 @@ def facts(runs: Sequence[Run]) -> str:
     def state(run: Run) -> str:
         if not run.summary:
             return f"not finished: extended after its end at step {run.extended}" if run.extended else "not finished"
-        reason = run.summary.get("stop_reason") or "no reason kept"
+        reason = run.summary.get("stop_reason") or "reason not recorded"
         return f"stopped early: {reason}" if run.summary.get("stopped_early") else "finished"
 
     def versions(run: Run) -> str:
@@ -97,7 +96,7 @@ def facts(runs: Sequence[Run]) -> str:
 
 
 def method(run: Run) -> str:
-    """How it was trained, in words."""
+    """The method of the training, in words."""
     if not run.lora:
         return "-"
     config, groups = run.lora.get("config"), run.lora.get("groups") or {}
@@ -129,7 +128,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def galleries(evaluation: Evaluation) -> str:
-    """Best, median, worst masks of one click, and false alarms; the first model's are folded where there are others."""
+    """Best, median, worst masks of one click, and false alarms; collapsed for the first of several models."""
     models = [model for model in evaluation.record["models"] if model["gallery"]]
     parts = []
     for number, model in enumerate(models):
@@ -146,8 +145,8 @@ def galleries(evaluation: Evaluation) -> str:
 
 
 def adaptation(runs: Sequence[Run]) -> str:
-    """Where each run changed its base."""
-    parts = ["<h2>Where the adaptation happened</h2>"]
+    """The updates of each run by layer and block."""
+    parts = ["<h2>Updates by layer</h2>"]
     for run in runs:
         sentence, rows = changes(run)
         parts.append(f"<p>{escape(run.label)}: {escape(sentence)}</p>")
@@ -161,7 +160,7 @@ def adaptation(runs: Sequence[Run]) -> str:
 
 
 def changes(run: Run) -> tuple[str, list[Change]]:
-    """A sentence about what is compared, and the update of each layer."""
+    """A sentence about the comparison, and the update of each layer."""
     base = run.base()
     if found := run.adapter():
         kind, adapter = found
@@ -175,7 +174,7 @@ def changes(run: Run) -> tuple[str, list[Change]]:
             key: value.shape for key, value in state.items()
         }:
             return f"weights {kind}, relative to the base.", weight_changes(state, base)
-        return f"the base of its weights is not at {run.lora.get('base_path')} now, so nothing can be compared.", []
+        return f"the base of its weights is not at {run.lora.get('base_path')} now, so there is no comparison.", []
     return "it has no adapter and no weights yet.", []
 
 

@@ -1,4 +1,4 @@
-"""Loads the base through the Trainer's own `model_weight_initializer`, and says in one sentence why that failed."""
+"""Loads the base through the Trainer's own `model_weight_initializer`; a failure is one sentence."""
 
 import os
 from collections.abc import Callable
@@ -15,7 +15,7 @@ NO_MATCH = "don't match any param"  # stock's words about a glob
 
 
 def base_path(initializer: Any) -> str | None:
-    """The file that the Trainer's `model_weight_initializer` config reads; None where it reads none."""
+    """The file that the Trainer's `model_weight_initializer` config reads; None if it reads none."""
     try:
         return initializer.state_dict.checkpoint_path
     except AttributeError:
@@ -27,15 +27,15 @@ def load_base(path: str | None, model: nn.Module, load: Callable[[], None]) -> N
 
     Args:
         path: the file that it reads, or None.
-        model: what it loads into.
-        load: does it, strictly.
+        model: that it loads into.
+        load: loads strictly.
 
     Raises:
-        UserError: the file is missing or damaged, or is another model than the config's; or a glob hits nothing.
+        UserError: the file is missing or damaged, or of another model than the config's; or a glob matches nothing.
     """
     if path is not None and not os.path.exists(path):
         raise UserError(
-            f"there is no base checkpoint {path}: download it from the SAM 2 repository, or say where yours is by the "
+            f"there is no base checkpoint {path}: download it from the SAM 2 repository, or set its path by the "
             f"environment variable in the config's header ({WHERE})"
         )
     if path is not None:

@@ -1,9 +1,9 @@
-"""Which settings a run may change when it is started again: those of `ALLOWED`, all others are compared.
+"""Settings that a run may change when it is started again: those of `ALLOWED`; all others are compared.
 
-A key is the dotted path below `trainer:`, as in a composed config. A key that one side lacks has the default of what
-its `_target_` names, so that settings which a later version adds compare by their defaults; `RENAMED` says where a
-setting of an earlier version is now. The base is compared by its identity, data by content. Needs neither torch nor
-Hydra by itself; defaults are looked up in whatever a config names.
+A key is the dotted path below `trainer:`, as in a composed config. A key that one side lacks has the default of its
+`_target_`, so that settings added by a later version compare by their defaults; `RENAMED` maps the settings of earlier
+versions. The base is compared by its identity, data by content. Imports neither torch nor Hydra itself; defaults are
+looked up in the classes that a config names.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-ALLOWED = {  # key -> why it changes nothing in the result
+ALLOWED = {  # key -> the reason why it does not change the result
     "run_dir": "where the run is",
     "resume_with_changes": "about the other settings",
     "accelerator": "the same numbers to rounding",
@@ -52,8 +52,8 @@ ALLOWED = {  # key -> why it changes nothing in the result
 }
 # Allowed where the content is known to be equal.
 PATHS = ("image_dir", "label_dir", "csv", "json", "root", "split_file")
-RENAMED: dict[str, str] = {}  # end of a key of an earlier version -> of the key that is now in the same section
-SECTIONS = {  # key -> what reads a section that names no `_target_`
+RENAMED: dict[str, str] = {}  # end of a key of an earlier version -> end of its current key in the same section
+SECTIONS = {  # key -> the class of a section without `_target_`
     "model.lora": "sam2_lora_ext.lora.LoRAConfig",
     "optim": "training.trainer.OptimConf",
     "optim.amp": "training.trainer.OptimAMPConf",
@@ -67,7 +67,7 @@ Record = Mapping[str, Any]  # as in `run.config`
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs, by its key and both values."""
+    """A changed setting: its key and both values."""
 
     key: str
     before: Any
@@ -78,11 +78,11 @@ class Change:
 
 
 def changes(before: Record, after: Record) -> list[Change]:
-    """What changed between two records of `run.config` and changes the result; empty when a run may simply go on.
+    """Changes between two records of `run.config` that affect the result; empty when the run may continue.
 
-    What one of them does not know (None, or no entry) is not compared, see `unrecorded`.
+    Values that one of them lacks (None, or no entry) are not compared, see `unrecorded`.
     """
-    known = set(_targets(after["trainer"]))  # nothing that a run folder alone names is imported
+    known = set(_targets(after["trainer"]))  # modules that only the run folder names are not imported
     old, new = (dict(_walk("", record["trainer"], known)) for record in (before, after))
     if new.get("mode") == "val":  # trains nothing
         old["mode"] = "val"
@@ -98,12 +98,12 @@ def changes(before: Record, after: Record) -> list[Change]:
 
 
 def unrecorded(before: Record, after: Record) -> list[str]:
-    """What the earlier record does not say, in words."""
+    """The entries that the earlier record lacks, in words."""
     return [key for key, (old, new) in _facts(before, after).items() if old is None and new is not None]
 
 
 def _facts(before: Record, after: Record) -> dict[str, tuple[Any, Any]]:
-    """Name -> value before and after, of what is no setting."""
+    """Name -> value before and after, for entries that are not settings."""
     facts = {"the number of ranks": (before.get("ranks"), after.get("ranks"))}
     for phase in ("train", "val"):
         pair = (_digest(before, phase), _digest(after, phase))
@@ -130,7 +130,7 @@ def _is_same_file(key: str, one: Any, other: Any) -> bool:
 
 
 def _renamed(key: str, name: str) -> str:
-    """What a setting `name` of the section `key` is called now."""
+    """The current name of a setting `name` of the section `key`."""
     for old, new in RENAMED.items():
         if f".{key}.{name}".endswith(f".{old}"):
             return new.rpartition(".")[2]
@@ -145,7 +145,7 @@ def _targets(value: Any) -> Iterator[str]:
 
 
 def _walk(key: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Key and value of everything that holds nothing further; lists of plain values are one."""
+    """Key and value of every leaf; a list of plain values is one leaf."""
     if isinstance(value, Mapping):
         for name, inner in _filled(key, value, known).items():
             yield from _walk(f"{key}.{name}" if key else str(name), inner, known)
@@ -157,7 +157,7 @@ def _walk(key: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, A
 
 
 def _filled(key: str, section: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """A section with the defaults of what it leaves out."""
+    """A section with the defaults of its missing keys."""
     target = section.get("_target_", SECTIONS.get(key))
     filled = {_renamed(key, name): value for name, value in section.items()}
     if target in known or target in SECTIONS.values():
@@ -170,7 +170,7 @@ def _filled(key: str, section: Mapping[str, Any], known: Collection[str]) -> dic
 
 
 def _defaults(target: Any) -> dict[str, Any]:
-    """Keyword -> default of a class (and those that it hands `**kwargs` on to) or function; plain values only."""
+    """Keyword -> default of a class (and its bases that receive `**kwargs`) or function; plain values only."""
     found: dict[str, Any] = {}
     named = _import(target)
     for owner in getattr(named, "__mro__", [named]):
@@ -193,11 +193,11 @@ def _defaults(target: Any) -> dict[str, Any]:
 
 
 def _import(target: Any) -> Any:
-    """What a dotted name stands for; None where there is no such thing."""
+    """The object of a dotted name; None if there is none."""
     module, _, name = str(target).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception:  # of any kind, from a user's own module: then there are no defaults to compare with
+    except Exception:  # any error of a user's own module: then there are no defaults to compare with
         return None
 
 

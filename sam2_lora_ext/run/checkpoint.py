@@ -1,4 +1,4 @@
-"""The Trainer's checkpoint.pt on the disk: replaced whole, checked before a resume, the one before kept on request."""
+"""The Trainer's checkpoint.pt: replaced atomically, checked before a resume, the previous one kept on request."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ FIELDS = ("model", "optimizer", "epoch", "loss", "steps")
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep_previous: bool) -> None:
-    """Replaces the checkpoint in one step; a kill or a full disk leaves the old one.
+    """Replaces the checkpoint atomically; after a kill or on a full disk the old one remains.
 
     Raises:
         UserError: the system refuses.
@@ -30,7 +30,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep_previous: b
     def save(temporary: Path) -> None:
         try:
             torch.save(checkpoint, temporary)
-        except RuntimeError as error:  # torch hides the system's reason in it
+        except RuntimeError as error:  # torch wraps the system's error in it
             raise OSError(str(error).splitlines()[0]) from error
         if keep_previous and path.name == NAME and path.exists():
             write_atomic(path.with_name(PREVIOUS), lambda copy: _link(path, copy))
@@ -39,14 +39,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep_previous: b
 
 
 def prepare_resume(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Makes sure that checkpoint.pt, if there is one, can be resumed from; the one before replaces a damaged one.
+    """Checks that checkpoint.pt, if there is one, can be resumed from; the previous one replaces a damaged one.
 
     Args:
         folder: the checkpoints' folder.
         state: name -> tensor that a checkpoint of this model holds.
 
     Raises:
-        UserError: it cannot, and there is no other.
+        UserError: it cannot, and there is no previous one.
     """
     path, previous = folder / NAME, folder / PREVIOUS
     if not os.path.lexists(path):
@@ -66,22 +66,22 @@ def prepare_resume(folder: Path, state: Mapping[str, Tensor]) -> None:
     if path.exists():
         os.replace(path, folder / DAMAGED)
     write_atomic(path, lambda copy: _link(previous, copy))
-    logging.warning(f"{problem}. Resuming from {previous}, the checkpoint before it")
+    logging.warning(f"{problem}. Resuming from {previous}, the previous checkpoint")
 
 
 def check_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Reads a checkpoint as a resume will.
+    """Reads a checkpoint as in a resume.
 
     Raises:
-        UserError: it is damaged, carries code, or is of another model.
+        UserError: it is damaged, contains code, or is of another model.
     """
     content = read_file(path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # mapped tensors are not compared with their checksums
+        with zipfile.ZipFile(path) as archive:  # memory-mapped tensors are not compared with their checksums
             if archive.testzip() is not None:
                 raise UserError(f"{path} is damaged")
     if not isinstance(content, Mapping) or any(field not in content for field in FIELDS):
-        raise UserError(f"{path} is no checkpoint of SAM 2's Trainer: it lacks some of {', '.join(FIELDS)}")
+        raise UserError(f"{path} is not a checkpoint of SAM 2's Trainer: it lacks some of {', '.join(FIELDS)}")
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in content["model"].items()}
     wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
@@ -93,9 +93,9 @@ def check_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def notes_to_resume(folder: Path) -> dict[str, Any] | None:
-    """What the checkpoint says about itself from which a start will go on; None where there is none.
+    """The notes of the checkpoint from which a start will continue; None without a checkpoint.
 
-    Empty when it says nothing, or is damaged, which `prepare_resume` finds.
+    Empty when it has no notes, or is damaged, which `prepare_resume` reports.
     """
     for path in (folder / NAME, folder / PREVIOUS):
         if os.path.lexists(path):
@@ -106,7 +106,7 @@ def notes_to_resume(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def own_options(optimizer: torch.optim.Optimizer, keep: bool) -> Iterator[None]:
-    """For loading a state into an optimizer, which brings its own betas and the like: with `keep` those stay as set."""
+    """For loading a state into an optimizer: with `keep` its hyperparameters (betas and the like) stay as set."""
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     yield
     if keep:

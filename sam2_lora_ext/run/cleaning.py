@@ -1,6 +1,6 @@
-"""Deletes what a killed run left half-written, at its next start: temporaries of our own names in our own places.
+"""Deletes the temporary files of a killed run at its next start, by their names and folders.
 
-A temporary file or folder of `NAME` is `.NAME.<process>.tmp` beside it.
+A temporary file or folder of `NAME` is `.NAME.<process>.tmp` in the same folder.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ OURS = {  # glob of folders below the run's -> regular expression of the names t
 
 
 def clean_up(run: Path, checkpoints: Path) -> None:
-    """Deletes temporaries, and ends replacements of adapters that a kill cut in two; the run must be locked.
+    """Deletes temporaries, and completes replacements of adapters that a kill interrupted; the run must be locked.
 
     Args:
         run: its folder.
-        checkpoints: where its checkpoints are, which need not be below it.
+        checkpoints: the folder of its checkpoints, which need not be below it.
     """
     for kind in KINDS:
         with contextlib.suppress(OSError):

@@ -1,17 +1,17 @@
-"""`run_config.yaml`, the run's own record of what its Trainer received; evaluate, report and resume read this one.
+"""`run_config.yaml`, the run's own record of the arguments of its Trainer; read by evaluate, report and resume.
 
-The launcher's `config.yaml` and `config_resolved.yaml` are written before anybody can refuse the run. This file is
-written by the run that has the lock, and only by one that was not refused. It is YAML of
+The launcher writes `config.yaml` and `config_resolved.yaml` before the run can be refused. This file is written only by
+a run that has the lock and was accepted. It is YAML of
 
     version   of this package, of the last start that wrote it
     trainer   the resolved `trainer:` section, with `_target_`
     ranks     number of processes
     base      {"id": `weights_id` of the base or null, "path": its file}
     data      {"train": digest, "val": digest}; null where a data set has no `AnnotationIndex`
-    changes   what `trainer.resume_with_changes` allowed: a list of {"step", "key", "before", "after"}
+    changes   allowed by `trainer.resume_with_changes`: a list of {"step", "key", "before", "after"}
 
-`config_resolved.yaml` may be overwritten by a start that is refused, until its Trainer puts the copy back that the last
-accepted start made (`.config_resolved.yaml`). Needs neither torch nor Hydra.
+A start that is refused may overwrite `config_resolved.yaml`, until its Trainer restores the copy of the last accepted
+start (`.config_resolved.yaml`). Needs neither torch nor Hydra.
 """
 
 import logging
@@ -31,16 +31,16 @@ log = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, and no aliases, of which a few lines stand for more than any memory holds."""
+    """Plain values only, and no aliases, since a few lines of them can expand beyond any memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases, which no run writes")
+            raise yaml.YAMLError("it has aliases, which a run never writes")
         return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what is there twice twice."""
+    """Writes repeated values without aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -49,15 +49,15 @@ class _Dumper(yaml.SafeDumper):
 def read_run_config(run: Path, *, warn: bool = True) -> dict[str, Any]:
     """The record of a run, as described above.
 
-    A run of version 0.1.0 has none: then the launcher's `config_resolved.yaml` is taken, `ranks` is None, `base` and
-    `data` are empty, and a warning says so.
+    A run of version 0.1.0 has none: then the launcher's `config_resolved.yaml` is read, `ranks` is None, `base` and
+    `data` are empty, and a warning is logged.
 
     Args:
         run: the run's folder.
         warn: log that warning.
 
     Raises:
-        UserError: neither file is there, or it is damaged.
+        UserError: neither file exists, or it is damaged.
     """
     run = Path(run)
     unknown: dict[str, Any] = {"version": None, "ranks": None, "base": {}, "data": {}, "changes": []}
@@ -83,7 +83,7 @@ def write_run_config(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A config's value as YAML writes and reads it: dicts, lists, numbers, text; interpolations resolved."""
+    """A config's value as plain YAML: dicts, lists, numbers, text; interpolations resolved."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """Early stopping and the choice of the best validation as pure functions of the values seen so far.
 
-No counter is kept: whoever resumes with the same history takes the same decision.
+No counter is kept: a resumed run with the same history makes the same decision.
 """
 
 import math
@@ -16,7 +16,7 @@ class EarlyStop:
 
     Args:
         patience: number of validations without improvement, at least 1.
-        min_delta: what counts as an improvement over the best value so far, at least 0.
+        min_delta: an improvement exceeds the best value so far by more than this; at least 0.
         mode: "max" where higher is better, "min" where lower is.
     """
 

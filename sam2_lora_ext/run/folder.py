@@ -1,13 +1,13 @@
-"""What a run leaves behind beside the Trainer's own files, written by rank 0 and whole at every moment.
+"""The files of a run besides the Trainer's own, written atomically by rank 0.
 
 run_dir/
-  run_config.yaml         what the Trainer received, ranks, base and data by content, allowed changes: `run.config`
+  run_config.yaml         arguments of the Trainer, ranks, identities of base and data, changes: see `run.config`
   run.json                the run's name with its start time, fixed at the first start
-  lora.json               which layers are adapted, parameters, the LoRA config, the identity of the base
+  lora.json               adapted layers, parameters, the LoRA config, the identity of the base
   validations.json        the metrics of every validation; early stopping and `best` are computed from it
   adapters/{best,latest,final}/   PEFT folders
   weights/{best,final}.pt         full weights instead, where no adapter is trained (class prompts as an entry beside)
-  merged_best.pt          on request: what stock `build_sam2` loads
+  merged_best.pt          on request: weights that stock `build_sam2` loads
   <name>/*.torch          on request: the flat files of the older Severstal script
   training_summary.json   at the end
 """
@@ -45,23 +45,23 @@ def model_size(config_name: str | None) -> str:
 
 
 def short_number(value: float) -> str:
-    """A learning rate as people write it in a folder's name: 1e-3, 2.5e-4, 0."""
+    """A learning rate in short notation for a folder's name: 1e-3, 2.5e-4, 0."""
     mantissa, exponent = f"{value:.4e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 class RunFolder:
-    """The files of one run; only rank 0 makes one.
+    """The files of one run; only rank 0 creates this object.
 
     Args:
         path: `launcher.experiment_log_dir`.
-        model: the unwrapped model; read when something is exported.
-        facts: the adapter's metadata that does not change: `base_id`, `model_config` ... .
+        model: the unwrapped model; read at each export.
+        facts: the constant part of the adapter's metadata: `base_id`, `model_config` ... .
         lora: the `LoRAConfig` as given; None: full fine-tuning.
         merged: also write `merged_best.pt`.
         flat_files: also write the flat files.
         base_path: the base checkpoint, read again for merging.
-        monitor: the metric that the flat files are named by.
+        monitor: the metric in the names of the flat files.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RunFolder:
         monitor: str = "iou_1click",
     ):
         self.path, self.model, self.facts = path, model, dict(facts)
-        self.notes = {"config": lora, **facts, "version": sam2_lora_ext.__version__}  # what a checkpoint says of itself
+        self.notes = {"config": lora, **facts, "version": sam2_lora_ext.__version__}  # notes of the checkpoint
         if class_facts := facts_of(model):
             self.notes[CLASS_PROMPTS] = class_facts
         self.merged, self.flat_files, self.base_path, self.monitor = merged, flat_files, base_path, monitor
@@ -89,7 +89,7 @@ class RunFolder:
             )
 
     def name(self, learning_rate: float) -> str:
-        """The run's name, such as sam2_large_lora_r8_a16_lr1e-3_20260102-030405; made once, then read from run.json."""
+        """The run's name, such as sam2_large_lora_r8_a16_lr1e-3_20260102-030405; set once, then read from run.json."""
         file = self.path / "run.json"
         if file.exists():
             return read_notes(file, {"name"})["name"]
@@ -115,7 +115,7 @@ class RunFolder:
         write_json(self.path / "validations.json", history)
 
     def export(self, kind: str, step: int, metrics: Mapping[str, float], name: str) -> None:
-        """Writes the model as it is now as `best`, `latest` or `final`."""
+        """Writes the current model as `best`, `latest` or `final`."""
         prompts = prompts_of(self.model, self.facts.get("base_id"))
         if not self.has_adapter:
             if kind != "latest":  # checkpoint.pt already is the latest
@@ -176,5 +176,5 @@ def read_notes(file: Path, fields: set[str]) -> Any:
         raise UserError(f"{file} is damaged ({error}): {again}") from error
     entries = content if isinstance(content, list) else [content]
     if not all(isinstance(entry, dict) and fields <= entry.keys() for entry in entries):
-        raise UserError(f"{file} does not hold what a run writes there: {again}")
+        raise UserError(f"{file} has an unexpected content: {again}")
     return content

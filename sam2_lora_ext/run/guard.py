@@ -1,6 +1,6 @@
 """Watches the training steps: signals end the run between two of them, non-finite numbers before anything is saved.
 
-In training on one rank it reads nothing back from the device but one flag, a step late, when stock has waited for it.
+In training on one rank it reads back only one flag from the device, one step late, after stock has synchronised.
 """
 
 import logging
@@ -18,7 +18,7 @@ from sam2_lora_ext.run.checkpoint import write_checkpoint
 from sam2_lora_ext.run.signals import Interrupt
 from sam2_lora_ext.utils.errors import UserError
 
-SHOWN = 8  # sample names in a sentence
+SHOWN = 8  # sample names in a message
 
 
 class Seen(NamedTuple):
@@ -34,10 +34,10 @@ class StepGuard(Interrupt):
     """Catches signals while entered.
 
     Args:
-        folder: where batches are kept that gave a number which is not finite.
+        folder: for saved batches whose loss or gradient is not finite.
 
     Attributes:
-        agreed: the signal that some rank got, known to all of them after the next forward pass; 0 for none.
+        agreed: the signal received by any rank, shared with all after the next forward pass; 0 for none.
         skipped: steps that AMP's scaler skipped because float16 overflowed; checkpoints keep the number.
     """
 
@@ -47,7 +47,7 @@ class StepGuard(Interrupt):
         self.agreed = self.skipped = 0
         self.seen: Seen | None = None  # the last forward pass
         self.pending: Seen | None = None  # whose gradients are checked, but the flag is not read yet
-        self.flag: Tensor | None = None  # on the host: whether a gradient of `pending` is not finite
+        self.flag: Tensor | None = None  # on the CPU: whether a gradient of `pending` is not finite
         self.scaled = False  # whether AMP's scaler handles that
         self.datasets: Sequence[Any] = ()
 
@@ -57,12 +57,12 @@ class StepGuard(Interrupt):
         return self.signum if dist.get_world_size() == 1 else self.agreed
 
     def exit(self, step: int) -> NoReturn:
-        """Ends the process as the signal would have, 128 + its number, when all ranks are here: torch's launcher kills
-        the others at the end of the first, and one of them may be writing.
+        """Ends the process with 128 + the signal's number, once all ranks are here: torch's launcher kills the others
+        when the first ends, and one of them may be writing.
         """
         dist.barrier()
         name = signal.Signals(self.stop_signal).name
-        logging.info(f"{name}: stopped after step {step}; the same command goes on from the last checkpoint")
+        logging.info(f"{name}: stopped after step {step}; the same command continues from the last checkpoint")
         raise SystemExit(128 + self.stop_signal)
 
     def watch(
@@ -70,19 +70,19 @@ class StepGuard(Interrupt):
     ) -> None:
         """To be called by all ranks after each forward pass.
 
-        In training on one rank the total is left to stock's own check, see `diagnosis`.
+        In training on one rank stock's own check covers the total, see `diagnosis`.
 
         Args:
-            batch: what went in.
+            batch: the input.
             losses: name -> scalar; the total first, then its parts.
             step: training steps so far, with this one.
             phase: "train" or "val".
             datasets: the raw data sets, for the samples' names.
 
         Raises:
-            UserError: the total is not finite on some rank; all of them say the same.
+            UserError: the total is not finite on some rank; all ranks raise the same message.
         """
-        # detached: a graph may hold more than its backward frees, and would do so through the next forward pass
+        # detached: otherwise the graph may keep memory until after the next forward pass
         self.seen = Seen(batch, {name: loss.detach() for name, loss in losses.items()}, step, phase)
         self.datasets = datasets
         if phase == "train" and dist.get_world_size() == 1:
@@ -96,20 +96,20 @@ class StepGuard(Interrupt):
             raise UserError(_first(self.diagnosis() if wrong else None))
 
     def diagnosis(self) -> str:
-        """What to say about a total loss that is not finite: it may come from the gradient of the step before."""
+        """The message for a total loss that is not finite: the gradient of the previous step may be the cause."""
         if self._flagged() and not self.scaled:
             return self._report("a gradient", self.pending)
         return self._report(f"the loss ({self.seen.phase})", self.seen)
 
     def check_gradients(self, parameters: Sequence[nn.Parameter], scaled: bool) -> None:
-        """To be called when all gradients are there, which are the same on all ranks; says what is wrong a step later.
+        """To be called when all gradients are computed, which are the same on all ranks; reports one step later.
 
         Args:
-            parameters: what is trained.
+            parameters: the trained ones.
             scaled: whether AMP's scaler handles overflows: it skips such a step and lowers its scale.
 
         Raises:
-            UserError: a gradient of the step before is not finite, and no scaler expects that.
+            UserError: a gradient of the previous step is not finite, and no scaler handles it.
         """
         self.settle()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -122,7 +122,7 @@ class StepGuard(Interrupt):
         self.pending, self.scaled = self.seen, scaled
 
     def settle(self) -> None:
-        """Reads the flag of the last gradients; the device must have been waited for since.
+        """Reads the flag of the last gradients; the device must have been synchronised since.
 
         Raises:
             UserError: see `check_gradients`.
@@ -136,10 +136,10 @@ class StepGuard(Interrupt):
         self.pending = None
 
     def check_weights(self, parameters: Sequence[nn.Parameter], step: int) -> None:
-        """To be called before they are saved: a step with good gradients can still be too large.
+        """To be called before parameters are saved: a step with finite gradients can still be too large.
 
         Args:
-            parameters: what is trained.
+            parameters: the trained ones.
             step: training steps so far.
 
         Raises:
@@ -158,7 +158,7 @@ class StepGuard(Interrupt):
         return self.pending is not None and bool(self.flag)
 
     def _report(self, what: str, seen: Seen) -> str:
-        """Saves the batch and says in a sentence what happened to it."""
+        """Saves the batch and returns the error message."""
         ids = seen.batch.metadata.unique_objects_identifier
         parts = {name.rpartition("/")[2]: float(value) for name, value in seen.losses.items()}
         names = _names(ids[..., 0].flatten().tolist(), self.datasets)
@@ -168,13 +168,13 @@ class StepGuard(Interrupt):
         try:
             write_checkpoint(content, file, keep_previous=False)
             kept = f"is in {file}"
-        except UserError as error:  # this is not what the user must hear of first
-            kept = f"could not be kept ({error})"
+        except UserError as error:  # the failed save must not hide the error itself
+            kept = f"could not be saved ({error})"
         shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         numbers = ", ".join(f"{name} {value:g}" for name, value in parts.items())
         return (
             f"{what} is not finite at step {seen.step} (samples: {shown}; losses: {numbers}); the batch {kept}, the "
-            "last checkpoint is untouched: lower the learning rate, or look at these samples"
+            "last checkpoint is untouched: lower the learning rate, or check these samples"
         )
 
 
@@ -187,9 +187,9 @@ def raw_datasets(dataset: Any) -> list[Any]:
 
 
 def _names(video_ids: Sequence[int], datasets: Sequence[Any]) -> list[str]:
-    """The images' names, each once; their numbers where no data set has an index.
+    """The images' names, each once; their numbers if no data set has an index.
 
-    A number tells no data set: where several have an image of it, all their names are given.
+    A number does not identify the data set: if several have an image with it, all their names are given.
     """
     indices = [raw.index for raw in datasets if hasattr(raw, "index")]
     names = []
@@ -200,7 +200,7 @@ def _names(video_ids: Sequence[int], datasets: Sequence[Any]) -> list[str]:
 
 
 def _first(message: str | None) -> str:
-    """The message of the first rank that has one; to be called by all of them."""
+    """The message of the first rank that has one; to be called by all ranks."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return next(filter(None, messages))

@@ -1,4 +1,4 @@
-"""The validations of a run so far, and what follows from them: the best one, early stopping."""
+"""The validations of a run so far, the best of them, and early stopping."""
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -12,8 +12,8 @@ class History:
     """Validations, oldest first, each a dict of `epoch` (from 0), `step` and `metrics`.
 
     Args:
-        monitor: the metric that decides.
-        rule: when to stop; also tells which way is better.
+        monitor: the metric that is compared.
+        rule: for early stopping; its mode also applies to the best validation.
         entries: the validations so far.
     """
 
@@ -25,7 +25,7 @@ class History:
 
     @classmethod
     def of(cls, monitor: str, mode: str, early_stop: Mapping[str, Any] | None) -> "History":
-        """An empty one for the settings of a config; without `early_stop` training never ends before its time.
+        """An empty history for the settings of a config; without `early_stop` training never stops early.
 
         Raises:
             UserError: a setting is unknown or impossible.
@@ -37,19 +37,19 @@ class History:
         """Appends a validation.
 
         Raises:
-            UserError: it does not hold the monitored metric.
+            UserError: it lacks the monitored metric.
         """
         self.check(metrics)
         self.entries.append({"epoch": epoch, "step": step, "metrics": dict(metrics)})
 
     @property
     def last_epoch(self) -> int:
-        """The epoch that was validated last; -1 before any."""
+        """The last validated epoch; -1 before any."""
         return self.entries[-1]["epoch"] if self.entries else -1
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The best validation; None before any that gave a number."""
+        """The best validation; None before any with a number."""
         index = self.rule.best(self._values)
         return None if index is None else self.entries[index]
 
@@ -60,7 +60,7 @@ class History:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why training ends now, as a sentence; None while it goes on."""
+        """The reason for early stopping, as a sentence; None while training continues."""
         if not self.rule.should_stop(self._values):
             return None
         return (

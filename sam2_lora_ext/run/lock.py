@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the system releases when its process ends, however it ends."""
+"""One run per folder: a lock that the system releases whenever its process ends."""
 
 import contextlib
 import fcntl
@@ -16,14 +16,14 @@ CONFIGS = ("config.yaml", "config_resolved.yaml")
 
 
 def read_configs(folder: Path) -> dict[str, bytes]:
-    """The launcher's config files as they are, by name."""
+    """The contents of the launcher's config files, by name."""
     return {name: (folder / name).read_bytes() for name in CONFIGS if (folder / name).is_file()}
 
 
 def keep_configs(folder: Path, configs: Mapping[str, bytes]) -> None:
     """Writes the config files of the run that has the lock, and a copy of each for `restore_configs`.
 
-    Another start may have replaced them since they were read, right after the lock.
+    Another start may have replaced them since they were read, immediately after locking.
     """
     for name, content in configs.items():
         for file in (folder / f".{name}", folder / name):
@@ -32,14 +32,14 @@ def keep_configs(folder: Path, configs: Mapping[str, bytes]) -> None:
 
 
 def restore_configs(folder: Path) -> None:
-    """Puts the config files back that the launcher of a start has replaced, which was refused or trained nothing."""
+    """Restores the config files after a start that was refused or trained nothing, whose launcher replaced them."""
     with contextlib.suppress(UserError, OSError):
         kept = {name: (folder / f".{name}").read_bytes() for name in CONFIGS if (folder / f".{name}").is_file()}
         keep_configs(folder, kept)
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Makes the folder if need be and locks it for as long as the returned file is open.
+    """Creates the folder if needed and locks it for as long as the returned file is open.
 
     Raises:
         UserError: another process has it, or the system refuses the folder.
@@ -58,7 +58,7 @@ def lock_folder(folder: Path) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         raise UserError(
-            f"a run is at work in {folder} ({holder}): wait for its end, or choose another launcher.experiment_log_dir"
+            f"a run is active in {folder} ({holder}): wait for its end, or choose another launcher.experiment_log_dir"
         ) from None
     except OSError:
         return file  # a file system without locks
@@ -72,6 +72,6 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def check_free(folder: Path) -> None:
-    """Raises a `UserError` when a run is at work in the folder; makes nothing."""
+    """Raises a `UserError` when a run is active in the folder; creates nothing."""
     if (folder / NAME).exists():
         lock_folder(folder).close()

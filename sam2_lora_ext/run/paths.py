@@ -1,4 +1,4 @@
-"""Which run a path means, what its record says of the training, and where it was started. Needs no torch."""
+"""Finds the run of a path, the training config in its record, and its working directory. Needs no torch."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -7,11 +7,11 @@ from typing import Any
 
 from sam2_lora_ext.run.config import NAME, OLD_NAME, read_run_config
 
-INSIDE = ("adapters", "checkpoints", "weights")  # folders of a run that a user may name instead of it
+INSIDE = ("adapters", "checkpoints", "weights")  # folders of a run that a user may name instead of the run
 
 
 def find_run(path: str | Path) -> Path | None:
-    """The run that a path means: a run's folder, or what training wrote into one (adapters/best, checkpoint.pt ...)."""
+    """The run of a path: a run's folder, or a file or folder in it (adapters/best, checkpoint.pt ...)."""
     path = Path(path)
     for folder in (path, *path.parents)[:4]:
         if any((folder / name).is_file() for name in (NAME, OLD_NAME)):
@@ -21,7 +21,7 @@ def find_run(path: str | Path) -> Path | None:
 
 
 def trainer_of(run: Path) -> Mapping[str, Any]:
-    """The `trainer` section of a run's record, see `read_run_config`; read once while the record stays the same."""
+    """The `trainer` section of a run's record, see `read_run_config`; read again only when the record changes."""
     changed = max((run / name).stat().st_mtime_ns for name in (NAME, OLD_NAME) if (run / name).is_file())
     return _trainer(run.resolve(), changed)
 
@@ -32,7 +32,7 @@ def _trainer(run: Path, changed: int) -> Mapping[str, Any]:
 
 
 def started_in(run: Path, trainer: Mapping[str, Any]) -> Path | None:
-    """The folder that a run was started in, to which its paths are relative; None where its record does not tell it."""
+    """The folder that a run was started in, to which its paths are relative; None if it is not recorded."""
     given, place = Path(str(trainer.get("run_dir") or "/")), run.resolve()
     ours = not given.is_absolute() and place.parts[-len(given.parts) :] == given.parts
     return Path(*place.parts[: -len(given.parts)]) if ours else None

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where a run is (seed, phase, epoch, rank ...), not on how it got there."""
+"""Random numbers that depend on the position in a run (seed, phase, epoch, rank ...), not on its history."""
 
 import hashlib
 import random
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from integers and words, equal on every machine (Python's own hash is not promised to be)."""
+    """A 63-bit seed from integers and words, equal on every machine (which Python's own hash does not guarantee)."""
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -17,7 +17,7 @@ def derive_seed(*parts: int | str) -> int:
 def mixed(values: Tensor) -> Tensor:
     """Each integer of an int64 tensor scattered over all 64 bits: splitmix64's finalizer (Steele, Lea, Flood, 2014).
 
-    Of consecutive multiples of an odd number it makes random numbers, on any device and in any order the same.
+    It turns consecutive multiples of an odd number into random numbers, the same on any device and in any order.
     """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         values = (values ^ _shifted(values, shift)) * factor  # products of 64 bits wrap around
@@ -25,7 +25,7 @@ def mixed(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    return (values >> bits) & (2 ** (64 - bits) - 1)  # without the sign that torch's shift brings along
+    return (values >> bits) & (2 ** (64 - bits) - 1)  # torch's shift copies the sign bit
 
 
 def seed_everything(*parts: int | str) -> None:

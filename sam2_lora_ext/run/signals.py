@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a training after the running step, on all ranks together, instead of in the middle of it."""
+"""SIGTERM and Ctrl-C end a training after the current step, on all ranks together."""
 
 import multiprocessing
 import os
@@ -7,14 +7,14 @@ import threading
 import time
 from types import FrameType
 
-TWICE = 1.0  # seconds within which the same signal is one: it may come from a terminal and, handed on, from the parent
+TWICE = 1.0  # seconds within which equal signals count as one: the terminal and the parent process may both send it
 DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
 class Interrupt:
     """Remembers the first signal; the same one again, a second or more later, ends the process at once.
 
-    Handlers that somebody else has set stay as they are: submitit ignores SIGTERM and requeues on USR2.
+    Existing handlers are kept: submitit ignores SIGTERM and requeues on USR2.
     """
 
     def __init__(self) -> None:
@@ -38,17 +38,17 @@ class Interrupt:
         if not self.signum:
             self.signum, self._first = number, time.monotonic()
             name = signal.Signals(number).name
-            os.write(2, f"{name}: the training ends after this step; once more ends it at once\n".encode())
+            os.write(2, f"{name}: the training ends after this step; repeat it to end at once\n".encode())
         elif self.signum == number and time.monotonic() - self._first > TWICE:
-            # not another one: torch sends spawned ranks SIGINT when their parent dies
+            # not a different signal: torch sends spawned ranks SIGINT when their parent dies
             self.__exit__()
             os.kill(os.getpid(), number)
 
 
 class Forward:
-    """In the process that started several ranks: hands SIGTERM and Ctrl-C on to them and waits for their end.
+    """In the process that started several ranks: forwards SIGTERM and Ctrl-C to them and waits for their end.
 
-    Handlers that somebody else has set stay: a signal that is ignored here is ignored by the ranks, too.
+    Existing handlers are kept: the ranks ignore a signal that is ignored here.
 
     Attributes:
         signum: the first signal; 0 for none.

@@ -1,7 +1,7 @@
-"""A start of a run: locked, compared with what the run was before, and accepted before it changes anything.
+"""A start of a run: it locks the folder and compares its settings with the record before it changes anything.
 
-A start that is refused, or that finds its run finished, leaves the run's records as they were; the two files that the
-launcher writes before anybody can refuse it are put back from the copies that the last accepted start made.
+A start that is refused, or whose run is finished, leaves the run's records unchanged; the two files that the launcher
+has written by then are restored from the copies of the last accepted start.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def on_rank_0(work: Callable[[], Result]) -> Result | None:
-    """What `work` returns on rank 0, None on the others; a `UserError` that it raises there is raised on all ranks."""
+    """The result of `work` on rank 0, None on the others; its `UserError` is raised on all ranks."""
     result, refusal = None, [None]
     if dist.get_rank() == 0:
         try:
@@ -50,11 +50,11 @@ def on_rank_0(work: Callable[[], Result]) -> Result | None:
 
 
 class RunStart:
-    """Every rank has one; rank 0 reads and writes.
+    """A start of a run; every rank has one, rank 0 reads and writes.
 
     Args:
         run_dir: the run's folder.
-        trainer: the class that was started.
+        trainer: the class of the Trainer.
         received: its arguments.
     """
 
@@ -66,28 +66,28 @@ class RunStart:
         self.lock: IO[str] | None = None
         self.before: Mapping[str, Any] | None = None
         self.found: list[Change] = []
-        self.configs: dict[str, bytes] = {}  # the launcher's files, as this start's launcher wrote them
+        self.configs: dict[str, bytes] = {}  # the files written by this start's launcher
 
     def take(self) -> None:
-        """Locks the folder; the process group must be there.
+        """Locks the folder; the process group must exist.
 
         Raises:
-            UserError: on all ranks: a run is at work in it, or the system refuses.
+            UserError: on all ranks: a run is active in it, or the system refuses.
         """
         self.lock = on_rank_0(lambda: lock_folder(self.run_dir))
         if self.lock is not None:
             self.configs = read_configs(self.run_dir)
 
     def compare(self, checkpoints: Path, train: Any, val: Any) -> None:
-        """Cleans up after a kill, and compares this start with the run's record if there is a checkpoint to go on from.
+        """Cleans up after a kill, and compares this start with the run's record if there is a checkpoint to resume.
 
         Args:
-            checkpoints: where the checkpoint would be; without one the run begins anew.
+            checkpoints: the folder of the checkpoint; without one the run starts from the beginning.
             train: the training data set, or None.
             val: the validation data set, or None.
 
         Raises:
-            UserError: on all ranks: a setting that changes the result is not what it was; all of them are named.
+            UserError: on all ranks: settings that affect the result have changed; the message names all of them.
         """
         self.record |= {
             "ranks": dist.get_world_size(),
@@ -112,14 +112,14 @@ class RunStart:
             why = f"{self.run_dir} was begun by version 0.1.0, which did not record {', '.join(missing)}"
             if not old:
                 why = f"{self.run_dir / run_config.NAME} is missing or lacks {', '.join(missing)}"
-            log.warning(f"{why}: they cannot be compared, and are recorded when it goes on{SINCE_0_1 if old else ''}")
+            log.warning(f"{why}: they cannot be compared, and are recorded when it continues{SINCE_0_1 if old else ''}")
         self._refuse_or_note(changes(self.before, self.record))
 
     def check_base(self, base_id: str | None, path: str | None) -> None:
         """Compares the base, once it is loaded.
 
         Raises:
-            UserError: on all ranks: it is not the one that the run began with.
+            UserError: on all ranks: it is not the base that the run started from.
         """
         self.record["base"] = {"id": base_id, "path": path}
         on_rank_0(self._check_base)
@@ -135,13 +135,13 @@ class RunStart:
     def _refuse_or_note(self, found: list[Change]) -> None:
         if found and not self.allowed:
             raise UserError(
-                f"the run in {self.run_dir} was not trained so: {'; '.join(map(str, found))}. Give back what it had, "
-                "choose another launcher.experiment_log_dir, or set trainer.resume_with_changes=true to go on with it"
+                f"the run in {self.run_dir} has other settings: {'; '.join(map(str, found))}. Restore them, "
+                "choose another launcher.experiment_log_dir, or set trainer.resume_with_changes=true to continue"
             )
         self.found += found
 
     def accept(self, step: int) -> None:
-        """Rank 0: from now on the run is what this start says, and not finished.
+        """Rank 0: records the settings of this start; the run is no longer finished.
 
         Args:
             step: optimizer steps so far.
@@ -156,19 +156,19 @@ class RunStart:
         keep_configs(self.run_dir, self.configs)
 
     def withdraw(self) -> None:
-        """Leaves the run as it was: the launcher's files are put back."""
+        """Leaves the run unchanged: restores the launcher's files."""
         if os.environ.get("RANK", "0") == "0":
             restore_configs(self.run_dir)
 
     def release(self) -> None:
-        """Gives the folder free."""
+        """Releases the lock of the folder."""
         if self.lock is not None:
             self.lock.close()
 
 
 def data_digest(dataset: Any) -> str | None:
-    """SHA-256 of what a data set of SAM 2's trains on: each index's content and the chosen images; None where one of
-    its raw data sets has no index, or there is no data set."""
+    """SHA-256 of the training data of a data set of SAM 2: each index's content and the selected images; None if one
+    of its raw data sets has no index, or there is no data set."""
     raws = raw_datasets(dataset) if dataset is not None else []
     if not raws or not all(hasattr(raw, "index") and hasattr(raw, "images") for raw in raws):
         return None
@@ -180,10 +180,10 @@ def data_digest(dataset: Any) -> str | None:
 
 
 def record_of(run: Path, now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the run's last accepted start recorded; of a run of version 0.1.0 what it did; None where there is nothing.
+    """The record of the run's last accepted start, or of version 0.1.0; None if there is none.
 
-    The launcher's own `config_resolved.yaml` is already this start's, its copy is the run's. Without a copy, or for a
-    checkpoint of another run (`resume_from`), only LoRA's config and the base are known, and `now` stands for the rest.
+    The launcher's `config_resolved.yaml` already belongs to this start, its copy to the run. Without a copy, or for a
+    checkpoint of another run (`resume_from`), only LoRA's config and the base are known, and `now` replaces the rest.
     """
     file, copy = run / "lora.json", run / f".{run_config.OLD_NAME}"
     if (run / run_config.NAME).is_file():

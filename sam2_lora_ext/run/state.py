@@ -1,4 +1,4 @@
-"""How far a run is, from its own files. Needs no torch."""
+"""The progress of a run, from its own files. Needs no torch."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,19 @@ VALIDATIONS = "validations.json"
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run was trained to its end, and not further since: a summary that its validations are beyond is old.
+    """Whether the run was trained to its end and not extended since: a summary older than its validations is outdated.
 
-    A run that is extended after its end has moved its summary away (to `OLD_SUMMARY`); version 0.1.0 left it there.
+    A run that is extended after its end renames its summary (to `OLD_SUMMARY`); version 0.1.0 did not.
     """
     summary, entries = _read(run / SUMMARY, dict), validations(run)
     try:
         return summary is not None and not (entries and entries[-1]["step"] > summary["steps"])
     except (LookupError, TypeError):
-        return summary is not None  # damaged, which those say who read all of it
+        return summary is not None  # damaged: reported by the code that reads all of it
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
-    """The run's validations so far, oldest first, with `step`; none where their file is missing or damaged."""
+    """The run's validations so far, oldest first, with `step`; empty if their file is missing or damaged."""
     entries = _read(run / VALIDATIONS, list) or []
     return entries if all(isinstance(entry, dict) and "step" in entry for entry in entries) else []
 
@@ -33,5 +33,5 @@ def _read(file: Path, kind: type) -> Any:
     try:
         content = read_json(file, LARGEST_NOTE)
     except UserError:
-        return kind() if os.path.isfile(file) else None  # for a name that is too long, is_file raises
+        return kind() if os.path.isfile(file) else None  # is_file raises for a name that is too long
     return content if isinstance(content, kind) else kind()

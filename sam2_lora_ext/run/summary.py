@@ -1,4 +1,4 @@
-"""`training_summary.json`: what was trained, on what, how long, and what came out."""
+"""`training_summary.json`: model, data, duration and results of a training."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from sam2_lora_ext.utils.versions import git_commit, versions
 
 
 def launched_config(argv: Sequence[str]) -> str | None:
-    """The training config that a launcher's command line names (-c CONFIG); None where there was no such command."""
+    """The training config of a launcher's command line (-c CONFIG); None if there was no such command."""
     for place, word in enumerate(argv):
         if word in ("-c", "--config") and place + 1 < len(argv):
             return argv[place + 1]

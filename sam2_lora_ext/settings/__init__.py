@@ -1,4 +1,4 @@
-"""Settings have types and ranges: one table of them all (`table.py`), and its check before anything is built."""
+"""Types and ranges of all settings in one table (`table.py`), checked before anything is built."""
 
 from sam2_lora_ext.settings.check import check, check_class_ids, check_literals, check_trainer
 

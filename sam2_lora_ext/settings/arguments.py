@@ -1,4 +1,4 @@
-"""Numbers on a command line: each has its range, and is refused in one sentence before any work begins."""
+"""Numbers on a command line: their ranges are checked before any work begins."""
 
 import argparse
 from collections.abc import Callable
@@ -15,12 +15,12 @@ COUNT = Whole(1, 10**9)  # of images, steps, rounds
 
 
 def number(kind: Kind) -> Callable[[str], Any]:
-    """The `type` of an argument that takes what a `Whole` or a `Number` takes: `type=number(RANK)`."""
+    """The `type` of an argument with the range of a `Whole` or a `Number`: `type=number(RANK)`."""
 
     def parse(text: str) -> Any:
         try:
             value = (int if isinstance(kind, Whole) else float)(text)
-        except ValueError:  # words, and numbers of more digits than Python reads
+        except ValueError:  # words, and numbers of more digits than Python parses
             value = text
         if not kind.takes(value):
             raise argparse.ArgumentTypeError(f"must be {kind.says}, got {shown(value)}")

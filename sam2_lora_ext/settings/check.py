@@ -1,4 +1,4 @@
-"""Checks a config against the table before anything is built; the first fault is one sentence."""
+"""Checks a config against the table before anything is built; reports the first error in one sentence."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,12 +15,12 @@ def check(config: Mapping[str, Any], whole: bool = True) -> None:
     """Checks a config.
 
     Args:
-        config: a whole config, or with `whole` off its trainer section; plain, or OmegaConf's with its interpolations.
-        whole: check `scratch`, `dataset`, `lora`, `launcher` and `submitit` too, the first three where the config is
-            one of ours: SAM 2's own have sections of these names with other keys.
+        config: a full config, or if `whole` is false its trainer section; plain, or OmegaConf's with interpolations.
+        whole: check `scratch`, `dataset`, `lora`, `launcher` and `submitit` too, the first three only in a config of
+            this package: SAM 2's own have sections of these names with other keys.
 
     Raises:
-        UserError: a value is out of its range or of a wrong type, or a key is unknown.
+        UserError: a value is out of its range or has a wrong type, or a key is unknown.
     """
     plain = _plain(config)
     if not whole:
@@ -40,10 +40,10 @@ def check(config: Mapping[str, Any], whole: bool = True) -> None:
 
 
 def check_literals(config: Mapping[str, Any]) -> None:
-    """Checks what a user wrote as it stands, before interpolations compute with it: they know no name for a fault.
+    """Checks a user's values before interpolations use them, whose errors would not name the setting.
 
     Raises:
-        UserError: a value is out of its range or of a wrong type.
+        UserError: a value is out of its range or has a wrong type.
     """
     from omegaconf import OmegaConf
 
@@ -58,7 +58,7 @@ def check_literals(config: Mapping[str, Any]) -> None:
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
-    """Checks what `LoRATrainer` was given, by whatever name a user's own class of it has.
+    """Checks the arguments of `LoRATrainer` or of a user's subclass of any name.
 
     Raises:
         UserError: as `check`.
@@ -68,11 +68,11 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def check_class_ids(losses: Mapping[str, Any], datasets: Iterable[Any]) -> None:
-    """Checks the classes that the losses weight against those that the data has; by now it is read.
+    """Checks the class weights of the losses against the classes of the data, after it was read.
 
     Args:
-        losses: as the Trainer makes them; those without `class_weights` have none to check.
-        datasets: raw data sets; those without `class_names` are another's own.
+        losses: of the Trainer; those without `class_weights` are skipped.
+        datasets: raw data sets; those without `class_names` are of other packages.
 
     Raises:
         UserError: a weight is given to a class that no data set has.
@@ -101,7 +101,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(key: Any, config: Mapping[str, Any]) -> bool:
-    """Whether an interpolation of the config reads the key; taken to be so where they are resolved already."""
+    """Whether an interpolation of the config reads the key; True if they are resolved already."""
     from omegaconf import OmegaConf
 
     if not OmegaConf.is_config(config):

@@ -1,4 +1,4 @@
-"""The rows of the data of class prompts: `dataset.class_prompts`, and the classes that read it."""
+"""The rows for the data of class prompts: `dataset.class_prompts`, and the classes that read it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +17,14 @@ SHARES = {name: SHARE.called(f"{NAME}.{name}") for name in ("share", "correction
 
 
 def no_gaps(section: Mapping[str, Any]) -> str | None:
-    """Windows at every so many columns must leave none out."""
+    """Windows at a grid must cover all columns."""
     if section.get("width") is not None and (section.get("grid") or 1) > section["width"]:
         return f"windows of {section['width']} columns at every {section['grid']} would leave some out; lower the grid"
     return None
 
 
 def overlapping(section: Mapping[str, Any]) -> str | None:
-    """Tiles move on."""
+    """The overlap of tiles is smaller than their width."""
     if section["tile_width"] is not None and section["overlap"] >= section["tile_width"]:
         return f"tiles of {section['tile_width']} columns must overlap by less than that, got {section['overlap']}"
     return None

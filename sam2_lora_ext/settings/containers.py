@@ -1,4 +1,4 @@
-"""The kinds of settings that hold others: null or a value, lists, mappings, sections, and parts with a `_target_`."""
+"""The kinds of composite settings: null or a value, lists, mappings, sections, and parts with a `_target_`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 @dataclass(frozen=True)
 class Nullable(Kind):
-    """null, or what `kind` takes."""
+    """null, or a value of `kind`."""
 
     kind: Kind = Kind()
 
@@ -23,7 +23,7 @@ class Nullable(Kind):
     def check(self, where: str, value: Any) -> None:
         if value is None:
             return
-        if isinstance(value, (Mapping, list)):  # the fault may lie deep inside it
+        if isinstance(value, (Mapping, list)):  # the error may be deep inside it
             replace(self.kind, name=self.name or self.kind.name).check(where, value)
         elif not self.takes(value):
             raise UserError(self.sentence(where, value))
@@ -34,7 +34,7 @@ class Nullable(Kind):
 
 @dataclass(frozen=True)
 class Either(Kind):
-    """What one of some kinds takes."""
+    """A value of one of several kinds."""
 
     kinds: tuple[Kind, ...] = ()
 
@@ -75,7 +75,7 @@ class ListOf(Kind):
 
 @dataclass(frozen=True)
 class MapOf(Kind):
-    """A mapping whose keys are of one kind and whose values are of another."""
+    """A mapping with keys of one kind and values of another."""
 
     keys: Kind = Text(longest=300)
     kind: Kind = Kind()
@@ -102,9 +102,9 @@ class Section(Kind):
 
     Attributes:
         rows: key -> kind.
-        required: keys that must be there.
-        open: other keys are taken too.
-        rules: each gets the section once its values are right, and returns what does not go together in it, or None.
+        required: keys that must exist.
+        open: other keys are allowed too.
+        rules: each takes the section after its values were checked, and returns a conflict in it, or None.
     """
 
     rows: Mapping[str, Kind] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Section(Kind):
 
 @dataclass(frozen=True)
 class Inside(Kind):
-    """Any value that can be recorded, in which every mapping whose `_target_` has a table is checked by it."""
+    """Any value that can be recorded; mappings in it whose `_target_` has a table are checked by that table."""
 
     @property
     def says(self) -> str:
@@ -163,7 +163,7 @@ INSIDE = Inside()
 
 @dataclass(frozen=True)
 class Part(Inside):
-    """What Hydra makes an object of: a mapping with `_target_`, checked by the table of its class if there is one."""
+    """The config of an object for Hydra: a mapping with `_target_`, checked by the table of its class if it has one."""
 
     @property
     def says(self) -> str:

@@ -1,8 +1,8 @@
-"""The kinds of single values that a setting may have; each says in words what it takes, and refuses the rest in one
-sentence. Those that hold others are in `containers.py`.
+"""The kinds of single values of settings; each describes its valid values and refuses others in one sentence.
+Composite kinds are in `containers.py`.
 
-A row of the tables is a kind. Values are plain: None, bool, int, float, str, lists, mappings. `True` is no number here,
-and 8.0 is no whole number: what is recorded has the type that was given.
+A row of the tables is a kind. Values are plain: None, bool, int, float, str, lists, mappings. `True` is not a number
+here, and 8.0 is not a whole number: recorded values have the type that was given.
 """
 
 import math
@@ -11,16 +11,16 @@ from typing import Any, Self
 
 from sam2_lora_ext.utils.errors import UserError
 
-LARGEST = 2**31 - 1  # of whole numbers without a bound of their own: what torch and numpy take everywhere
-SHOWN = 80  # characters of a refused value in a sentence
+LARGEST = 2**31 - 1  # of whole numbers without an explicit bound: the range of torch and numpy
+SHOWN = 80  # characters of a refused value in a message
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Any value; the base of the others.
+    """Any value; the base class of the others.
 
     Attributes:
-        name: the setting by which a user knows the row, such as `scratch.lr`, where it stands deep in `trainer`.
+        name: the user's name of the setting, such as `scratch.lr`, for a row deep in `trainer`.
     """
 
     name: str = field(default="", kw_only=True)
@@ -31,20 +31,20 @@ class Kind:
 
     @property
     def says(self) -> str:
-        """What is taken, to be read after `must be`."""
+        """The valid values, as the text after `must be`."""
         return "any value"
 
     def takes(self, value: Any) -> bool:
-        """Whether the value itself is right; containers look into theirs in `check`."""
+        """Whether the value itself is valid; containers check their elements in `check`."""
         return True
 
     def check(self, where: str, value: Any) -> None:
-        """Raises a `UserError` that names the setting, what it must be, and what came."""
+        """Raises a `UserError` with the setting, its valid values, and the actual value."""
         if not self.takes(value):
             raise UserError(self.sentence(where, value))
 
     def sentence(self, where: str, value: Any) -> str:
-        """What is wrong with the value at the dotted name `where`."""
+        """The error for the value at the dotted name `where`."""
         said = f"{self.name} (here {where})" if self.name and self.name != where else where
         hint = ""
         if isinstance(value, str) and not isinstance(self, (Text, Choice)) and "number" in self.says:
@@ -72,7 +72,7 @@ class Whole(Kind):
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number from `low` to `high`; `above` and `below` leave the ends out."""
+    """A finite number from `low` to `high`; `above` and `below` exclude the ends."""
 
     low: float = 0.0
     high: float = 1e9
@@ -93,7 +93,7 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Flag(Kind):
-    """true or false; 0 and 1 are numbers."""
+    """true or false, not 0 or 1."""
 
     @property
     def says(self) -> str:
@@ -124,7 +124,7 @@ def one_of(*words: str) -> Choice:
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A text on one line that a file can hold; with `empty` it may have no character."""
+    """A text on one line that a file can store; with `empty` it may be empty."""
 
     empty: bool = False
     longest: int = 4096
@@ -140,16 +140,16 @@ class Text(Kind):
 
 
 def recordable(value: Any) -> bool:
-    """Whether a value that holds no others can be written into a config and read back as it is."""
+    """Whether a single value can be written into a config and read back unchanged."""
     if not isinstance(value, str):
         return value is None or type(value) in (bool, int, float)
-    if value == "???" or "${" in value:  # OmegaConf's marks for what is missing and for interpolations
+    if value == "???" or "${" in value:  # OmegaConf's marks for missing values and interpolations
         return False
     return not any("\ud800" <= one <= "\udfff" or one in "\x85\u2028\u2029" for one in value)  # YAML folds these three
 
 
 def accepts(kind: Kind, value: Any) -> bool:
-    """Whether the kind takes a value with all that is in it."""
+    """Whether a value and all its elements are valid."""
     try:
         kind.check("", value)
     except UserError:
@@ -158,7 +158,7 @@ def accepts(kind: Kind, value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a sentence, cut where it is long."""
+    """A value for a message, truncated if it is long."""
     if type(value) is int and abs(value) >= 10**30:
         return f"a number of {int(math.log10(abs(value))) + 1 if abs(value) < 10**300 else 'over 300'} digits"
     text = repr(value)

@@ -1,4 +1,4 @@
-"""The rows of the model, its adapters, the loss and the meters."""
+"""The rows for the model, its adapters, the loss and the meters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ WEIGHT = Number(0, 1e6)  # of a term of the loss, or of a class
 
 
 def something_to_train(section: Mapping[str, Any]) -> str | None:
-    """Adapters, modules trained in full, or both; DoRA adapts a fused qkv as one."""
+    """At least one of adapters and modules trained in full; DoRA adapts a fused qkv as one."""
     if section.get("targets") == [] and not section.get("trainable"):
         return "targets and trainable are both empty, so there is nothing to train"
     if section.get("variant") == "dora" and section.get("qkv_parts") is not None:
@@ -29,12 +29,12 @@ def once_each(section: Mapping[str, Any]) -> str | None:
 
 
 def some_weight(section: Mapping[str, Any]) -> str | None:
-    """A loss of nothing has no gradient."""
-    return None if any(section.values()) else "all weights are 0, so there is nothing to learn from; give one a weight"
+    """A loss needs a weight other than 0."""
+    return None if any(section.values()) else "all weights are 0, so the loss has no gradient; give one a weight"
 
 
 def corrects_prompted(section: Mapping[str, Any]) -> str | None:
-    """Stock corrects the frames that have the prompts, and then others."""
+    """Stock corrects the prompted frames first, then others."""
     for phase in ("train", "eval"):
         prompted = section.get(f"num_init_cond_frames_for_{phase}", 1)
         corrected = section.get(f"num_frames_to_correct_for_{phase}", 1)
@@ -70,7 +70,7 @@ ACTIVATIONS = either(
 )
 MEMORY = either(
     PRESET,
-    Section(  # what version 0.1 called it
+    Section(  # the name in version 0.1
         {"encoder": SHARE, "decoder": SHARE}
         | dict.fromkeys(("pool", "conv", "operations", "selective", "weights"), Flag())
     ),

@@ -1,1 +1,1 @@
-"""What every folder may use: errors, files, folders. Imports nothing else of the package."""
+"""Utilities for every folder: errors, files, folders. Imports nothing else of the package."""

@@ -1,4 +1,4 @@
-"""A csv as text, for what is written whole: fields are quoted where they must be, such as a name with a comma."""
+"""A csv as text, for atomic writes: fields are quoted where needed, such as a name with a comma."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """The header and the rows, each line with its end."""
+    """The header and the rows, each with a line break."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(header)

@@ -1,4 +1,4 @@
-"""The one error type that users see, and the way a command line ends with it."""
+"""The error type for users, and the exit of a command line with it."""
 
 import os
 import signal
@@ -6,17 +6,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-LISTED = 20  # choices in a sentence, at most
-LONGEST = 20_000  # characters of what is said about a mistake: a list of problems may be long, a hostile value endless
+LISTED = 20  # largest number of choices in a message
+LONGEST = 20_000  # characters of a message: a list of problems may be long, a hostile value endless
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct: one sentence that says what was wrong, where, and what to do."""
+    """A mistake that the user can correct: one sentence with the error, its location and the fix."""
 
 
 def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises a `UserError` that names the first of the `given` keys of a setting that is not among the `known` ones."""
-    import difflib  # not above: command lines import this file first, see `catch_interrupts`
+    import difflib  # not at the top: command lines import this file first, see `catch_interrupts`
 
     choices = list(known)
     for key in given:
@@ -30,7 +30,7 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` at the bottom of a chain of causes, for frameworks (Hydra) that wrap what they call."""
+    """The `UserError` at the end of a chain of causes, for frameworks (Hydra) that wrap exceptions."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, UserError):
@@ -41,30 +41,30 @@ def find_user_error(error: BaseException | None) -> UserError | None:
 
 
 def system_sentence(error: BaseException | None) -> str | None:
-    """What the system refused about a file, or for want of memory, as a sentence; None for other errors."""
+    """A sentence for the system's errors about files and memory; None for other errors."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, MemoryError):
             cause = f": {error}" if str(error) else ""
-            return f"memory does not suffice{cause}; give smaller inputs, or take a larger machine"
+            return f"memory does not suffice{cause}; give smaller inputs, or use a larger machine"
         if isinstance(error, OSError) and error.filename is not None:
             name = str(error.filename)
             name = name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
             cause = error.strerror or type(error).__name__
             return f"cannot use {name!r}: {cause}; check the name, the folder and its rights"
         seen.add(id(error))
-        error = error.__cause__  # what was raised while another error was handled may be a fault of ours
+        error = error.__cause__  # an error raised while another one was handled may be a bug of ours
     return None
 
 
 def catch_interrupts() -> None:
-    """Makes Ctrl-C a sentence with exit code 130 from here on, wherever it strikes.
+    """From here on, Ctrl-C ends the program with one sentence and exit code 130.
 
-    A command line calls this in its first lines, when it is run as a program: its imports take seconds. Those of
-    compiled modules make other errors of the interrupt, so until `run_cli` the signal itself ends the process; later,
-    in a finaliser, Python would print and forget it.
+    A command line calls this in its first lines when it is run as a program, since its imports take seconds. Compiled
+    modules turn an interrupt during their import into other errors, so until `run_cli` the signal itself ends the
+    process; later, Python would only print an interrupt in a finaliser.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as with nohup
         signal.signal(signal.SIGINT, _stop)
     usual, unraisable = sys.excepthook, sys.unraisablehook
 
@@ -78,12 +78,12 @@ def catch_interrupts() -> None:
 
 
 def _stop(*_: Any) -> NoReturn:
-    os.write(2, b"stopped by Ctrl-C\n")  # print could meet itself in a signal's handler
+    os.write(2, b"stopped by Ctrl-C\n")  # print is not reentrant in a signal handler
     os._exit(130)
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is at the bottom of an error."""
+    """Whether Ctrl-C caused an error."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):
@@ -105,7 +105,7 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[s
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, flushed to the disk, then renamed over. See also `folders`."""
+"""Atomic files: written under a temporary name, flushed to the disk, then renamed. See also `folders`."""
 
 import contextlib
 import hashlib
@@ -12,16 +12,16 @@ from typing import Any, BinaryIO
 from sam2_lora_ext.utils.errors import UserError
 
 LARGEST_TEXT = 1 << 30
-"""Bytes of the largest text file that is read: annotations of a large data set; a note of ours has far fewer."""
+"""Size limit in bytes of text files: annotations of a large data set."""
 PIECE = 1 << 20  # bytes that are read at a time
 LARGEST_NOTE = 1 << 26
-"""Bytes of the largest file of ours (notes of a run, configs, adapter_config.json)."""
+"""Size limit in bytes of this package's files (records of a run, configs, adapter_config.json)."""
 EXISTS = "{} exists already: choose another name, or give --force to replace it"
 REFUSED = "cannot write {}: {}; check the folder, its rights and the free disk"
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
-    """Raises a `UserError` when there is something at `path` that may not be replaced: with `force` all but a file."""
+    """Raises a `UserError` when `path` exists and may not be replaced: with `force`, when it is not a file."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
@@ -34,7 +34,7 @@ def refuse_existing(path: str | Path, force: bool) -> None:
 
 
 def refuse_input_files(out: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raises a `UserError` when `out` is one of the files that are read, or lies in a folder of them; links count."""
+    """Raises a `UserError` when `out` is one of the inputs or inside one; links are followed."""
     if not os.path.exists(out):
         return
     real = Path(out).resolve()
@@ -46,15 +46,15 @@ def refuse_input_files(out: str | Path, inputs: Iterable[str | Path]) -> None:
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool = True) -> None:
-    """Calls `write(temporary)` in the folder of `path`, then renames it to `path`; a failure leaves `path` as it was.
+    """Calls `write(temporary)` in the folder of `path`, then renames it to `path`; a failure leaves `path` unchanged.
 
     Args:
-        path: the file to make; its folder is made when it is missing.
-        write: writes the whole content to the path that it is given.
+        path: the file to write; its folder is created if missing.
+        write: writes the content to the path that is its argument.
         force: replace an existing file; otherwise that is a `UserError`, even for one that appears in the meantime.
 
     Raises:
-        UserError: the file exists and `force` is off, or is no regular file, or the system refuses.
+        UserError: the file exists and `force` is off, or is not a regular file, or the system refuses.
     """
     path = Path(path)
     refuse_existing(path, force)
@@ -70,29 +70,29 @@ def write_atomic(path: str | Path, write: Callable[[Path], Any], *, force: bool 
     except OSError as error:
         raise UserError(REFUSED.format(path, error.strerror or error)) from error
     finally:
-        with contextlib.suppress(OSError):  # such as a file where the folder should be
+        with contextlib.suppress(OSError):  # such as a file with the name of the folder
             temporary.unlink()
 
 
 def write_json(path: str | Path, value: Any, *, force: bool = True) -> None:
-    """Writes `value` as indented JSON, atomically; NaN and infinities are refused, for no JSON reader takes them."""
+    """Writes `value` as indented JSON, atomically; NaN and infinities are refused, since they are not valid JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)
 
 
 def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
-    """Opens a regular file for reading; what is no file (a folder, a pipe, a device) is refused, and never waited for.
+    """Opens a regular file for reading; folders, pipes and devices are refused without blocking.
 
     Args:
         path: the file.
-        limit: the most bytes that it may have; None for no bound.
+        limit: largest size in bytes; None for no limit.
 
     Raises:
-        UserError: it is missing, cannot be read, is no regular file, or is larger than `limit`.
+        UserError: it is missing, cannot be read, is not a regular file, or is larger than `limit`.
     """
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have, such as one with a null
+    except (OSError, ValueError) as error:  # ValueError: an impossible name, such as one with a null byte
         raise UserError(f"cannot read {_short(path)}: {getattr(error, 'strerror', None) or error}") from error
     state = os.fstat(number)
     if stat.S_ISREG(state.st_mode) and (limit is None or state.st_size <= limit):
@@ -106,7 +106,7 @@ def open_regular(path: str | Path, limit: int | None = None) -> BinaryIO:
 
 
 def _short(path: str | Path) -> str:
-    """The path for a sentence: its ends alone, where it is longer than any system takes."""
+    """The path for a message: only its ends if it is longer than any system allows."""
     text = str(path)
     return text if len(text) <= 500 else f"{text[:200]}...{text[-100:]}"
 
@@ -115,7 +115,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
     """The content of a regular file of at most `limit` bytes; raises `UserError` as `open_regular` does."""
     try:
         with open_regular(path, limit) as file:
-            # a file may grow, and /proc says 0 for all of its own; read(limit) takes so much at once
+            # a file may grow, and files of /proc have size 0; read(limit) would allocate the limit at once
             pieces, size = [], 0
             while size <= limit and (piece := file.read(PIECE)):
                 pieces.append(piece)
@@ -131,36 +131,33 @@ def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
     """The text of a regular UTF-8 file, with or without a byte order mark, line ends as they are.
 
     Raises:
-        UserError: as `open_regular`, or the content is no UTF-8.
+        UserError: as `open_regular`, or the content is not UTF-8.
     """
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: it is no UTF-8 text (byte {error.start:,}); save it as UTF-8") from error
+        raise UserError(f"cannot read {path}: it is not UTF-8 text (byte {error.start:,}); save it as UTF-8") from error
 
 
 def read_json(path: str | Path, limit: int = LARGEST_TEXT) -> Any:
-    """The value of a JSON file; raises `UserError` where `read_text` does, and for what is no JSON or nested too
-    deep."""
+    """The value of a JSON file; raises `UserError` as `read_text`, and for invalid JSON or too deep nesting."""
     return parse_json(read_text(path, limit), path)
 
 
 def parse_json(text: str, where: str | Path) -> Any:
-    """The value of a JSON text; `where` names it in the `UserError` for what is no JSON or nested too deep."""
+    """The value of a JSON text; `where` names it in the `UserError` for invalid JSON or too deep nesting."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         cause = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{where} is no JSON that can be read: {cause}") from error
+        raise UserError(f"{where} is not valid JSON: {cause}") from error
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The file of a relative name in a folder; raises `UserError` where the name, or a link, leads out of it."""
+    """The file of a relative name in a folder; raises `UserError` if the name, or a link, leads out of it."""
     path = folder / name if isinstance(name, str) and "\0" not in name else None
     if path is None or not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"{folder} names the file {str(name)[:200]!r}, which does not lie in that folder: it is not used"
-        )
+        raise UserError(f"{folder} names the file {str(name)[:200]!r}, which is not inside that folder: it is not used")
     return path
 
 
@@ -174,7 +171,7 @@ def sha256_of(file: str | Path | BinaryIO) -> str:
 
 
 def _claim(temporary: Path, path: Path) -> None:
-    """Gives a whole file its name if that is still free."""
+    """Renames a complete file if the name is still free."""
     try:
         try:
             os.link(temporary, path)

@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent: written beside, then renamed; a kill between the renames is recovered."""
+"""Atomic folders: written under a temporary name, then renamed; recovers from a kill between the renames."""
 
 import errno
 import os
@@ -14,23 +14,23 @@ from sam2_lora_ext.utils.files import EXISTS, REFUSED
 def replace_folder(
     folder: str | Path, write: Callable[[Path], Any], parts: Collection[str], *, force: bool = True
 ) -> None:
-    """Calls `write(temporary)` with a new empty folder beside `folder`, then puts it in the place of `folder`.
+    """Calls `write(temporary)` with a new empty folder next to `folder`, then replaces `folder` by it.
 
     Args:
-        folder: the folder to make.
-        write: fills the folder that it is given.
-        parts: names of what a folder of this kind consists of, which are deleted with the old one; what else the old
-            one holds goes on to the new one.
+        folder: the folder to write.
+        write: fills the folder that is its argument.
+        parts: names of the files and folders of this kind of folder, which are deleted with the old one; all others
+            are moved to the new one.
         force: replace a folder that is not empty; otherwise that is a `UserError`, even for one that appears meanwhile.
 
     Raises:
-        UserError: the folder is not empty and `force` is off, or the system refuses; then `folder` is as it was.
+        UserError: the folder is not empty and `force` is off, or the system refuses; then `folder` is unchanged.
     """
     folder = Path(folder).resolve()
     temporary, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), _old(folder)
     try:
         settle_folder(folder, parts)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of the same number
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same number
         temporary.mkdir(parents=True)
         write(temporary)
         if force and folder.exists():
@@ -51,13 +51,13 @@ def replace_folder(
 
 
 def existing_folder(folder: Path) -> Path:
-    """Where the content of a folder is that `replace_folder` makes: there, or under the old one's name."""
+    """The folder with the content of a folder of `replace_folder`: itself, or the old one after a kill."""
     old = _old(folder)
     return old if old.is_dir() and not folder.exists() else folder
 
 
 def settle_folder(folder: Path, parts: Collection[str]) -> None:
-    """Ends what a killed `replace_folder` began: the old folder gets its name again, or makes way for the new one."""
+    """Completes a killed `replace_folder`: restores the old folder's name, or deletes it if the new one is complete."""
     old = _old(folder)
     if not old.is_dir():
         return
@@ -79,7 +79,7 @@ def _old(folder: Path) -> Path:
 
 
 def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Raises a `UserError` when `out` contains, is, or lies in something that is read; links are followed."""
+    """Raises a `UserError` when `out` contains, is, or is inside one of the inputs; links are followed."""
     out = out.resolve()
     for source in inputs:
         real = Path(source).resolve()

@@ -188,5 +188,5 @@ def test_a_mismatch_names_both_models(nano):
     assert "look like configs/sam2_nano.yaml" in words
     assert "maskmem_tpos_enc is [4, 1, 1, 16] instead of [7, 1, 1, 64] and 332 more" in words
     half = {key: value for key, value in nano.items() if "memory" not in key}
-    assert explain_mismatch(half, nano).endswith("check that the file holds a whole SAM 2")
+    assert explain_mismatch(half, nano).endswith("check that it is a whole SAM 2 model")
     assert "no stock SAM 2" in explain_mismatch({"a": torch.zeros(1)}, nano)

@@ -116,7 +116,7 @@ def test_what_is_refused(folder):
         (
             change(merged, "sam_mask_decoder.iou_token.weight"),
             {},
-            "iou_token.weight changed, and is not the weight of a ",
+            "iou_token.weight changed, and is not the weight",
         ),
         (
             change(merged, position),
@@ -145,7 +145,9 @@ def test_the_command_line(folder, tmp_path, monkeypatch, repository, capsys):
     command = ["--base", str(folder / "base.pt"), "--merged", str(folder / "q and v.pt"), "--out", str(tmp_path / "a")]
     unmerge_lora.main(command)
     printed = capsys.readouterr().out
-    assert "48 LoRA layers of rank 4 to 4, 0 modules kept whole" in printed and "(0.01 is allowed beside" in printed
+    assert (
+        "48 LoRA layers of rank 4 to 4, 0 modules kept whole" in printed and "(0.01 is allowed in addition" in printed
+    )
     metadata = load_adapter(tmp_path / "a").metadata
     assert metadata["base_id"] == weights_id(read_weights(folder / "base.pt")) and metadata["model_config"] == NANO
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 8  # two parts of rank 4 for PEFT

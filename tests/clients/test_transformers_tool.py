@@ -50,7 +50,7 @@ def test_the_card_and_the_size_are_those_of_the_run(nano_base, strips, run_dir, 
     assert "training: Kaggle's csv, `train.csv`, `train_images`, split train of `split.csv`, SHA-256" in card
     assert "at 96 x 96 pixels" in card and "6 steps, learning rate 0.003, seed 42, 1 process" in card
     assert f"| iou_1click | {best['iou_1click']:.4f} |" in card and "| loss" not in card
-    assert "license: apache-2.0" in card and "No record says under which terms the data may be used" in card
+    assert "license: apache-2.0" in card and "The terms of use of the data are not recorded" in card
     assert str(run_dir) not in card and str(strips) not in card and str(tmp_path) not in card
     assert their_model("Sam2Model", tmp_path / "model").config.prompt_encoder_config.image_size == 96
     processor = transformers.Sam2Processor.from_pretrained(tmp_path / "model")
@@ -59,7 +59,7 @@ def test_the_card_and_the_size_are_those_of_the_run(nano_base, strips, run_dir, 
 
 def test_the_card_without_a_run_says_that_nothing_is_known(nano):
     card = (nano / "model" / "README.md").read_text()
-    assert "# model\n" in card and "what it was trained on is not known" in card and "says of no validation" in card
+    assert "# model\n" in card and "its training data is unknown" in card and "records no validation" in card
     assert str(nano) not in card and "Sam2VideoModel` and" not in card and "base_model" not in card
 
 
@@ -100,7 +100,7 @@ def test_the_mask_generation_pipeline_takes_the_folder(nano, offline):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--format", "pt", "--image-size", "64"], "--image-size is written into a folder only"),
+        (["--format", "pt", "--image-size", "64"], "--image-size is only for a folder"),
         (["--out", "{nano}/model"], "model exists already: choose another name, or give --force"),
         (["--out", "{nano}", "--force"], "holds"),
         (["--out", "{out}/full", "--force"], "replaces a model of transformers"),

@@ -205,7 +205,7 @@ def test_texts_of_options():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "say which data"),
+        ([], "name the data"),
         (["{k}", "a=1"], "is one too many"),
         (["-c", "demo", "{k}"], "the data is the config's"),
         (["{r}", "--classes", "a"], "--classes is for a folder whose format is guessed"),

@@ -130,7 +130,7 @@ def test_files_of_another_model_fail_the_proof(folder):
 @pytest.mark.slow
 def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("sam2_lora_ext.deploy.onnx_export.BOUND", 0.0)
-    with pytest.raises(UserError, match="the ONNX files are not the model: .* none was written"):
+    with pytest.raises(UserError, match="the ONNX files differ from the model: .* none was written"):
         export(build(NANO), tmp_path / "onnx", noise_pixels(SIZE), {})
     assert not list(tmp_path.iterdir())
 
@@ -141,7 +141,7 @@ def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
         ({}, "image_encoder.onnx exists already: choose another name, or give --force"),
         ({"--out": "merged.pt"}, "merged.pt is a file: --out names the folder"),
         ({"--out": "new", "--config": "configs/nothing.yaml"}, "there is no config 'configs/nothing.yaml'"),
-        ({"--out": "new", "--config": "configs/demo.yaml"}, "configs/demo.yaml is no inference config"),
+        ({"--out": "new", "--config": "configs/demo.yaml"}, "configs/demo.yaml is not an inference config"),
         ({"--out": "new", "--checkpoint": "nothing.pt"}, "there is no file nothing.pt"),
         ({"--out": "new", "--checkpoint": "adapter/adapter_model.safetensors"}, "the weights do not fit the model"),
         ({"--out": "new", "--config": "configs/sam2/sam2_hiera_t.yaml"}, "look like configs/sam2_nano.yaml, the model"),

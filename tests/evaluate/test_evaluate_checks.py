@@ -27,7 +27,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--data", "gone"], "there is no gone"),
         (["--out", "o/" + "x" * 201], "too long for a file system"),
         (["--out", "/proc/x"], "/proc is not a writable folder"),
-        (["--data", "/dev/null"], "a pipe or a device stands there; name a data set"),
+        (["--data", "/dev/null"], "is a pipe or a device, not a file; name a data set"),
         (["--compare", "m=/dev/zero"], "is a pipe or a device, not a file: give a run folder"),
         (["--device", "cuda:77"], "is missing"),
     ],

@@ -196,7 +196,7 @@ def test_a_config_says_how_models_are_asked(run, nano_base, strips, tmp_path, mo
     assert conditions("-c", "demo", "--split", "train", models=[nano_base]).source.split == "train"
     with_run = said(conditions("-c", "demo", models=[nano_base, run]))
     assert "r8: trained at crop 320, evaluated at crop 256" in with_run and len(with_run) == 4
-    with pytest.raises(UserError, match="say which data"):
+    with pytest.raises(UserError, match="name the data"):
         conditions(models=[nano_base])
 
 

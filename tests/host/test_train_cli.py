@@ -154,7 +154,7 @@ def test_an_unknown_config_lists_the_known_ones_closest_first(run_python, tmp_pa
         ("trainer.value=${nowhere}", "'nowhere' not found; at trainer.value"),
         ("trainer.value=${oc.env:SURELY_NOT_SET}", "SURELY_NOT_SET"),
         ("scale=???", "leaves scale for you to set: add scale=VALUE"),
-        ("trainer=none_of_it", "not a config to train with: it has no trainer"),
+        ("trainer=none_of_it", "not a training config: it has no trainer"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(mine, monkeypatch, override, said):

@@ -65,7 +65,7 @@ def test_the_page_needs_nothing_else(page):
 def test_it_has_every_section_and_number(page, run):
     text = read(page).text
     headings = ["Run", "Curves", "Evaluation", "Differences from base", "By class", "By size", "Sound steel"]
-    for heading in [*headings, "Pictures", "Where the adaptation happened", "To repeat it"]:
+    for heading in [*headings, "Pictures", "Updates by layer", "To repeat it"]:
         assert heading in text
     summary = json.loads((run / "training_summary.json").read_text())
     assert summary["name"] in text and f"{summary['parameters']['trained']:,}" in text
@@ -192,11 +192,11 @@ def test_what_trained_without_adapters_is_compared_with_its_base(run, tmp_path, 
     assert key in text and "50.00%" in text and "All 1 layers" in text
     (norms / "lora.json").write_text(json.dumps(lora | {"config": None, "base_path": "/nowhere.pt"}))
     text = read(render([read_run(norms)], [])).text
-    assert "full fine-tuning" in text and "nothing can be compared" in text
+    assert "full fine-tuning" in text and "there is no comparison" in text
 
 
 def test_mistakes_are_sentences(run, tmp_path, page):
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         tool.main([str(tmp_path)])
     with pytest.raises(UserError, match="exists already"):
         tool.main([str(run)])
@@ -211,11 +211,15 @@ def test_mistakes_are_sentences(run, tmp_path, page):
         tool.main([str(broken), "--force"])
     record = '{"protocol": {}, "models": [{}], "differences": {}, "data": {}}'
     (broken / "evaluation/evaluation.json").write_text(record)
-    with pytest.raises(UserError, match="evaluation.json does not hold what this version writes"):
+    with pytest.raises(UserError, match="evaluation.json is damaged or of another version"):
         tool.main([str(broken), "--force"])
     shutil.rmtree(broken / "evaluation")
     damages = {
-        "lora.json": [("{", "is damaged"), ("[]", "it holds a list"), ('{"config": {"a": 1}}', "does not hold what")],
+        "lora.json": [
+            ("{", "is damaged"),
+            ("[]", "it holds a list"),
+            ('{"config": {"a": 1}}', "is damaged or of another"),
+        ],
         "training_summary.json": [('{"best": 3}', "training_summary.json or lora.json in .*broken does not hold")],
         "logs/metrics.csv": [("a,b\n", "its header lacks"), ("step,phase,loss\n1,train,x\n", "in the column loss")],
     }

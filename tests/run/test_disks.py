@@ -27,7 +27,7 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
     """And the lock is free again when the first ends, however."""
     lock = lock_folder(tmp_path / "run")
     said = ends_with(2, env)
-    assert f"a run is at work in {tmp_path / 'run'} (process {os.getpid()} on" in said
+    assert f"a run is active in {tmp_path / 'run'} (process {os.getpid()} on" in said
     assert not (tmp_path / "run/run.json").exists()
     with pytest.raises(UserError, match="a run is at work"):
         check_free(tmp_path / "run")

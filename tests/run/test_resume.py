@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path, nano_base, strips, monke
     previous.write_bytes(kept)
     train_here(env, *RANDOM, "trainer.keep_previous=1")
     assert_same_run(tmp_path / "run", whole)
-    assert "the checkpoint before it" in (tmp_path / "run/logs/log.txt").read_text()
+    assert "the previous checkpoint" in (tmp_path / "run/logs/log.txt").read_text()
 
 
 def _zeroed(data: bytes) -> bytes:
@@ -130,7 +130,7 @@ def test_each_kind_of_damage_is_found(damage, whole, tmp_path):
 def test_a_foreign_checkpoint_is_refused(whole, tmp_path):
     good = torch.load(whole / "checkpoints/checkpoint.pt", weights_only=True)
     torch.save({"model": good["model"]}, tmp_path / "checkpoint.pt")
-    with pytest.raises(checkpoint_files.UserError, match="is no checkpoint of SAM 2's Trainer"):
+    with pytest.raises(checkpoint_files.UserError, match="is not a checkpoint of SAM 2's Trainer"):
         checkpoint_files.prepare_resume(tmp_path, good["model"])
     torch.save(good, tmp_path / "checkpoint.pt")
     other = {key.replace("q_proj", "r_proj"): value for key, value in good["model"].items()}
@@ -148,5 +148,5 @@ def test_another_base_than_at_the_start_is_refused(whole, nano_base, tmp_path, s
     with pytest.raises(SystemExit, match="2"):
         train_here(environment(other, strips, tmp_path / "run"), *RANDOM)
     said = capsys.readouterr().err
-    assert f"the run in {tmp_path / 'run'} was not trained so: the base was {nano_base} (sha256 " in said
+    assert f"the run in {tmp_path / 'run'} has other settings: the base was {nano_base} (sha256 " in said
     assert f"and is now {other} (sha256 " in said

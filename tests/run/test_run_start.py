@@ -47,7 +47,7 @@ def test_a_change_is_refused_and_nothing_is_touched(change, copy, nano_base, str
     before = records(copy)
     launched(copy, "other")
     said = ends_with(2, environment(nano_base, strips, copy), *STEPS, change, "trainer.seed_value=1")
-    assert f"error: the run in {copy} was not trained so: " in said
+    assert f"error: the run in {copy} has other settings: " in said
     assert "trainer.seed_value was 42 and is now 1" in said and "trainer.resume_with_changes=true" in said
     assert all(words in said for words in CHANGES[change])
     assert records(copy) == before
