@@ -149,7 +149,7 @@ MODEL = {"image_size": RESOLUTION, **PROMPTS, **ARCHITECTURE}
 CACHE = Section({"folder": PATH, "max_gb": Number(0, 1e6, above=True)}, required=("folder", "max_gb"))
 CLASS_PROMPTS = Section(
     {
-        "classes": MapOf(CLASS, CLASS_NAME, most=32767),
+        "classes": MapOf(CLASS, Nullable(CLASS_NAME), most=32767),
         "tokens": Whole(1, 4096),
         "init": one_of("clicks", "normal"),
         "crop": CROP,
