@@ -18,7 +18,7 @@ from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
 from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_file, weights_id
-from sam2_lora_ext.class_prompts.agreement import agree
+from sam2_lora_ext.class_prompts.agreement import agree, check_rates
 from sam2_lora_ext.class_prompts.pairs import TrainingWindow
 from sam2_lora_ext.host.patches import at_work, share_log
 from sam2_lora_ext.run.base import base_path, load_base
@@ -101,6 +101,7 @@ class LoRATrainer(Trainer):
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         if not trained:
             raise UserError("nothing in the model is trainable: give lora some targets, or set it to null")
+        check_rates(self.optim_conf.options if self.optim_conf else None, self.model)
         skipped = [name for name in self.model.state_dict() if name not in trained and not name.endswith(ADAPTER_KEYS)]
         if any(not parameter.requires_grad for parameter in self.model.parameters()):
             self.checkpoint_conf.skip_saving_parameters = skipped  # a checkpoint holds what is trained, and its start

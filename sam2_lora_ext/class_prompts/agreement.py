@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from sam2_lora_ext.class_prompts.meter import ClassPromptMeter
 from sam2_lora_ext.data.class_validation import ClassTiles
 from sam2_lora_ext.data.ids import class_of
 from sam2_lora_ext.data.records import compare_datasets
-from sam2_lora_ext.lora.class_tokens import find_tokens
+from sam2_lora_ext.lora.class_tokens import STATE_KEY, ClassTokens, find_tokens
 from sam2_lora_ext.run.guard import raw_datasets
 from sam2_lora_ext.settings import check_class_ids
 from sam2_lora_ext.utils.errors import UserError
@@ -42,8 +43,7 @@ def agree(model: nn.Module, losses: Mapping[str, Any], train: Any, val: Any, met
             "dataset.class_prompts.share to 0 and trainer.data.val to stock's TorchTrainMixedDataset"
         )
     if tokens is not None:
-        table = dict(zip(tokens.class_ids, tokens.class_names, strict=True))
-        _same_classes(table, [*raw_datasets(train), *raw_datasets(val)])
+        check_tokens(tokens, [*raw_datasets(train), *raw_datasets(val)], steps, tiles)
         if train is not None and steps is None:
             log.warning("no step trains the class prompts: trainer.data.train has no class_steps with a share above 0")
     for meter in meters:
@@ -72,12 +72,50 @@ def shortcomings(tiles: ClassTiles) -> list[str]:
     return said
 
 
-def _same_classes(tokens: Mapping[int, str], datasets: Iterable[Any]) -> None:
-    """The tokens stand for the classes of the data, by number; the names are words for people."""
+def check_tokens(tokens: ClassTokens, datasets: Iterable[Any], steps: Any, tiles: Any) -> None:
+    """The tokens are of the classes of the data, and their file will say how wide the windows were.
+
+    Args:
+        tokens: of the model.
+        datasets: of training and validation.
+        steps: the training's `ClassSteps`, or None.
+        tiles: the validation's `ClassTiles`, or None.
+
+    Raises:
+        UserError: a class has another number or name, or windows or tiles have another width than the tokens' `crop`.
+    """
+    table = dict(zip(tokens.class_ids, tokens.class_names, strict=True))
     for raw in datasets:
-        if (table := getattr(raw, "class_names", None)) is not None and set(table) != set(tokens):
-            said = [", ".join(f"{number} ({name})" for number, name in sorted(one.items())) for one in (tokens, table)]
+        if (found := getattr(raw, "class_names", None)) is not None and dict(found) != table:
+            said = [", ".join(f"{number} ({name})" for number, name in sorted(one.items())) for one in (table, found)]
+            wanted = {**dict.fromkeys(table, "null"), **found}
+            text = ", ".join(f"{number}: {name}" for number, name in sorted(wanted.items()))
             raise UserError(
-                f"trainer.model.class_prompts.classes has {said[0]}, but the data has {said[1]}: name the classes of "
-                "the data there"
+                f"trainer.model.class_prompts.classes has {said[0]}, but the data has {said[1]}: set "
+                f"trainer.model.class_prompts.classes={{{text}}}"
             )
+    for part, what in ((steps, "trainer.data.train.class_steps.width"), (tiles, "trainer.data.val.tile_width")):
+        if part is not None and part.width != tokens.crop:
+            raise UserError(
+                f"{what} is {part.width}, but trainer.model.class_prompts.crop is {tokens.crop}: strips are inspected "
+                "in tiles of the crop, so set both to scratch.crop_width"
+            )
+
+
+def check_rates(options: Mapping[str, Any] | None, model: nn.Module) -> None:
+    """Raises a `UserError` when an optimizer has settings for class tokens, but the model has none.
+
+    Args:
+        options: the Trainer's `optim.options`, lists of `{scheduler, param_names}`.
+        model: whose parameters they are for.
+    """
+    if find_tokens(model) is not None:
+        return
+    rows = [(name, row) for name, value in (options or {}).items() for row in value]
+    for name, row in rows:
+        for glob in row.get("param_names") or []:
+            if "class_tokens" in glob and fnmatchcase(STATE_KEY, glob):
+                raise UserError(
+                    f"trainer.optim.options.{name} is also for {glob}, but the model has no class prompts: set "
+                    "trainer.model.class_prompts, or take a config without class prompts, such as severstal_lora"
+                )

@@ -101,8 +101,8 @@ def new_tokens(settings: Mapping[str, Any], width: int, seed: int) -> tuple[Clas
     """The tokens that training begins with, and the `clicks_seed` for `install_class_prompts`.
 
     Args:
-        settings: the block `class_prompts` of a model: `classes` (id -> name, null for none: a config that builds on
-            another one cannot delete a class of it), `tokens` (K, default 8), `init`
+        settings: the block `class_prompts` of a model: `classes` (id -> name, or None for a class of the config below
+            that the data has not, since a config can add to a mapping only), `tokens` (K, default 8), `init`
             ("clicks": embeddings of positive clicks at random places; "normal": N(0, 1) as SAM 2 draws its own); and
             what the file of the tokens shall say, `crop` (columns of a training window, null for whole images) and
             `exclusive` (a pixel has one class at most).
@@ -114,8 +114,9 @@ def new_tokens(settings: Mapping[str, Any], width: int, seed: int) -> tuple[Clas
     """
     check_keys("class_prompts", settings, ("classes", "tokens", "init", "crop", "exclusive"))
     classes, count, init = settings.get("classes"), settings.get("tokens", 8), settings.get("init", "clicks")
-    classes = {key: name for key, name in classes.items() if name is not None} if isinstance(classes, Mapping) else {}
-    if not classes:
+    if isinstance(classes, Mapping):
+        classes = {number: name for number, name in classes.items() if name is not None}
+    if not isinstance(classes, Mapping) or not classes:
         raise UserError(
             f"class_prompts.classes must name the classes of the data, as {{1: pit, 2: scratch}}, got "
             f"{settings.get('classes')!r}"

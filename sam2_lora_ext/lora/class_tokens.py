@@ -33,7 +33,7 @@ class ClassTokens(nn.Module):
         exclusive: whether a pixel has at most one class.
 
     Raises:
-        UserError: the shapes do not fit, a class comes twice or out of order, or a value is not finite.
+        UserError: the shapes do not fit, a class or name comes twice, a class out of order, or a value is not finite.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class ClassTokens(nn.Module):
                 f"the class ids of class tokens must be ascending whole numbers, each once and none below "
                 f"0, got {list(self.class_ids)}"
             )
+        if len(set(self.class_names)) < len(self.class_names):
+            raise UserError(f"each class needs a name of its own, got {list(self.class_names)}")
         if tokens.shape[0] * tokens.shape[1] > MOST_LABELS:
             raise UserError(f"{tokens.shape[0]} classes of {tokens.shape[1]} tokens are more than {MOST_LABELS} labels")
         if not tokens.isfinite().all():

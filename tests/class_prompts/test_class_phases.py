@@ -19,6 +19,7 @@ from sam2_lora_ext.lora.class_tokens import ClassTokens
 from sam2_lora_ext.utils.errors import UserError
 
 CLASSES = [1, 2, 3, 4]
+NAMES = [f"defect_{number}" for number in CLASSES]
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +118,11 @@ def test_class_steps_need_tokens_of_the_classes_of_the_data(folder):
     train = phased(folder)
     with pytest.raises(UserError, match="the model has no class prompts"):
         agree(torch.nn.Identity(), {}, train, None, [])
-    agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, "abcd"), {}, train, None, [])
+    agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, NAMES, 50), {}, train, None, [])
     with pytest.raises(UserError, match=r"classes has 1 \(a\), 2 \(b\), but the data has 1 \(defect_1\)"):
         agree(ClassTokens(torch.zeros(2, 2, 8), [1, 2], "ab"), {}, train, None, [])
+    with pytest.raises(UserError, match="class_steps.width is 50, but trainer.model.class_prompts.crop is None"):
+        agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, NAMES), {}, train, None, [])
     with pytest.raises(UserError, match="ClassPromptMeter needs"):
-        agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, "abcd"), {}, train, train, [ClassPromptMeter()])
+        agree(ClassTokens(torch.zeros(4, 2, 8), CLASSES, NAMES, 50), {}, train, train, [ClassPromptMeter()])
     agree(torch.nn.Identity(), {}, phased(folder, class_steps=None), None, [])

@@ -8,7 +8,7 @@ from training.trainer import CORE_LOSS_KEY
 
 from helpers.class_batches import CLASSES, LOSS, STOCKS, class_batch, class_model, loss_of
 from helpers.small_runs import make_batch, make_model
-from sam2_lora_ext.class_prompts.steps import steel_without_objects
+from sam2_lora_ext.class_prompts.steps import new_tokens, steel_without_objects
 from sam2_lora_ext.lora.class_tokens import find_tokens
 from sam2_lora_ext.losses import SeverstalLoss
 from sam2_lora_ext.utils.errors import UserError
@@ -206,3 +206,10 @@ def test_wrong_settings(changes, words):
 
     with pytest.raises(InstantiationException, match=words):
         make_model(class_prompts={"classes": CLASSES, **changes})
+
+
+def test_a_class_of_the_config_below_can_be_left_out():
+    tokens, _ = new_tokens({"classes": {1: "pit", 2: "line", 3: None}}, 8, 0)
+    assert tokens.class_ids == (1, 2) and tokens.class_names == ("pit", "line")
+    with pytest.raises(UserError, match="each class needs a name of its own, got"):
+        new_tokens({"classes": {1: "pit", 2: "pit"}}, 8, 0)

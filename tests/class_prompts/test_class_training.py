@@ -20,7 +20,8 @@ SMALL = ("scratch.resolution=64", "trainer.model.class_prompts.tokens=2")
 
 
 def train(env, *overrides):
-    return train_here(env, *SMALL, *overrides, name=CONFIG)
+    small = SMALL[: 1 if "trainer.model.class_prompts=null" in overrides else None]
+    return train_here(env, *small, *overrides, name=CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,15 @@ def sentence_of(env, *overrides):
         (
             "dataset.readers.kaggle.classes=[a,b,c,d,e]",
             "4 (defect_4), but the data has 1 (a), 2 (b), 3 (c), 4 (d), 5 (e)",
+        ),
+        (
+            "trainer.model.class_prompts.classes={1: pit}",
+            "classes={1: defect_1, 2: defect_2, 3: defect_3, ",
+        ),
+        ("trainer.model.class_prompts.crop=96", "class_steps.width is 256, but trainer.model.class_prompts.crop is 96"),
+        (
+            "trainer.model.class_prompts=null",
+            "options.lr is also for *.class_tokens.tokens, but the model has no class",
         ),
         ("scratch.num_frames=2", "single frames"),
         ("trainer.data.val._target_=training.dataset.sam2_datasets.TorchTrainMixedDataset", "no setting"),
