@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.missing_packages import run_without
 from helpers.stock_models import NANO, build, train_a_little
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
@@ -34,22 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BLOCKED = """
-import sys, runpy
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Block())
-sys.argv = {argv}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 FOREIGN = ("sam2", "training", "hydra", "omegaconf", "iopath", "fvcore", "torchvision", "tqdm", "peft", "PIL", "scipy")
 
 
 def without_sam2(run_python, tool: Path, *args: object):
     """Runs a tool as on a machine with torch and safetensors alone."""
-    return run_python(["-c", BLOCKED.format(names=FOREIGN, argv=[str(tool), *map(str, args)])])
+    return run_without(run_python, FOREIGN, tool, *args)
 
 
 def test_merging_needs_torch_and_safetensors_only(folder, tmp_path, repository, run_python):
