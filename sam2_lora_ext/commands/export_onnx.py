@@ -98,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.deploy.stock import build_stock, check_inputs, load_strictly, noise_pixels, read_pixels
 
     require_packages()
+    if args.classes and args.layout != "plain":
+        raise UserError("--layout is for the pair of files that answers prompts: leave it out with --classes")
+    if args.name and args.layout == "plain":
+        raise UserError("--name is written into the files of a labelling tool: give --layout samexporter too")
     if args.classes:
         return export_class_graph(args)
     if args.decide or args.half:

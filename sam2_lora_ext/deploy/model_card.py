@@ -121,23 +121,24 @@ def _data(run: Path | None) -> Iterator[str]:
     if run is None:
         yield "The adapter was given without its run: its training data is unknown."
         return
-    digests = read_run_config(run, warn=False)["data"]
+    digests, source = read_run_config(run, warn=False)["data"], None
     for phase in ("train", "val"):
         word = "training" if phase == "train" else "validation"
         try:
             source = from_run(run, phase)
-        except UserError as error:
-            yield f"- {word}: not known ({type(error).__name__}: its record has no data set that tools read)"
+        except UserError:
+            yield f"- {word}: not known, for the run's record has no data set that tools read"
             continue
         places = ", ".join(f"`{PurePath(place).name}`" for place in source.places.values())
         split = f", split {source.split} of `{PurePath(source.split_file).name}`" if source.split_file else ""
         split = split or (f", split {source.split}" if source.split else "")
         digest = f", SHA-256 of its content `{digests[phase]}`" if digests.get(phase) else ""
         yield f"- {word}: {FORMATS.get(source.format, source.format)}, {places}{split}{digest}"
-    yield (
-        f"- the model saw {f'windows of {source.crop} columns' if source.crop else 'whole images'} at "
-        f"{source.resolution} x {source.resolution} pixels"
-    )
+    if source is not None:
+        yield (
+            f"- the model saw {f'windows of {source.crop} columns' if source.crop else 'whole images'} at "
+            f"{source.resolution} x {source.resolution} pixels"
+        )
     summary = _note(run / SUMMARY)
     if {"steps", "learning_rate", "seed"} <= summary.keys():
         yield (

@@ -64,7 +64,7 @@ def refusal(headers: Headers, method: str, path: str, hosts: frozenset[str], lim
     if len(headers.getlist("host")) != 1 or host_name(host) not in hosts:
         return 403, "this page is not served under that name: start tools/serve.py with --name NAME"
     origin = headers.get("origin")
-    if origin is not None and (urlsplit(origin).scheme not in ("http", "https") or urlsplit(origin).netloc != host):
+    if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
         return 403, "the request comes from another page"
     opened = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link to the page
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not opened:

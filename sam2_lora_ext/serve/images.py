@@ -17,7 +17,7 @@ from sam2_lora_ext.utils.errors import UserError
 LARGEST_UPLOAD = 64 << 20  # bytes of one image
 MOST_UPLOADS = 200
 UPLOAD_PIXELS = 50_000_000
-LONGEST_NAME = 200  # characters
+LONGEST_NAME = 200  # bytes of UTF-8, of which file systems take 255
 DECODED = 512 << 20  # bytes of pixels that are kept
 
 
@@ -105,7 +105,7 @@ class Images:
 def check_name(name: str) -> None:
     """Raises a `UserError` unless a text is a plain file name of an image, which every system can write."""
     plain = is_text(name) and name.isprintable() and not set(name) & set('/\\:*?"<>|') and not ignored(name)
-    if not plain or len(name) > LONGEST_NAME or name != name.strip(" ."):
+    if not plain or len(name.encode()) > LONGEST_NAME or name != name.strip(" ."):
         raise UserError(f"{name[:LONGEST_NAME]!r} is no plain file name: rename the file")
     if Path(name).suffix.lower() not in SUFFIXES:
         raise UserError(f"{name} is no image by its name ({', '.join(sorted(SUFFIXES))}): rename or convert it")

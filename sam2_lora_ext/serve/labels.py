@@ -59,7 +59,7 @@ class Labels:
         self._written: dict[str, Any] = {}  # data set -> `state_of` it as this process left it
 
     def keep(self, image: int, class_id: int, runs: np.ndarray, model: str) -> Kept:
-        """Adds a mask.
+        """Adds a mask; one that the image has already, of the same class, is returned and not added again.
 
         Raises:
             UserError: the mask is empty, the class is unknown, or the image has too many.
@@ -70,12 +70,15 @@ class Labels:
         if not len(runs):
             raise UserError("the mask is empty, so there is nothing to keep")
         with self._lock:
-            kept = self._kept.setdefault(image, [])
+            kept = self._kept.get(image, [])
+            for one in kept:
+                if one.class_id == class_id and np.array_equal(one.runs, runs):
+                    return one
             if len(kept) >= MOST_MASKS:
                 raise UserError(f"an image takes at most {MOST_MASKS} masks")
-            kept.append(Kept(next(self._numbers), class_id, runs, model))
+            self._kept[image] = [*kept, Kept(next(self._numbers), class_id, runs, model)]
             self.unsaved = True
-            return kept[-1]
+            return self._kept[image][-1]
 
     def drop(self, image: int, number: int) -> None:
         """Forgets a mask; the image is then not labelled, if it was the last one."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.blocked import BLOCKED
+from helpers.missing_packages import run_without
 from helpers.stock_models import NANO, build, train_a_little
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
@@ -40,7 +40,7 @@ FOREIGN = ("sam2", "training", "hydra", "omegaconf", "iopath", "fvcore", "torchv
 
 def without_sam2(run_python, tool: Path, *args: object):
     """Runs a tool as on a machine with torch and safetensors alone."""
-    return run_python(["-c", BLOCKED.format(names=FOREIGN, argv=[str(tool), *map(str, args)])])
+    return run_without(run_python, FOREIGN, tool, *args)
 
 
 def test_merging_needs_torch_and_safetensors_only(folder, tmp_path, repository, run_python):

@@ -1,6 +1,7 @@
 """The folder that transformers loads as users make it: the tool, its mistakes, the model card, the pipeline."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.blocked import BLOCKED
+from helpers.missing_packages import run_without
 from helpers.small_runs import environment, train_here
 from helpers.stock_models import TINY
 from helpers.transformers_models import adapted, their_model
@@ -57,6 +58,16 @@ def test_the_card_and_the_size_are_those_of_the_run(nano_base, strips, run_dir, 
     assert processor.target_size == 96 and processor.image_processor.size["height"] == 96
 
 
+def test_the_card_of_a_run_on_data_of_another_kind_says_so(nano, tmp_path):
+    """A run whose record has a data set that no tool reads: the card says that, and the rest of what it knows."""
+    write_run_config(tmp_path / "run", {"trainer": {"data": {"train": {"_target_": "mine.Data"}}}})
+    shutil.copytree(nano / "adapter", tmp_path / "run" / "adapters" / "best")
+    write_model_folder(nano / "base.pt", [tmp_path / "run"], tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "- training: not known, for the run's record has no data set" in card and "- validation: not known" in card
+    assert "the model saw" not in card and "## Licence" in card
+
+
 def test_the_card_without_a_run_says_that_nothing_is_known(nano):
     card = (nano / "model" / "README.md").read_text()
     assert "# model\n" in card and "its training data is unknown" in card and "records no validation" in card
@@ -73,18 +84,9 @@ def test_runs_at_different_sizes_need_a_word(tmp_path):
 
 
 def test_without_transformers_it_is_a_sentence(nano, tmp_path, repository, run_python):
-    tool = [
-        str(repository / "tools" / "merge_lora.py"),
-        "--base",
-        str(nano / "base.pt"),
-        "--adapter",
-        str(nano / "adapter"),
-        "--out",
-        str(tmp_path / "model"),
-        "--format",
-        "transformers",
-    ]
-    done = run_python(["-c", BLOCKED.format(names=("transformers",), argv=tool)])
+    words = ["--base", nano / "base.pt", "--adapter", nano / "adapter", "--out", tmp_path / "model"]
+    tool = repository / "tools" / "merge_lora.py"
+    done = run_without(run_python, ["transformers"], tool, *words, "--format", "transformers")
     assert done.returncode == 2 and "No module named 'transformers'" in done.stderr and "pip install" in done.stderr
     assert not (tmp_path / "model").exists()
 

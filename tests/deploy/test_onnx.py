@@ -146,6 +146,9 @@ def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
         ({"--out": "new", "--checkpoint": "adapter/adapter_model.safetensors"}, "the weights do not fit the model"),
         ({"--out": "new", "--config": "configs/sam2/sam2_hiera_t.yaml"}, "look like configs/sam2_nano.yaml, the model"),
         ({"--out": "new", "--image": "merged.pt"}, "cannot read the image merged.pt"),
+        ({"--out": "new", "--name": "steel"}, "--name is written into the files of a labelling tool"),
+        ({"--out": "new", "--classes": None, "--layout": "samexporter"}, "leave it out with --classes"),
+        ({"--out": "new", "--classes": None, "--name": "steel"}, "--name is written into the files of a labelling"),
         ({"--out": "new", "--image-size": "100"}, "--image-size: must be a multiple of 32 from 32 to 8192, got 100"),
     ],
 )
@@ -156,7 +159,7 @@ def test_mistakes_are_one_sentence(folder, monkeypatch, capsys, repository, opti
 
     given = {"--config": NANO, "--checkpoint": "merged.pt", "--out": "onnx files", **options}
     with pytest.raises(SystemExit) as caught:
-        run_cli(export_onnx.main, [word for pair in given.items() for word in pair])
+        run_cli(export_onnx.main, [word for pair in given.items() for word in pair if word is not None])
     assert caught.value.code == 2 and words in capsys.readouterr().err and not Path("new").exists()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from starlette.testclient import TestClient
 
 from helpers.stock_models import NANO, train_a_little
@@ -29,7 +30,9 @@ def make_adapters(folder: Path) -> dict[str, Path]:
     """Two adapters of `BASE` that were moved by noise."""
     found = {}
     for seed, name in enumerate(("line_1", "line_2")):
-        model = build_lora_model(build_stock(NANO, BASE), {"rank": 4})
+        with torch.random.fork_rng([]):  # the same adapters, whatever ran before
+            torch.manual_seed(seed)
+            model = build_lora_model(build_stock(NANO, BASE), {"rank": 4})
         train_a_little(model, seed=seed)
         found[name] = folder / name
         save_adapter(Adapter.from_model(model, {"base_id": weights_id(read_weights(BASE))}), found[name])

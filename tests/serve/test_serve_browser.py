@@ -169,6 +169,26 @@ def test_a_refusal_is_shown(page, tab):
     assert said == "no mask was kept and no strip marked as clean, so there is nothing to save"
 
 
+def test_a_strip_that_cannot_be_opened_leaves_no_other_one_to_click_on(page, tab):
+    """What is still shown is the strip before: a click on it would be answered on the one that was chosen."""
+    begin(tab, page)
+    tab.click(".panel canvas", 0.25, 0.5)
+    tab.wait(f"{FACTS}[0]")
+    page.images.paths[1] = page.images.paths[1].with_name("gone.png")
+    answered = len(page.engine._low)
+    tab.click("#next")
+    assert "gone.png" in tab.wait("document.querySelector('#message.wrong')?.textContent")
+    for selector in (".panel canvas", ".panel .keep", "#clean"):
+        tab.click(selector, 0.3, 0.5)
+    tab.wait(IDLE)
+    assert len(page.engine._low) == answered and page.labels.count() == (0, 0)
+    tab.click("#previous")
+    tab.wait(f"{IDLE} && !document.querySelector('.wrong')")
+    tab.click(".panel canvas", 0.3, 0.5)
+    tab.wait(f"{FACTS}[0].includes('IoU')")
+    assert len(page.engine._low) > answered
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [DESK, PHONE])
 def test_on_a_desk_and_a_phone_light_and_dark(page, tab, tmp_path, size, dark):

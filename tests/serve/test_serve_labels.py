@@ -84,6 +84,13 @@ def test_a_save_replaces_its_own_data_set_and_no_other(page):
     assert sorted(path.name for path in page.out.iterdir()) == ["other", "round"]
 
 
+def test_a_mask_that_is_kept_twice_is_kept_once(page):
+    """Its number stays; with another class it is another mask."""
+    one, again = keep(page, 0, 1, CLICKS[:1]), keep(page, 0, 1, CLICKS[:1])
+    assert one["number"] == again["number"] and page.labels.count() == (1, 1)
+    assert keep(page, 0, 2, CLICKS[:1])["number"] != one["number"] and page.labels.count() == (1, 2)
+
+
 def test_what_cannot_be_kept_or_saved_is_a_sentence(page):
     assert "nothing to save" in page.refused("/api/save", {"format": "coco", "name": "a"})
     assert "there is no format 'yolo': there are kaggle" in page.refused("/api/save", {"format": "yolo", "name": "a"})

@@ -49,8 +49,10 @@ const usesClasses = view => $("class-prompts").checked && modelOf(view).class_pr
 const prompts = () => ({ clicks: page.clicks, box: page.box });
 const asked = () => ({ image: page.image, ...prompts(), whole: $("whole").checked });
 
+// Until a strip is shown, and if it cannot be, what stands on the page is another one's and takes no click.
 async function openStrip(image) {
   if (!(image >= 0 && image < state.images.length)) return;
+  $("panels").inert = $("marks").inert = true;
   Object.assign(page, { image, clicks: [], box: null, asked: page.asked + 1 });
   const name = state.images[image];
   $("strip").value = name;
@@ -63,6 +65,7 @@ async function openStrip(image) {
   page.scale = null;
   resize();
   showKept(found);
+  $("panels").inert = $("marks").inert = false;
   await refresh();
 }
 
