@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sam2_lora_ext.data.arguments import add_pixels
-from sam2_lora_ext.data.source import Source, from_run
 from sam2_lora_ext.inspection.options import add_model
 from sam2_lora_ext.run.paths import find_run
 from sam2_lora_ext.settings.arguments import number
@@ -123,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"none of {tally.bad} images could be inspected: {tally.reason}")
 
 
-def _source(args: argparse.Namespace) -> Source | None:
+def _source(args: argparse.Namespace) -> Any:
+    from sam2_lora_ext.data.source import from_run
+
     run = args.run or find_run(args.checkpoint)
     return None if run is None else from_run(run)
 

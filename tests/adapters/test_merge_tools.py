@@ -14,6 +14,7 @@ from helpers.stock_models import NANO, build, train_a_little
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
+from sam2_lora_ext.commands.merge import verify
 from sam2_lora_ext.deploy.stock import build_stock, noise_image, read_image
 from sam2_lora_ext.deploy.verify import compare_merged, mask_ious
 from sam2_lora_ext.lora import build_lora_model
@@ -133,15 +134,12 @@ def test_the_proof_passes_and_fails(folder, tmp_path, name, dtype):
     assert not unmerged.passed and unmerged.max_abs_weight_diff > 0.01 and unmerged.flipped > 0
 
 
-def test_a_failed_proof_is_an_error(folder, tmp_path, monkeypatch, repository):
-    monkeypatch.syspath_prepend(repository / "tools")
-    import merge_lora
-
+def test_a_failed_proof_is_an_error(folder, tmp_path):
     args = Namespace(out=tmp_path / "m.pt", base=folder / "base.pt", verify=NANO, image=None)
     merged = merge_files(args.base, folder / "run", args.out)
     write_weights(args.out, read_weights(args.base))
     with pytest.raises(UserError, match="m.pt is not the adapter's model: its mask logits differ by"):
-        merge_lora.verify(args, merged, {"kept": 1})
+        verify(args, merged, {"kept": 1})
     record = json.loads((tmp_path / "m.pt.json").read_text())
     assert record["kept"] == 1 and record["verify"]["lowest_iou"] < 1 and record["verify"]["config"] == NANO
 
