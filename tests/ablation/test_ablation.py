@@ -17,6 +17,7 @@ from PIL import Image
 
 from helpers.small_runs import QUICK, environment
 from sam2_lora_ext.ablation.grid import Member, best_of, collect, members_of, parse_grid, plot, to_csv, to_markdown
+from sam2_lora_ext.commands.ablate import check_metric
 from sam2_lora_ext.utils.errors import UserError
 
 
@@ -61,7 +62,7 @@ def test_an_unknown_metric_is_a_sentence_with_the_choices(tmp_path, monkeypatch)
 
     def mode(metric: str | None, *overrides: str, grid: tuple[str, ...] = ("lora.rank=2",)) -> tuple[str, str]:
         args = argparse.Namespace(config="demo", overrides=list(overrides), metric=metric)
-        found = ablate.check_metric(args, parse_grid(grid))
+        found = check_metric(args, parse_grid(grid))
         return args.metric, found
 
     assert mode(None) == ("iou_1click", "max") and mode("loss") == ("loss", "min")

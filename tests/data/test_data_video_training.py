@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from helpers.small_runs import environment, launch, rank_environment, write_config
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.kaggle import KaggleReader
+from sam2_lora_ext.data.tiles import stitch
 from sam2_lora_ext.data.windows import Windows
+from sam2_lora_ext.deploy.tracking import draw, track
 from sam2_lora_ext.evaluate.arguments import parse
 from sam2_lora_ext.evaluate.conditions import settle
 from sam2_lora_ext.evaluate.models import candidates
@@ -166,8 +168,8 @@ def test_a_window_that_finds_nothing_does_not_outvote_the_one_that_was_clicked()
     strip = np.zeros((16, 200, 3), np.uint8)
     strip[:, 90:110] = 255
     windows = Windows(64, 32, 2).fixed(200)
-    tiles = track_strip.track(Forgetful(), strip, windows, (100, 8))
-    mask = track_strip.stitch(tiles, [start for start, _ in windows], 200).numpy() > 0
+    tiles = track(Forgetful(), strip, windows, (100, 8))
+    mask = stitch(tiles, [start for start, _ in windows], 200).numpy() > 0
     assert (mask == (strip[..., 0] > 0)).mean() > 0.99  # JPEG blurs the edge
 
 
@@ -175,10 +177,10 @@ def test_tracking_puts_the_windows_back_in_their_place():
     strip = np.zeros((16, 200, 3), np.uint8)
     strip[:, 90:170] = 255
     windows = Windows(64, 32, 2).fixed(200)
-    tiles = track_strip.track(CopyingPredictor(), strip, windows, (100, 8))
-    mask = track_strip.stitch(tiles, [start for start, _ in windows], 200).numpy() > 0
+    tiles = track(CopyingPredictor(), strip, windows, (100, 8))
+    mask = stitch(tiles, [start for start, _ in windows], 200).numpy() > 0
     assert (mask == (strip[..., 0] > 0)).mean() > 0.99  # JPEG blurs the edge
-    picture = np.asarray(track_strip.draw(strip, mask, (100, 8), windows, tiles.numpy() > 0))
+    picture = np.asarray(draw(strip, mask, (100, 8), windows, tiles.numpy() > 0))
     blue = (picture[38:, :, 2] > 100) & (picture[38:, :, 0] < 150)  # the row of windows
     step = 200 / len(windows)
     for place, (start, stop) in enumerate(windows):
