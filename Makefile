@@ -102,7 +102,7 @@ gpu: env
 # Without their dependencies, some of which would replace ours.
 clients: env
 	$(PY) -m pip install --disable-pip-version-check --no-deps -r requirements-clients.txt
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/clients/test_clients.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/clients $(ARGS)
 
 fuzz: env
 	SAM2_LORA_FUZZ_SECONDS=60 $(PY) -m pytest tests/data/test_fuzz_readers.py -s $(ARGS)

@@ -38,35 +38,9 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from benchmarks.methods import COMPARED, build, make_batch
-from benchmarks.wait_counter import Waits
+from benchmarks.methods import COMPARED, build
+from benchmarks.wait_counter import Done
 from sam2_lora_ext.host.patches import host_guards
-
-WANTED = 1  # the step that is counted, from 0: in the first the Trainer also logs
-
-
-class _Done(Exception):
-    """The counted step is over."""
-
-
-class Batches:
-    """A data set for the Trainer that hands out the same batch, and counts one of the steps that are made with it."""
-
-    def __init__(self, images: int, objects: int, resolution: int):
-        self.batch, self.waits = make_batch(resolution, images, objects), Waits()
-
-    def get_loader(self, epoch: int) -> "Batches":
-        return self
-
-    def __len__(self) -> int:
-        return 100
-
-    def __iter__(self) -> Iterator[Any]:
-        for _ in range(WANTED):
-            yield self.batch
-        with self.waits:
-            yield self.batch
-        raise _Done
 
 
 def count_waits(
@@ -84,7 +58,7 @@ def count_waits(
         trainer = _trainer(method, size, resolution, folder, batch)
         try:
             trainer.run()
-        except _Done:
+        except Done:
             return trainer.train_dataset.waits.counts
         finally:
             dist.destroy_process_group()
@@ -115,7 +89,7 @@ def _trainer(method: str, size: str, resolution: int, folder: str, batch: tuple[
         "max_epochs": 1,
         "data": {
             "train": {
-                "_target_": "benchmarks.waits.Batches",
+                "_target_": "benchmarks.wait_counter.Batches",
                 "images": batch[0],
                 "objects": batch[1],
                 "resolution": resolution,

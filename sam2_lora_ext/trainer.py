@@ -13,21 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from training.trainer import Trainer, unwrap_ddp_if_wrapped
+from training.trainer import unwrap_ddp_if_wrapped
 from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
-from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_file, weights_id
+from sam2_lora_ext.adapters.weights import ADAPTER_KEYS
 from sam2_lora_ext.class_prompts.agreement import agree, check_rates
 from sam2_lora_ext.class_prompts.pairs import TrainingWindow
 from sam2_lora_ext.host.patches import at_work, share_log
-from sam2_lora_ext.run.base import base_path, load_base
-from sam2_lora_ext.run.checkpoint import own_options, prepare_resume, write_checkpoint
 from sam2_lora_ext.run.guard import StepGuard, raw_datasets
 from sam2_lora_ext.run.history import History
 from sam2_lora_ext.run.record import RunRecord, metrics_of
+from sam2_lora_ext.run.resuming import ResumingTrainer
 from sam2_lora_ext.run.seeding import derive_seed, seed_everything
-from sam2_lora_ext.run.start import RunStart, on_rank_0
+from sam2_lora_ext.run.start import RunStart
 from sam2_lora_ext.run.summary import peak_rate
 from sam2_lora_ext.settings import check_trainer
 from sam2_lora_ext.utils.errors import UserError
@@ -35,7 +34,7 @@ from sam2_lora_ext.utils.errors import UserError
 WINDOW = "window"  # the name of the meter over the training steps since the last row of metrics.csv
 
 
-class LoRATrainer(Trainer):
+class LoRATrainer(ResumingTrainer):
     """The stock Trainer and these hooks.
 
     Args:
@@ -119,24 +118,6 @@ class LoRATrainer(Trainer):
         meters = self._get_meters([Phase.VAL]).values()
         agree(self.model, self.loss, self.train_dataset, self.val_dataset, meters)
         self.max_epochs = getattr(self.train_dataset, "num_phases", self.max_epochs)
-
-    def load_checkpoint(self) -> None:
-        folder = Path(self.checkpoint_conf.save_dir)
-        self.start.compare(folder, self.train_dataset, self.val_dataset)
-        skipped = set(self.checkpoint_conf.skip_saving_parameters)
-        saved = {name: value for name, value in self.model.state_dict().items() if name not in skipped}
-        on_rank_0(lambda: prepare_resume(folder, saved))
-        super().load_checkpoint()
-
-    def _load_resuming_checkpoint(self, ckpt_path: str) -> None:
-        with own_options(self.optim.optimizer, self.start.allowed):
-            super()._load_resuming_checkpoint(ckpt_path)
-        self.guard.skipped = read_file(ckpt_path).get("skipped_steps", 0)
-
-    def _call_model_initializer(self) -> None:
-        self.base_path = base_path(self.checkpoint_conf.model_weight_initializer)
-        load_base(self.base_path, self.model, super()._call_model_initializer)
-        self.base_id = weights_id(self.model.state_dict()) if self.base_path is not None else None
 
     def _open_run(self) -> None:
         self.start.check_base(self.base_id, self.base_path)
@@ -250,10 +231,6 @@ class LoRATrainer(Trainer):
 
     def _stop_reason(self) -> str | None:
         return self.history.stop_reason if self.mode == "train" else None
-
-    def _save_checkpoint(self, checkpoint: dict[str, Any], checkpoint_path: str) -> None:
-        notes = {"skipped_steps": self.guard.skipped, NOTES: self.record.notes}
-        write_checkpoint({**checkpoint, **notes}, Path(checkpoint_path), self.keep_previous)
 
     def _reseed(self, phase: str, epoch: int) -> None:
         """Makes what follows depend on seed, phase and rank only: a resumed run equals one that never stopped."""

@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.adapters.weights import read_weights
     from sam2_lora_ext.data.dataset import SeverstalRawDataset
     from sam2_lora_ext.data.kaggle import KaggleReader
+    from sam2_lora_ext.evaluate.before_after import draw_before_after
     from sam2_lora_ext.evaluate.predictor import averages, evaluate, max_logit_difference, read_samples
     from sam2_lora_ext.inspection.demo import figures, inspect, table
     from sam2_lora_ext.lora.adapter_state import attach_adapter
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "params": facts["parameters"],
         "seconds": seconds,
     }
-    draw(out / "overlays.png", samples, base, merged)
+    draw_before_after(out / "overlays.png", samples, base, merged)
     show(summary, len(samples))
     began = time.perf_counter()
     run = train(out, data, "classes", merged_file, *CLASSES, f"scratch.steps={os.getenv('SAM2_LORA_DEMO_STEPS', 200)}")
@@ -217,34 +218,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"written              {out / 'summary.json'}, overlays.png, inspection.png, sam2_nano_steel.pt, adapter/, "
         "train/, classes/"
     )
-
-
-def draw(path: Path, samples: list, base: object, merged: object) -> None:
-    """overlays.png: the first two defects of each class: image, truth, and the masks of one click before and after."""
-    from sam2_lora_ext.data.ids import class_of
-    from sam2_lora_ext.evaluate.metrics import iou, mask_counts
-    from sam2_lora_ext.evaluate.pictures import AFTER, BEFORE, TRUTH, overlay, save_grid
-    from sam2_lora_ext.evaluate.predictor import first_answers
-
-    rows, captions, shown = [], [], dict.fromkeys((1, 2, 3, 4), 0)
-    for sample in samples:
-        fresh = [o for o in sample.defects if shown[class_of(sample.object_ids[o])] < 2]
-        if not fresh:
-            continue
-        place = sample.defects.index(fresh[0])
-        shown[class_of(sample.object_ids[fresh[0]])] += 1
-        truth = sample.masks[fresh[0], 0]
-        cells, texts = (
-            [sample.image, overlay(sample.image, truth.numpy(), TRUTH)],
-            [sample.name, f"class {class_of(sample.object_ids[fresh[0]])}"],
-        )
-        for model, colour in ((base, BEFORE), (merged, AFTER)):
-            answers, clicks = first_answers(model, sample)
-            cells.append(overlay(sample.image, answers[place].numpy(), colour, tuple(clicks[place].tolist())))
-            texts.append(f"IoU {float(iou(mask_counts(answers[place][None], truth[None]))):.2f}")
-        rows.append(cells)
-        captions.append(texts)
-    save_grid(path, rows, captions, ["image", "truth", "before (base, 1 click)", "after (merged, 1 click)"])
 
 
 def show(summary: dict, count: int) -> None:

@@ -94,7 +94,7 @@ def test_waits_are_named_by_kind_and_line():
     kinds = {}
     for (kind, line), times in waits.counts.items():
         kinds[kind] = kinds.get(kind, 0) + times
-        assert line.startswith("tests/benchmarks/test_bench_kernels.py:")
+        assert line.startswith("benchmarks/test_bench_kernels.py:")
     assert kinds == {"item": 2, "tolist": 1, "boolean index": 1, "cpu": 1, "to": 1, "nonzero": 1}
     assert reads_booleans((x, [mask])) and not reads_booleans((x, [mask], torch.tensor(0.0)))
 
