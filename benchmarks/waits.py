@@ -1,9 +1,9 @@
-"""Waits for the device in one training step through the Trainer: what makes the host stop until a GPU has caught up.
+"""Waits for the device in one training step through the Trainer: points where the host waits until a GPU is done.
 
     python -m benchmarks.waits [--methods full lean] [--batches 1x2 8x3]
 
 Counted on the small model on this CPU, float32 with the settings of bfloat16 autocast (CUDA's autocast does nothing
-here; stock's scaler is at work), over the Trainer's whole second step: loading the batch, forward pass, loss, guard,
+here; stock's scaler is active), over the Trainer's complete second step: loading the batch, forward pass, loss, guard,
 meters, backward pass, clipping, optimizer. Stock SAM 2 and PEFT run stock's Trainer without meters, ours runs
 `LoRATrainer`. A wait is
 
@@ -12,9 +12,9 @@ meters, backward pass, clipping, optimizer. Stock SAM 2 and PEFT run stock's Tra
 - a Python call of `.cpu()`, `.to("cpu")` or `.tolist()`, one each whatever happens inside; `.numpy()` counts nothing,
   since a GPU's tensor needs `.cpu()` first.
 
-Not seen: which tensors would lie on the host anyway, so that their reading is no wait (AdamW's step counters alone are
-known and left out, as are `.to(some_device)`); copies to the device; waits of NCCL and of DDP, which reads its map of
-unused parameters.
+Not detected: tensors that would be on the host anyway, whose reading is not a wait (only AdamW's step counters and
+`.to(some_device)` are excluded); copies to the device; waits of NCCL and of DDP, which reads its map of unused
+parameters.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
@@ -50,12 +50,12 @@ WANTED = 1  # the step that is counted, from 0: in the first the Trainer also lo
 
 
 class Waits(TorchDispatchMode):
-    """`counts` holds the waits inside the block by kind and by the line of code that asked, `file:line function`."""
+    """`counts` holds the waits inside the block by kind and by the line of code that caused them, `file:line function`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[tuple[str, str]] = Counter()
-        self._inside = 0  # of a call that is counted as a whole, or not at all
+        self._inside = 0  # inside a call that counts once, or not at all
         self._patches = ExitStack()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -113,7 +113,7 @@ def reads_booleans(args: Sequence[Any]) -> bool:
 
 
 def asked_by_engine() -> bool:
-    """Whether C++ code in the backward pass asks: of integers that is DDP with its host-side map of unused
+    """Whether C++ code in the backward pass reads the value: for integers it is DDP with its host-side map of unused
     parameters."""
     frame = sys._getframe(2)
     while frame.f_code.co_filename.endswith(("eval_frame.py", "_compile.py")):
@@ -138,7 +138,7 @@ class _Done(Exception):
 
 
 class Batches:
-    """A data set for the Trainer that hands out the same batch, and counts one of the steps that are made with it."""
+    """A data set for the Trainer that returns the same batch, and counts one of the steps."""
 
     def __init__(self, images: int, objects: int, resolution: int):
         self.batch, self.waits = make_batch(resolution, images, objects), Waits()
@@ -236,7 +236,7 @@ def _trainer(method: str, size: str, resolution: int, folder: str, batch: tuple[
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)  # the Trainer prints its model, and takes the handlers over
+    logging.disable(logging.CRITICAL)  # the Trainer prints its model and replaces the log handlers
     try:
         yield
     finally:

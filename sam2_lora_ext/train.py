@@ -100,7 +100,7 @@ def _code_of_rank(error: Any) -> int:
 
 
 def _of_the_launcher(error: OSError, run_dir: str) -> bool:
-    """Whether an error is about the launcher's first files: opening one names it, a full disk while writing does not."""
+    """Whether an error is about the launcher's first files: opening one names it, writing to a full disk does not."""
     full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     return full or str(error.filename).startswith(run_dir)
 

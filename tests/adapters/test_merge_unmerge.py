@@ -145,7 +145,7 @@ def test_the_command_line(folder, tmp_path, monkeypatch, repository, capsys):
     unmerge_lora.main(command)
     printed = capsys.readouterr().out
     assert (
-        "48 LoRA layers of rank 4 to 4, 0 modules kept whole" in printed and "(0.01 is allowed in addition" in printed
+        "48 LoRA layers of rank 4 to 4, 0 modules kept whole" in printed and "(0.01 is allowed in" in printed
     )
     metadata = load_adapter(tmp_path / "a").metadata
     assert metadata["base_id"] == weights_id(read_weights(folder / "base.pt")) and metadata["model_config"] == NANO
