@@ -1,4 +1,4 @@
-"""SAM 2.1 large at full size on a CPU: two optimizer steps at 1024 px, killed and resumed in between, exported, merged, \
+"""SAM 2.1 large on a CPU: two optimizer steps at 1024 px, killed and resumed in between, exported, merged, \
 verified.
 
     python -m benchmarks.large_run [--base sam2.1_hiera_large.pt] [--out runs/large]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.merge                SAM 2.1 large, random weights with Meta's keys, default LoRA of rank 8
 
-Plain is `torch.save(torch.load(base), out)`; merge is the command `tools/merge_lora.py` with the check of the base's identity
+Plain is `torch.save(torch.load(base), out)`; merge is `tools/merge_lora.py` with the check of the base
 and the record with its hashes. Both run in separate processes, in turns (A B A B ...), timed from Python's start.
 """
 

@@ -50,7 +50,7 @@ WANTED = 1  # the step that is counted, from 0: in the first the Trainer also lo
 
 
 class Waits(TorchDispatchMode):
-    """`counts` holds the waits inside the block by kind and by the line of code that caused them, `file:line function`."""
+    """`counts` holds the waits inside the block by kind and by line of code, `file:line function`."""
 
     def __init__(self) -> None:
         super().__init__()

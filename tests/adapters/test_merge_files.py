@@ -1,4 +1,4 @@
-"""Merging files: every kind of source, the right base only, and nothing written unless all is well."""
+"""Merging files: every kind of source, the right base only, and nothing written after an error."""
 
 import json
 from pathlib import Path

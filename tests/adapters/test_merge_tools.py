@@ -1,4 +1,4 @@
-"""The command lines merge_lora.py and export_adapter.py, as a user runs them, and the proof on stock SAM 2."""
+"""The command lines merge_lora.py and export_adapter.py, as a user runs them, and the verification on stock SAM 2."""
 
 import json
 from argparse import Namespace
@@ -48,7 +48,7 @@ FOREIGN = ("sam2", "training", "hydra", "omegaconf", "iopath", "fvcore", "torchv
 
 
 def without_sam2(run_python, tool: Path, *args: object):
-    """Runs a tool as on a machine with torch and safetensors alone."""
+    """Runs a tool in an environment with only torch and safetensors."""
     return run_python(["-c", BLOCKED.format(names=FOREIGN, argv=[str(tool), *map(str, args)])])
 
 

@@ -1,4 +1,4 @@
-"""Inputs that no tool could be told to read: labels of 0 and 255, of colours, images of 16 bits; now in every tool."""
+"""Inputs that earlier versions could not read: labels of 0 and 255 or in colour, 16-bit images; now in every tool."""
 
 import json
 

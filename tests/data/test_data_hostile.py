@@ -1,4 +1,4 @@
-"""Files made to do harm, or that only a strange machine has: a sentence, never a crash, a hang or a full memory."""
+"""Malicious or unusual files: one sentence, never a crash, a hang or exhausted memory."""
 
 import base64
 import io

@@ -90,7 +90,7 @@ def needs_host(folder: str) -> bool:
 
 
 def ordered(graph: Graph) -> list[str]:
-    """The folders, each after those that it imports; by name where there is a choice, or where they go in a circle."""
+    """The folders, each after those that it imports; by name if there is a choice, or in an import cycle."""
     sorter, done = TopologicalSorter(graph), []
     try:
         sorter.prepare()

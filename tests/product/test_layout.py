@@ -38,7 +38,7 @@ def folder(module: str) -> str:
 
 
 def folder_graph() -> dict[str, set[str]]:
-    """What each folder imports of the others; the package itself, whose names are made when asked for, is left out."""
+    """What each folder imports of the others; the package itself, whose names are made on access, is left out."""
     graph: dict[str, set[str]] = {}
     for module, path in MODULES.items():
         ours = {folder(name) for name in imported(path) if name.startswith("sam2_lora_ext.")}

@@ -21,7 +21,7 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
 def await_steps(process: subprocess.Popen, recorder: Path, steps: int, rank: int = 0) -> None:
-    """Waits until a rank has the gradients of so many steps."""
+    """Waits until a rank has the gradients of this number of steps."""
     while len(recorded(recorder, rank)) < steps and process.poll() is None:
         time.sleep(0.05)
 
@@ -173,7 +173,7 @@ if __name__ == "__main__":
 @SIGNALS
 @pytest.mark.parametrize("group", [True, False], ids=["to the group", "to the parent"])
 def test_the_parent_of_the_ranks_hands_signals_on_once(number, group, tmp_path, repository):
-    """A rank that got the signal itself, from a terminal, is not ended by what its parent hands on."""
+    """A rank that got the signal itself, from a terminal, is not ended by the signal that its parent forwards."""
     (tmp_path / "parent.py").write_text(RANKS)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "parent.py"],

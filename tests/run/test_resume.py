@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and started again leaves exactly what the run that never stopped leaves."""
+"""A run that was stopped anywhere and resumed gives exactly the results of an uninterrupted run."""
 
 import shutil
 from pathlib import Path

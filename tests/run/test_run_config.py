@@ -1,4 +1,4 @@
-"""The run's own record of its config, and which differences of two records change the result."""
+"""The run's own record of its config, and the differences of two records that affect the result."""
 
 import copy
 import logging
@@ -24,7 +24,7 @@ def record() -> dict:
 
 
 def changed(record: dict, key: str, value: object) -> dict:
-    """A copy with another value at a dotted key (numbers are places in lists) of the trainer section."""
+    """A copy with another value at a dotted key (numbers are list indices) of the trainer section."""
     made = copy.deepcopy(record)
     *path, last = [int(part) if part.isdigit() else part for part in key.split(".")]
     place = made["trainer"]

@@ -162,7 +162,7 @@ def test_bfloat16_is_not_scaled(env, tmp_path, monkeypatch):
 
 
 def test_samples_inside_stocks_wrappers_have_names():
-    """Mixed, repeated and concatenated; a number that several data sets know gets all its names."""
+    """Mixed, repeated and concatenated; a number with an image in several data sets gets all their names."""
 
     class Raw:
         def __init__(self, *names):

@@ -1,4 +1,4 @@
-"""`files.read_text`, `read_json`: regular files alone, bounded, UTF-8; all else is one sentence, at once."""
+"""`files.read_text`, `read_json`: only regular UTF-8 files of limited size; otherwise one sentence, immediately."""
 
 import os
 from pathlib import Path
