@@ -85,7 +85,7 @@ def distinct_images(folder: Path) -> list[str]:
             digests.append(hashlib.sha256(image.tobytes()).digest())
     group = groups(len(paths), near_pairs(np.array(hashes), np.array(thumbnails)), equal_pairs(digests))
     firsts = np.unique(group, return_index=True)[1]
-    return [paths[place].name for place in sorted(firsts)]
+    return [paths[position].name for position in sorted(firsts)]
 
 
 def write_split(data: Path, file: Path) -> None:

@@ -137,6 +137,6 @@ class StepSamples(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, place: int) -> VideoDatapoint:
-        item, kind = self.items[place], self.kinds[place]
+    def __getitem__(self, position: int) -> VideoDatapoint:
+        item, kind = self.items[position], self.kinds[position]
         return self.dataset[item] if kind == "clicks" else self.steps.sample(self.dataset, item, kind == "corrected")

@@ -151,7 +151,7 @@ class SeverstalRawDataset(VOSRawDataset):
             row = self.items[idx]
         else:
             row = self._clean_pool[random.randrange(len(self._clean_pool))]
-        objects = {int(self.objects.ids[place]): self.objects.runs_of(place) for place in row.objects}
+        objects = {int(self.objects.ids[position]): self.objects.runs_of(position) for position in row.objects}
         objects = objects or {object_id(CLEAN, 0): NO_RUNS}
         height, width = self.index.sizes[row.image].tolist()
         path = self.index.path(row.image)

@@ -150,8 +150,8 @@ def _walk(key: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, A
         for name, inner in _filled(key, value, known).items():
             yield from _walk(f"{key}.{name}" if key else str(name), inner, known)
     elif isinstance(value, list) and any(isinstance(inner, (Mapping, list)) for inner in value):
-        for place, inner in enumerate(value):
-            yield from _walk(f"{key}[{place}]", inner, known)
+        for position, inner in enumerate(value):
+            yield from _walk(f"{key}[{position}]", inner, known)
     else:
         yield key, value
 
