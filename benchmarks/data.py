@@ -2,7 +2,7 @@
 
     python -m benchmarks.data [--parts index workers samples masks]
 
-Needs the real data (`SAM2_LORA_REAL_DATA`, default `../shared/data` beside the repository). Prints a Markdown table and
+Needs the real data (`SAM2_LORA_REAL_DATA`, default `../shared/data` of the repository). Prints a Markdown table and
 writes `runs/bench/data.json`.
 """
 

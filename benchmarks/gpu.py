@@ -4,7 +4,7 @@ of them.
     python -m benchmarks.gpu [--cases tiny:1024 base_plus:1024 large:1024] [--minutes 6]
 
 Needs no network: weights are random, the batch is fixed. Part of `make gpu`. Writes `runs/bench/gpu.json`: a row for
-each case, method and batch, with `modelled_ms` of every card that `benchmarks.roofline` knows. `--device cpu` runs the
+each case, method and batch, with `modelled_ms` of every card in `benchmarks.roofline`. `--device cpu` runs the
 same on a small model, to test it.
 """
 

@@ -6,7 +6,7 @@
         times on this CPU too
 
 Kernels, bytes and FLOPs are counted on fake tensors, so they repeat exactly on any machine and need no memory (tests
-compare them with real ones); see `benchmarks.kernels` for what a kernel is. GPU times are modelled from them
+compare them with real ones); see `benchmarks.kernels` for the definition of a kernel. GPU times are modelled from them
 (`benchmarks.roofline`), not measured. Waits for the device are counted on a real step of the small model through the
 Trainer (`benchmarks.waits`). `--timed` adds seconds of real steps on this CPU (`benchmarks.timing`), which do not
 predict a GPU's.

@@ -78,7 +78,7 @@ class ClassSteps:
             )
         if not raw.index.complete[raw.images].any():
             raise UserError(
-                f"every image of {raw.index.image_dir} lost a mask, so nobody knows which classes are absent: correct "
+                f"every image of {raw.index.image_dir} lost a mask, so its absent classes are unknown: correct "
                 "the annotations, or set dataset.class_prompts.share to 0"
             )
 

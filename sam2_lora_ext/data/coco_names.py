@@ -59,7 +59,7 @@ def number_categories(
         known = {names[number] for number in used}
         every = [name for name in table.values() if name in known] + [names[number] for number in strange]
         raise UserError(
-            f"{where} has the categories {describe_classes(names)}, of which {shorten([names[n] for n in strange])} is "
+            f"{where} has the categories {describe_classes(names)}; of these {shorten([names[n] for n in strange])} is "
             f"used but not one of the given classes {describe_classes(table)}; give the reader all names that are used "
             f"(--classes {','.join(every)})"
         )

@@ -127,7 +127,7 @@ def convert(
     names = [PurePosixPath(name).name for name in index.names()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{twice} stands in several folders of the data; convert one split at a time")
+        raise UserError(f"{twice} is in several folders of the data; convert one split at a time")
 
     def fill(folder: Path) -> None:
         for name in (image_folder, *others):

@@ -21,7 +21,7 @@ ALLOWED = {  # key -> the reason why it does not change the result
     "accelerator": "the same numbers to rounding",
     "metrics_every": "how often a row is written",
     "keep_previous": "how many checkpoints are kept",
-    "export.*": "what is written beside adapters",
+    "export.*": "what is written besides adapters",
     "logging.*": "what is shown where",
     "optim.gradient_logger": "what is looked at",
     "optim.gradient_logger.*": "what is looked at",

@@ -12,7 +12,7 @@ from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of, show
 PIXELS = 1_000_000  # of a side: more than any decoder supports
 PATH = Text()
 SHARE = Number(0, 1)
-SEED = Whole(0, 2**31 - 1)  # numpy takes 32 bits, of which stock's Trainer uses the upper ones for phases
+SEED = Whole(0, 2**31 - 1)  # numpy takes 32 bits; stock's Trainer uses the upper ones for phases
 OBJECTS = Nullable(one_of("instances", "components", "classes", "all")).called("dataset.objects")
 ON_INVALID = one_of("error", "skip").called("dataset.on_invalid")
 BITS = Whole(8, 16).called("dataset.bits")
@@ -88,7 +88,7 @@ def distinct_names(section: Mapping[str, Any]) -> str | None:
     classes = section.get("classes")
     names = list(classes.values()) if isinstance(classes, Mapping) else classes if isinstance(classes, list) else [""]
     if not names or len(set(names)) < len(names):
-        return f"classes must be at least one, each with a name of its own, got {shown(classes)}"
+        return f"classes must be at least one, each with a unique name, got {shown(classes)}"
     return None
 
 
@@ -101,7 +101,7 @@ def distinct_colours(section: Mapping[str, Any]) -> str | None:
     numbers = classes if isinstance(classes, Mapping) else range(1, 1 + count)
     taken = [tuple(colour) for colour in colours.values()]
     if set(colours) != set(numbers) or (0, 0, 0) in taken or len(set(taken)) < len(taken):
-        wanted = f"each of the classes {shown(list(numbers))} one of its own that is not black"
+        wanted = f"each of the classes {shown(list(numbers))} a unique colour that is not black"
         return f"colors must give {wanted}, got {shown(dict(colours))}"
     return None
 

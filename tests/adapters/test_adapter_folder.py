@@ -78,7 +78,9 @@ def test_weights_and_config_of_two_adapters(folder, tmp_path):
             layer.lora_a = layer.lora_a[:4]
         save_adapter(loaded, adapter)
     shutil.copy(folder / "adapter_model.safetensors", tmp_path / "other")
-    with pytest.raises(UserError, match="other/adapter_model.* and the adapter_config.json beside it do not belong"):
+    with pytest.raises(
+        UserError, match="other/adapter_model.* and the adapter_config.json in its folder do not belong"
+    ):
         load_adapter(tmp_path / "other")
 
 

@@ -171,7 +171,7 @@ def test_a_base_that_was_moved_is_taken_from_the_comparison(models, tmp_path):
 
 
 def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp_path):
-    """A run without adapters leaves whole weights and a lora.json that says what was trained."""
+    """A run without adapters writes full weights and a lora.json with the trained parameters."""
     (tmp_path / "norms/weights").mkdir(parents=True)
     shutil.copy(models["base"], tmp_path / "norms/weights/best.pt")
     (tmp_path / "norms/lora.json").write_text('{"trained": 1234, "config": {"targets": []}}')

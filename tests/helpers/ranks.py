@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers.small_runs import environment, launch, write_config
 
 RECORDER = '''\
-"""Stands where SAM 2's Trainer calls a gradient logger."""
+"""Replaces the gradient logger of SAM 2's Trainer."""
 import hashlib, json, os, signal, time
 from pathlib import Path
 

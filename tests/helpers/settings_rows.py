@@ -107,7 +107,7 @@ def _inside(place: tuple, kind: Kind, value: Any) -> Iterator[tuple[tuple, Kind]
 
 
 def values(kind: Kind, drawn: random.Random, hostile: int) -> list[Any]:
-    """The ends of a row's range, what lies just outside, some of what it takes, and some of `HOSTILE`."""
+    """The ends of a row's range, values just outside, some valid values, and some of `HOSTILE`."""
     found = drawn.sample(HOSTILE, hostile)
     while isinstance(kind, Nullable):
         kind, found = kind.kind, [*found, None]

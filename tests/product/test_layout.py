@@ -1,4 +1,4 @@
-"""The layout: imports run one way, the core needs torch alone, files are short, tests stand by themselves."""
+"""The layout: imports run one way, the core needs torch alone, files are short, tests are independent."""
 
 import ast
 import graphlib

@@ -143,7 +143,7 @@ def test_a_signal_to_the_group_stops_all_ranks_after_the_step(number, tmp_path, 
 
 
 RANKS = '''\
-"""Two processes that stand for ranks of torch's launcher, whose step takes 1.5 seconds, and their parent."""
+"""Two processes that simulate ranks of torch's launcher, whose step takes 1.5 seconds, and their parent."""
 import multiprocessing, os, sys, time
 
 from sam2_lora_ext.run.signals import Forward, Interrupt

@@ -160,7 +160,7 @@ def test_defaults_and_names_of_other_versions(record, monkeypatch):
 
 
 def test_objects_null_is_what_it_means(record):
-    """`null` stands for components where the format knows no instances."""
+    """`null` means components for a format without instances."""
     components, null = (changed(record, f"{DATA}.objects", value) for value in ("components", None))
     assert changes(components, null) == changes(null, components) == []
 

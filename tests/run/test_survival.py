@@ -121,7 +121,7 @@ def test_weights_that_are_not_finite_are_not_saved(env, tmp_path, whole, monkeyp
 
 
 def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
-    """The scaler's own skip: weights stay, the scale halves, the run goes on, the summary tells, a resume counts on."""
+    """The scaler's own skip: weights stay, the scale halves, the run continues; summary and resume keep the count."""
     amp = ("trainer.optim.amp={enabled: true, amp_dtype: float16}", "trainer.optim.gradient_clip=null")
     scales = []
 
