@@ -45,7 +45,7 @@ def test_a_lossy_label_is_refused_whatever_its_suffix(tmp_path):
     folder = case("jpgmin")
     (problem,) = collect(LabelPNGReader(folder / "images", folder / "masks")).problems
     assert problem.cause == "lossy label" and problem.file.endswith("masks/a.jpg")
-    assert "a lossy label image" in problem.sentence and "save it as PNG" in problem.sentence
+    assert "a lossy label image" in problem.sentence and "export it as PNG" in problem.sentence
     for suffix, form, how in (
         (".png", "JPEG", {}),
         (".tif", "TIFF", {"compression": "jpeg"}),

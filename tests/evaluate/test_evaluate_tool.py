@@ -184,7 +184,7 @@ def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp
     [
         (["--data", "x"], "nothing to evaluate"),
         (["--checkpoint", "{base}", "--data", "{strips}", "--overlap", "8"], "--overlap needs --tile"),
-        (["--checkpoint", "{base}", "--data", "{strips}", "--crop", "8", "--tile", "8"], "two ways"),
+        (["--checkpoint", "{base}", "--data", "{strips}", "--crop", "8", "--tile", "8"], "exclude each other"),
         (["--checkpoint", "nowhere.pt", "--data", "{strips}"], "there is no nowhere.pt"),
         (["--checkpoint", "{base}", "--data", "{strips}/nothing"], "there is no"),
         (["--compare", "{base}", "{base}", "--data", "{strips}"], "a unique name"),

@@ -64,7 +64,7 @@ def test_the_page_needs_nothing_else(page):
 
 def test_it_has_every_section_and_number(page, run):
     text = read(page).text
-    headings = ["Run", "Curves", "Evaluation", "Differences from base", "By class", "By size", "Sound steel"]
+    headings = ["Run", "Curves", "Evaluation", "Differences from base", "By class", "By size", "Clean steel"]
     for heading in [*headings, "Pictures", "Updates by layer", "To repeat it"]:
         assert heading in text
     summary = json.loads((run / "training_summary.json").read_text())

@@ -29,7 +29,7 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
     said = ends_with(2, env)
     assert f"a run is active in {tmp_path / 'run'} (process {os.getpid()} on" in said
     assert not (tmp_path / "run/run.json").exists()
-    with pytest.raises(UserError, match="a run is at work"):
+    with pytest.raises(UserError, match="a run is active"):
         check_free(tmp_path / "run")
     lock.close()
     check_free(tmp_path / "run")
@@ -48,7 +48,7 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
         stdout=subprocess.PIPE,
     )
     assert child.stdout.readline() == b"locked\n"
-    with pytest.raises(UserError, match="a run is at work"):
+    with pytest.raises(UserError, match="a run is active"):
         lock_folder(tmp_path / "run")
     child.kill()
     child.wait()
