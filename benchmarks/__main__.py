@@ -1,9 +1,9 @@
-"""`python -m benchmarks [NAME ...]`, or `make bench`: what training, data, ranks, merging and clicks cost; all without
-a name.
+"""`python -m benchmarks [NAME ...]`, or `make bench`: the cost of training, data, ranks, merging and clicks; without a
+name all of them.
 
-Each is a module of its own with options of its own: `python -m benchmarks.NAME --help`. Not among them, for they answer
-other questions: `benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB, four minutes) and
-`benchmarks.estimate` (of a config of yours).
+Each is a separate module with its own options: `python -m benchmarks.NAME --help`. Not included, since they serve other
+purposes: `benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB, four minutes) and `benchmarks.estimate` (of
+your own config).
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     names = parser.parse_args(argv).names or NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(NAMES)}")
-    for name in names:  # in processes of their own, so that one's memory and threads are not another's
+    for name in names:  # in separate processes, so that they do not share memory and threads
         print(f"== benchmarks.{name}", flush=True)
         if code := subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode:
             raise UserError(f"benchmarks.{name} ended with {code}: see above")

@@ -1,9 +1,10 @@
-"""What a click on the page of `tools/serve.py` costs, from the request to the masks: `runs/bench/clicks.json`.
+"""Latency of a click on the page of `tools/serve.py`, from the request to the masks: `runs/bench/clicks.json`.
 
     python -m benchmarks.clicks                the small model, a base and an adapter, a strip of 1600x256
 
-The real server at a loopback address and a client that asks as the page does. `open` encodes the strip for both models;
-`click` asks for the mask of one model, `pair` of base and adapter, each time at another place; `further` adds clicks.
+Measured on the real server at a loopback address with a client that sends the page's requests. `open` encodes the strip
+for both models; `click` requests the mask of one model, `pair` those of base and adapter, each time at another point;
+`further` adds clicks.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/sam2_nano.yaml", help="a stock inference config (%(default)s)")
     parser.add_argument("--image-size", type=number(RESOLUTION), metavar="PIXELS", help="of the model's input")
     parser.add_argument("--rounds", type=number(COUNT), default=50, help="clicks of each kind (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="where to compute (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="device of the models (%(default)s)")
     add_out(parser, ROOT / "runs/bench/clicks.json")
     args = parser.parse_args(argv)
     check_out(args)
@@ -102,7 +103,7 @@ def measure(ask: Callable[[str, Any], Any], rounds: int) -> dict[str, dict[str, 
 
 @contextmanager
 def serve(folder: Path, args: argparse.Namespace) -> Iterator[Callable[[str, Any], Any]]:
-    """A server with a base and an adapter of random weights, and a function that asks it."""
+    """A server with a base and an adapter of random weights, and a function that sends requests."""
     torch.manual_seed(0)
     model = build_stock(args.config)
     write_weights(folder / "base.pt", model.state_dict())

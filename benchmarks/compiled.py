@@ -1,13 +1,13 @@
-"""What SAM 2's own `compile_image_encoder: true` keeps for backward: the image encoder's bytes, eager and compiled.
+"""Bytes saved for backward by the image encoder, eager and with SAM 2's own `compile_image_encoder: true`.
 
     python -m benchmarks.compiled [--case nano:128] [--methods full lean_fast lean] [--backend inductor]
 
-No dispatch mode sees inside a compiled graph, so `benchmarks.train_step` cannot count it. What the graph saves for
-backward autograd's hooks do see: so this runs one forward pass of the image encoder on real tensors, one image, under
-the CPU's bfloat16 autocast, and counts distinct storages without weights, image and outputs. Eager bytes are counted by
-what stays alive, which includes the inputs of checkpoints. What is kept is decided when forward and backward are
-parted, before code is generated; the default backend stops there, `inductor`, which SAM 2 takes, decides by the same
-rule.
+No dispatch mode sees inside a compiled graph, so `benchmarks.train_step` cannot count it. Autograd's hooks see the
+tensors that the graph saves for backward: so this runs one forward pass of the image encoder on real tensors, one
+image, under the CPU's bfloat16 autocast, and counts distinct storages without weights, image and outputs. Eager bytes
+are those of live storages, which include the inputs of checkpoints. The saved tensors are chosen when forward and
+backward are partitioned, before code is generated; the default backend stops there, and SAM 2's `inductor` uses the
+same rule.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def kept_bytes(method: str, size: str, resolution: int, backend: str) -> dict[str, int]:
-    """`eager_bytes` and `compiled_bytes` that a method's image encoder keeps for one image."""
+    """`eager_bytes` and `compiled_bytes` that a method's image encoder saves for one image."""
     model = build(method, size, resolution).model
     encoder, image = model.image_encoder, make_batch(resolution).img_batch.flatten(0, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -86,7 +86,7 @@ def storages(outputs: Mapping[str, Any], known: Iterable[Tensor]) -> dict[int, i
 
 
 def drop(outputs: dict[str, Any]) -> None:
-    """Frees what a forward pass returned, and its graph."""
+    """Frees the outputs of a forward pass and their graph."""
     outputs.clear()
     gc.collect()
 

@@ -1,11 +1,10 @@
-"""What one training step of a method costs, counted: a row of numbers that repeat exactly, on fake tensors or on real
-ones.
+"""The counted cost of one training step of a method, on fake or real tensors: a row of numbers that repeat exactly.
 
 Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and
 attention; CUDA's keeps norms, sums and softplus in float32 and so casts more. Of the small model's full fine-tuning it
 makes 942 kernels of the forward pass, not 887, and moves a tenth more bytes there; the loss is the same
-(`tests/benchmarks/test_bench_cuda.py` counts both). Counted as on a CPU are also attention (one kernel, both ways) and
-what fake tensors leave out: the clicks, which stand still.
+(`tests/benchmarks/test_bench_cuda.py` counts both). Attention is counted as on a CPU too (one
+kernel, forward and backward). Fake tensors exclude the sampling of clicks, which are fixed.
 """
 
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from benchmarks.roofline import largest_batch, modelled
 def count(
     method: str, size: str, resolution: int, images: int = 1, objects: int = 2, autocast: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """A step's `Cost` on fake tensors, its modelled times, and what of the model is trained, as one row.
+    """A step's `Cost` on fake tensors, its modelled times, and the trained parameters, as one row.
 
     Args:
         method: see `benchmarks.methods.build`, as are the next two.
@@ -83,7 +82,7 @@ def _counted(setup: Setup, batch: Any, autocast: bool, seed: Callable[[], None])
 
     if hasattr(setup.model, "hold_weights"):
         with context():
-            setup.model.hold_weights("cpu")  # else the first step would, and its new weights count as kept
+            setup.model.hold_weights("cpu")  # otherwise the first step would, and its new weights count as saved
     return step_cost(
         setup.model, setup.optimizer, tensors_of(batch), forward, lambda out: setup.loss_of(out, batch), context
     )

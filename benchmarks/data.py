@@ -1,8 +1,8 @@
-"""What the data costs: the index of a full-size set, its workers, samples and masks per second.
+"""The cost of the data: the index of a full-size set, its workers, samples and masks per second.
 
     python -m benchmarks.data [--parts index workers samples masks]
 
-Needs the real data (`SAM2_LORA_REAL_DATA`, default `../shared/data` beside the repository). Prints a Markdown table and
+Needs the real data (`SAM2_LORA_REAL_DATA`, default `../shared/data` of the repository). Prints a Markdown table and
 writes `runs/bench/data.json`.
 """
 
@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Line(NamedTuple):
-    """A line of the table: what, from which figures of a part, and what it should be."""
+    """A line of the table: title, figures of a part, and goal."""
 
     what: str
     value: Callable[[dict[str, Any]], str]
@@ -61,7 +61,7 @@ LINES = {
             lambda f: f["dataset_mb"] < 150,
         ),
         Line(
-            "peak of building it, beyond what Python and torch take",
+            "peak of building it, beyond Python and torch",
             lambda f: f"{f['peak_mb']:.0f} MB",
             "150 MB",
             lambda f: f["peak_mb"] < 150,
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as Markdown, with the goal beside each."""
+    """The figures as Markdown, each with its goal."""
     rows = ["| what | measured | goal |", "|---|---|---|"]
     for part, found in figures.items():
         for line in LINES[part]:

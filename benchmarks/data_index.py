@@ -91,7 +91,7 @@ def build_figures(folder: Path, cache: Path) -> dict[str, float]:
 
 
 def reset_peak() -> float:
-    """Forgets the peak memory of the imports (Linux); returns the memory now, in MB."""
+    """Resets the peak memory after the imports (Linux); returns the current memory in MB."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 

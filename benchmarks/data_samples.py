@@ -1,4 +1,4 @@
-"""Samples per second: our path against SAM 2's own `PNGRawDataset` and transforms, on the same real strips."""
+"""Samples per second: our data set compared with SAM 2's own `PNGRawDataset` and transforms, on the same strips."""
 
 import os
 import shutil
@@ -33,11 +33,11 @@ ROUNDS = 3
 
 
 def sample_figures(data: Path, folder: Path, samples: int) -> dict[str, Any]:
-    """Both paths in turns, so that both meet the same neighbours on the machine; the best of each counts.
+    """Both in turns, so that the load of the machine affects both alike; the best of each counts.
 
     Args:
         data: the real Severstal strips.
-        folder: where the strips are written in the layout that `PNGRawDataset` reads.
+        folder: for the strips in the layout of `PNGRawDataset`.
         samples: per loader and round.
     """
     ours, plugin, stock = both_paths(data, folder)
@@ -84,13 +84,13 @@ def compare(plugin: VOSDataset, stock: VOSDataset) -> dict[str, Any]:
     for item in range(len(plugin)):
         mine, theirs = collate_fn([plugin[item]], "bench"), data_utils.collate_fn([stock[item]], "bench")
         image = max(image, float((mine.img_batch - theirs.img_batch).abs().max()))
-        order = theirs.metadata.unique_objects_identifier[0, :, 1].argsort()  # ours are in the order of their numbers
+        order = theirs.metadata.unique_objects_identifier[0, :, 1].argsort()  # ours are sorted by their numbers
         mask = max(mask, float((mine.masks != theirs.masks[:, order]).sum(dim=(2, 3)).max()))
     return {"image_difference": image, "mask_difference": int(mask)}
 
 
 def write_png_layout(dataset: SeverstalRawDataset, folder: Path) -> None:
-    """The same strips and objects as SAM 2's `PNGRawDataset` wants them: a folder and a palette PNG for each."""
+    """The same strips and objects in the layout of SAM 2's `PNGRawDataset`: a folder and a palette PNG for each."""
     for item in range(len(dataset)):
         video, loader = dataset.get_video(item)
         for kind in ("img", "gt"):
@@ -107,7 +107,7 @@ def write_png_layout(dataset: SeverstalRawDataset, folder: Path) -> None:
 def rate(dataset: VOSDataset, collate: Callable, samples: int) -> tuple[float, float]:
     """Samples per second of one worker process, and CPU milliseconds of the worker per sample, without its start.
 
-    The second holds what handing 12 MB over to another process costs, and is hardly moved by what the machine does.
+    The second includes the transfer of 12 MB to another process, and hardly depends on the load of the machine.
     """
     order = [item % len(dataset) for item in range(samples + 5)]
     loader = DataLoader(
@@ -116,7 +116,7 @@ def rate(dataset: VOSDataset, collate: Callable, samples: int) -> tuple[float, f
         num_workers=1,
         collate_fn=partial(collate, dict_key="bench"),
         worker_init_fn=single_thread,
-        multiprocessing_context="spawn",  # as SAM 2's training does
+        multiprocessing_context="spawn",  # as in SAM 2's training
         prefetch_factor=2,
     )
     batches = iter(loader)
@@ -138,7 +138,7 @@ def children_cpu() -> float:
 
 
 def cost(dataset: VOSDataset, collate: Callable, rounds: int = 4) -> float:
-    """CPU milliseconds of a batch of one sample in this process: hardly moved by what else the machine does."""
+    """CPU milliseconds of a batch of one sample in this process: hardly affected by the load of the machine."""
     start = time.process_time()
     for item in list(range(len(dataset))) * rounds:
         collate([dataset[item]], "bench")

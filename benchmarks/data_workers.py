@@ -1,7 +1,7 @@
-"""What a data worker holds of a full-size data set, and whether that grows with their number or with time.
+"""Memory of a data worker for a full-size data set, and its growth with the number of workers and with time.
 
-Every worker gets the data set pickled (SAM 2 spawns them). Its memory is what it alone holds (`Private` in Linux's
-smaps_rollup), less what a worker without the data set holds, which is Python, torch and SAM 2.
+Every worker gets the data set pickled (SAM 2 spawns them). Its memory is its private memory (`Private` in Linux's
+smaps_rollup), less that of a worker without the data set, which is Python, torch and SAM 2.
 """
 
 import warnings
@@ -14,11 +14,11 @@ from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.images import read_rgb
 from sam2_lora_ext.data.kaggle import KaggleReader
 
-EARLY = 10  # samples of a worker before the first look: buffers of the decoders
+EARLY = 10  # samples of a worker before the first measurement, to fill the decoders' buffers
 
 
 class Watched(Dataset):
-    """Item i: its image and masks are decoded as in training, and the MB that this process holds alone are returned.
+    """Item i: its image and masks are decoded as in training, and the private MB of this process are returned.
 
     Args:
         dataset: the strips; None decodes the image of `path` alone.
@@ -66,9 +66,9 @@ def worker_figures(folder: Path, samples: int) -> dict[str, float]:
 
 
 def watch(dataset: Watched, workers: int) -> tuple[float, float]:
-    """The most MB of a worker after `EARLY` samples and at the end."""
+    """The largest MB of a worker after `EARLY` samples and at the end."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as is meant here
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, on purpose
         loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context="spawn")
         held = list(loader)  # item i is of worker i modulo `workers`
     return max(held[EARLY * workers :][:workers]), max(held[-workers:])

@@ -1,11 +1,11 @@
-"""How much memory training with a config needs, and how large a batch fits a GPU, computed without one.
+"""Estimates the memory of training with a config, and the largest batch for a GPU, without one.
 
     python -m benchmarks.estimate -c configs/severstal_lora.yaml [key=value ...]
 
 The model and the loss are those of the config, one training step runs on fake tensors (shapes and storages, no
-arithmetic) with one image, with two and with three, and what a further image adds is taken to be the same from there
-on. Not counted: what CUDA, cuDNN and the allocator take for themselves, about 1 GB, for which --reserve stands; and
-validation, which keeps nothing for backward.
+arithmetic) with one image, with two and with three, and each further image is assumed to add the same as the third. Not
+counted: the memory of CUDA, cuDNN and the allocator, about 1 GB, which --reserve sets; and validation, which saves
+nothing for backward.
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
@@ -38,12 +38,12 @@ class Estimate(NamedTuple):
 
     Attributes:
         weights: parameters and buffers.
-        gradients: of what is trained; part of `step`.
+        gradients: of the trained parameters; part of `step`.
         optimizer: AdamW's two moments.
-        saved: kept for backward with one image.
+        saved: for backward with one image.
         step: peak of a step with one image beyond weights and optimizer, the batch and the gradients included.
         step_of_two: the same with two images, whose objects do not share one image's features.
-        per_image: what each further image adds to `step_of_two`.
+        per_image: addition to `step_of_two` for each further image.
     """
 
     weights: int
@@ -60,7 +60,7 @@ class Estimate(NamedTuple):
         return self.weights + self.optimizer + step
 
     def largest_batch(self, capacity: float) -> int:
-        """The largest batch size within `capacity` bytes; 0 where not even one image fits."""
+        """The largest batch size within `capacity` bytes; 0 if no image fits."""
         if capacity < self.total(2):
             return int(capacity >= self.total(1))
         return 2 + int((capacity - self.total(2)) // self.per_image)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         "--objects", type=number(Whole(1, 10_000)), help="per image; default: the config's scratch.max_num_objects"
     )
     parser.add_argument(
-        "--reserve", type=number(Number(0, 10_000)), default=1.0, metavar="GB", help="what the GPU's libraries take"
+        "--reserve", type=number(Number(0, 10_000)), default=1.0, metavar="GB", help="memory of the GPU's libraries"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
             "weights",
             "gradients",
             "optimizer",
-            "kept for backward, one image",
+            "saved for backward, one image",
             "peak of a step, one image",
             "peak of a step, two images",
             "each further image",
@@ -122,7 +122,7 @@ def estimate(config: Any, objects: int) -> Estimate:
         size, amp = config.trainer.model.image_size, _amp(config)
         if isinstance(model, LoRASAM2Train):
             with _autocast(amp):
-                model.hold_weights("cpu")  # else the first step would, and its new weights count as kept
+                model.hold_weights("cpu")  # otherwise the first step would, and its new weights count as saved
         steps = [_step(model, loss, size, images, objects, amp) for images in (1, 2, 3)]
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -132,7 +132,7 @@ def estimate(config: Any, objects: int) -> Estimate:
 
 
 def _step(model: nn.Module, loss: nn.Module, size: int, images: int, objects: int, amp: bool) -> tuple[int, int]:
-    """Bytes kept for backward, and the peak of forward and backward; the optimizer's step needs less than these."""
+    """Bytes saved for backward, and the peak of forward and backward; the optimizer's step needs less."""
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         batch = make_batch(size, images, objects)
         before = live.now

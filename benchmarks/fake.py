@@ -1,9 +1,9 @@
 """Runs a training step on fake tensors: true shapes and storages, true FLOPs and bytes, but no memory and no
 arithmetic.
 
-A SAM 2 is constructed on the CPU first (Hiera's constructor reads values) and converted then. What a step decides from
-values is fixed: the clicks, and which mask of an object has a gradient in the loss (the first). Dropout is CUDA's, see
-`cuda_dropout`.
+A SAM 2 is constructed on the CPU first (Hiera's constructor reads values) and then converted. Decisions of a step that
+depend on values are fixed: the clicks, and the mask of an object with a gradient in the loss (the first). Dropout is
+CUDA's, see `cuda_dropout`.
 """
 
 import sys
@@ -22,7 +22,7 @@ from sam2_lora_ext.model import LoRASAM2Train
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Inside, operations make fake tensors, and SAM 2 clicks without looking."""
+    """Within the block, operations make fake tensors, and SAM 2's clicks are fixed."""
     with (
         mock.patch.object(host, "get_next_point", _click),
         mock.patch.object(LoRASAM2Train, "_prompt_sampler", lambda self, input: _NoSampler),
@@ -34,8 +34,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
 
 @contextmanager
 def fake_cuda(objects: int) -> Iterator[FakeTensorMode]:
-    """`fake_tensors` for tensors that say they are on CUDA, on a machine without it; autograd's backward pass does not
-    run on them.
+    """`fake_tensors` with device CUDA, on a machine without it; autograd's backward pass does not run on them.
 
     Args:
         objects: in the batch: the one value that stock's loss reads back. Any other reading raises.

@@ -2,8 +2,8 @@
 
     python -m benchmarks.features [--model large] [--resolution 1024] [--rounds 3]
 
-Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed image, whose features the cache has after
-the step that is not counted. Prints a table and writes `runs/bench/features.json`.
+Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed image, whose features are cached by the
+warm-up step. Prints a table and writes `runs/bench/features.json`.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli

@@ -1,10 +1,10 @@
-"""The real table: seconds, images per second, memory and launches of training steps on a GPU, beside what the model \
-predicts.
+"""Measures seconds, images per second, memory and launches of training steps on a GPU, next to the modelled times \
+of them.
 
     python -m benchmarks.gpu [--cases tiny:1024 base_plus:1024 large:1024] [--minutes 6]
 
 Needs no network: weights are random, the batch is fixed. Part of `make gpu`. Writes `runs/bench/gpu.json`: a row for
-each case, method and batch, with `modelled_ms` of every card that `benchmarks.roofline` knows. `--device cpu` runs the
+each case, method and batch, with `modelled_ms` of every card in `benchmarks.roofline`. `--device cpu` runs the
 same on a small model, to test it.
 """
 
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=COMPARED, choices=METHODS)
     parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="IMAGESxOBJECTS")
     parser.add_argument("--types", nargs="+", default=("bfloat16",), choices=TYPES)
-    parser.add_argument("--steps", type=number(COUNT), default=10, help="timed steps of each, after two that are not")
+    parser.add_argument("--steps", type=number(COUNT), default=10, help="timed steps of each, after two warm-up steps")
     parser.add_argument(
-        "--minutes", type=number(Number(0, 1000)), default=6.0, help="start no further row after so long"
+        "--minutes", type=number(Number(0, 1000)), default=6.0, help="start no further row after this time"
     )
     add_out(parser, Path("runs/bench/gpu.json"))
     args = parser.parse_args(argv)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append({**place, **apart(measured, args.device, args.steps, *place.values())})
         print(line(rows[-1]), flush=True)
         write_result(args, rows)
-    for row in rows:  # afterwards: it takes the host's time, not the GPU's, and the table is there without it
+    for row in rows:  # last: it needs CPU time only, and the table is complete without it
         if time.monotonic() < end + 60:
             place = [row[key] for key in ("method", "model", "resolution", "images", "objects", "autocast")]
             predicted = count(*place)
@@ -104,7 +104,7 @@ def measured(
     """One row from real steps on `device`.
 
     `cuda_step_seconds` is the median of `steps` steps, each from an idle device to an idle device; `images_per_second`
-    is of as many steps in a row without a wait between them; `cuda_peak_bytes` is `max_memory_allocated`; `launches`
+    is of as many consecutive steps without synchronisation; `cuda_peak_bytes` is `max_memory_allocated`; `launches`
     and `device_seconds` are the profiler's, of one step. On a CPU memory and launches are None.
     """
     cuda = device.startswith("cuda")
@@ -139,7 +139,7 @@ def measured(
 def make_step(
     device: str, method: str, size: str, resolution: int, images: int, objects: int, dtype: torch.dtype | None
 ) -> Any:
-    """A function that makes one training step: forward pass and loss under autocast, backward pass, AdamW; it returns
+    """A function that runs one training step: forward pass and loss under autocast, backward pass, AdamW; it returns
     the loss."""
     setup, batch = build(method, size, resolution), make_batch(resolution, images, objects).to(device)
     setup.model.to(device)
@@ -178,7 +178,7 @@ def profiled(step: Any, device: str) -> dict[str, float | None]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in a line of print."""
+    """A row as one line of text."""
     place = (
         f"{row['model']} {row['resolution']} {row['images']}x{row['objects']} "
         f"{'bfloat16' if row['autocast'] else 'float32'}"

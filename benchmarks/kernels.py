@@ -1,14 +1,13 @@
-"""Counts what a GPU would be asked to do in a block: kernels, their FLOPs and the bytes that they move; all repeat
-exactly.
+"""Counts the work of a GPU in a block: kernels, their FLOPs and the bytes that they move; all repeat exactly.
 
 A kernel here is an operation that torch dispatches inside the block and that computes or copies. Not counted: views;
 allocations (`empty` and its kin, not `zeros`, which is filled); `_unsafe_view`, a view by another name;
 `_local_scalar_dense`, which reads a value back and is a wait (see `benchmarks.waits`); the profiler's marks. One
-operation counts one, whatever a GPU makes of it: a convolution or an attention's backward may be two or three launches,
-`cat` or `_foreach_...` over many tensors several.
+operation counts as one kernel, although a GPU may launch more: two or three for a convolution or the backward pass of
+attention, several for `cat` or `_foreach_...` over many tensors.
 
-Bytes moved are those of an operation's inputs and outputs, each tensor at its own size, expanded ones as if they were
-full; what is written in place is read and written. No cache is assumed between operations.
+Bytes moved are those of an operation's inputs and outputs, each tensor at its own size, expanded ones at full size;
+tensors written in place count as read and written. No cache is assumed between operations.
 """
 
 from collections import Counter
@@ -24,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 
 aten = torch.ops.aten
-# operations that torch's counter does not know, in place or of the CPU, with its formulas for those that it knows
+# in-place and CPU operations that torch's counter does not know, with its formulas for equivalent ones
 UNKNOWN = {
-    aten.addmm_: addmm_flop.__wrapped__,  # which the counter wraps itself
+    aten.addmm_: addmm_flop.__wrapped__,  # the counter wraps these itself
     aten.baddbmm_: baddbmm_flop.__wrapped__,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
@@ -71,7 +70,7 @@ class Kernel(NamedTuple):
 
 
 class Kernels(TorchDispatchMode):
-    """`counts` holds how often each `Kernel` was dispatched inside the block; set `phase` to name what follows."""
+    """`counts` holds how often each `Kernel` was dispatched inside the block; set `phase` to name the next part."""
 
     def __init__(self, phase: str = "forward"):
         super().__init__()
@@ -84,7 +83,7 @@ class Kernels(TorchDispatchMode):
         name = packet.__name__
         if not (func.is_view or name in NO_KERNEL or func.namespace in ("prim", "profiler")):
             outputs = tensors(result) or written(func, args)
-            if outputs:  # else it asks for a fact, such as whether a tensor is pinned
+            if outputs:  # otherwise it is a query, such as whether a tensor is pinned
                 formula = FORMULAS.get(packet)
                 flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
                 moved = sum(tensor.numel() * tensor.itemsize for tensor in (*outputs, *tensors((args, kwargs))))
@@ -120,7 +119,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def written(func: Any, args: tuple) -> list[Tensor]:
     """The tensors among the arguments that an operation writes to, as `_foreach_add_`, which returns none."""
-    formal = zip(func._schema.arguments, args)  # not strict: defaults are left out
+    formal = zip(func._schema.arguments, args)  # not strict: defaults are omitted
     return tensors(
         [value for argument, value in formal if argument.alias_info is not None and argument.alias_info.is_write]
     )
@@ -128,8 +127,8 @@ def written(func: Any, args: tuple) -> list[Tensor]:
 
 @contextmanager
 def cuda_dropout() -> Iterator[None]:
-    """Inside, `F.dropout` and `nn.Dropout` are what they are on CUDA: one kernel and a mask of bools, both ways, for
-    all methods.
+    """Within the block, `F.dropout` and `nn.Dropout` are as on CUDA: one kernel and a mask of bools in forward and
+    backward, for all methods.
 
     On a CPU torch draws a mask of the input's type, divides and multiplies: three kernels, and as many bytes as the
     input.

@@ -1,4 +1,4 @@
-"""SAM 2.1 large for real on a CPU: two optimizer steps at 1024 px, killed and resumed in between, exported, merged, \
+"""SAM 2.1 large on a CPU: two optimizer steps at 1024 px, killed and resumed in between, exported, merged, \
 verified.
 
     python -m benchmarks.large_run [--base sam2.1_hiera_large.pt] [--out runs/large]
@@ -31,7 +31,7 @@ from sam2_lora_ext.data.synthetic import write_strips
 from sam2_lora_ext.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = ".sam2_lora_large"  # tells our folder from a user's own
+MARK = ".sam2_lora_large"  # marks the benchmark's folder
 CONFIG = "configs/sam2.1/sam2.1_hiera_l.yaml"
 OVERRIDES = [
     "trainer.accelerator=cpu",
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out.resolve()
     if args.base is not None and (not args.base.is_file() or args.base.resolve().is_relative_to(out)):
         raise UserError(
-            f"--base {args.base} is no file, or lies in --out, which is cleared: name Meta's sam2.1_hiera_large.pt"
+            f"--base {args.base} is not a file, or is in --out, which is cleared: name Meta's sam2.1_hiera_large.pt"
         )
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
         raise UserError(f"{out} is not empty and not from this benchmark: choose another --out")

@@ -1,5 +1,5 @@
-"""Counts what a training step needs: kernels, FLOPs, bytes kept for backward, peak live bytes; all repeat exactly, on
-any machine.
+"""Counts kernels, FLOPs, bytes saved for backward and peak live bytes of a training step; all repeat exactly on any
+machine.
 
 Everything here also works on fake tensors, which have shapes and storages but no memory (see `benchmarks.estimate`).
 """
@@ -20,15 +20,15 @@ from benchmarks.kernels import Kernels
 
 
 class Cost(NamedTuple):
-    """What one step costs.
+    """The cost of one step.
 
     Attributes:
         flops: multiply-adds count two; elementwise operations count nothing.
-        saved_bytes: live when the loss is there and the model's outputs are dropped, beyond the weights, the batch and
-            the optimizer's state: what is kept for backward, by whatever means.
-        hooked_bytes: what autograd's saved-tensor hooks see (distinct storages, without parameters, buffers and the
-            batch): also what is saved for parts that get no gradient and is dropped before backward, but not the inputs
-            of checkpoints.
+        saved_bytes: live after the loss is computed and the model's outputs are dropped, beyond the weights, the batch
+            and the optimizer's state: everything that is saved for backward.
+        hooked_bytes: seen by autograd's saved-tensor hooks (distinct storages, without parameters, buffers and the
+            batch): includes tensors saved for parts without a gradient, which are dropped before backward, but not the
+            inputs of checkpoints.
         peak_live_bytes: the largest sum of live storages from forward to the end of the optimizer's step, beyond the
             weights, the batch and the optimizer's state; with the gradients.
         gradient_bytes: of all parameters.
@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage that an operation makes, by weak reference, from its first sight until it is freed.
+    """Tracks every storage that an operation makes, by weak reference, until it is freed.
 
     Args:
         known: tensors that do not count, such as the weights.
@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
 
 class Saved(AbstractContextManager):
     """The storages that autograd saves for backward inside the block, each once: `total` is their size in bytes, `seen`
-    holds their addresses and those of what is left out."""
+    holds their addresses and those of ignored tensors."""
 
     def __init__(self, left_out: Iterable[Tensor]):
         self.total = 0
@@ -125,14 +125,14 @@ def step_cost(
     """Runs a forward pass that fills caches, then one training step that is counted; also gives its kernels by phase
     and operation.
 
-    What autograd's hooks see is counted in the first of them, for with hooks some of what is dropped lives on.
+    Autograd's hooks are counted in the first of them, since hooks extend the life of some tensors.
 
     Args:
         model: whose parameters and buffers are the weights.
         optimizer: of the model, without a state as yet; its weights change.
-        batch: the tensors that are there before the step.
-        forward: the forward pass; it must keep nothing but what it returns, and do the same at each call.
-        loss: of the forward pass's outputs, which are dropped then, as by the Trainer.
+        batch: the tensors that exist before the step.
+        forward: the forward pass; it must keep only its outputs, and do the same at each call.
+        loss: of the forward pass's outputs, which are dropped afterwards, as in the Trainer.
         autocast: makes the context of forward pass and loss.
     """
     known = [*model.parameters(), *model.buffers(), *batch]

@@ -1,10 +1,9 @@
-"""What a merge costs beside a plain load and save of the same file: `runs/bench/merge.json`.
+"""The cost of a merge compared with a plain load and save of the same file: `runs/bench/merge.json`.
 
     python -m benchmarks.merge                SAM 2.1 large, random weights with Meta's keys, default LoRA of rank 8
 
-Plain is `torch.save(torch.load(base), out)`; merge is `tools/merge_lora.py` as a user calls it, with the check of the
-base's identity and the record with its hashes. Both run in processes of their own, in turns (A B A B ...), counted from
-Python's start.
+Plain is `torch.save(torch.load(base), out)`; merge is `tools/merge_lora.py` with the check of the base
+and the record with its hashes. Both run in separate processes, in turns (A B A B ...), timed from Python's start.
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sam2.1/sam2.1_hiera_l.yaml", help="a stock inference config")
     parser.add_argument("--targets", nargs="*", default=[], metavar="GLOB", help="default: the package's own")
-    parser.add_argument("--rounds", type=number(COUNT), default=5, help="runs of each, after one that is not counted")
+    parser.add_argument("--rounds", type=number(COUNT), default=5, help="runs of each, after a warm-up run")
     add_out(parser, ROOT / "runs/bench/merge.json")
     args = parser.parse_args(argv)
     check_out(args)
@@ -106,7 +105,7 @@ def measure(folder: Path, config: str, targets: Sequence[str], rounds: int) -> d
         for name, script in scripts.items():
             began = time.perf_counter()
             printed = run([sys.executable, "-c", WATCHED, *script])
-            if turn:  # the first fills the caches of files
+            if turn:  # the first run fills the file caches
                 peak, cpu = printed.splitlines()[-1].split()
                 found[name].append((time.perf_counter() - began, int(peak), float(cpu)))
     rows: dict[str, dict[str, Any]] = {
@@ -128,7 +127,7 @@ def measure(folder: Path, config: str, targets: Sequence[str], rounds: int) -> d
 
 
 def run(command: Sequence[str | Path]) -> str:
-    """Runs a command and returns what it printed; a failure ends the benchmark with its last line."""
+    """Runs a command and returns its output; a failure ends the benchmark with its last line."""
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"a step of the benchmark failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")

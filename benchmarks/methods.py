@@ -1,4 +1,4 @@
-"""The training methods that are compared, on one fixed batch: SAM 2 of some size, its loss and its optimizer.
+"""The compared training methods, on one fixed batch: SAM 2 of some size, its loss and its optimizer.
 
 Shapes: T = 1 frame, O objects, H = W = the resolution.
 """
@@ -48,14 +48,14 @@ LOSS = {
 
 
 class Setup(NamedTuple):
-    """A model to train, and what trains it."""
+    """A model with its loss and optimizer."""
 
     model: torch.nn.Module
     loss: torch.nn.Module
     optimizer: torch.optim.Optimizer
 
     def step_loss(self, batch: BatchedVideoDatapoint) -> Tensor:
-        """Forward pass and loss; the outputs are dropped, as by the Trainer."""
+        """Forward pass and loss; the outputs are dropped, as in the Trainer."""
         return self.loss_of(self.model(batch), batch)
 
     def seed(self) -> None:
@@ -88,7 +88,7 @@ def build(
     `activations: stock` with the plain layer and the plain loss.
 
     Args:
-        method: what is trained, and how.
+        method: name of the training method.
         size: one of `CONFIGS`.
         resolution: the side of the model's input in pixels.
         dropout: of the adapters.
@@ -121,8 +121,7 @@ def build(
 
 
 def make_optimizer(model: torch.nn.Module, foreach: bool | None = None) -> torch.optim.Optimizer:
-    """AdamW over all parameters, as the Trainer makes it; `foreach`: many tensors at once, as it does by itself on
-    CUDA."""
+    """AdamW over all parameters, as in the Trainer; `foreach`: many tensors at once, the default on CUDA."""
     return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, foreach=foreach)
 
 

@@ -1,4 +1,4 @@
-"""`--out` of the benchmarks: their own default may be written again, any other file only with --force."""
+"""`--out` of the benchmarks: the default may be overwritten, any other file only with --force."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from sam2_lora_ext.utils.files import refuse_existing, write_json
 def add_out(parser: argparse.ArgumentParser, default: Path) -> None:
     """Adds --out and --force."""
     parser.add_argument("--out", type=Path, default=default, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--force", action="store_true", help="replace --out when it exists")
+    parser.add_argument("--force", action="store_true", help="replace an existing --out")
     parser.set_defaults(default_out=default)
 
 
@@ -21,6 +21,6 @@ def check_out(args: argparse.Namespace) -> None:
 
 
 def write_result(args: argparse.Namespace, value: Any) -> None:
-    """Writes `value` as JSON to --out; what this command has written it may write again."""
+    """Writes `value` as JSON to --out; a command may overwrite its own output."""
     write_json(args.out, value, force=args.force)
     args.force = True

@@ -1,10 +1,10 @@
-"""What each piece of a preset buys: a step of the preset, the same without each piece in turn, and without them all.
+"""The effect of each setting of a preset: a step of the preset, without each setting in turn, and without all.
 
     python -m benchmarks.pieces [--case tiny:1024] [--batch 8x3] [--type bfloat16] [--preset default]
 
 Counted on fake tensors and modelled as by `benchmarks.train_step`. Prints a table and writes `runs/bench/pieces.json`.
-In brackets stands what a row has more (or less) than the preset: what the piece that it lacks saves (or costs). "none"
-is `activations: stock` with the plain layer and the plain loss.
+In brackets is the difference of a row from the preset: the saving (or cost) of the setting that it lacks. "none" is
+`activations: stock` with the plain layer and the plain loss.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
@@ -33,7 +33,7 @@ SHOWN = ("kernels", "saved_bytes", "peak_live_bytes", "flops", "moved_bytes", "A
 
 
 class Piece(NamedTuple):
-    """A switch that is turned off: its name in a config, and the values that turn it off."""
+    """A setting that is turned off: its name in a config, and the values that turn it off."""
 
     name: str
     activations: Mapping[str, Any] = {}

@@ -1,10 +1,10 @@
-"""How much of full fine-tuning's gain LoRA recovers, on real steel: NEU-Seg, the small SAM 2, the same Trainer and \
-steps for all.
+"""The share of full fine-tuning's gain that LoRA recovers on real steel: NEU-Seg, the small SAM 2, the same Trainer \
+and steps for all.
 
     python -m benchmarks.quality [--data FOLDER] [--steps 300] [--methods lora_r8 full ...]
 
-Trains each method on 1,500 images with SAM 2's Trainer and reports on 300 others, which nothing was chosen by, through
-the stock predictor. Methods that are already there (same settings) are not trained again. Needs about 40 minutes on two
+Trains each method on 1,500 images with SAM 2's Trainer and evaluates it on 300 others, which were used for no decision,
+through the stock predictor. Finished methods (same settings) are not trained again. Needs about 40 minutes on two
 cores. Writes quality.json, quality.md and quality.png into --out.
 """
 
@@ -81,7 +81,7 @@ def distinct_images(folder: Path) -> list[str]:
             digests.append(hashlib.sha256(image.tobytes()).digest())
     group = groups(len(paths), near_pairs(np.array(hashes), np.array(thumbnails)), equal_pairs(digests))
     firsts = np.unique(group, return_index=True)[1]
-    return [paths[place].name for place in sorted(firsts)]
+    return [paths[position].name for position in sorted(firsts)]
 
 
 def write_split(data: Path, file: Path) -> None:
@@ -123,7 +123,7 @@ def train(run: Path, overrides: Sequence[str], data: Path, split: Path, steps: i
 def measure(method: str, run: Path, samples: list) -> dict:
     """The row of one method, from the weights after its last step."""
     facts = {"trained": 0, "total": 0}
-    whole = run / "weights/final.pt"  # of a method without adapters
+    whole = run / "weights/final.pt"  # for a method without adapters
     weights = whole if whole.exists() else BASE
     model = build_sam2(CONFIG, str(weights), device="cpu", apply_postprocessing=False)
     size = 0

@@ -1,12 +1,11 @@
-"""A model of a GPU's time for a step, from counted kernels: no measurement, and labelled "modelled" wherever it is
-shown.
+"""A model of a GPU's time for a step, from counted kernels: not a measurement, and always labelled "modelled".
 
     device = sum over kernels of max(LAUNCH_FLOOR, FLOPs / (0.6 peak), bytes moved / (0.8 bandwidth))
     host   = kernels x HOST_PER_KERNEL
     step   = max(device, host)
 
-What it leaves out: caches (an output that the next kernel finds in L2), fusion, waits for the device, the optimizer's
-step and the data. It is for comparing methods and cards. `python -m benchmarks.gpu` measures where there is a card.
+It ignores caches (an output that the next kernel reads from L2), fusion, synchronisation, the optimizer's step and the
+data. It is for comparing methods and cards. `python -m benchmarks.gpu` measures on a real card.
 """
 
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ from typing import NamedTuple
 from benchmarks.kernels import Kernel
 
 LAUNCH_FLOOR, HOST_PER_KERNEL = 2e-6, 6e-6  # seconds
-OF_PEAK, OF_BANDWIDTH = 0.6, 0.8  # what good kernels reach of a data sheet's numbers
-RESERVE = 1.0  # GB that CUDA, cuDNN and the allocator take for themselves, as in `benchmarks.estimate`
+OF_PEAK, OF_BANDWIDTH = 0.6, 0.8  # shares of a data sheet's numbers that good kernels reach
+RESERVE = 1.0  # GB of CUDA, cuDNN and the allocator, as in `benchmarks.estimate`
 
 
 class Card(NamedTuple):
@@ -26,7 +25,7 @@ class Card(NamedTuple):
         narrow: TFLOP/s of bfloat16 and float16 products with float32 sums, on tensor cores.
         wide: TFLOP/s of float32 products, without TF32, as PyTorch and SAM 2's configs have it.
         bandwidth: GB/s of its memory.
-        source: where the numbers are from.
+        source: of the numbers.
     """
 
     narrow: float
@@ -44,7 +43,7 @@ CARDS = {
 
 
 def device_ms(kernels: Mapping[Kernel, int], card: Card) -> float:
-    """Modelled milliseconds of the device for kernels (kernel -> how often), the optimizer's left out."""
+    """Modelled milliseconds of the device for kernels (kernel -> count), without the optimizer's."""
     seconds = 0.0
     for kernel, count in kernels.items():
         if kernel.phase != "optimizer":
@@ -56,7 +55,7 @@ def device_ms(kernels: Mapping[Kernel, int], card: Card) -> float:
 
 
 def host_ms(kernels: int) -> float:
-    """Modelled milliseconds that eager PyTorch needs to launch so many kernels."""
+    """Modelled milliseconds that eager PyTorch needs to launch this number of kernels."""
     return 1e3 * HOST_PER_KERNEL * kernels
 
 
@@ -72,17 +71,16 @@ def modelled(kernels: Mapping[Kernel, int]) -> dict[str, float | dict[str, float
 
 
 def largest_batch(weights: int, optimizer: int, gradients: int, peak: int, images: int, capacity: float = 24e9) -> int:
-    """How many images a batch may have within `capacity` bytes, `RESERVE` of them not for us; 0 where not even one
-    fits.
+    """The largest number of images of a batch within `capacity` bytes, less `RESERVE`; 0 if no image fits.
 
-    By a straight line: of a step's peak all but the gradients grows with the images.
+    Linear model: a step's peak without the gradients grows with the number of images.
 
     Args:
         weights: bytes of parameters and buffers.
         optimizer: bytes of its state.
         gradients: bytes of them, part of `peak`.
         peak: bytes of a step with `images` images, beyond weights and optimizer.
-        images: of that step; with two and more, for a single image's features are shared by its objects.
+        images: of that step; at least two, since a single image's features are shared by its objects.
     """
     room = capacity - RESERVE * 1e9 - weights - optimizer - gradients
     return max(0, int(room * images // (peak - gradients)))

@@ -20,7 +20,7 @@ COLUMNS = {  # key -> heading, unit, format
     "peak_rss_bytes": ("MB resident", 1e6, ",.0f"),
     "step_seconds": ("s a step, CPU", 1, ".2f"),
 }
-PLACE = ("model", "resolution", "images", "objects", "autocast")  # what rows that are compared have in common
+PLACE = ("model", "resolution", "images", "objects", "autocast")  # keys that compared rows have in common
 CARDS_KEY = "modelled_ms"
 
 
@@ -30,8 +30,7 @@ def value(row: dict[str, Any], key: str) -> float | None:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds `ratio_to_full` to each row: key -> its value by that of full fine-tuning in the same place, of times by
-    rounds."""
+    """Adds `ratio_to_full` to each row: key -> ratio to full fine-tuning in the same case; for times by rounds."""
     for row in rows:
         full = next((one for one in rows if one["method"] == "full" and _place(one) == _place(row)), {})
         row["ratio_to_full"] = {

@@ -1,9 +1,9 @@
 """Times of real training steps on this machine's CPU, and the resident memory of a process that makes them.
 
-The methods go in turns, each in a process of its own as in training: in one process, memory that another method has
-freed serves the next step or does not. Of one process all steps may be some percent faster than of the next, so the
-processes are fresh every few rounds. Ratios of times are medians of the ratios in each round. A CPU's time says little
-about a GPU's.
+The methods run in turns, each in its own process as in training: in a shared process, a step may or may not reuse
+memory freed by another method. All steps of a process may be some percent faster than those of the next, so processes
+are restarted every few rounds. Ratios of times are medians of the ratios in each round. A CPU's times do not predict a
+GPU's.
 """
 
 import gc
@@ -21,14 +21,14 @@ from tqdm import tqdm
 from benchmarks.measure import run_step
 from benchmarks.methods import build, make_batch
 
-FRESH = 4  # rounds of steps that a process makes, after one that is not counted
+FRESH = 4  # rounds of steps of a process, after a warm-up step
 
 
 def step_times(builds: Mapping[str, Mapping[str, Any]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of each step by name, in turns (A B C A B C ...), after one in each process that is not counted.
+    """Seconds of each step by name, in turns (A B C A B C ...), after a warm-up step in each process.
 
     Args:
-        builds: the arguments of `build` by name; each is built, and stepped, in a process of its own, a fresh one every
+        builds: the arguments of `build` by name; each is built and run in its own process, which is restarted every
             `FRESH` rounds.
         rounds: timed steps of each.
         threads: of each process.

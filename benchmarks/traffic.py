@@ -1,4 +1,4 @@
-"""What ranks send each other per step: the bytes of gradients that DDP reduces, LoRA against full fine-tuning.
+"""Communication of ranks per step: the bytes of gradients that DDP reduces, for LoRA and full fine-tuning.
 
     python -m benchmarks.traffic [--configs severstal_lora severstal_full]
 
@@ -24,16 +24,16 @@ from sam2_lora_ext.host.compose import compose, locate
 
 
 def reduced_bytes(config: str) -> tuple[int, int]:
-    """(bytes reduced in a backward pass, trained parameters) of a config's model; the process group must be there.
+    """(bytes reduced in a backward pass, trained parameters) of a config's model; the process group must exist.
 
-    Every trained parameter takes part in the pass.
+    The pass uses every trained parameter.
     """
     name, _ = locate(config)
     model = instantiate(compose(name, ["trainer.accelerator=cpu"]).trainer.model, _convert_="all")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     class Touch(torch.nn.Module):
-        """Uses every trained parameter once: the traffic does not depend on what is computed with them."""
+        """Uses every trained parameter once: the traffic does not depend on the computation."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -56,10 +56,10 @@ def reduced_bytes(config: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints and writes a row a config."""
+    """Prints and writes a row per config."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--configs", nargs="+", default=["severstal_lora", "severstal_full"], help="the last is the whole"
+        "--configs", nargs="+", default=["severstal_lora", "severstal_full"], help="the last one is the reference"
     )
     add_out(parser, Path("runs/traffic.json"))
     args = parser.parse_args(argv)

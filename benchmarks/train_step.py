@@ -1,4 +1,4 @@
-"""What a training step costs, by model, resolution, batch, type and method: a table, and `runs/bench/train_step.json`.
+"""The cost of a training step by model, resolution, batch, dtype and method: a table and `runs/bench/train_step.json`.
 
     python -m benchmarks.train_step                                              all cases, counted
     python -m benchmarks.train_step --cases tiny:1024 --methods full lean --batches 1x2 --types bfloat16       two rows
@@ -6,10 +6,10 @@
         times on this CPU too
 
 Kernels, bytes and FLOPs are counted on fake tensors, so they repeat exactly on any machine and need no memory (tests
-compare them with real ones); see `benchmarks.kernels` for what a kernel is. GPU times are modelled from them
+compare them with real ones); see `benchmarks.kernels` for the definition of a kernel. GPU times are modelled from them
 (`benchmarks.roofline`), not measured. Waits for the device are counted on a real step of the small model through the
-Trainer (`benchmarks.waits`). `--timed` adds seconds of real steps on this CPU (`benchmarks.timing`), which say little
-about a GPU's.
+Trainer (`benchmarks.waits`). `--timed` adds seconds of real steps on this CPU (`benchmarks.timing`), which do not
+predict a GPU's.
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="IMAGESxOBJECTS", help="objects of each image")
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES, help="bfloat16: under autocast")
     parser.add_argument(
-        "--timed", nargs="*", default=(), metavar="MODEL:RESOLUTION", help="cases to run for real, or none"
+        "--timed", nargs="*", default=(), metavar="MODEL:RESOLUTION", help="cases to run on real tensors, or none"
     )
     parser.add_argument("--rounds", type=number(COUNT), default=12, help="timed steps of each method")
     parser.add_argument("--threads", type=number(THREADS), default=torch.get_num_threads())

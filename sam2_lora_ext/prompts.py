@@ -165,8 +165,8 @@ def pixels_in_order(numbers: Tensor, regions: Tensor) -> Tensor:
     are not empty, row by row."""
     objects, in_row = torch.arange(len(regions), device=regions.device), regions.sum(2)  # O H
     up_to = in_row.cumsum(1)
-    place = numbers % up_to[:, -1]
-    y = torch.searchsorted(up_to, place[:, None], right=True)[:, 0]
-    place = place - (up_to - in_row)[objects, y]
-    x = torch.searchsorted(regions[objects, y].cumsum(1), place[:, None], right=True)[:, 0]
+    position = numbers % up_to[:, -1]
+    y = torch.searchsorted(up_to, position[:, None], right=True)[:, 0]
+    position = position - (up_to - in_row)[objects, y]
+    x = torch.searchsorted(regions[objects, y].cumsum(1), position[:, None], right=True)[:, 0]
     return torch.stack([x, y], 1)

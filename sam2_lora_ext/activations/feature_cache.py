@@ -69,8 +69,8 @@ class FeatureCache:
         if missing:
             with torch.no_grad():
                 encoded = encode(images[missing])
-            for place, index in enumerate(missing):
-                maps[index] = [level[place] for level in encoded]
+            for position, index in enumerate(missing):
+                maps[index] = [level[position] for level in encoded]
                 self._write(paths[index], maps[index])
         return [_stacked(level) for level in zip(*maps, strict=True)]
 

@@ -34,10 +34,10 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        (place,) = ctx.saved_tensors
+        (position,) = ctx.saved_tensors
         # only its shape is read
         x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.layout)
-        index = place % 2 + (place // 2).long() * ctx.shape[3] + _firsts(x)
+        index = position % 2 + (position // 2).long() * ctx.shape[3] + _firsts(x)
         return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, [2, 2], [2, 2], [0, 0], [1, 1], False, index)
 
 

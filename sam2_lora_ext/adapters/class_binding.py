@@ -47,7 +47,7 @@ def prompts_of_state(state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> C
         return None
     facts = notes.get(CLASS_PROMPTS)
     if not isinstance(facts, Mapping) or set(facts) != set(FACTS):
-        raise UserError("the checkpoint holds class tokens, but does not say of which classes: it is damaged")
+        raise UserError("the checkpoint holds class tokens, but does not record their classes: it is damaged")
     ids, names, crop, resolution, exclusive = (facts[name] for name in FACTS)
     tokens = state[STATE_KEY].detach().float().cpu().clone()
     return ClassPrompts(
@@ -98,7 +98,7 @@ def prompts_in_folder(folder: Path, digest: Any) -> ClassPrompts | None:
         raise UserError(f"{folder} lacks {TOKENS}, which belongs to the adapter there: copy the whole folder again")
     if tokens_digest(prompts) != digest:
         raise UserError(
-            f"{file} holds other class prompts than were trained with the adapter beside it: copy the "
+            f"{file} holds other class prompts than were trained with the adapter in its folder: copy the "
             "whole folder again"
         )
     return prompts

@@ -1,8 +1,8 @@
 """Class prompts on disk: tokens, classes and decision. Needs torch and safetensors only.
 
     <adapter folder>/class_prompts.safetensors       of an adapter
-    <name>.class_prompts.safetensors                 beside merged weights <name>.safetensors
-    the key `class_prompts` beside `model`           inside merged weights .pt, ignored by stock SAM 2
+    <name>.class_prompts.safetensors                 next to merged weights <name>.safetensors
+    the key `class_prompts` next to `model`          inside merged weights .pt, ignored by stock SAM 2
 
 The tensor is `tokens` float32 [C, K, D]: C classes in ascending order of their ids, K tokens each, D numbers a token.
 All else is one JSON text: `sam2_lora_ext` in the safetensors header, `header` in the entry of a .pt. `digest`
@@ -187,4 +187,4 @@ def _check_adapter(prompts: ClassPrompts, file: Path) -> None:
         raise UserError(f"cannot read {weights}: {error}") from error
     found = facts.get(DIGEST) if isinstance(facts, dict) else None
     if prompts.digest and found != prompts.digest:
-        raise UserError(f"{file} belongs to another adapter than the {WEIGHTS} beside it: copy the whole folder again")
+        raise UserError(f"{file} belongs to another adapter than the {WEIGHTS} next to it: copy the folder again")

@@ -91,13 +91,12 @@ def check_digest(
         return
     if DIGEST not in header:
         log.warning(
-            "%s is of version 0.1.0, which did not record that it belongs to the %s beside it: only ranks and shapes "
-            "are compared",
+            "%s is of version 0.1.0, which did not record which %s belongs to it: only ranks and shapes are compared",
             weights,
             CONFIG,
         )
     elif header[DIGEST] != digest_of(tensors, config, header):
         raise UserError(
-            f"{weights} and the {CONFIG} beside it do not belong together, or one of them was changed: "
+            f"{weights} and the {CONFIG} in its folder do not belong together, or one of them was changed: "
             "copy the whole folder again, or export it anew with tools/export_adapter.py"
         )

@@ -16,7 +16,7 @@ LONGEST_NAME = 500  # characters; SAM 2's longest has 66
 LONGEST_PATTERN = 500
 MOST_PLACES = 2_000  # of a pattern, repeats written out
 MOST_STEPS = 10_000_000  # of all names and patterns of one adapter: seconds
-WORD = re.compile(r"(?:[\w.]|\\[^\w\s])*")  # a name that stands for itself; a bare dot matches any character
+WORD = re.compile(r"(?:[\w.]|\\[^\w\s])*")  # a literal name; a bare dot matches any character
 FIRST, LAST = (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING), (sre.AT_END, sre.AT_END_STRING)
 Test = Callable[[str], bool]
 CATEGORIES: Mapping[Any, Test] = {
@@ -122,7 +122,7 @@ class Automaton:
 
     def _place(self) -> int:
         if len(self.free) >= MOST_PLACES:
-            self.refuse(f"stands for more than {MOST_PLACES:,} characters")
+            self.refuse(f"expands to more than {MOST_PLACES:,} characters")
         self.free.append([])
         self.ways.append(None)
         return len(self.free) - 1

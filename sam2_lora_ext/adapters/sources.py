@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter that a path names: a folder or file of its own, or `adapters/best`, else `adapters/final`, of a run.
+    """The adapter that a path names: an adapter folder or file, or `adapters/best`, else `adapters/final`, of a run.
 
     Raises:
         UserError: there is none.

@@ -133,7 +133,7 @@ def rename_adapter(adapter: Adapter, *, theirs: bool = False) -> Adapter:
 def _with_stars(name: str) -> Iterator[tuple[str, list[str]]]:
     """A name with its first numbers, or none of them, replaced by `*`, and those numbers; fewest stars last."""
     parts = name.split(".")
-    places = [place for place, part in enumerate(parts) if part.isdecimal()]
-    for count in range(len(places), -1, -1):
-        replaced = ["*" if place in places[:count] else part for place, part in enumerate(parts)]
-        yield ".".join(replaced), [parts[place] for place in places[:count]]
+    positions = [position for position, part in enumerate(parts) if part.isdecimal()]
+    for count in range(len(positions), -1, -1):
+        replaced = ["*" if position in positions[:count] else part for position, part in enumerate(parts)]
+        yield ".".join(replaced), [parts[position] for position in positions[:count]]

@@ -42,7 +42,7 @@ def read_file(path: str | Path) -> object:
     if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
         raise UserError(f"{path} is a folder: give the weight file in it")
     if not os.path.isfile(path):
-        kind = "a pipe or a device stands there" if os.path.exists(path) else "check the name"
+        kind = "it is a pipe or a device" if os.path.exists(path) else "check the name"
         raise UserError(f"there is no file {str(path)[:500]}: {kind}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: copy or download it again")

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         member: Task([*start, *member.overrides, f"launcher.experiment_log_dir={member.folder}"], member.folder)
         for member in open_members
     }
-    print(f"members  {len(members)}, of which {len(members) - len(tasks)} are finished already")
+    print(f"members  {len(members)}, {len(members) - len(tasks)} of them finished already")
     failures: dict[str, str] = {}
     try:
         if tasks:

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if tally.inspected:
         print(
             f"{tally.inspected} strips inspected, {tally.defective} with a defect and {tally.clean} clean: "
-            f"{tally.inspected / seconds:.2f} strips a second, of which model and decision took "
+            f"{tally.inspected / seconds:.2f} strips a second; model and decision took "
             f"{1000 * tally.seconds / tally.inspected:.1f} ms each"
         )
     if tally.bad:

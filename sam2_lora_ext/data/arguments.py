@@ -86,7 +86,7 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None
         for name in ("classes", "colors", "size", "images", "split_folder"):
             if getattr(args, name) is not None:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} is for a folder whose format is guessed: a config or a run says it itself")
+                raise UserError(f"--{option} is for a folder whose format is guessed: a config or a run defines it")
         if args.training_config:
             return replace(from_config(args.training_config, words, phase, **turned), **more)
         return replace(from_run(data, phase, **turned), **more)

@@ -78,7 +78,7 @@ class ClassSteps:
             )
         if not raw.index.complete[raw.images].any():
             raise UserError(
-                f"every image of {raw.index.image_dir} lost a mask, so nobody knows which classes are absent: correct "
+                f"every image of {raw.index.image_dir} lost a mask, so its absent classes are unknown: correct "
                 "the annotations, or set dataset.class_prompts.share to 0"
             )
 
@@ -137,6 +137,6 @@ class StepSamples(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, place: int) -> VideoDatapoint:
-        item, kind = self.items[place], self.kinds[place]
+    def __getitem__(self, position: int) -> VideoDatapoint:
+        item, kind = self.items[position], self.kinds[position]
         return self.dataset[item] if kind == "clicks" else self.steps.sample(self.dataset, item, kind == "corrected")

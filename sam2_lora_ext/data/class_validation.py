@@ -61,8 +61,8 @@ class ClassTiles(Dataset):
     def __len__(self) -> int:
         return len(self.tiles)
 
-    def __getitem__(self, place: int) -> VideoDatapoint:
-        image, tile = self.tiles[place]
+    def __getitem__(self, position: int) -> VideoDatapoint:
+        image, tile = self.tiles[position]
         if self._strip is None or self._strip[0] != image:
             self._strip = image, Image.fromarray(self.raw.index.read(image, self.raw.bits))
         start = self.starts(image)[tile]
@@ -84,8 +84,8 @@ class ClassTiles(Dataset):
         since SAM 2's validation loop waits for all ranks: ranks with fewer repeat theirs.
         """
         by_image: dict[int, list[int]] = {image: [] for image in self.images}
-        for place, (image, _) in enumerate(self.tiles):
-            by_image[image].append(place)
+        for position, (image, _) in enumerate(self.tiles):
+            by_image[image].append(position)
         strips = list(by_image.values())
         mine = [_cut(strips[first::ranks] or strips[:1], size) for first in range(ranks)]
         longest = max(map(len, mine))

@@ -50,7 +50,7 @@ def number_categories(
     if classes is None:
         ids = sorted(kept.values())
         as_they_are = bool(ids) and 1 <= ids[0] and ids[-1] <= MOST_CLASSES
-        order = {number: number if as_they_are else place for place, number in enumerate(ids, 1)}
+        order = {number: number if as_they_are else position for position, number in enumerate(ids, 1)}
         return class_table({order[number]: names[number] for number in ids}), order
     table = class_table(classes)
     numbers = {name: number for number, name in table.items()}
@@ -59,7 +59,7 @@ def number_categories(
         known = {names[number] for number in used}
         every = [name for name in table.values() if name in known] + [names[number] for number in strange]
         raise UserError(
-            f"{where} has the categories {describe_classes(names)}, of which {shorten([names[n] for n in strange])} is "
+            f"{where} has the categories {describe_classes(names)}; of these {shorten([names[n] for n in strange])} is "
             f"used but not one of the given classes {describe_classes(table)}; give the reader all names that are used "
             f"(--classes {','.join(every)})"
         )

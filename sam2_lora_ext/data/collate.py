@@ -33,9 +33,9 @@ def collate_fn(
         return data_utils.collate_fn(batch, dict_key)
     images = mappable(len(batch), len(batch[0].frames), 3, *first.shape[:2])
     table = level_table(mean, std)
-    for place, video in enumerate(batch):
+    for position, video in enumerate(batch):
         for t, frame in enumerate(video.frames):
-            write_normalised(frame.data.numpy(), table, images[place, t].numpy())
+            write_normalised(frame.data.numpy(), table, images[position, t].numpy())
     blank = torch.empty(0, 0, 0)
     rest = [
         VideoDatapoint([Frame(blank, frame.objects) for frame in video.frames], video.video_id, video.size)

@@ -36,7 +36,7 @@ class SeverstalRawDataset(VOSRawDataset):
     Args:
         reader: the annotation format, e.g. `sam2_lora_ext.data.kaggle.KaggleReader`.
         training: the behaviour above.
-        objects: "instances", "components", "classes", "all", or None for what the format has; see `make_objects`.
+        objects: "instances", "components", "classes", "all", or None for the format's default; see `make_objects`.
         min_area: fewest pixels of an object; smaller ones are left out (which does not make their image clean).
         include_clean: whether clean images are used.
         clean_share: training only: the share of clean samples, 0 <= share < 1; None takes each clean image once.
@@ -151,7 +151,7 @@ class SeverstalRawDataset(VOSRawDataset):
             row = self.items[idx]
         else:
             row = self._clean_pool[random.randrange(len(self._clean_pool))]
-        objects = {int(self.objects.ids[place]): self.objects.runs_of(place) for place in row.objects}
+        objects = {int(self.objects.ids[position]): self.objects.runs_of(position) for position in row.objects}
         objects = objects or {object_id(CLEAN, 0): NO_RUNS}
         height, width = self.index.sizes[row.image].tolist()
         path = self.index.path(row.image)

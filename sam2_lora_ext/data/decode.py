@@ -66,7 +66,7 @@ def _file(source: Source) -> BinaryIO:
     except UserError as error:
         if isinstance(error.__cause__, (OSError, ValueError)):
             raise error.__cause__ from None
-        sentence = "a folder, pipe or device stands where an image should be; remove it"
+        sentence = "it is a folder, pipe or device instead of an image; remove it"
         raise ImageError("not a file", sentence) from error
 
 
@@ -88,7 +88,7 @@ def _check_header(image: Image.Image, limit: int) -> None:
         )
     if (count := pages(image)) > 1:
         raise ImageError(
-            "several pages", f"the file holds {count} pages, of which one would be read; save each as a file"
+            "several pages", f"the file holds {count} pages, but only one would be read; save each as a file"
         )
     if image.mode not in DEEP_MODES | FLAT_MODES:
         raise ImageError("image mode", f"the image has the mode {image.mode}, which cannot be shown; save it as RGB")

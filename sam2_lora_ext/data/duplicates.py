@@ -54,7 +54,7 @@ def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
 def equal_pairs(digests: list[bytes]) -> np.ndarray:
     """int64 [K, 2]: each image with the first one of the same digest."""
     first: dict[bytes, int] = {}
-    pairs = [(first.setdefault(digest, place), place) for place, digest in enumerate(digests)]
+    pairs = [(first.setdefault(digest, position), position) for position, digest in enumerate(digests)]
     return np.array([pair for pair in pairs if pair[0] != pair[1]], dtype=np.int64).reshape(-1, 2)
 
 

@@ -53,7 +53,7 @@ def guessed(
         **more: fields of the source, such as bits.
 
     Raises:
-        UserError: nothing fits, or several things do, or there are colors for another format.
+        UserError: no format fits, or several do, or there are colors for another format.
     """
     kind, places = guess_format(path, images, split)
     settings = {key: value for key, value in (given or {}).items() if value is not None or key == "size"}
@@ -90,7 +90,7 @@ def guess_format(
         split: of a Supervisely project.
 
     Raises:
-        UserError: nothing fits, or several things do.
+        UserError: no format fits, or several do.
     """
     path = Path(path)
     if path.is_file():
@@ -124,7 +124,7 @@ def guess_format(
         folder = images if images is not None else image_folder(path, labels[0])
         return LabelPNGReader, {"image_dir": folder, "label_dir": labels[0]}
     raise UserError(
-        f"{path} has no annotations that this package knows: no csv of Kaggle, no json of COCO, no folders img and ann "
+        f"{path} has no annotations of a known format: no csv of Kaggle, no json of COCO, no folders img and ann "
         f"(Supervisely), no folder of label images ({', '.join(LABEL_FOLDERS)})"
         + (f"; name the file to see what is wrong with {candidates[0].name}" if candidates else "")
     )

@@ -95,7 +95,7 @@ def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int,
         ImageError: the file cannot be opened, is empty, is not an image, is damaged, too large or has several pages.
     """
     if not is_text(os.path.basename(path)):
-        raise ImageError("file name", "the file's name is not UTF-8 text, which no annotation can say; rename it")
+        raise ImageError("file name", "the file's name is not UTF-8 text, which no annotation can contain; rename it")
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
@@ -103,7 +103,7 @@ def probe(path: str | Path, full: bool = False, exif: bool = True) -> tuple[int,
     except ValueError as error:  # a null byte
         raise ImageError("file name", f"no file can have this name ({error}); rename it") from error
     if not regular:  # opening a pipe would block
-        raise ImageError("not a file", "a folder, pipe or device stands where an image should be; remove it")
+        raise ImageError("not a file", "it is a folder, pipe or device instead of an image; remove it")
     with opened(path) as image:
         (width, height), turned, wide = stored_size(image), orientation(image), is_wide(image)
         mode, tail = image.mode, _TAILS.get(image.format)

@@ -29,27 +29,27 @@ def write_supervisely(index: AnnotationIndex, names: list[str], folder: Path, pr
         {
             "title": index.class_names[number],
             "shape": "bitmap",
-            "color": COLORS[place % len(COLORS)],
+            "color": COLORS[position % len(COLORS)],
             "id": number,
             "geometry_config": {},
             "hotkey": "",
         }
-        for place, number in enumerate(sorted(index.class_names))
+        for position, number in enumerate(sorted(index.class_names))
     ]
     _json(folder / "meta.json", {"classes": classes, "tags": [], "projectType": "images"})
     for image, name in enumerate(progress_bar(names, progress)):
         height, width = index.sizes[image].tolist()
         entries = [
             {
-                **({"id": int(objects.annotation[place])} if objects.annotation[place] >= 0 else {}),
-                "classTitle": index.class_names[objects.class_of(place)],
+                **({"id": int(objects.annotation[position])} if objects.annotation[position] >= 0 else {}),
+                "classTitle": index.class_names[objects.class_of(position)],
                 "description": "",
                 "tags": [],
-                "bitmap": encode_bitmap(decode_runs(objects.runs_of(place), height, width) > 0),
+                "bitmap": encode_bitmap(decode_runs(objects.runs_of(position), height, width) > 0),
                 "geometryType": "bitmap",
                 "shape": "bitmap",
             }
-            for place in range(*objects.offsets[image : image + 2])
+            for position in range(*objects.offsets[image : image + 2])
         ]
         _json(
             folder / "train/ann" / f"{name}.json",
@@ -63,18 +63,18 @@ def write_coco(index: AnnotationIndex, names: list[str], folder: Path, progress:
     crowd = index.mask_crowd if objects.mode == "instances" else np.zeros(len(objects), dtype=bool)
     ids, image_ids, categories = _ids(objects.annotation), _ids(index.image_id), _category_ids(index)
     annotations = []
-    for image, class_id, place in places(objects):
+    for image, class_id, position in places(objects):
         height, width = index.sizes[image].tolist()
-        plain = {"size": [height, width], "counts": to_coco_counts(objects.runs_of(place), height, width)}
+        plain = {"size": [height, width], "counts": to_coco_counts(objects.runs_of(position), height, width)}
         rle = mask_utils.frPyObjects(plain, height, width)
-        x0, y0, x1, y1 = objects.boxes[place].tolist()
+        x0, y0, x1, y1 = objects.boxes[position].tolist()
         annotations.append(
             {
-                "id": ids[place],
+                "id": ids[position],
                 "image_id": image_ids[image],
                 "category_id": categories[class_id],
-                "iscrowd": int(crowd[place]),
-                "area": int(objects.areas[place]),
+                "iscrowd": int(crowd[position]),
+                "area": int(objects.areas[position]),
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "segmentation": {"size": [height, width], "counts": rle["counts"].decode("ascii")},
             }
@@ -95,10 +95,10 @@ def _ids(source: np.ndarray) -> list[int]:
         result.append(number if number >= 0 and number not in taken else None)
         taken.add(number)
     free = max(taken, default=0)
-    for place, number in enumerate(result):
+    for position, number in enumerate(result):
         if number is None:
             free = max(free, 0) + 1
-            result[place] = free
+            result[position] = free
     return result
 
 
@@ -115,9 +115,9 @@ def _category_ids(index: AnnotationIndex) -> dict[int, int]:
 def places(objects: ObjectTable) -> list[tuple[int, int, int]]:
     """(image, class, position in the table) of each object."""
     return [
-        (image, objects.class_of(place), place)
+        (image, objects.class_of(position), position)
         for image in range(len(objects.offsets) - 1)
-        for place in range(*objects.offsets[image : image + 2])
+        for position in range(*objects.offsets[image : image + 2])
     ]
 
 

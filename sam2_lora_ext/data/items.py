@@ -122,15 +122,15 @@ def select_images(index: AnnotationIndex, names: list[str] | None, where: str | 
     """
     if names is None:
         return np.arange(len(index))
-    place = {name: image for image, name in enumerate(index.names())}
+    position = {name: image for image, name in enumerate(index.names())}
     dropped = {problem.image for problem in index.problems} | set(index.unknown)
-    unknown = [name for name in names if name not in place and name not in dropped]
+    unknown = [name for name in names if name not in position and name not in dropped]
     if unknown:
         raise UserError(
             f"{where} names {len(unknown)} images that {index.image_dir} does not have, the first is "
             f"{unknown[0]!r}; make the split again or correct the folder"
         )
-    chosen = np.array(sorted(place[name] for name in names if name in place), dtype=np.int64)
+    chosen = np.array(sorted(position[name] for name in names if name in position), dtype=np.int64)
     if not len(chosen):
         raise UserError(f"no image of {where} is usable; see the problems above")
     return chosen
@@ -167,17 +167,17 @@ def group_objects(boxes: np.ndarray, max_objects: int | None, width: int | None)
     order = range(len(boxes)) if width is None else np.lexsort((np.arange(len(boxes)), boxes[:, 0]))
     groups = []
     left = right = 0
-    for place in order:
-        x0, x1 = boxes[place, 0], boxes[place, 2]
+    for position in order:
+        x0, x1 = boxes[position, 0], boxes[position, 2]
         if (
             groups
             and (max_objects is None or len(groups[-1]) < max_objects)
             and (width is None or max(right, x1) - left <= width)
         ):
-            groups[-1].append(place)
+            groups[-1].append(position)
             right = max(right, x1)
         else:
-            groups.append([place])
+            groups.append([position])
             left, right = x0, x1
     return [np.array(group) for group in groups]
 
@@ -208,7 +208,7 @@ def object_rows(
         places = places[keep[places]]
         height, columns = index.sizes[image].tolist()
         firsts = np.array(
-            [windows.best_window(objects.runs_of(place), height, columns) if windows else 0 for place in places]
+            [windows.best_window(objects.runs_of(position), height, columns) if windows else 0 for position in places]
         )
         for first in np.unique(firsts):
             chosen = places[firsts == first]

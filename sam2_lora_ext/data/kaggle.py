@@ -147,7 +147,7 @@ class _Rows:
         record, name = self.records[row.name], row.name
         absent = is_absent(row.rle)
         number = None
-        if not (absent and is_absent(row.class_text)):  # else a clean image, written as a row of its own
+        if not (absent and is_absent(row.class_text)):  # else a clean image with an explicit row
             number = _class_number(row.class_text)
             if number not in self.class_names:
                 known = describe_classes(self.class_names)

@@ -200,7 +200,7 @@ def _colours(image: Image.Image) -> np.ndarray:
 
 
 def _refuse_lossy(image: Image.Image) -> None:
-    """Refuses a file whose values were changed when it was saved, whatever its suffix says."""
+    """Refuses a file of a lossy format, whatever its suffix."""
     form = image.format
     if form == "TIFF" and (packing := LOSSY_TIFF.get(image.tag_v2.get(tiff.COMPRESSION))) is not None:
         form = f"{packing} in TIFF"

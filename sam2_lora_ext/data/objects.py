@@ -63,8 +63,8 @@ def resolve_mode(index: AnnotationIndex, mode: ObjectMode | None) -> ObjectMode:
         raise UserError(f"objects must be {', '.join(MODES)} or null, got {mode!r}")
     if mode == "instances" and not index.instances:
         raise UserError(
-            f"objects is instances, but the format of {index.image_dir} does not say which pixels are one object (COCO "
-            "and Supervisely do); choose components, classes or all, or null for what the format has"
+            f"objects is instances, but the format of {index.image_dir} does not define the pixels of an object (COCO "
+            "and Supervisely do); choose components, classes or all, or null for the format's default"
         )
     return mode
 

@@ -161,7 +161,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         if self.class_steps is None:
             return Subset(self._inner, ids)
         first, batch = phase * self.steps_per_phase, self.batch_sizes[0]
-        steps = [first + place // batch for place in range(len(ids))]
+        steps = [first + position // batch for position in range(len(ids))]
         return StepSamples(self._inner, ids, self.class_steps.kinds(self.seed, steps), self.class_steps)
 
     def _length(self, number: int) -> int:

@@ -58,12 +58,12 @@ class ObjectSampler(VOSSampler):
             return SampledFramesAndObjects(
                 frames=frames, object_ids=list(segment_loader.load(frames[0].frame_idx).keys())
             )
-        shown = [place for place, frame in enumerate(video.frames) if len(segment_loader.load(frame.frame_idx))]
+        shown = [position for position, frame in enumerate(video.frames) if len(segment_loader.load(frame.frame_idx))]
         if not shown:
             raise UserError(f"no frame of {video.video_name} shows an object")
         step = -1 if random.random() < self.reverse_time_prob else 1
-        first = random.choice([place for place in shown if fits(place, count, len(video.frames))] or shown)
-        frames = [video.frames[place] for place in walk(first, count, len(video.frames), step)]
+        first = random.choice([position for position in shown if fits(position, count, len(video.frames))] or shown)
+        frames = [video.frames[position] for position in walk(first, count, len(video.frames), step)]
         object_ids = list(segment_loader.load(frames[0].frame_idx).keys())
         if self.max_num_objects is not None:
             object_ids = random.sample(object_ids, min(len(object_ids), self.max_num_objects))

@@ -104,7 +104,7 @@ def look_at_units(paths: Sequence[str], bits: int, exif: bool = True, most: int 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
     """All items, or `most` of them at equal distances."""
     count = min(most, len(items))
-    return [items[place * len(items) // count] for place in range(count)]
+    return [items[position * len(items) // count] for position in range(count)]
 
 
 def is_deep(values: np.ndarray) -> bool:

@@ -59,7 +59,7 @@ class Windows:
     def clip(self, columns: int, first: int) -> list[tuple[int, int]]:
         """T fixed windows from the `first` on: to the right if the strip is long enough, else see `walk`."""
         windows = self.fixed(columns)
-        return [windows[place] for place in walk(first, self.num_frames, len(windows), 1)]
+        return [windows[position] for position in walk(first, self.num_frames, len(windows), 1)]
 
     def best_window(self, runs: np.ndarray, height: int, columns: int) -> int:
         """The leftmost fixed window that shows most pixels of an object: its clip begins there."""

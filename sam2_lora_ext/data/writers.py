@@ -30,14 +30,16 @@ Write = Callable[[AnnotationIndex, list[str], Path, bool], None]
 def write_kaggle(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
     """`train_images/` and `train.csv`, a row for each mask."""
     masks = make_objects(index, "classes")
-    rows = [(names[image], class_id, format_rle(masks.runs_of(place))) for image, class_id, place in places(masks)]
+    rows = [
+        (names[image], class_id, format_rle(masks.runs_of(position))) for image, class_id, position in places(masks)
+    ]
     _table(folder / "train.csv", ["ImageId", "ClassId", "EncodedPixels"], rows)
 
 
 def write_kaggle_old(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
     """`train_images/` and `train.csv` with a row for each image and class, empty where there is no mask."""
     masks = make_objects(index, "classes")
-    texts = {(image, class_id): format_rle(masks.runs_of(place)) for image, class_id, place in places(masks)}
+    texts = {(image, class_id): format_rle(masks.runs_of(position)) for image, class_id, position in places(masks)}
     _table(
         folder / "train.csv",
         ["ImageId_ClassId", "EncodedPixels"],
@@ -125,7 +127,7 @@ def convert(
     names = [PurePosixPath(name).name for name in index.names()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{twice} stands in several folders of the data; convert one split at a time")
+        raise UserError(f"{twice} is in several folders of the data; convert one split at a time")
 
     def fill(folder: Path) -> None:
         for name in (image_folder, *others):

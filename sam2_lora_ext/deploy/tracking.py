@@ -24,20 +24,20 @@ def track(
         windows: [start, stop) columns, from left to right, all of one width.
         click: (x, y) on the strip.
     """
-    holding = [place for place, (start, stop) in enumerate(windows) if start <= click[0] < stop]
-    first = min(holding, key=lambda place: abs(sum(windows[place]) / 2 - click[0]))
+    holding = [position for position, (start, stop) in enumerate(windows) if start <= click[0] < stop]
+    first = min(holding, key=lambda position: abs(sum(windows[position]) / 2 - click[0]))
     logits: dict[int, torch.Tensor] = {}
     for path in (range(first, len(windows)), range(first, -1, -1)):  # to the right, then to the left
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            for step, place in enumerate(path):
-                start, stop = windows[place]
+            for step, position in enumerate(path):
+                start, stop = windows[position]
                 Image.fromarray(strip[:, start:stop]).save(f"{folder}/{step:05d}.jpg", quality=100, subsampling=0)
             state = predictor.init_state(folder)
             points = np.array([[click[0] - windows[first][0], click[1]]], dtype=np.float32)
             predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=points, labels=np.array([1]))
-            for place, _, found in predictor.propagate_in_video(state):
-                logits[path[place]] = found[0, 0].float().cpu().clamp(-SURE, SURE)
-    return torch.stack([logits[place] for place in range(len(windows))])
+            for position, _, found in predictor.propagate_in_video(state):
+                logits[path[position]] = found[0, 0].float().cpu().clamp(-SURE, SURE)
+    return torch.stack([logits[position] for position in range(len(windows))])
 
 
 def draw(
@@ -64,9 +64,9 @@ def draw(
     small = max(1, round(step) - GAP), max(1, round(height * (step - GAP) / (windows[0][1] - windows[0][0])))
     picture = Image.new("RGB", (width, 2 * height + GAP + small[1]), (255, 255, 255))
     picture.paste(Image.fromarray(np.concatenate([strip, shown])))
-    for place, ((start, stop), tile) in enumerate(zip(windows, tiles, strict=True)):
+    for position, ((start, stop), tile) in enumerate(zip(windows, tiles, strict=True)):
         frame = Image.fromarray(tint(strip[:, start:stop], tile)).resize(small)
-        picture.paste(frame, (round(place * step), 2 * height + GAP))
+        picture.paste(frame, (round(position * step), 2 * height + GAP))
     return picture
 
 

@@ -172,9 +172,9 @@ class Training:
         dataset = instantiate(conf["datasets"][0], _convert_="all")
         inner = _attribute(dataset, "video_dataset")
         known = getattr(inner, "classes_of", lambda index: {1})
-        place = next((index for index in range(min(len(inner or dataset), TRIES)) if known(index)), 0)
+        position = next((index for index in range(min(len(inner or dataset), TRIES)) if known(index)), 0)
         collate = instantiate(conf["collate_fn"])
-        return collate([_attribute(dataset, "video_dataset", holder=True)[place]])
+        return collate([_attribute(dataset, "video_dataset", holder=True)[position]])
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision as in the config; the Trainer's is for CUDA only."""

@@ -20,9 +20,9 @@ def bootstrap_interval(
     Returns:
         The lower and upper bound; both equal the mean when there is one image.
     """
-    names = {name: place for place, name in enumerate(dict.fromkeys(groups))}
-    places = np.array([names[group] for group in groups])
-    sums, counts = np.bincount(places, values, len(names)), np.bincount(places, minlength=len(names))
+    names = {name: position for position, name in enumerate(dict.fromkeys(groups))}
+    positions = np.array([names[group] for group in groups])
+    sums, counts = np.bincount(positions, values, len(names)), np.bincount(positions, minlength=len(names))
     drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     tail = (1 - level) / 2

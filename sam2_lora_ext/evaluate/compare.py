@@ -34,16 +34,16 @@ class Samples(Sequence[Sample]):
     def __init__(self, dataset: SeverstalRawDataset, crop: int | None = None, limit: int | None = None):
         self.dataset, self.crop = dataset, crop
         count = min(limit or len(dataset), len(dataset))
-        self.items = [place * len(dataset) // count for place in range(count)]
+        self.items = [position * len(dataset) // count for position in range(count)]
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, place: int) -> Sample:
-        return read_sample(self.dataset, self.items[place], self.crop)
+    def __getitem__(self, position: int) -> Sample:
+        return read_sample(self.dataset, self.items[position], self.crop)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[place] for place in range(len(self)))
+        return (self[position] for position in range(len(self)))
 
 
 def compare(

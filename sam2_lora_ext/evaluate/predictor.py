@@ -159,8 +159,8 @@ def evaluate(model: SAM2Base, samples: Iterable[Sample], clicks: int = 8) -> lis
         box = mask_counts(prompter.boxes(masks)[0] > 0, masks)[:, 0]
         by_clicks = torch.stack(steps, 1).tolist()
         rows += [
-            Row(sample.name, sample.object_ids[o], by_clicks[place], box[place].tolist())
-            for place, o in enumerate(sample.defects)
+            Row(sample.name, sample.object_ids[o], by_clicks[position], box[position].tolist())
+            for position, o in enumerate(sample.defects)
         ]
     return rows
 

@@ -28,7 +28,7 @@ DROPOUTS = ("inputs", "channels")
 
 @dataclass
 class LoRAConfig:
-    """Which layers get an adapter, of which size, and what else is trained.
+    """The layers that get an adapter, their ranks, and the modules trained in full.
 
     Globs are matched against full module names, `*` across dots too; one that matches nothing is an error. Where
     several patterns match a layer the last one wins, so that an override can be added at the end.
@@ -44,7 +44,7 @@ class LoRAConfig:
         rank_pattern: glob -> rank of the adapted layers that it matches.
         alpha_pattern: glob -> alpha of the adapted layers that it matches.
         qkv_parts: of layers named `qkv`, adapt only these, e.g. ["q", "v"]; None adapts the fused layer as one.
-        trainable: globs of modules that are trained in full beside the adapters, e.g. "*.norm1".
+        trainable: globs of modules that are trained in full besides the adapters, e.g. "*.norm1".
         freeze_a: train B alone and leave A as it was drawn (LoRA-FA, arXiv 2308.03303): lean layers then save no input.
         variant: "lora", "dora" (arXiv 2402.09353) or "pissa" (arXiv 2404.02948), see `variants.py`.
         implementation: how the update is computed: "plain", or "lean": same results, less saved for backward.

@@ -76,7 +76,7 @@ def _modules_changed(
     if base is not None:
         keys = [key for key in keys if key not in base or not torch.equal(state[key].float(), base[key].float())]
     elif any(f"{name}.weight" in state for name in adapted):
-        raise UserError("the checkpoint holds the whole model, and no lora.json says what was trained: give --base")
+        raise UserError("the checkpoint holds the whole model, and no lora.json lists what was trained: give --base")
     if alone := [key for key in keys if "." not in key]:
         raise UserError(f"{alone[0]} was trained, but is in no module: an adapter cannot hold it alone")
     return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))

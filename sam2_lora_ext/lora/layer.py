@@ -3,7 +3,7 @@
     y = W x + b + s B A dropout(x),   s = alpha / r, or alpha / sqrt(r) when rank-stabilised (arXiv 2312.03732)
 
 A fused layer stacks P equal parts along its outputs (Hiera's `qkv`: the rows of q, then k, then v), d = out / P each.
-`parts` says which n of them are adapted. Each has its own r rows of A and its own B, so B as a whole is block-diagonal.
+`parts` selects the n adapted ones. Each has its own r rows of A and its own B, so the full B is block-diagonal.
 
 Shapes: x (..., in) · W (out, in) · b (out) · lora_a (n·r, in) · lora_b (n·d, r) · block-diagonal B (out, n·r).
 Variants of this layer are in `variants.py`; what they add to the state dict is named `lora_...` too.

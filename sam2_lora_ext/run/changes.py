@@ -21,7 +21,7 @@ ALLOWED = {  # key -> the reason why it does not change the result
     "accelerator": "the same numbers to rounding",
     "metrics_every": "how often a row is written",
     "keep_previous": "how many checkpoints are kept",
-    "export.*": "what is written beside adapters",
+    "export.*": "what is written besides adapters",
     "logging.*": "what is shown where",
     "optim.gradient_logger": "what is looked at",
     "optim.gradient_logger.*": "what is looked at",
@@ -150,8 +150,8 @@ def _walk(key: str, value: Any, known: Collection[str]) -> Iterator[tuple[str, A
         for name, inner in _filled(key, value, known).items():
             yield from _walk(f"{key}.{name}" if key else str(name), inner, known)
     elif isinstance(value, list) and any(isinstance(inner, (Mapping, list)) for inner in value):
-        for place, inner in enumerate(value):
-            yield from _walk(f"{key}[{place}]", inner, known)
+        for position, inner in enumerate(value):
+            yield from _walk(f"{key}[{position}]", inner, known)
     else:
         yield key, value
 

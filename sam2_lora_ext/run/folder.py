@@ -6,7 +6,7 @@ run_dir/
   lora.json               adapted layers, parameters, the LoRA config, the identity of the base
   validations.json        the metrics of every validation; early stopping and `best` are computed from it
   adapters/{best,latest,final}/   PEFT folders
-  weights/{best,final}.pt         full weights instead, where no adapter is trained (class prompts as an entry beside)
+  weights/{best,final}.pt         full weights instead, if no adapter is trained (class prompts as a further entry)
   merged_best.pt          on request: weights that stock `build_sam2` loads
   <name>/*.torch          on request: the flat files of the older Severstal script
   training_summary.json   at the end

@@ -10,9 +10,9 @@ from sam2_lora_ext.utils.versions import git_commit, versions
 
 def launched_config(argv: Sequence[str]) -> str | None:
     """The training config of a launcher's command line (-c CONFIG); None if there was no such command."""
-    for place, word in enumerate(argv):
-        if word in ("-c", "--config") and place + 1 < len(argv):
-            return argv[place + 1]
+    for position, word in enumerate(argv):
+        if word in ("-c", "--config") and position + 1 < len(argv):
+            return argv[position + 1]
         if word.startswith("--config="):
             return word.removeprefix("--config=")
     return None

@@ -69,8 +69,8 @@ class ListOf(Kind):
 
     def check(self, where: str, value: Any) -> None:
         super().check(where, value)
-        for place, entry in enumerate(value):
-            self.kind.check(f"{where}.{place}", entry)
+        for position, entry in enumerate(value):
+            self.kind.check(f"{where}.{position}", entry)
 
 
 @dataclass(frozen=True)

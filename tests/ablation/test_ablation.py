@@ -53,7 +53,7 @@ def test_a_members_folder_does_not_depend_on_the_others(tmp_path):
 
 
 def test_an_unknown_metric_is_a_sentence_with_the_choices(tmp_path, monkeypatch):
-    """Before anything is run; one that only the grid brings is known; the monitored one decides by its mode."""
+    """Before any member runs; a metric that only the grid adds is known; the monitored metric decides by its mode."""
     monkeypatch.setenv("SAM2_LORA_CONFIG_DIR", "")
     command = ["-c", "demo", "--out", str(tmp_path / "out"), "--grid", "lora.rank=2"]
     with pytest.raises(UserError, match="--metric iou: .*choose from iou_1click.*clean_accuracy.*loss_mask"):
@@ -91,7 +91,7 @@ with Interrupt() as interrupt:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_member_finish_its_step(number, tmp_path, repository):
-    """As a terminal sends it, to the whole group, and to the tool alone; no member is left behind."""
+    """As a terminal sends it, to the process group, and to the tool alone; no member keeps running."""
     start = f"import sys; sys.path.insert(0, {str(repository)!r}); from pathlib import Path; "
     start += "from sam2_lora_ext.ablation.jobs import attend, Task; "
     start += f"attend(Task([sys.executable, '-c', {MEMBER_PROGRAM!r}, {str(tmp_path)!r}, "
@@ -170,7 +170,7 @@ def test_real_members(tmp_path, nano_base, strips, repository: Path, run_python)
     assert int(rows[0]["params_trained"]) * 2 == int(rows[2]["params_trained"])
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("training_summary.json")}
     again = run_python(command, env=env, cwd=tmp_path)
-    assert again.returncode == 1 and "3, of which 2 are finished already" in again.stdout
+    assert again.returncode == 1 and "3, 2 of them finished already" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert (tmp_path / "out/ablation.png").exists() and "| rank |" in (
         tmp_path / "out/ablation.md"

@@ -1,4 +1,4 @@
-"""What an ablation finds in its members' folders: the rule of a resume, for real runs."""
+"""The check of members' folders by the rule of a resume, for real runs."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 def test_an_ablation_compares_its_members_by_the_same_rule(whole, half, nano_base, strips, tmp_path):
-    """Finished or not: what changes nothing passes, what does is named; data and base are compared by content."""
+    """Finished or not: harmless changes pass, others are named; data and base are compared by content."""
     env, moved = environment(nano_base, strips, tmp_path), Path(shutil.copytree(strips, tmp_path / "moved"))
     done, begun = Member({"trainer.seed_value": "42"}, whole), Member({"lora.alpha": "16"}, half)
 

@@ -1,4 +1,4 @@
-"""The presets of `activations` compute what stock computes: on a small SAM 2, and each part by itself."""
+"""The presets of `activations` give stock's results: on a small SAM 2, and each setting by itself."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ SWITCHES = ("pool", "conv", "norms", "positions", "weights")
 
 
 def lively(setup):
-    """A setup whose adapters and object scores do something: a random B, objects that are there."""
+    """A setup with effective adapters and object scores: a random B, objects that are present."""
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in setup.model.named_parameters():
@@ -62,7 +62,7 @@ def train(setup, steps=1, autocast=False):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("preset", ["fast", "default", "low"])
 def test_a_preset_changes_no_bit(preset, autocast):
-    """Beside `norms`, which rounds otherwise: see below."""
+    """Except `norms`, which rounds differently: see below."""
     off, lean = (
         train(lively(build("lean", SIZE, RESOLUTION, dropout=0.2, activations=choice)), steps=2, autocast=autocast)
         for choice in ({"norms": True}, preset)
@@ -75,7 +75,7 @@ def test_a_preset_changes_no_bit(preset, autocast):
 
 @pytest.mark.parametrize("switch", [*SWITCHES, "encoder", "decoder"])
 def test_each_piece_alone(switch):
-    """Each can be switched by itself, and keeps less than without or as much."""
+    """Each can be switched by itself, and never saves more for backward."""
     results, kept = [], []
     for choice in ("stock", {switch: True if switch in SWITCHES else 0.5}):
         setup, batch = lively(build("lean", SIZE, RESOLUTION, dropout=0.0, activations=choice)), make_batch(RESOLUTION)
@@ -135,7 +135,7 @@ def test_ten_steps_equal_the_plain_implementation_with_the_plain_loss(method):
 
 
 def as_video(batch, frames):
-    """A batch of one frame as one of several, its images moved a little further in each."""
+    """A batch of several frames from a batch of one, with images shifted from frame to frame."""
 
     def repeated(x):
         return x.repeat(frames, *[1] * (x.dim() - 1))
@@ -237,7 +237,7 @@ def test_what_presets_compute_again_of_tiny_small_base_plus_and_large(stages, de
 
 
 def blocks_of(*stages):
-    """As many blocks of each stage; the first of a later one pools."""
+    """The same number of blocks in each stage; the first of each later stage pools."""
 
     class Block(nn.Module):
         def __init__(self, q_stride):
@@ -278,7 +278,7 @@ def test_presets_mappings_and_what_they_were_called():
 
 
 def arguments_of(model):
-    """The parts that a `LoRASAM2Train` is made of, for another one."""
+    """The parts of a `LoRASAM2Train`, for constructing another one."""
     parts = "image_encoder", "memory_attention", "memory_encoder"
     return {name: copy.deepcopy(getattr(model, name)) for name in parts} | {"image_size": RESOLUTION}
 

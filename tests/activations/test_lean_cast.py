@@ -1,4 +1,4 @@
-"""Frozen weights in autocast's type change no bit of a training step, and only where autocast would cast them."""
+"""Frozen weights in autocast's dtype leave a training step bitwise the same; only weights that it casts change."""
 
 import pytest
 import torch

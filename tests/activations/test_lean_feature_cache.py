@@ -1,4 +1,4 @@
-"""Features from disk are those of the encoder to the bit, however they came there, and only a frozen encoder's."""
+"""Cached features are bitwise the encoder's, and only a frozen encoder can be cached."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The lean loss against the plain one, which is stock's to the bit, and against finite differences."""
+"""The lean loss compared with the plain one, which is bitwise stock's, and with finite differences."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""An adapter folder is one unit: replaced as one, bound by its digest, and never read by halves."""
+"""An adapter folder is one unit: replaced atomically, bound by its digest, and never read in part."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_a_config_that_was_changed_is_not_the_adapters(folder, changes):
 
 
 def test_weights_and_config_of_two_adapters(folder, tmp_path):
-    """Of equal shapes and settings but for alpha: the mixture would be silently wrong."""
+    """Equal shapes and settings except for alpha: without the digest the mixture would be silently wrong."""
     save_adapter(make(1, alpha=20), tmp_path / "other")
     for adapter in (folder, tmp_path / "other"):  # plain layers, whose header says nothing of alpha
         loaded = load_adapter(adapter)
@@ -78,7 +78,9 @@ def test_weights_and_config_of_two_adapters(folder, tmp_path):
             layer.lora_a = layer.lora_a[:4]
         save_adapter(loaded, adapter)
     shutil.copy(folder / "adapter_model.safetensors", tmp_path / "other")
-    with pytest.raises(UserError, match="other/adapter_model.* and the adapter_config.json beside it do not belong"):
+    with pytest.raises(
+        UserError, match="other/adapter_model.* and the adapter_config.json in its folder do not belong"
+    ):
         load_adapter(tmp_path / "other")
 
 
@@ -97,7 +99,7 @@ def test_what_does_not_change_the_result_may_change(folder):
 
 
 def test_peft_has_no_header_and_loads(folder):
-    """Its `save_pretrained` drops ours; an adapter of more than one part then is one of a larger rank."""
+    """PEFT's `save_pretrained` drops our header; an adapter of several parts then has a larger rank."""
     file = folder / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt"})
     edit(folder, lora_alpha=400)
@@ -133,7 +135,7 @@ STATES = {  # what a kill can leave beside or instead of `best`, and which adapt
 
 @pytest.mark.parametrize("state", STATES)
 def test_each_state_that_a_kill_leaves(state, tmp_path):
-    """It is read at once, without writing; the next start settles it; the next export replaces it."""
+    """It is read without writing; the next start completes the replacement; the next export replaces it."""
     laid, number = STATES[state]
     run = tmp_path / "run"
     save_adapter(make(9), run / "adapters/final")
@@ -159,7 +161,7 @@ def test_each_state_that_a_kill_leaves(state, tmp_path):
 
 
 def writer(folder: Path) -> int:
-    """A process that writes adapters there without end; its number."""
+    """Starts a process that writes adapters there in a loop; returns its number."""
     if child := os.fork():
         return child
     try:
@@ -170,7 +172,7 @@ def writer(folder: Path) -> int:
 
 
 def test_real_kills(tmp_path):
-    """SIGKILL, thirty times: what is there is always a whole adapter, and in the end nothing else is."""
+    """SIGKILL, thirty times: the folder is always a complete adapter, and no other file remains."""
     folder, generator = tmp_path / "adapters/best", random.Random(1)
     save_adapter(make(0), folder)
     for _ in range(30):
@@ -185,7 +187,7 @@ def test_real_kills(tmp_path):
 
 
 def test_a_reader_meets_a_writer(tmp_path):
-    """A report while the run exports: whatever it reads is whole."""
+    """A report while the run exports: every read adapter is complete."""
     folder = tmp_path / "best"
     save_adapter(make(0), folder)
     child = writer(folder)
@@ -199,7 +201,7 @@ def test_a_reader_meets_a_writer(tmp_path):
 
 
 def test_exports_replace_adapters_and_nothing_else(folder, tmp_path):
-    """Not without --force, no folder of something else, and never what is read."""
+    """Not without --force, no folder with other content, and never an input."""
     out = tmp_path / "out"
     export_adapter.main([str(folder), str(out)])
     with pytest.raises(UserError, match="out exists already"):

@@ -99,7 +99,7 @@ def test_what_peft_trained_as_dora_gives_the_same_here_live_and_merged(tmp_path)
 
 
 def test_pissa_is_exported_as_pefts_own_conversion_writes_it(tmp_path):
-    """Both trained to the same numbers, PEFT on what it left of the base's weights."""
+    """Both trained to the same results, PEFT on the residual of the base's weights."""
     settings = LoraConfig(r=3, lora_alpha=6, target_modules=["qkv"], init_lora_weights="pissa")
     model = build_lora_model(build(), {"variant": "pissa", "rank": 3, "alpha": 6, "targets": ["*.attn.qkv"]})
     other = get_peft_model(build(), settings)
@@ -121,7 +121,7 @@ def test_pissa_is_exported_as_pefts_own_conversion_writes_it(tmp_path):
 
 @all_configs
 def test_taken_from_a_checkpoint(config):
-    """What the Trainer saves, with lora.json, and where there is none."""
+    """The Trainer's checkpoint, with and without lora.json."""
     model = trained(config)
     expected = Adapter.from_model(model)
     kept = {key for key, value in model.named_parameters() if value.requires_grad}

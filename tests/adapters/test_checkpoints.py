@@ -1,4 +1,4 @@
-"""Weight files: what is read and refused, identities that survive precision and adapters, and which SAM 2 a file is."""
+"""Weight files: valid and refused ones, identities independent of precision and adapters, and the SAM 2 of a file."""
 
 import os
 import pickle
@@ -88,7 +88,7 @@ def test_truncated_files_are_refused(nano, tmp_path, suffix, keep):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, run_python):
-    """A file size limit stands for the disk; it is set in a child, for it cannot be raised again."""
+    """A file size limit simulates the full disk; it is set in a child process, since it cannot be raised again."""
     path = tmp_path / "w.pt"
     write_weights(path, {"a": torch.ones(3)})
     for suffix in ("pt", "safetensors"):
@@ -147,7 +147,7 @@ def test_the_identity_is_the_same_before_and_after_injection_and_a_round_trip_th
 
 
 def test_the_identity_takes_bounded_memory(run_python):
-    """In a process of its own, since the peak of this one has been higher before."""
+    """In a separate process, since the peak memory of this one has been higher before."""
     code = (
         "import resource, torch\n"
         "from sam2_lora_ext.adapters.weights import weights_id\n"

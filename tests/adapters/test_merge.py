@@ -1,4 +1,4 @@
-"""Merging state dicts: merged equals unmerged, dtypes are as promised, what does not fit is refused."""
+"""Merging state dicts: merged equals unmerged, dtypes are as documented, mismatches are refused."""
 
 import pytest
 import torch

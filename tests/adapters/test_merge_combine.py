@@ -1,4 +1,4 @@
-"""Several adapters in one merge: the exact sum, PEFT's own sum as the oracle, and what has none is refused."""
+"""Several adapters in one merge: the exact sum, PEFT's own sum as the oracle, and refusals of others."""
 
 import json
 from pathlib import Path

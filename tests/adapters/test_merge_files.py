@@ -1,4 +1,4 @@
-"""Merging files: every kind of source, the right base only, and nothing written unless all is well."""
+"""Merging files: every kind of source, the right base only, and nothing written after an error."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def trained() -> nn.Module:
 
 @pytest.fixture
 def run(tmp_path: Path, base: dict[str, Tensor], trained: nn.Module) -> Path:
-    """A folder `run` as LoRATrainer leaves it, with `base.pt` beside it."""
+    """A folder `run` as written by LoRATrainer, with `base.pt` next to it."""
     write_weights(tmp_path / "base.pt", base)
     facts = {"base_id": weights_id(base), "base_path": "base.pt", "model_config": NANO}
     folder = tmp_path / "run"

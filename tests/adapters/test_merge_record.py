@@ -1,4 +1,4 @@
-"""The JSON beside a merged file: hashes as sha256sum gives them, never overwritten by accident."""
+"""The JSON record of a merged file: hashes as sha256sum gives them, never overwritten by accident."""
 
 import hashlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""From base and merged file back to an adapter: the same update, at its rank; what is not low-rank is refused."""
+"""Unmerging: base and merged file give the same update at its rank; changes that are not low-rank are refused."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_truncation_is_the_best_there_is(out, inputs, rank, cut, seed):
 
 
 def test_by_parts_only_where_it_takes_fewer_numbers():
-    """A (T, T, T) adapter of rank 2 is of rank 6 as a whole; one of rank 2 as a whole has parts of rank 2."""
+    """A (T, T, T) adapter of rank 2 has rank 6 as one update; a fused one of rank 2 has parts of rank 2."""
     torch.manual_seed(0)
     base = {"a.qkv.weight": torch.randn(30, 12), "a.qkv.bias": torch.zeros(30)}
     for parts, rank in (((True, True, True), 2), ((True,), 2), ((False, False, True), 3)):
@@ -87,7 +87,7 @@ def test_by_parts_only_where_it_takes_fewer_numbers():
 
 @pytest.mark.parametrize("dtype, bound", [("float16", 2e-3), ("bfloat16", 1.5e-2)])
 def test_from_a_half_precision_file(folder, tmp_path, dtype, bound):
-    """The rank is seen through the rounding, and what is unchanged but for it is no change."""
+    """Rounding errors neither change the rank nor count as a change."""
     merge_files(folder / "base.pt", folder / "q and v", tmp_path / "m.pt", dtype=dtype)
     found = unmerge(read_weights(folder / "base.pt"), read_weights(tmp_path / "m.pt"))
     before = load_adapter(folder / "q and v")
@@ -145,9 +145,7 @@ def test_the_command_line(folder, tmp_path, monkeypatch, repository, capsys):
     command = ["--base", str(folder / "base.pt"), "--merged", str(folder / "q and v.pt"), "--out", str(tmp_path / "a")]
     unmerge_lora.main(command)
     printed = capsys.readouterr().out
-    assert (
-        "48 LoRA layers of rank 4 to 4, 0 modules kept whole" in printed and "(0.01 is allowed in addition" in printed
-    )
+    assert "48 LoRA layers of rank 4 to 4, 0 modules kept whole" in printed and "(0.01 is allowed in" in printed
     metadata = load_adapter(tmp_path / "a").metadata
     assert metadata["base_id"] == weights_id(read_weights(folder / "base.pt")) and metadata["model_config"] == NANO
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 8  # two parts of rank 4 for PEFT

@@ -1,7 +1,7 @@
 """Device discipline without a GPU: forward pass and loss of a step on fake CUDA tensors, where a tensor on the wrong
 device raises.
 
-The backward pass does not run there, and the clicks stand still: `test_clicks_are_made_on_the_device` runs those.
+The backward pass does not run there, and the clicks are fixed: `test_clicks_are_made_on_the_device` runs those.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def few_clicks(monkeypatch):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """One kernel, as on a real card; without one torch takes attention apart."""
+    """One kernel, as on a real card; without one torch splits attention into several."""
     q, k, v = (tensor.to(torch.bfloat16) for tensor in (q, k, v))
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
 

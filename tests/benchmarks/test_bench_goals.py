@@ -49,7 +49,7 @@ def test_a_small_model_s_step_keeps_to_its_ratios(monkeypatch):
 
 @pytest.mark.slow
 def test_the_goals():
-    """What the benchmark's table promises, and that eight images launch what one does."""
+    """The claims of the benchmark's table, and the same number of launches for eight images as for one."""
     one, eight = (
         {method: count(method, "tiny", 1024, *batch, autocast=True) for method in ("full", *GOALS)}
         for batch in ((1, 2), (8, 3))
@@ -74,7 +74,7 @@ def test_larger_models_have_tiny_s_ratios(size):
 
 
 def test_every_switch_is_a_piece_that_can_be_turned_off():
-    """Alone; without all of them every module, layer and loss is the plain one."""
+    """Each by itself; without all of them every module, layer and loss is the plain one."""
     preset = PRESETS["default"]
     switches = {field.name for field in dataclasses.fields(ActivationsConfig)}
     assert {name for piece in PIECES for name in piece.activations} == switches

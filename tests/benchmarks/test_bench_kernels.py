@@ -1,4 +1,4 @@
-"""Kernels and waits of a whole step at a small size: known operations, and that a batch makes no more of either."""
+"""Kernels and waits of a full step at a small size: known operations, and no more of either for a larger batch."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_waits_are_named_by_kind_and_line():
 
 @pytest.mark.parametrize("method", KERNELS)
 def test_kernels_of_a_step_do_not_grow_with_the_batch(method, few_clicks):
-    """Real tensors, real clicks: a loop over objects or maps anywhere shows."""
+    """Real tensors, real clicks: detects any loop over objects or maps."""
     found = [real_step(method, "nano", 128, *batch)[0].kernels for batch in (SMALL, LARGE)]
     assert found == pytest.approx([KERNELS[method]] * 2, rel=0.002)
 

@@ -1,4 +1,4 @@
-"""The yardstick: its counters on known operations, fake tensors against real ones, the estimate against a real step."""
+"""The counters of the benchmarks on known operations, on fake and real tensors, and the estimate and a real step."""
 
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -78,7 +78,7 @@ def test_fake_tensors_cost_what_real_ones_do(method, monkeypatch, few_clicks):
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_the_estimate_is_what_a_real_step_takes(amp):
-    """Under autocast a model's first step casts its frozen weights for good: they are no part of what a step keeps."""
+    """Under autocast a model's first step casts its frozen weights permanently: they do not count as saved."""
     changes = [
         f"trainer.optim.amp.enabled={amp}",
         "trainer.optim.amp.amp_dtype=bfloat16",

@@ -1,4 +1,4 @@
-"""The benchmark of merging runs, and its figures hang together; what they are is a matter of the machine."""
+"""The benchmark of merging runs, and its figures are consistent; their values depend on the machine."""
 
 import json
 

@@ -165,5 +165,5 @@ def test_a_checkpoint_notes_what_its_tokens_are():
     assert torch.equal(prompts.tokens, adapter.class_prompts.tokens) and prompts.class_ids == IDS
     assert prompts.base_id == "a" and prompts_of_state(build().state_dict(), {}) is None
     assert facts_of(build()) is None
-    with pytest.raises(UserError, match="does not say of which classes"):
+    with pytest.raises(UserError, match="does not record their classes"):
         prompts_of_state(model.state_dict(), {})

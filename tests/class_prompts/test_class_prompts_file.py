@@ -103,11 +103,11 @@ BROKEN = ["", "[]", "{}", '{"version": 2}', '{"version": 1}', "NaN", '{"version"
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_damaged_header_is_a_sentence(text, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"damaged|another version|no JSON"):
+    with pytest.raises(UserError, match=r"damaged|another version|not valid JSON"):
         from_entry({"tokens": torch.zeros(2, 3, 5), "header": text}, "x.pt")
     if isinstance(text, str):
         save_file({"tokens": torch.zeros(2, 3, 5)}, tmp_path / "class_prompts.safetensors", {"sam2_lora_ext": text})
-        with pytest.raises(UserError, match=r"damaged|another version|no JSON"):
+        with pytest.raises(UserError, match=r"damaged|another version|not valid JSON"):
             load_class_prompts(tmp_path)
 
 

@@ -126,7 +126,7 @@ def test_all_images_lost_a_mask(tmp_path):
     table = folder / "train.csv"
     table.write_text(table.read_text().replace("a.jpg,1,", "a.jpg,1,0 ").replace("d.jpg,2,", "d.jpg,2,0 "))
     dataset = video_dataset(SeverstalRawDataset(reader(folder), on_invalid="skip"))
-    with pytest.raises(UserError, match="nobody knows which classes are absent"):
+    with pytest.raises(UserError, match="absent classes are unknown"):
         ClassSteps(50, []).check(dataset)
 
 

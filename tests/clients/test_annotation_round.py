@@ -1,8 +1,8 @@
-"""A round of annotation: pre-labels of a model, corrected in a tool's own format, read back, trained on.
+"""A round of annotation: pre-labels of a model, corrected in a tool's own format, read back, used in training.
 
-Pre-labels are what the stock predictor says to boxes on synthetic strips. A tool is played by what it leaves behind:
+Pre-labels are the stock predictor's masks for boxes on synthetic strips. A tool is represented by its output files:
 COCO's JSON with a polygon (checked with pycocotools), Supervisely's JSON with a bitmap, a painted palette PNG. Masks
-that nobody touched must come back pixel for pixel, under their ids.
+that were not corrected must be read back pixel for pixel, with their ids.
 """
 
 import base64
@@ -74,7 +74,7 @@ def pre(strips: Path, repository: Path) -> Round:
 
 
 def objects_of(index: AnnotationIndex) -> Objects:
-    """What an index says, by id."""
+    """The content of an index, by id."""
     table = make_objects(index, "instances")
     return {
         int(table.annotation[place]): (name, table.class_of(place), table.runs_of(place).tobytes())
@@ -90,7 +90,7 @@ def by_hand() -> np.ndarray:
 
 
 def corrected(pre: Round) -> Objects:
-    """What must be read after the corrections."""
+    """The expected content after the corrections."""
     hand, wanted = encode_mask(by_hand() > 0).tobytes(), objects_of(pre.index)
     name, class_id, _ = wanted[pre.changed]
     del wanted[pre.removed]

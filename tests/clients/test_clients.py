@@ -1,6 +1,6 @@
-"""What programs of others make of our files: samexporter's and X-AnyLabeling's runners, and Ultralytics.
+"""Our files in other programs: samexporter's and X-AnyLabeling's runners, and Ultralytics.
 
-They are installed by hand (requirements-clients.txt); a test whose program is missing is skipped.
+They are installed separately (requirements-clients.txt); a test whose program is missing is skipped.
 """
 
 import importlib.util
@@ -87,7 +87,7 @@ def module_of(name: str) -> ModuleType:
 
 @pytest.fixture(params=["samexporter", "x_anylabeling"])
 def runner(request: pytest.FixtureRequest, pair: Path) -> tuple[Any, Callable[[np.ndarray], Any]]:
-    """A runner on the pair, and how it takes an RGB image: samexporter wants OpenCV's order of channels."""
+    """A runner on the pair, and how it takes an RGB image: samexporter expects OpenCV's order of channels."""
     files = [str(pair / "labelling" / name) for name in ("image_encoder.onnx", "mask_decoder.onnx")]
     if request.param == "samexporter":
         client = module_of("samexporter.sam2_onnx").SegmentAnything2ONNX(*files)
@@ -139,7 +139,7 @@ def overlaps(client: Any, encoded: Any, predictor: SAM2ImagePredictor, image: np
 
 
 def square(strips: Path) -> np.ndarray:
-    """The left of a synthetic strip in the model's own size, so that nobody resizes."""
+    """The left of a synthetic strip at the model's own size, so that no program resizes it."""
     path = sorted((strips / "train_images").iterdir())[1]
     return np.asarray(Image.open(path).convert("RGB").crop((300, 0, 556, 256)).resize((SIZE, SIZE)))
 

@@ -152,7 +152,7 @@ def track_theirs(folder: Path) -> list[torch.Tensor]:
     ],
 )
 def test_every_size_has_stocks_modules(config):
-    """All tensors with their shapes, and what shapes do not tell: windows, heads, pooling, sizes of the maps."""
+    """All tensors with their shapes, and settings not in the shapes: windows, heads, pooling, sizes of the maps."""
     stock = instantiate(compose(config).model, _recursive_=True)
     config = make_config(stock.state_dict())
     assert config.image_size == stock.image_size == 1024
@@ -190,7 +190,7 @@ def test_masks_of_a_large_model_equal_stocks(tmp_path):
 
 
 def test_a_box_a_mask_and_no_prompt(nano, tmp_path):
-    """What `Sam2Model` has of its own: boxes apart from points, a padded point where there is no prompt."""
+    """Differences of `Sam2Model`: boxes separate from points, a padded point without a prompt."""
     merge_files(nano / "base.pt", nano / "adapter", tmp_path / "m.pt")
     stock = build_stock(NANO, tmp_path / "m.pt", SIZE)
     model = their_model("Sam2Model", nano / "model")

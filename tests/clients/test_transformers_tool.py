@@ -41,7 +41,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_card_and_the_size_are_those_of_the_run(nano_base, strips, run_dir, tmp_path):
-    """A real run at other pixels than its config's: base, data, metrics, and no path of this machine."""
+    """A real run at another size than its config's: base, data, metrics, and no path of this machine."""
     train_here(environment(nano_base, strips, run_dir), "scratch.resolution=96")
     merged = write_model_folder(nano_base, [run_dir], tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()

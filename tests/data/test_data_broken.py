@@ -1,4 +1,4 @@
-"""Broken Kaggle data: each a sentence with its place, all in one pass; `skip` drops just what is broken."""
+"""Broken Kaggle data: one sentence with file and row for each, all in one pass; `skip` drops only broken entries."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ ROWS = rows_of(STRIPS)  # row 2: a.jpg,1  3: a.jpg,3  4: b.jpg,4  5: d.jpg,2  6:
 
 @dataclass
 class Case:
-    """A way to break a good set: `damage(folder)`, and what must be said of it."""
+    """A damage to a valid set, `damage(folder)`, and the expected message."""
 
     name: str
     damage: Callable[[Path], None]
@@ -205,7 +205,7 @@ def test_folders_and_files_that_are_not_there(tmp_path):
 
 
 def test_no_read_permission():
-    """Root may read everything, so it takes the rights of nobody for a moment."""
+    """Root may read everything, so the test temporarily runs as the user nobody."""
     with tempfile.TemporaryDirectory() as name:
         folder = write_kaggle(Path(name) / "k")
         (folder / "images/a.jpg").chmod(0)

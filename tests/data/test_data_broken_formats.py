@@ -1,4 +1,4 @@
-"""Broken Supervisely, COCO and label files: each a sentence with its place."""
+"""Broken Supervisely, COCO and label files: one sentence with the file for each."""
 
 import json
 from collections.abc import Callable

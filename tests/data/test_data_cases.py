@@ -1,4 +1,4 @@
-"""Inputs that no tool could be told to read: labels of 0 and 255, of colours, images of 16 bits; now in every tool."""
+"""Inputs that earlier versions could not read: labels of 0 and 255 or in colour, 16-bit images; now in every tool."""
 
 import json
 
@@ -12,7 +12,7 @@ from PIL import Image
 from sam2_lora_ext.data.guess import guess_reader
 from sam2_lora_ext.data.index import build_index
 
-CASES = {  # folder: how a tool is told to read it, image, areas by class
+CASES = {  # folder: arguments of a tool for it, image, areas by class
     "deep1": (["--bits", "16"], "a.png", {1: 10_000}),
     "bin255": (["--classes", "255=defect"], "000.png", {255: 900}),
     "cvat": (["--colors", "1=250/50/83,2=51/221/255", "--classes", "pit,crack"], "a.png", {1: 900, 2: 1_200}),

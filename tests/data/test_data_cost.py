@@ -1,4 +1,4 @@
-"""What the data costs, in CPU time, which other work hardly moves; `python -m benchmarks.data` measures all."""
+"""The CPU time of the data, which other load hardly affects; `python -m benchmarks.data` measures everything."""
 
 import pickle
 import time

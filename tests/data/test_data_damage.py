@@ -1,7 +1,7 @@
 """Files that are cut off or changed: the right pixels and masks, or a refusal; never others.
 
 Truncation is tried at every byte, a changed bit wherever a format has a checksum (PNG; TIFF with deflate), and numbers
-in a TIFF's tags. A change that leaves a valid file of another meaning is not seen: pixels of BMP, GIF, JPEG, WebP, and
+in a TIFF's tags. A change to a valid file with another meaning is not detected: pixels of BMP, GIF, JPEG, WebP, and
 of TIFF without a checksum, its size, its photometric interpretation.
 """
 
@@ -89,8 +89,8 @@ def test_a_changed_bit_where_there_is_a_checksum(kind, data):
 
 @pytest.mark.parametrize("kind", ["tif", "lzw", "deflate", "packbits"])
 def test_a_tiff_whose_tags_do_not_fit_its_pixels(kind, monkeypatch):
-    """Rows of a strip, places of strips, bits of a sample: with a wrong number decoders leave black or read other
-    bytes."""
+    """Rows of a strip, offsets of strips, bits of a sample: with a wrong number decoders leave pixels black or read
+    other bytes."""
     monkeypatch.setattr(TiffImagePlugin, "STRIP_SIZE", 30 * 4)
     form, how = KINDS[kind]
     if kind == "tif":

@@ -1,4 +1,4 @@
-"""Images with an orientation tag: masks lie where viewers and labelling tools show them, on every path."""
+"""Images with an orientation tag: masks are where viewers and labelling tools show them, in every tool."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ SUFFIXES = [".jpg", ".png", ".tif", ".webp"]
 
 
 def scene(height=40, width=60):
-    """uint8 [H, W, 3] in which no turning maps the image to itself."""
+    """uint8 [H, W, 3] that no rotation or reflection maps to itself."""
     small = np.random.default_rng(1).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 

@@ -1,4 +1,4 @@
-"""What image and label files may be: one page, no loss in labels, within the limit of size, not hidden."""
+"""Requirements on image and label files: one page, lossless labels, limited size, not hidden."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ def problem_of(folder):
 
 
 def png_of_size(width, height):
-    """A PNG that says so in its header and holds next to nothing; 1 bit a pixel."""
+    """A PNG whose header declares a large size but that has little data; 1 bit per pixel."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -45,7 +45,7 @@ def test_a_lossy_label_is_refused_whatever_its_suffix(tmp_path):
     folder = case("jpgmin")
     (problem,) = collect(LabelPNGReader(folder / "images", folder / "masks")).problems
     assert problem.cause == "lossy label" and problem.file.endswith("masks/a.jpg")
-    assert "a lossy label image" in problem.sentence and "save it as PNG" in problem.sentence
+    assert "a lossy label image" in problem.sentence and "export it as PNG" in problem.sentence
     for suffix, form, how in (
         (".png", "JPEG", {}),
         (".tif", "TIFF", {"compression": "jpeg"}),
@@ -79,11 +79,11 @@ def test_several_pages_are_a_problem_with_their_number(tmp_path, part, cause, su
     pages[0].save(tmp_path / part / f"a{suffix}", save_all=True, append_images=pages[1:])
     problem = problem_of(tmp_path)
     assert problem.cause == cause and problem.file.endswith(f"{part}/a{suffix}")
-    assert "holds 3 pages, of which one would be read" in problem.sentence
+    assert "holds 3 pages, but only one would be read" in problem.sentence
 
 
 def test_previews_are_no_pages(tmp_path):
-    """A TIFF with a small copy behind the image, and a camera's JPEG with one."""
+    """A TIFF with a preview after the image, and a camera's JPEG with one."""
     image, small = Image.fromarray(NOISE), Image.fromarray(NOISE[::4, ::4].copy())
     stream = io.BytesIO()
     with TiffImagePlugin.AppendingTiffWriter(stream, True) as writer:

@@ -1,4 +1,4 @@
-"""Files made to do harm, or that only a strange machine has: a sentence, never a crash, a hang or a full memory."""
+"""Malicious or unusual files: one sentence, never a crash, a hang or exhausted memory."""
 
 import base64
 import io
@@ -96,7 +96,7 @@ def test_a_table_that_is_none_is_named(tmp_path):
 
 
 def test_deep_images_are_scanned_as_they_are_seen(tmp_path, run_python, repository):
-    """A 12 bit image beside the same image in 8 bits: the same black share, and a near duplicate."""
+    """A 12 bit image and the same image in 8 bits: the same black share, and a near duplicate."""
     folder = write_kaggle(tmp_path / "k", {"a.png": [], "b.png": []})
     write_image(folder / "images/a.png")
     grey = np.asarray(Image.open(folder / "images/a.png").convert("L")).copy()

@@ -1,4 +1,4 @@
-"""Annotations that say which pixels are one object stay what they are: index, objects, conversion, evaluation, scan."""
+"""Instance annotations are preserved in index, objects, conversion, evaluation and scan."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Names: classes get their numbers by name, file names of other systems are found, csv fields are quoted."""
+"""Names: class numbers by name, file names of other systems, quoted csv fields."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Phases of steps: the same samples whatever the ranks, workers and resumption."""
+"""Phases of steps: the same samples for any number of ranks and workers, and after a resume."""
 
 import json
 from collections import Counter

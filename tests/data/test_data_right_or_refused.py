@@ -1,14 +1,14 @@
 """Damaged annotations of every format: the right masks or a refusal; never fewer objects, never a clean strip.
 
-Truncation is tried at every byte (of JSON at every third), damage to syntax at every place where there is some, damage
-to structure at every value of a JSON, and changed bits where there is a checksum. What was read without a problem must
-be all that was there; with `on_invalid: skip`, an image that counts as whole or clean must be so.
+Truncation is tried at every byte (of JSON at every third), damage to syntax at every position with syntax, damage to
+structure at every value of a JSON, and changed bits in data with a checksum. Data read without a problem must be
+complete; with `on_invalid: skip`, an image that counts as complete or clean must be so.
 
-Changes that leave a valid file of another meaning are not seen, and not tried here: rows lost at a line's end of a new
-Kaggle table (a clean image has no row), or of an old one within its first image; other digits in a number, and another
-name of an image or class; an entry taken out of a JSON list; coordinates of a polygon, and of an RLE whose annotation
-has neither `area` nor `bbox`; a pixel of a label in a format without a checksum; the corner (`origin`) of a Supervisely
-bitmap that stays inside of its image.
+Changes that give a valid file with another meaning cannot be detected and are not tried: rows lost at a line's end of a
+new Kaggle table (a clean image has no row), or of an old one within its first image; other digits in a number, and
+another name of an image or class; an entry removed from a JSON list; coordinates of a polygon, and of an RLE whose
+annotation has neither `area` nor `bbox`; a pixel of a label in a format without a checksum; the `origin` of a
+Supervisely bitmap that remains inside its image.
 """
 
 import base64
@@ -86,7 +86,7 @@ def test_truncation(kind):
 
 
 def test_syntax(kind):
-    """A sign of the syntax taken out, doubled or put in elsewhere; bytes that are no text."""
+    """A syntax character removed, doubled or inserted elsewhere; bytes that are not text."""
     whole = kind.file.read_bytes()
     signs = {".csv": b',\n"', ".json": b'{}[],:"', ".png": b""}[kind.file.suffix]
     places = [place for place, byte in enumerate(whole) if byte in signs]
@@ -125,7 +125,7 @@ def test_structure(kind):
 
 
 def paths(value, path=()):
-    """The path of every value but the whole, and but the names that a file gives to images and classes."""
+    """The path of every value except the root and the names of images and classes."""
     inner = value.items() if isinstance(value, dict) else list(enumerate(value))[:6] if isinstance(value, list) else ()
     for key, part in inner:
         if key not in ("name", "file_name", "classTitle"):
@@ -140,7 +140,7 @@ def value_of(content, path):
 
 
 def numeric(valid, path):
-    """Whether a path leads into numbers that any number may replace: a polygon's coordinates, a bitmap's corner."""
+    """Whether a path leads into numbers that any number may replace: a polygon's coordinates, a bitmap's origin."""
     free = {"segmentation", "origin"} & set(path) and not {"counts", "size"} & set(path)
     return bool(free) and isinstance(value_of(valid, path), int | float)
 

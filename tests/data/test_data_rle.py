@@ -49,7 +49,7 @@ def test_codes_agree_with_pycocotools(mask):
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(st.text(max_size=12), st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=12)))
 def test_any_text_is_coco_counts_or_an_error(text):
-    """pycocotools decodes 200,000 of these and then dies of a heap that it corrupted."""
+    """pycocotools decodes 200,000 of these and then crashes by a corrupted heap."""
     try:
         counts = rle.parse_coco_text(text)
     except rle.RLEError as error:

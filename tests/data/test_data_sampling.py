@@ -1,4 +1,4 @@
-"""What training draws: clean strips, rare classes, small objects, and the images of a split."""
+"""Sampling in training: clean strips, rare classes, small objects, and the images of a split."""
 
 import random
 from collections import Counter

@@ -56,7 +56,7 @@ def test_strips_as_video_are_seen_window_by_window(composed):
 
 
 def write_run(folder: Path, readers: list[dict], **block: object) -> Path:
-    """A run folder of which only the record matters."""
+    """A run folder with only a record."""
     sets = [{"video_dataset": {"_target_": "x.SeverstalRawDataset", "reader": one, **block}} for one in readers]
     record = {"trainer": {"data": {"train": {"datasets": sets}, "val": {"datasets": sets}}}}
     for part in ("adapters/best", "checkpoints"):

@@ -1,4 +1,4 @@
-"""What the numbers in images mean: floats, 12 bits in 16, 16 bit colours, 32 bits; read right or refused."""
+"""Pixel values of images: floats, 12 bits in 16, 16-bit colours, 32 bits; read correctly or refused."""
 
 import json
 import logging
@@ -134,7 +134,7 @@ def test_a_value_that_does_not_fit_is_named_and_not_clipped(tmp_path):
 
 
 def test_a_value_that_turns_up_in_training_stops_it(tmp_path):
-    """SAM 2's data set answers many errors with another sample; this one must come through, with the file's name."""
+    """SAM 2's data set replaces a sample after many errors; this error must be raised, with the file's name."""
     twelve_bits(tmp_path, most=4095)
     samples = video_dataset(SeverstalRawDataset(reader(tmp_path), bits=12), num_frames=1)
     assert samples[0].frames[0].data.size == (60, 40)

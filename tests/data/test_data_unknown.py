@@ -1,4 +1,4 @@
-"""What could not be read is unknown, never clean or whole; what was not read is named."""
+"""Unreadable images are unknown, never clean or complete; unread files are listed."""
 
 import json
 import shutil

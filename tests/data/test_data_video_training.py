@@ -1,4 +1,4 @@
-"""Clips of four windows through the Trainer, and one defect followed along a strip by the stock video predictor."""
+"""Clips of four windows through the Trainer, and one defect tracked along a strip by the stock video predictor."""
 
 import csv
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_the_run_says_how_its_strips_are_seen(merged, strips, tmp_path, capsys):
 
 
 class CopyingPredictor:
-    """Stands for the video predictor: "finds" the bright pixels of each window."""
+    """Replaces the video predictor: its masks are the bright pixels of each window."""
 
     def init_state(self, folder):
         self.frames = [np.asarray(Image.open(path)) for path in sorted(Path(folder).iterdir())]

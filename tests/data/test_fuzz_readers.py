@@ -1,4 +1,4 @@
-"""Random damage to what the readers read: nothing but this project's own error may come out, and never a hang.
+"""Random damage to the readers' files: only this project's own error may be raised, and no reader may hang.
 
 `make fuzz` runs this for longer: the environment variable SAM2_LORA_FUZZ_SECONDS is the time for each reader.
 """

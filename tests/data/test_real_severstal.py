@@ -1,4 +1,4 @@
-"""The main job on real steel: nine strips, a few dozen steps through the launcher, merged and verified."""
+"""The main workflow on real steel: nine strips, a few dozen steps through the launcher, merged and verified."""
 
 import csv
 import json

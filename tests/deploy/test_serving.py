@@ -1,4 +1,4 @@
-"""Live adapters in SAM 2's own three predictors: each answers as its adapter alone does, and nothing is left over."""
+"""Switchable adapters in SAM 2's own three predictors: each gives its adapter's masks, and no effect remains."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_at_other_sizes_it_does(folders):
 
 
 def test_the_base_is_the_stock_model(folders):
-    """Without an adapter on there is nothing of ours in it; with one, the base's keys are there."""
+    """Without an active adapter the model has only stock modules; with one, it has the base's keys."""
     model, stock = load_sam2(NANO, BASE, folders, device="cpu"), build_sam2(NANO, str(BASE), device="cpu")
     assert not model.training
     assert set(model.state_dict()) > set(stock.state_dict())

@@ -1,4 +1,4 @@
-"""The doctor finds every planted fault, names it, and says what to do; a sound training is green."""
+"""The doctor finds every planted error, names it and its fix; a valid training is green."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The doctor finds faults planted in the environment: packages, imports, GPU, shared memory, ports, disk."""
+"""The doctor finds errors planted in the environment: packages, imports, GPU, shared memory, ports, disk."""
 
 import shutil
 import socket

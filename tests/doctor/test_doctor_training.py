@@ -1,4 +1,4 @@
-"""The doctor finds faults planted in the checkpoint, the data and the step."""
+"""The doctor finds errors planted in the checkpoint, the data and the step."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What would end an evaluation in the middle is found before the first model is asked."""
+"""Errors that would end an evaluation midway are found before it starts."""
 
 import shutil
 
@@ -12,8 +12,8 @@ from sam2_lora_ext.utils.errors import UserError
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model may be asked."""
-    monkeypatch.setattr("sam2_lora_ext.evaluate.compare.run_model", lambda *_: pytest.fail("a model was asked"))
+    """No model may be evaluated."""
+    monkeypatch.setattr("sam2_lora_ext.evaluate.compare.run_model", lambda *_: pytest.fail("a model was evaluated"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def rectangles() -> torch.Tensor:
 
 
 class Oracle:
-    """Answers object o with the left part of its truth, wider from click to click, and notes what it was asked."""
+    """Predicts the left part of an object's truth, wider from click to click, and records its prompts."""
 
     def __init__(self, truth: torch.Tensor, columns: list[list[int]]):
         self.truth, self.columns, self.asked = truth, columns, []

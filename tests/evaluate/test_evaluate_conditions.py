@@ -1,4 +1,4 @@
-"""A run is evaluated under its own conditions, and whatever differs is said; a real small run."""
+"""A run is evaluated under its own conditions, and all differences are reported; a real small run."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def run(nano_base: Path, strips: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def evaluated(run: Path) -> dict[str, Any]:
-    """The run's evaluation without a word about data or conditions."""
+    """The run's evaluation without options for data or conditions."""
     tool.main(["--adapter", str(run), *QUICK, "--out", str(run.parent / "plain")])
     return json.loads((run.parent / "plain/evaluation.json").read_text())
 
@@ -63,7 +63,7 @@ def copy_of(run: Path, folder: Path, **changes: Any) -> Path:
 
 
 def conditions(*words: object, models: list[object]) -> Conditions:
-    """What a command line means, without an evaluation."""
+    """The conditions of a command line, without an evaluation."""
     compared = [*map(str, models)]
     return settle(parse("", [*map(str, words), "--compare", *compared]), candidates(compared))
 
@@ -99,7 +99,7 @@ def test_other_conditions_are_said_everywhere(run, tmp_path, capsys):
     sentence = "r8: trained at crop 320, evaluated whole"
     record = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert record["conditions"]["sentences"] == [sentence] and record["protocol"]["crop"] is None
-    assert capsys.readouterr().out.count(sentence) == 2  # before the first model is asked, and with the tables
+    assert capsys.readouterr().out.count(sentence) == 2  # before the evaluation starts, and with the tables
     assert sentence in (tmp_path / "out/evaluation.md").read_text()
     assert sentence in tables(read_evaluation(tmp_path / "out"))
     assert record["models"][0]["kaggle"] is not None  # whole images have a score
@@ -157,7 +157,7 @@ def test_training_images_need_the_words(run, strips, tmp_path):
     with pytest.raises(UserError, match="r8 was trained on 8 of these 8 images"):
         said(conditions(*splits, "--split", "!val", models=[run]))
     assert "trained on" not in str(said(conditions(*splits, "--split", "val", models=[run])))
-    with pytest.raises(UserError, match="--split train"):  # the tool refuses before any model is asked
+    with pytest.raises(UserError, match="--split train"):  # the tool refuses before any model is evaluated
         tool.main(["--adapter", str(run), "--data", str(strips), *QUICK, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

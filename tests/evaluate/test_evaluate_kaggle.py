@@ -23,7 +23,7 @@ def square(y: int, x: int, side: int = 12, size: int = 40) -> np.ndarray:
 
 
 def kaggle_case() -> tuple[KaggleTally, Sample, np.ndarray]:
-    """Three images of 40 x 40, two classes: a with class 1 and a speck of class 2, b with a speck alone, c clean."""
+    """Three images of 40 x 40, two classes: a with class 1 and a speck of class 2, b with only a speck, c clean."""
     speck = np.zeros((40, 40), bool)
     speck[0, 0] = True
     records = [

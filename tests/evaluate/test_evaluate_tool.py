@@ -171,7 +171,7 @@ def test_a_base_that_was_moved_is_taken_from_the_comparison(models, tmp_path):
 
 
 def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp_path):
-    """A run without adapters leaves whole weights and a lora.json that says what was trained."""
+    """A run without adapters writes full weights and a lora.json with the trained parameters."""
     (tmp_path / "norms/weights").mkdir(parents=True)
     shutil.copy(models["base"], tmp_path / "norms/weights/best.pt")
     (tmp_path / "norms/lora.json").write_text('{"trained": 1234, "config": {"targets": []}}')
@@ -184,7 +184,7 @@ def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp
     [
         (["--data", "x"], "nothing to evaluate"),
         (["--checkpoint", "{base}", "--data", "{strips}", "--overlap", "8"], "--overlap needs --tile"),
-        (["--checkpoint", "{base}", "--data", "{strips}", "--crop", "8", "--tile", "8"], "two ways"),
+        (["--checkpoint", "{base}", "--data", "{strips}", "--crop", "8", "--tile", "8"], "exclude each other"),
         (["--checkpoint", "nowhere.pt", "--data", "{strips}"], "there is no nowhere.pt"),
         (["--checkpoint", "{base}", "--data", "{strips}/nothing"], "there is no"),
         (["--compare", "{base}", "{base}", "--data", "{strips}"], "a unique name"),

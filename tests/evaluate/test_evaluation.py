@@ -1,4 +1,4 @@
-"""Evaluation through the stock predictor: against the training model's own validation, and exact small cases."""
+"""Evaluation through the stock predictor: compared with the training model's validation, and exact small cases."""
 
 import numpy as np
 import pytest

@@ -40,7 +40,7 @@ def test_a_copying_model_gives_the_strip_back(tile, overlap, batch_size):
 
 
 def test_no_seam_between_tiles_that_disagree():
-    """Tiles with constant logits of 0 and 1: the overlap goes from one to the other without a jump."""
+    """Tiles with constant logits of 0 and 1: the transition in the overlap is continuous."""
     starts = tile_starts(150, 100, 50)
     out = stitch(torch.stack([torch.zeros(1, 100), torch.ones(1, 100)]), starts, 150)[0]
     assert out[:50].abs().max() == 0 and (out[100:] - 1).abs().max() < 1e-6

@@ -75,7 +75,7 @@ class Tab:
         self.call("Page.navigate", url=address)
 
     def value(self, expression: str) -> Any:
-        """What an expression of the page is."""
+        """The value of an expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
@@ -126,7 +126,7 @@ class Tab:
 
 @contextlib.contextmanager
 def open_tab(chromium: str, profile: Path) -> Iterator[Tab]:
-    """A browser of its own, which reaches this machine alone."""
+    """A separate browser that can connect to this machine only."""
     in_read, in_write = os.pipe()
     out_read, out_write = os.pipe()
 

@@ -47,7 +47,7 @@ def rows_of(strips: Mapping[str, Boxes]) -> list[str]:
 
 
 def write_image(path: Path, shade: int = 120, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
-    """A grey image whose columns and rows can be told apart."""
+    """A grey image whose columns and rows are all different."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     Image.fromarray(((x + 3 * y + shade) % 200 + 30).astype(np.uint8)).convert("RGB").save(path)
 

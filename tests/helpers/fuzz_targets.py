@@ -1,4 +1,4 @@
-"""What test_fuzz_readers.py feeds with damaged content: one class a reader, with its strategies."""
+"""The targets of test_fuzz_readers.py: one class per reader, with its strategies for damaged content."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Builds files that are good but for one thing, and one that runs code, for test_hostile_inputs.py."""
+"""Builds files with a single error, and one that runs code, for test_hostile_inputs.py."""
 
 import json
 import os

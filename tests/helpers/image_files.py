@@ -23,7 +23,7 @@ def case(name: str) -> Path:
 
 
 def save_stored(path: Path, upright: np.ndarray, tag: int, **how) -> None:
-    """Writes pixels so that they are upright after the turning that the tag asks for."""
+    """Writes pixels so that they are upright after the rotation of the orientation tag."""
     back = {
         2: np.fliplr,
         3: lambda pixels: np.rot90(pixels, 2),

@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers.small_runs import environment, launch, write_config
 
 RECORDER = '''\
-"""Stands where SAM 2's Trainer calls a gradient logger."""
+"""Replaces the gradient logger of SAM 2's Trainer."""
 import hashlib, json, os, signal, time
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def start(
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
     except FileNotFoundError:

@@ -46,7 +46,7 @@ def loaded_once(adapters: tuple[tuple[str, Path], ...]) -> Loaded:
 
 
 class Page:
-    """The application and what it is made of."""
+    """The application and its parts."""
 
     def __init__(
         self,

@@ -81,8 +81,7 @@ HOSTILE = [
 
 
 def rows(config: Mapping[str, Any]) -> Iterator[tuple[tuple, Kind]]:
-    """The place (keys and list indices) and the kind of every row; of sections also those that the config leaves
-    out."""
+    """The path (keys and list indices) and the kind of every row; of sections also those that the config lacks."""
     for name, section in SECTIONS.items():
         yield from _inside((name,), section, config.get(name))
     yield from _inside(("trainer",), TARGETS[config["trainer"]["_target_"]], config["trainer"])
@@ -108,7 +107,7 @@ def _inside(place: tuple, kind: Kind, value: Any) -> Iterator[tuple[tuple, Kind]
 
 
 def values(kind: Kind, drawn: random.Random, hostile: int) -> list[Any]:
-    """The ends of a row's range, what lies just outside, some of what it takes, and some of `HOSTILE`."""
+    """The ends of a row's range, values just outside, some valid values, and some of `HOSTILE`."""
     found = drawn.sample(HOSTILE, hostile)
     while isinstance(kind, Nullable):
         kind, found = kind.kind, [*found, None]
@@ -148,7 +147,7 @@ def values(kind: Kind, drawn: random.Random, hostile: int) -> list[Any]:
 
 
 def with_value(tree: Any, place: tuple, value: Any) -> Any:
-    """A copy of a config with another value at one place; what is beside the place is shared."""
+    """A copy of a config with another value at one path; all other values are shared."""
     if not place:
         return value
     if isinstance(tree, list):

@@ -22,7 +22,7 @@ GO_ON = "trainer.resume_with_changes=true"
 
 
 def launched(run: Path, words: str) -> None:
-    """What the stock launcher does before the Trainer is there: it replaces its two files."""
+    """The steps of the stock launcher before the Trainer exists: it replaces its two files."""
     run.mkdir(parents=True, exist_ok=True)
     for name in CONFIGS:
         (run / name).write_text(f"{name}: {words}")

@@ -1,4 +1,4 @@
-"""Run by a test in a process of its own: Ultralytics' masks of an image for prompts, given and returned as files.
+"""Run by a test in a separate process: Ultralytics' masks of an image for prompts; input and output are files.
 
     python ultralytics_masks.py WEIGHTS IMAGE PROMPTS.json OUT.npz
 

@@ -61,7 +61,7 @@ def test_a_leaf_is_short_and_its_header_is_its_command(name):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_the_parts_fit_together(name, tmp_path):
-    """What the Trainer's own checks and globs ask for, without building the model."""
+    """The requirements of the Trainer's own checks and globs, without building the model."""
     trainer = composed(name, tmp_path).trainer
     assert not OmegaConf.missing_keys(trainer)
     keys = collect_dict_keys(trainer.data.val)

@@ -1,4 +1,4 @@
-"""The stock Trainer is replaced in two places, only while ours is at work; logs keep secrets."""
+"""Two functions of the stock Trainer are patched only while ours runs; logs contain no secrets."""
 
 import errno
 import logging

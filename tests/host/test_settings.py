@@ -1,4 +1,4 @@
-"""The table of settings: it agrees with the classes that it is about, and its check comes before anything is built."""
+"""The table of settings agrees with the classes that it describes, and is checked before anything is built."""
 
 import contextlib
 import inspect
@@ -82,7 +82,7 @@ def composed(*overrides: str, name: str = "configs/demo.yaml"):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_table_has_the_arguments_of_each_class(target):
-    """All that a class of ours takes, and nothing that it does not."""
+    """Exactly the arguments of each class of this package."""
     found = get_object(target)
     known, stock = set(), found
     for stock in [found, *getattr(found, "__mro__", ())[1:-1]]:  # `**kwargs` go to the class above
@@ -119,7 +119,7 @@ BUILT = {  # what is built without data, and the arguments that it needs
 
 @pytest.mark.parametrize("target", BUILT)
 def test_what_the_table_takes_the_class_takes(target):
-    """A guard in a constructor may not refuse what the table lets through."""
+    """A check in a constructor may not refuse a value that the table allows."""
     found, section = get_object(target), TARGETS[target]
     taken = inspect.signature(found).parameters
     for key in [key for key in section.rows if key in taken or "stock" in taken]:

@@ -1,4 +1,4 @@
-"""LeanLoRALinear against the plain layer, which is its oracle, and against finite differences."""
+"""LeanLoRALinear compared with the plain layer, which is its oracle, and with finite differences."""
 
 import copy
 import pickle
@@ -126,7 +126,7 @@ def test_dropout_is_the_formula():
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_zeros_are_at_the_right_rate(p):
-    """Told by a layer of the identity: A and B of the unit matrix, and a base of zeros."""
+    """Measured with an identity layer: A and B are the unit matrix, and the base is zero."""
     lean = LeanLoRALinear(nn.Linear(500, 500, bias=False).requires_grad_(False), 500, 500, p)
     with torch.no_grad():
         nn.init.zeros_(lean.weight)
@@ -143,8 +143,8 @@ def test_zeros_are_at_the_right_rate(p):
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_dropout_on_channels_drops_whole_columns(lean):
-    """The same channels for all tokens of a call, others in the next; no pass over the input, of which nothing more is
-    kept."""
+    """The same channels for all tokens of a call, others in the next; no pass over the input, and nothing more is
+    saved."""
     layer = pair(dropout=0.5, width=(60, 24), dropout_on="channels")[lean]
     x = torch.randn(2, 3, 60, dtype=torch.float64, requires_grad=True)
     base = nn.functional.linear(x, layer.weight, layer.bias)

@@ -1,4 +1,4 @@
-"""Adapters in memory: taken from models and checkpoints, put into models, and every mismatch with its sentence."""
+"""Adapters in memory: extracted from models and checkpoints, attached to models, and the message of every mismatch."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""LoRA on the real SAM 2 architectures, built by Meta's own configs: what is hit, and that nothing else changes."""
+"""LoRA on the real SAM 2 architectures, built by Meta's own configs: the adapted layers, and no other changes."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Which layers a LoRAConfig means, every wrong config with its sentence, freezing, and the report."""
+"""The layers selected by a LoRAConfig, every wrong config with its message, freezing, and the summary."""
 
 import copy
 import json

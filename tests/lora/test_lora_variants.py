@@ -28,7 +28,7 @@ def make(kind: tuple[str, str], base: nn.Linear | None = None, rank: int = 2, al
 
 
 def moved(layer: LoRALinear) -> LoRALinear:
-    """As if it had been trained: every adapter parameter somewhere else."""
+    """Simulates training: changes every adapter parameter."""
     with torch.no_grad():
         for parameter in layer.adapter_parameters().values():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -131,7 +131,7 @@ def test_pissa_begins_with_the_largest_singular_values_and_computes_the_base(imp
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_trains_as_pefts(implementation, rslora):
-    """PEFT takes the beginning out of the base's weight, we subtract it from the product: the same steps of AdamW."""
+    """PEFT subtracts the initial update from the base's weight, we from the output: the same steps of AdamW."""
     layer = make(("pissa", implementation), rank=3, rslora=rslora)
     other = peft_of(layer, init_lora_weights="pissa")
     assert all(torch.equal(layer.get_parameter(name), value) for name, value in peft_parameters(other).items())

@@ -17,7 +17,7 @@ HEADER = "| folder | imports | SAM 2 or Hydra |\n|---|---|---|\n"
 
 
 def ordered(graph: Graph) -> list[str]:
-    """The folders, each after those that it imports; by name where there is a choice, or where they go in a circle."""
+    """The folders, each after those that it imports; by name if there is a choice, or in an import cycle."""
     sorter, done = TopologicalSorter(graph), []
     try:
         sorter.prepare()

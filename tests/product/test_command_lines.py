@@ -1,4 +1,4 @@
-"""Every tool's command line: numbers have ranges, and Ctrl-C is a sentence from the first line on, imports included."""
+"""Every tool's command line: numbers have ranges, and Ctrl-C ends with one sentence, also during imports."""
 
 import re
 import subprocess

@@ -37,7 +37,7 @@ def device(request) -> str:
 
 @pytest.fixture
 def fixed_clicks(monkeypatch):
-    """Two prediction steps with clicks that do not look: a mask that differs in rounding would move them."""
+    """Two prediction steps with clicks independent of the masks, whose rounding would otherwise move them."""
     monkeypatch.setitem(SAMPLING, "num_correction_pt_per_frame", 1)
     monkeypatch.setattr("training.model.sam2.get_next_point", _click)
     monkeypatch.setattr("sam2_lora_ext.prompts.PromptSampler.next_point", lambda self, **call: _click(**call))
@@ -122,7 +122,7 @@ def test_a_killed_run_resumes(device, run, tmp_path, nano_base, strips, monkeypa
 
 
 def test_a_run_is_merged_and_evaluated_on_the_device(device, run, nano_base, strips, tmp_path):
-    """The merged file and the adapter answer alike, in an evaluation on the device."""
+    """The merged file and the adapter give the same results in an evaluation on the device."""
     base = read_weights(nano_base)
     write_weights(tmp_path / "merged.pt", merge_state_dict(base, read_adapter(run)))
     model, facts = build_candidate(candidate(str(tmp_path / "merged.pt"), config="configs/sam2_nano.yaml"), device)

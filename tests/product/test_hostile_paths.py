@@ -1,5 +1,4 @@
-"""What is no file where one is expected, names that no system takes, YAML and JSON that explode: a sentence, at
-once."""
+"""Paths that are not files, impossible names, exploding YAML and JSON: one sentence, immediately."""
 
 import json
 import os
@@ -125,7 +124,7 @@ def test_tools_say_so(arguments, tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_without_permission_is_a_sentence(tmp_path, monkeypatch, capsys):
-    """As another user meanwhile, for nothing is forbidden to root."""
+    """As another user, since root may do everything."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     report = __import__("report")
     import sam2_lora_ext.report.page  # noqa: F401  (another user may not read this Python's folder)

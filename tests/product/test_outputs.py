@@ -1,4 +1,4 @@
-"""Tools on their --out: nothing is replaced without --force, and with it neither an input nor anything but our own."""
+"""Tools on their --out: nothing is replaced without --force, and with it only our own files, never an input."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_an_ablation_does_not_replace_a_strangers_table(tmp_path):
 
 
 def test_a_gallery_is_replaced_as_a_whole(tmp_path):
-    """Not without --force; with it no picture of the one before stays, and no stranger goes."""
+    """Not without --force; with it all earlier pictures are deleted, but no other files."""
     gallery = tmp_path / "gallery"
     refuse_gallery(gallery, force=False)
     replace_folder(gallery, lambda folder: (folder / "best_3.jpg").touch(), ())

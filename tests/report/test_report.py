@@ -64,7 +64,7 @@ def test_the_page_needs_nothing_else(page):
 
 def test_it_has_every_section_and_number(page, run):
     text = read(page).text
-    headings = ["Run", "Curves", "Evaluation", "Differences from base", "By class", "By size", "Sound steel"]
+    headings = ["Run", "Curves", "Evaluation", "Differences from base", "By class", "By size", "Clean steel"]
     for heading in [*headings, "Pictures", "Updates by layer", "To repeat it"]:
         assert heading in text
     summary = json.loads((run / "training_summary.json").read_text())
@@ -220,7 +220,7 @@ def test_mistakes_are_sentences(run, tmp_path, page):
             ("[]", "it holds a list"),
             ('{"config": {"a": 1}}', "is damaged or of another"),
         ],
-        "training_summary.json": [('{"best": 3}', "training_summary.json or lora.json in .*broken does not hold")],
+        "training_summary.json": [('{"best": 3}', "training_summary.json or lora.json in .*broken is damaged or of")],
         "logs/metrics.csv": [("a,b\n", "its header lacks"), ("step,phase,loss\n1,train,x\n", "in the column loss")],
     }
     for file, contents in damages.items():

@@ -1,4 +1,4 @@
-"""What the disk and other runs do to a run: full, read-only, damaged by a kill, taken: one sentence, nothing lost."""
+"""A full or read-only disk, damage by a kill, a folder in use: one sentence, nothing lost."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
     said = ends_with(2, env)
     assert f"a run is active in {tmp_path / 'run'} (process {os.getpid()} on" in said
     assert not (tmp_path / "run/run.json").exists()
-    with pytest.raises(UserError, match="a run is at work"):
+    with pytest.raises(UserError, match="a run is active"):
         check_free(tmp_path / "run")
     lock.close()
     check_free(tmp_path / "run")
@@ -48,7 +48,7 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
         stdout=subprocess.PIPE,
     )
     assert child.stdout.readline() == b"locked\n"
-    with pytest.raises(UserError, match="a run is at work"):
+    with pytest.raises(UserError, match="a run is active"):
         lock_folder(tmp_path / "run")
     child.kill()
     child.wait()
@@ -57,7 +57,7 @@ def test_a_second_run_in_the_same_folder_is_refused(env, tmp_path):
 
 
 def test_leftovers_of_a_kill_are_removed(env, tmp_path):
-    """Of our own names in our own places; what a user or another tool left there stays."""
+    """Only files with our names in our folders; files of users or other tools are kept."""
     run = tmp_path / "run"
     ours = [
         "checkpoints/.checkpoint.pt.123.tmp",
@@ -135,7 +135,7 @@ def test_a_read_only_disk(small_disk, nano_base, strips):
 
 
 def test_a_disk_that_fills_up_while_saving(small_disk, nano_base, strips, monkeypatch):
-    """In the middle of a checkpoint: the sentence, and the checkpoint before it."""
+    """While writing a checkpoint: the sentence, and the previous checkpoint remains."""
     env = environment(nano_base, strips, small_disk / "run")
     original, filler = LoRATrainer.save_checkpoint, small_disk / "filler"
 

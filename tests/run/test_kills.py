@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL, and resumed with worker processes: slow, and the last word on exactness."""
+"""Runs that are killed with SIGKILL, and resumed with worker processes: slow, the strictest test of exactness."""
 
 import os
 import random
@@ -36,7 +36,7 @@ os.fsync = fsync
 
 @pytest.mark.slow
 def test_kills_at_random_moments(tmp_path, nano_base, strips, whole):
-    """kill -9, thirty times, every third one while a checkpoint is written: what is on the disk is always whole."""
+    """kill -9, thirty times, every third one while a checkpoint is written: files on the disk are always complete."""
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
     run, config = tmp_path / "run", write_config(tmp_path / "config")

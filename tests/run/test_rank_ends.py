@@ -21,7 +21,7 @@ SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
 def await_steps(process: subprocess.Popen, recorder: Path, steps: int, rank: int = 0) -> None:
-    """Waits until a rank has the gradients of so many steps."""
+    """Waits until a rank has the gradients of this number of steps."""
     while len(recorded(recorder, rank)) < steps and process.poll() is None:
         time.sleep(0.05)
 
@@ -143,7 +143,7 @@ def test_a_signal_to_the_group_stops_all_ranks_after_the_step(number, tmp_path, 
 
 
 RANKS = '''\
-"""Two processes that stand for ranks of torch's launcher, whose step takes 1.5 seconds, and their parent."""
+"""Two processes that simulate ranks of torch's launcher, whose step takes 1.5 seconds, and their parent."""
 import multiprocessing, os, sys, time
 
 from sam2_lora_ext.run.signals import Forward, Interrupt
@@ -173,7 +173,7 @@ if __name__ == "__main__":
 @SIGNALS
 @pytest.mark.parametrize("group", [True, False], ids=["to the group", "to the parent"])
 def test_the_parent_of_the_ranks_hands_signals_on_once(number, group, tmp_path, repository):
-    """A rank that got the signal itself, from a terminal, is not ended by what its parent hands on."""
+    """A rank that got the signal itself, from a terminal, is not ended by the signal that its parent forwards."""
     (tmp_path / "parent.py").write_text(RANKS)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "parent.py"],

@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and started again leaves exactly what the run that never stopped leaves."""
+"""A run that was stopped anywhere and resumed gives exactly the results of an uninterrupted run."""
 
 import shutil
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_runs_of_one_seed_are_equal_and_of_another_are_not(whole, tmp_path, nano
 
 
 def test_a_damaged_checkpoint_is_named(whole, tmp_path, nano_base, strips, monkeypatch, capsys):
-    """With `keep_previous` the one before it is used, and the run still ends the same."""
+    """With `keep_previous` the previous one is used, and the run still ends the same."""
     env = environment(nano_base, strips, tmp_path / "run")
     with monkeypatch.context() as patch:
         kill_at(patch, LoRATrainer, "run_val", 2, False)

@@ -1,4 +1,4 @@
-"""The run's own record of its config, and which differences of two records change the result."""
+"""The run's own record of its config, and the differences of two records that affect the result."""
 
 import copy
 import logging
@@ -24,7 +24,7 @@ def record() -> dict:
 
 
 def changed(record: dict, key: str, value: object) -> dict:
-    """A copy with another value at a dotted key (numbers are places in lists) of the trainer section."""
+    """A copy with another value at a dotted key (numbers are list indices) of the trainer section."""
     made = copy.deepcopy(record)
     *path, last = [int(part) if part.isdigit() else part for part in key.split(".")]
     place = made["trainer"]
@@ -160,7 +160,7 @@ def test_defaults_and_names_of_other_versions(record, monkeypatch):
 
 
 def test_objects_null_is_what_it_means(record):
-    """`null` stands for components where the format knows no instances."""
+    """`null` means components for a format without instances."""
     components, null = (changed(record, f"{DATA}.objects", value) for value in ("components", None))
     assert changes(components, null) == changes(null, components) == []
 

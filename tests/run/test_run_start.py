@@ -179,7 +179,7 @@ def test_a_checkpoint_knows_what_it_is(whole, nano_base, tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_compared_too(whole, nano_base, strips, tmp_path):
-    """`resume_from` has no record to compare with, but the checkpoint knows its LoRA."""
+    """`resume_from` has no record to compare with, but the checkpoint has its LoRA config."""
     env = environment(nano_base, strips, tmp_path / "new")
     other = f"trainer.checkpoint.resume_from={whole}/checkpoints/checkpoint.pt"
     assert "lora.alpha was 16 and is now 4" in ends_with(2, env, "scratch.steps=6", "lora.alpha=4", f"+{other}")

@@ -121,7 +121,7 @@ def test_weights_that_are_not_finite_are_not_saved(env, tmp_path, whole, monkeyp
 
 
 def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
-    """The scaler's own skip: weights stay, the scale halves, the run goes on, the summary tells, a resume counts on."""
+    """The scaler's own skip: weights stay, the scale halves, the run continues; summary and resume keep the count."""
     amp = ("trainer.optim.amp={enabled: true, amp_dtype: float16}", "trainer.optim.gradient_clip=null")
     scales = []
 
@@ -162,7 +162,7 @@ def test_bfloat16_is_not_scaled(env, tmp_path, monkeypatch):
 
 
 def test_samples_inside_stocks_wrappers_have_names():
-    """Mixed, repeated and concatenated; a number that several data sets know gets all its names."""
+    """Mixed, repeated and concatenated; a number with an image in several data sets gets all their names."""
 
     class Raw:
         def __init__(self, *names):

@@ -1,4 +1,4 @@
-"""The baseline beside LoRA: every parameter trained; it resumes, leaves weights that stock loads, and has nothing to
+"""The baseline for LoRA: every parameter trained; it resumes, leaves weights that stock loads, and has nothing to
 merge."""
 
 import json

@@ -1,4 +1,4 @@
-"""`LoRASAM2Train`: exactly stock where it must be, prompts by object, targets beside the outputs, all gradients."""
+"""`LoRASAM2Train`: bitwise stock where required, prompts by object, targets in the outputs, all gradients."""
 
 import numpy as np
 import pytest

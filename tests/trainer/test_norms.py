@@ -1,4 +1,4 @@
-"""The cheap baseline beside LoRA, layer norms alone: stock loads its weights; evaluated and reported as any run."""
+"""The cheap baseline for LoRA, layer norms only: stock loads its weights; evaluated and reported as any run."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Clicks and boxes: stock's own draws for defects, the right question for clean objects, and repeatable per object."""
+"""Clicks and boxes: stock's own draws for defects, positive clicks for clean objects, and reproducible per object."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_a_clean_object_never_gets_a_box():
 
 @pytest.mark.parametrize("method", ["uniform", "center"])
 def test_later_clicks_on_a_clean_object_are_negative(method):
-    """On what was wrongly found; where nothing was, anywhere."""
+    """On false positives; without any, anywhere."""
     masks = masks_of(False, False)
     pred = torch.zeros_like(masks)
     pred[0, 0, 8:11, 8:11] = True
@@ -166,7 +166,7 @@ def test_the_first_pixel_inside_is_taken_before_any_is_counted():
 
 
 def test_seeded_clicks_stay_where_a_pixel_of_the_region_is_turned():
-    """As stock's do; so rounding, which turns pixels at an edge, seldom makes another run of it."""
+    """As in stock; so rounding, which flips pixels at an edge, rarely changes the run."""
     masks = masks_of(True)
     pred = masks.roll(8, -1)
     other = pred.clone()

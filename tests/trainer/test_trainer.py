@@ -1,4 +1,4 @@
-"""`LoRATrainer` under SAM 2's own launcher: what a run leaves behind, and that it is right."""
+"""`LoRATrainer` under SAM 2's own launcher: the files of a run and their content."""
 
 import csv
 import json
@@ -122,9 +122,7 @@ def test_lora_json_and_the_summary_are_complete(run):
     assert summary["best"] == max(validations, key=lambda entry: entry["metrics"]["iou_1click"])
     assert summary["last"] == validations[-1] and summary["monitor"] == "iou_1click"
     assert summary["lora"] == facts["config"] and summary["seed"] == 42 and summary["world_size"] == 1
-    assert summary["learning_rate"] == pytest.approx(
-        3e-3, rel=0.02
-    )  # the schedule's peak lies between two of 200 places
+    assert summary["learning_rate"] == pytest.approx(3e-3, rel=0.02)  # the schedule's peak is between two of 200 points
     assert summary["parameters"] == {"trained": facts["trained"], "total": facts["total"]}
     assert summary["wall_seconds"] > 0 and summary["versions"]["torch"] == torch.__version__.split("+")[0]
 

@@ -1,4 +1,4 @@
-"""Mistakes in a training: one sentence, no traceback, exit code 2; and nothing that was there is harmed."""
+"""Mistakes in a training: one sentence, no traceback, exit code 2; and existing files are unchanged."""
 
 import contextlib
 import io
@@ -60,7 +60,7 @@ def tiny_files(tmp_path_factory) -> dict[str, Path]:
         (["scratch.steps=0"], "scratch.steps must be null or a whole number of at least 1, got 0"),
     ],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that must not exist")
 def test_mistakes_in_the_config(overrides, said, env):
     try:
         sentence = sentence_of(env, *overrides)

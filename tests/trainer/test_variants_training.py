@@ -79,4 +79,4 @@ def test_lora_plus_gives_b_its_own_rate(tmp_path, nano_base, strips):
         slow, fast = (group["lr"] for group in optim.optimizer.param_groups)
         assert slow > 0 and fast == 16 * slow
     summary = json.loads((tmp_path / "training_summary.json").read_text())
-    assert summary["learning_rate"] == pytest.approx(2e-4, rel=0.01)  # the peak is between two of 200 places
+    assert summary["learning_rate"] == pytest.approx(2e-4, rel=0.01)  # the peak is between two of 200 points

@@ -1,4 +1,4 @@
-"""Writing files and folders: whole or not at all, never over what may not be replaced."""
+"""Writing files and folders: atomically, and never over a path that may not be replaced."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`files.read_text`, `read_json`: regular files alone, bounded, UTF-8; all else is one sentence, at once."""
+"""`files.read_text`, `read_json`: only regular UTF-8 files of limited size; otherwise one sentence, immediately."""
 
 import os
 from pathlib import Path
@@ -23,10 +23,10 @@ def test_a_text_with_and_without_a_mark(tmp_path):
         (lambda path: os.mkfifo(path), "is a pipe"),
         (lambda path: path.symlink_to("/dev/zero"), "a device"),
         (lambda path: path.symlink_to(path), "symbolic links"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "no UTF-8"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "not UTF-8"),
         (lambda path: path.write_bytes(bytes(1001)), "1,001 bytes, expected at most 1,000"),
         (lambda path: path.write_text("[" * 1000), "nested too deep"),
-        (lambda path: path.write_text("{"), "no JSON"),
+        (lambda path: path.write_text("{"), "not valid JSON"),
     ],
 )
 def test_what_is_no_text_is_a_sentence(make, said, tmp_path):
