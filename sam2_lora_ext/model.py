@@ -169,7 +169,9 @@ class LoRASAM2Train(SAM2Train):
         empty = ~input.masks.view(torch.uint8).flatten(2).amax((0, 2)).bool()  # O; `any` is slow on a CPU
         first = None
         if self.class_step is not None:
-            first, sound = self.class_step.prompt, steel_without_objects(sound, input.masks[0], images)
+            first = self.class_step.prompt
+            if self.class_step.corrected:  # else nothing is clicked
+                sound = steel_without_objects(sound, input.masks[0], images)
         seeded = self.training and self.prompt_seed is not None
         # A click is new each time in training and the same each time in validation.
         rng = self.rng if seeded else deepcopy(self.rng)  # stock's numbers stay its own

@@ -8,7 +8,6 @@
 Legend: C classes, by their position · H W pixels. Areas are in pixels of the image, scores and logits have no unit.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from sam2_lora_ext.utils.errors import UserError
 
-ABSENT = -1024.0  # SAM 2's own logit where an object is absent
+MOST = 1e30  # a number of a decision is below it
+ABSENT = -1024.0  # what SAM 2 itself writes where an object is not there
 
 
 @dataclass(frozen=True)
@@ -106,4 +106,5 @@ def claim(z: Tensor, present: Tensor, exclusive: bool) -> Tensor:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that tensors of float32 and int64 hold; JSON has longer ones."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST

@@ -37,15 +37,9 @@ def agree(model: nn.Module, losses: Mapping[str, Any], train: Any, val: Any, met
     check_class_ids(losses, raw_datasets(train))
     steps, tiles = getattr(train, "class_steps", None), getattr(val, "class_tiles", None)
     tokens = find_tokens(model)
-    if tokens is None and (steps is not None or tiles is not None):
-        raise UserError(
-            "the data has class steps, but the model has no class prompts: set trainer.model.class_prompts, or "
-            "dataset.class_prompts.share to 0 and trainer.data.val to stock's TorchTrainMixedDataset"
-        )
-    if tokens is not None:
-        check_tokens(tokens, [*raw_datasets(train), *raw_datasets(val)], steps, tiles)
-        if train is not None and steps is None:
-            log.warning("no step trains the class prompts: trainer.data.train has no class_steps with a share above 0")
+    check_tokens(tokens, [*raw_datasets(train), *raw_datasets(val)], steps, tiles)
+    if tokens is not None and train is not None and steps is None:
+        log.warning("no step trains the class prompts: trainer.data.train has no class_steps with a share above 0")
     for meter in meters:
         if not isinstance(meter, ClassPromptMeter):
             continue
@@ -72,18 +66,26 @@ def shortcomings(tiles: ClassTiles) -> list[str]:
     return said
 
 
-def check_tokens(tokens: ClassTokens, datasets: Iterable[Any], steps: Any, tiles: Any) -> None:
+def check_tokens(tokens: ClassTokens | None, datasets: Iterable[Any], steps: Any, tiles: Any) -> None:
     """The tokens are of the classes of the data, and their file will say how wide the windows were.
 
     Args:
-        tokens: of the model.
+        tokens: of the model, or None.
         datasets: of training and validation.
         steps: the training's `ClassSteps`, or None.
         tiles: the validation's `ClassTiles`, or None.
 
     Raises:
-        UserError: a class has another number or name, or windows or tiles have another width than the tokens' `crop`.
+        UserError: a class has another number or name, windows or tiles have another width than the tokens' `crop`, or
+            there are some but no tokens.
     """
+    if tokens is None:
+        if steps is not None or tiles is not None:
+            raise UserError(
+                "the data has class steps, but the model has no class prompts: set trainer.model.class_prompts, or "
+                "dataset.class_prompts.share to 0 and trainer.data.val to stock's TorchTrainMixedDataset"
+            )
+        return
     table = dict(zip(tokens.class_ids, tokens.class_names, strict=True))
     for raw in datasets:
         if (found := getattr(raw, "class_names", None)) is not None and dict(found) != table:

@@ -151,9 +151,14 @@ class ClassPromptMeter:
         return new > old
 
     def keys(self, steps: int = 1, tracked: bool = False) -> list[str]:
-        """Every key that a validation can give, in order; the arguments are those of the click meter."""
+        """Every key that a validation can give, in order; the arguments are those of the click meter.
+
+        Without a clean strip there is no `false_alarms`, so a run that monitors it ends before its first step.
+        """
+        none = self.tiles is not None and not self.tiles.raw.index.clean()[self.tiles.images].any()
+        overall = [name for name in OVERALL if not (none and name == "false_alarms")]
         by_class = [f"{name}_class_{class_id}" for name in BY_CLASS for class_id in self.classes]
-        return [*OVERALL, *by_class, *self.pairs.keys()]
+        return [*overall, *by_class, *self.pairs.keys()]
 
     def _summary(self, by_image: Mapping[int, Tensor]) -> dict[str, float]:
         if not by_image:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tqdm import tqdm
 
-        from sam2_lora_ext.inspection.command import segmenter_of, strips_of
+        from sam2_lora_ext.inspection.command import seen_in_fitting, segmenter_of, strips_of
         from sam2_lora_ext.inspection.showing import Gallery, describe, evaluate_strips
     except ModuleNotFoundError as error:
         message = f"the evaluation needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'"
@@ -54,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     strips, facts = strips_of(args, segmenter.prompts)
     if not segmenter.decision.fitted:
         print("the thresholds are not fitted, so scores above 0 count as present: fit them with tools/fit_decision.py")
+    note = facts["note"] = seen_in_fitting(args, strips) if segmenter.decision.fitted else None
+    if note:
+        print(f"note: {note}")
     gallery = Gallery(segmenter.prompts.class_names, args.pictures)
     summary = evaluate_strips(segmenter, tqdm(strips, desc="strips", unit="strip"), gallery)
-    text = describe(summary)
+    text = "\n\n".join([describe(summary), *([f"note: {note}"] if note else [])])
     record = {
         "checkpoint": str(args.checkpoint),
         "strips": facts,

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from sam2_lora_ext.inspection.rewrite import place_of, write_decision
     except ModuleNotFoundError as error:
         raise UserError(f"fitting needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'") from error
+    if args.split in ("train", "test"):
+        raise UserError(f"thresholds are fitted to validation strips alone, not to --split {args.split}: name others")
     segmenter = segmenter_of(args)
     place = place_of(args.checkpoint)
     if segmenter.decision.fitted and not args.force:

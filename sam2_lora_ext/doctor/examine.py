@@ -55,7 +55,8 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
 
 
 def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
-    """Base, adapters, data, the step (if the `gpu` that the config needs exists) and the disk."""
+    """Base, adapters, data, the step (with a `gpu` that the config wants and has) and the disk."""
+    from sam2_lora_ext.doctor import class_prompts
     from sam2_lora_ext.doctor.training import Training
 
     training = Training(config)
@@ -65,6 +66,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
         ("data", training.data.check_apart),
         ("data", training.data.check_classes),
         ("loss", training.check_loss),
+        ("class prompts", lambda: class_prompts.check_classes(training)),
     ]
     causes: list[str] = []
     for area, check in checks:
@@ -76,6 +78,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
     missing = training.base_path is not None and not os.path.exists(training.base_path)
     if step and gpu and not causes and not missing:
         yield from guarded("step", training.check_step, STEP_ADVICE)
+        yield from guarded("step", lambda: class_prompts.check_steps(training), STEP_ADVICE)
     elif step:
         yield yellow("step", "no step was run, since a line above is red", "fix it and run the doctor again")
     if training.buildable:

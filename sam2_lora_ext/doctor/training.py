@@ -132,11 +132,16 @@ class Training:
         yield from ()
 
     def check_step(self) -> Iterator[Finding]:
-        """Forward, loss, backward and an optimizer step on one sample with a defect, with its time and memory."""
+        """A step on one sample with a defect, by clicks."""
+        yield from self.one_step(self.sample(), "one sample")
+
+    def one_step(self, batch: Any, what: str) -> Iterator[Finding]:
+        """Forward, loss, backward and an optimizer step on a batch, called `what`, with its time and memory."""
         from hydra.utils import instantiate
 
         model, area = self.model.to(self.device).train(), "step"
-        batch = self.sample().to(self.device)
+        model.zero_grad()
+        batch = batch.to(self.device)
         losses = nn.ModuleDict({key: instantiate(conf, _convert_="all") for key, conf in self.trainer["loss"].items()})
         trained = [value for value in model.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6)
@@ -149,8 +154,8 @@ class Training:
         if not torch.isfinite(loss):
             yield red(
                 area,
-                f"the loss of one sample is {float(loss)}",
-                "check the base and the sample's image; try trainer.optim.amp.enabled=false",
+                f"the loss of {what} is {float(loss)}",
+                "look at the base and at the sample's image; try trainer.optim.amp.enabled=false",
             )
             return
         loss.backward()
@@ -159,7 +164,7 @@ class Training:
         where = "on the GPU" if self.device.type == "cuda" else "of the process at most"
         yield green(
             area,
-            f"one sample, {len(batch.masks[0])} object(s): loss {float(loss):.3f}, {seconds:.1f} s, "
+            f"{what}, {len(batch.masks[0])} object(s): loss {float(loss):.3f}, {seconds:.1f} s, "
             f"{peak_memory(self.device) / GIGA:.2f} GB {where} ({before / GIGA:.2f} GB before)",
         )
         yield from check_gradients(model)
@@ -170,11 +175,15 @@ class Training:
 
         conf = self.trainer["data"]["train"]
         dataset = instantiate(conf["datasets"][0], _convert_="all")
-        inner = _attribute(dataset, "video_dataset")
+        holder = find_with(dataset, "video_dataset")
+        return instantiate(conf["collate_fn"])([holder[self.place_with_defect(holder)]])
+
+    @staticmethod
+    def place_with_defect(dataset: Any) -> int:
+        """The place of a sample that shows a defect, in a data set over a `video_dataset`; 0 where the first do not."""
+        inner = getattr(dataset, "video_dataset", None)
         known = getattr(inner, "classes_of", lambda index: {1})
-        position = next((index for index in range(min(len(inner or dataset), TRIES)) if known(index)), 0)
-        collate = instantiate(conf["collate_fn"])
-        return collate([_attribute(dataset, "video_dataset", holder=True)[position]])
+        return next((index for index in range(min(len(inner or dataset), TRIES)) if known(index)), 0)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision as in the config; the Trainer's is for CUDA only."""
@@ -196,13 +205,15 @@ class Training:
         return 4 * (copies * 3 * trained + exported + 2 * merged) + 50e6
 
 
-def _attribute(dataset: Any, name: str, holder: bool = False) -> Any:
-    """`dataset.name`, looked up through wrappers with a `dataset`; with `holder` the data set that has it."""
+def find_with(dataset: Any, name: str) -> Any:
+    """The data set that has an attribute `name`, inside wrappers that have a `dataset`.
+
+    Raises:
+        UserError: there is none.
+    """
     inner = dataset
     while inner is not None and not hasattr(inner, name):
         inner = getattr(inner, "dataset", None)
     if inner is None:
-        if holder:
-            return dataset
         raise UserError(f"the training data {type(dataset).__name__} has no {name}: the step needs a VOSDataset")
-    return inner if holder else getattr(inner, name)
+    return inner

@@ -33,6 +33,20 @@ def segmenter_of(args: argparse.Namespace) -> Segmenter:
     )
 
 
+def seen_in_fitting(args: argparse.Namespace, strips: TrueStrips) -> str | None:
+    """What to say where strips are among those that the run validates on, to which its thresholds are fitted."""
+    run = args.run or find_run(args.checkpoint)
+    if run is None:
+        return None
+    shared = images_among({str(Path(path).resolve()) for path in strips.paths()}, from_run(run, "val").image_paths())
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} of these {len(strips)} strips are those that the run validates on: the choice of the best "
+        "weights, and thresholds fitted to them, have seen them, so the numbers flatter; name test strips"
+    )
+
+
 def strips_of(args: argparse.Namespace, prompts: ClassPrompts) -> tuple[TrueStrips, dict[str, Any]]:
     """The strips that the arguments name, by default those that the model's run validates on, and facts about them.
 

@@ -79,7 +79,7 @@ def watch(folder: Path, journal: Journal, idle: float | None = None, poll: float
 
     Args:
         folder: is looked at every `poll` seconds; hidden files are none.
-        journal: what was inspected already; a file that changed since is inspected again.
+        journal: what was inspected already; a file that changed since is inspected again, and one that could not be.
         idle: end after so many seconds without a file; None goes on until Ctrl-C.
         poll: in seconds.
 
@@ -89,17 +89,19 @@ def watch(folder: Path, journal: Journal, idle: float | None = None, poll: float
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder} to watch: make it first")
     folder, seen, last = Path(os.path.abspath(folder)), {}, time.monotonic()
+    again = {name for name in journal.places if journal.failed(name)}  # in an earlier call: tried once more
     while idle is None or time.monotonic() - last < idle:
         ready = []
         for name in _images_in(folder):
             state = state_of(folder / name)
-            if state != journal.state(name):
+            if state != journal.state(name) or name in again:
                 if seen.get(name) == state:
                     ready.append(name)
                 seen[name] = state
         for name in ready:
             yield folder / name
             del seen[name]
+            again.discard(name)
             last = time.monotonic()
         if not ready:
             yield None

@@ -96,8 +96,10 @@ class Journal:
         for line in () if force else self.file:
             try:
                 value = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
+            if known is None and line.endswith(b"\n") and not isinstance(value, dict):
+                raise UserError(f"{self.path} is no journal of an inspection: choose another --out")
             if value is None:
                 break
             if known is None:
@@ -154,6 +156,14 @@ class Journal:
 
 def _record(value: Any, where: Path) -> Record:
     try:
-        return Record(**{**value, "state": tuple(value["state"])})
+        record = Record(**{**value, "state": tuple(value["state"])})
+        rows = [tuple(map(type, row)) for row in record.objects]
+        whole = (*record.state, record.height, record.width)
+        fits = {tuple(map(type, whole)) == (int,) * 4, {str} >= {type(record.name), type(record.path)}}
+        fits |= {row == (int, float, int, list, str) for row in rows}
+        fits |= {{float} >= set(map(type, record.scores)), isinstance(record.error, str | None)}
     except (TypeError, KeyError) as error:
         raise UserError(f"{where} is damaged: a line of it is no record; give --force to begin anew") from error
+    if not all(fits):
+        raise UserError(f"{where} is damaged: a record of it has other values; give --force to begin anew")
+    return record

@@ -27,7 +27,7 @@ class ClassNetwork(nn.Module):
         tokens = find_tokens(model.sam_prompt_encoder)  # of the adapter that is on
         if tokens is None:
             raise UserError("the model has no class prompts: load them with load_segmenter, or train them first")
-        self.model = model
+        self.model, self._tokens = model, (tokens,)  # a tuple: the module is the model's
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
         device = tokens.tokens.device
@@ -47,8 +47,17 @@ class ClassNetwork(nn.Module):
         return self.mean.device
 
     def prompt(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder takes beside an image: the classes [C, K + 1, D], no mask [1, D, S/16, S/16], places."""
+        """What the decoder takes beside an image: the classes [C, K + 1, D], no mask [1, D, S/16, S/16], places.
+
+        Raises:
+            UserError: an adapter was switched on or off since.
+        """
         encoder = self.model.sam_prompt_encoder
+        if find_tokens(encoder) is not self._tokens[0]:
+            raise UserError(
+                "the model has other class prompts than this segmenter was made for: turn their adapter on, or make a "
+                "segmenter for those that are on"
+            )
         sparse, dense = encoder(points=(self.coords, self.labels), boxes=None, masks=None)
         return sparse, dense[:1], encoder.get_dense_pe()  # no mask is the same for each prompt
 

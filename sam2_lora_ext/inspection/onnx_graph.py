@@ -40,14 +40,17 @@ class GraphProof:
         max_abs_logit_diff: of a mask logit.
         max_abs_logit: the largest logit, for scale.
         max_abs_score_diff: of an object score.
+        max_abs_score: the largest score, for scale.
         flipped: share of the pixels of all classes that are on the other side of 0.
         mask_iou: of the pixels above 0, this file's against PyTorch's.
-        bound: what the logits may differ by; None for float16, whose cost is `flipped` and `mask_iou`.
+        bound: what the logits may differ by; None for float16, whose cost is `flipped` and `mask_iou`. Scores may
+            differ by `BOUND` of the largest score or of 1.
     """
 
     max_abs_logit_diff: float
     max_abs_logit: float
     max_abs_score_diff: float
+    max_abs_score: float
     flipped: float
     mask_iou: float
     bound: float | None
@@ -55,7 +58,9 @@ class GraphProof:
     @property
     def passed(self) -> bool:
         """Whether the file is the model."""
-        return self.bound is None or self.max_abs_logit_diff <= self.bound  # False for NaN
+        if self.bound is None:
+            return True
+        return self.max_abs_logit_diff <= self.bound and self.max_abs_score_diff <= BOUND * max(self.max_abs_score, 1)
 
 
 class ClassGraph(nn.Module):
@@ -123,7 +128,8 @@ def export_classes(
             if not proof.passed:
                 raise UserError(
                     f"the ONNX file is not the model: its logits differ by {proof.max_abs_logit_diff:.3g}, "
-                    f"and {proof.bound:.3g} is allowed; none was written"
+                    f"and {proof.bound:.3g} is allowed, its scores by {proof.max_abs_score_diff:.3g} of "
+                    f"{proof.max_abs_score:.3g}; none was written"
                 )
             folder.mkdir(exist_ok=True)
             write_atomic(folder / FILE, lambda target: os.replace(path, target), force=force)
@@ -173,6 +179,7 @@ def prove(graph: ClassGraph, path: Path, pixels: Tensor, bound: float | None) ->
         float((wanted[0] - found[0]).abs().max()),
         largest,
         float((wanted[1] - found[1]).abs().max()),
+        float(wanted[1].abs().max()),
         float((ours != theirs).double().mean()),
         int((ours & theirs).sum()) / union if union else 1.0,
         None if bound is None else bound * largest,

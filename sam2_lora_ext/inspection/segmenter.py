@@ -80,7 +80,8 @@ class Segmenter:
                 f"{self.network.size}: build it with image_size={prompts.resolution}"
             )
         if overlap is not None and not 0 <= overlap < (prompts.crop or overlap + 1):
-            raise UserError(f"tiles of {prompts.crop} columns cannot share {overlap}: give at most {prompts.crop - 1}")
+            most = "" if prompts.crop is None else f" and at most {prompts.crop - 1}"
+            raise UserError(f"tiles of {prompts.crop} columns cannot share {overlap}: give at least 0{most}")
         self.prompts, self.overlap, self.batch_size, self.half = prompts, overlap, batch_size, half
 
     @property

@@ -31,6 +31,8 @@ class History:
             UserError: a setting is unknown or impossible.
         """
         check_keys("trainer.early_stop", early_stop or (), ("patience", "min_delta"))
+        if monitor == "false_alarms" and mode == "max":
+            raise UserError("of trainer.monitor=false_alarms less is better: set trainer.monitor_mode=min")
         return cls(monitor, EarlyStop(**{"mode": mode, **(early_stop or {"patience": sys.maxsize})}))
 
     def add(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:

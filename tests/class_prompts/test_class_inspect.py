@@ -205,6 +205,19 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="another inspection writes"):
         Journal(tmp_path / "held", {}, False)
     held.file.close()
+    own = (out / "records.jsonl").read_text().splitlines()
+    for lines, match in (
+        (["[1]"], "no journal of an inspection"),
+        (["my notes", "precious"], "no journal of an inspection"),
+        ([own[0], own[1].replace('"objects": [', '"objects": [7, ')], "no record"),
+        ([own[0], own[1].replace('"width": ', '"width": 0.')], "other values"),
+    ):
+        text = "\n".join(lines) + "\n"
+        (tmp_path / "hostile").mkdir(exist_ok=True)
+        (tmp_path / "hostile/records.jsonl").write_text(text)
+        with pytest.raises(UserError, match=match):
+            inspect(steel, first, "--out", tmp_path / "hostile", "--overlap", 8)
+        assert (tmp_path / "hostile/records.jsonl").read_text() == text
 
 
 def test_unfitted_and_overlapping_classes_are_said(tmp_path: Path, strip_files: Path, capsys) -> None:

@@ -20,6 +20,7 @@ from sam2_lora_ext.data.class_validation import ClassTiles
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.meters import SegmentationMeter
+from sam2_lora_ext.run.history import History
 from sam2_lora_ext.utils.errors import UserError
 
 PAIRS = len(STRIPS) * len(CLASSES)
@@ -270,3 +271,10 @@ def test_rows_of_pairs_in_closed_form():
     assert window.compute() == wanted  # training counts each time
     window.reset()
     assert window.compute_synced() == {}
+
+
+def test_without_a_clean_strip_there_are_no_false_alarms_to_monitor(folder):
+    assert "false_alarms" in meter_of(tiles_of(folder)).keys()
+    assert "false_alarms" not in meter_of(tiles_of(folder, include_clean=False)).keys()
+    with pytest.raises(UserError, match="set trainer.monitor_mode=min"):
+        History.of("false_alarms", "max", None)

@@ -35,7 +35,10 @@ def test_a_run_is_fitted_merged_and_inspects(nano_base: Path, strips: Path, run_
     torch.testing.assert_close(Segmenter(switched, prompts)(first).scores, live(first).scores)
 
     evaluate_inspection.main(["--checkpoint", str(run_dir), *where, "--out", str(run_dir / "inspection")])
-    result = json.loads((run_dir / "inspection/inspection.json").read_text())["result"]
+    record = json.loads((run_dir / "inspection/inspection.json").read_text())
+    result, note = record["result"], record["strips"]["note"]
+    assert note.startswith("4 of these 4 strips are those that the run validates on")
+    assert note in (run_dir / "inspection/inspection.md").read_text()
     assert result["strips"] == 4 and 0 <= result["kaggle_dice"]["mean"] <= 1
     out = tmp_path / "out"
     inspect_strips.main(["--checkpoint", str(tmp_path / "steel.pt"), *map(str, images[:2]), "--out", str(out)])

@@ -114,7 +114,19 @@ def test_a_damaged_header_is_a_sentence(text, tmp_path: Path) -> None:
 def test_any_damaged_decision_is_a_sentence() -> None:
     good = json.loads(header_of(make_prompts()))
     for key in good["decision"]:
-        for wrong in (None, [], [1, float("inf")], ["a", "b"], {}, [[1], [2]], "ab", [1e400, 0], [-1, -1], 7):
+        for wrong in (
+            None,
+            [],
+            [1, float("inf")],
+            ["a", "b"],
+            {},
+            [[1], [2]],
+            "ab",
+            [1e400, 0],
+            [-1, -1],
+            7,
+            [10**400] * 3,
+        ):
             header = json.dumps({**good, "decision": {**good["decision"], key: wrong}})
             if key in ("threshold", "bias", "weak_score") and wrong == [-1, -1]:
                 continue

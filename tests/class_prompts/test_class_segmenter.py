@@ -9,7 +9,7 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from scipy import ndimage
 
-from helpers.class_models import class_model, make_prompts, make_strip, write_merged
+from helpers.class_models import class_model, make_prompts, tokens_of, write_merged
 from helpers.stock_models import NANO, build
 from sam2_lora_ext.adapters.decision import ABSENT, Decision
 from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles
@@ -155,5 +155,10 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         load_segmenter(None, write_merged(tmp_path / "other.pt", make_prompts(width=32)))
     with pytest.raises(UserError, match="cannot share"):
         Segmenter(class_model(prompts), prompts, overlap=128)
+    model = class_model(prompts)
+    segmenter = Segmenter(model, prompts)
+    install_class_prompts(model, tokens_of(make_prompts(count=3)))  # as a switch of live adapters does
+    with pytest.raises(UserError, match="other class prompts than this segmenter was made for"):
+        segmenter(make_strip(64, 64, 0))
     with pytest.raises(UserError, match="uint8"):
         Segmenter(class_model(prompts), prompts)(np.zeros((4, 4), np.uint8))

@@ -111,5 +111,7 @@ def test_a_decision_goes_beside_a_safetensors_file_too(tmp_path: Path) -> None:
 def test_data_of_other_classes_is_refused(steel: Path, strips: Path) -> None:
     with pytest.raises(UserError, match="take the data that they were trained for"):
         fit_decision.main(["--checkpoint", str(steel), *data_of(strips, "val"), "--classes", "a,b,c,d"])
+    with pytest.raises(UserError, match="validation strips alone, not to --split test"):
+        fit_decision.main(["--checkpoint", str(steel), *data_of(strips, "test")])
     with pytest.raises(UserError, match="say which strips"):
         fit_decision.main(["--checkpoint", str(steel)])

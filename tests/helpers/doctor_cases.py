@@ -18,9 +18,9 @@ def place(nano_base: Path, strips: Path, tmp_path: Path, monkeypatch: pytest.Mon
     return tmp_path / "run"
 
 
-def find(*overrides: str, level: str = "red", step: bool = False) -> list[Finding]:
-    """The findings of a level for the quick demo with overrides."""
-    return [finding for finding in examine("demo", [*QUICK, *overrides], step=step) if finding.level == level]
+def find(*overrides: str, level: str = "red", step: bool = False, config: str = "demo") -> list[Finding]:
+    """The findings of a level for the quick demo, or another config, with overrides."""
+    return [finding for finding in examine(config, [*QUICK, *overrides], step=step) if finding.level == level]
 
 
 def only(findings: list[Finding], *words: str) -> Finding:
