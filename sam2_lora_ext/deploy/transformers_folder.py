@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sam2_lora_ext.adapters.merge import Merged, merge_to
-from sam2_lora_ext.adapters.transformers_names import THEIR_POSITIONS, state_from_transformers, state_to_transformers
+from sam2_lora_ext.adapters.transformers_names import state_from_transformers, state_to_transformers
+from sam2_lora_ext.adapters.transformers_table import THEIR_POSITIONS
 from sam2_lora_ext.adapters.weights import read_weights, write_weights
 from sam2_lora_ext.deploy.model_card import model_card
 from sam2_lora_ext.deploy.stock import PROMPTS

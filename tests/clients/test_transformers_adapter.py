@@ -15,12 +15,12 @@ from sam2_lora_ext.adapters.peft import Adapter, LayerAdapter, load_adapter, sav
 from sam2_lora_ext.adapters.sources import read_adapter
 from sam2_lora_ext.adapters.transformers_names import (
     Names,
-    name_pairs,
     rename_adapter,
     speaks_transformers,
     state_from_transformers,
     state_to_transformers,
 )
+from sam2_lora_ext.adapters.transformers_table import name_pairs
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
 from sam2_lora_ext.deploy.stock import build_stock, mask_logits, noise_image
 from sam2_lora_ext.lora import build_lora_model
