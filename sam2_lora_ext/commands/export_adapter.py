@@ -85,4 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{len(adapter.full_modules)} modules trained in full, {size / 1e6:,.2f} MB"
         + (", for transformers' Sam2Model" if theirs else "")
     )
-    print(f"base     {adapter.metadata.get('base_path') or 'not recorded; give --base to record it'}")
+    facts = adapter.metadata
+    noted = facts.get("base_path") or (f"SHA-256 of its values {facts['base_id']}" if facts.get("base_id") else None)
+    print(f"base     {noted or 'not recorded; give --base to record it'}")

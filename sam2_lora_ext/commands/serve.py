@@ -6,7 +6,9 @@ adapter or the weights, of --run, or of a training config (-c).
 """
 
 import argparse
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads the models, prints the address, serves until Ctrl-C."""
+    """Loads the models, prints the address, serves until Ctrl-C or SIGTERM."""
     args = parser().parse_intermixed_args(argv)
     import torch
 
@@ -121,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 await super().startup(sockets)
                 print(f"open     http://{shown}:{port}/   (Ctrl-C ends it)", flush=True)
 
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as containers stop: dropped images are removed
         try:
             Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])
         finally:
@@ -134,4 +137,5 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port") from error
+        why = error.strerror or error
+        raise UserError(f"cannot listen on {host}:{port} ({why}): choose another --port or --host") from error

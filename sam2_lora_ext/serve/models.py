@@ -63,7 +63,8 @@ def load_models(
         network = load_sam2(own, path, chosen, image_size=image_size, device=device)
         for name, where in ((path.stem, None), *chosen.items()):
             if name in {model.name for model in loaded.models}:
-                raise UserError(f"two models are called {name!r}: name adapters with --adapter NAME=PATH")
+                how = f"rename the file {path}" if where is None else "name adapters with --adapter NAME=PATH"
+                raise UserError(f"two models are called {name!r}: {how}")
             source = path if where is None else find_adapter(where)
             loaded.models.append(Model(name, network, None if where is None else name, source))
             loaded.inputs += [path] if where is None else source_files(source)

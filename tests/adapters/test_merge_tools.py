@@ -197,6 +197,20 @@ def test_export_from_a_run_and_with_a_base(folder, tmp_path, monkeypatch, reposi
     assert not (tmp_path / "b").exists()
 
 
+def test_the_base_is_named_by_its_identity_where_its_path_is_not_known(tmp_path, capsys):
+    """Not as missing: the adapter has what its base is checked by."""
+    from sam2_lora_ext.commands.export_adapter import main
+
+    model = build_lora_model(build(NANO), {"rank": 2})
+    for facts, words in (
+        ({"base_id": "ab" * 32}, f"SHA-256 of its values {'ab' * 32}"),
+        ({}, "not recorded; give --base"),
+    ):
+        save_adapter(Adapter.from_model(model, facts), tmp_path / "from", force=True)
+        main([str(tmp_path / "from"), str(tmp_path / "to"), "--force"])
+        assert f"base     {words}" in capsys.readouterr().out
+
+
 def test_export_from_a_checkpoint_notes_its_base(folder, tmp_path, monkeypatch, repository, capsys):
     monkeypatch.syspath_prepend(repository / "tools")
     import export_adapter

@@ -9,7 +9,7 @@ import torch
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from scipy import ndimage
 
-from helpers.class_models import class_model, make_prompts, tokens_of, write_merged
+from helpers.class_models import class_model, make_prompts, make_strip, tokens_of, write_merged
 from helpers.stock_models import NANO, build
 from sam2_lora_ext.adapters.decision import ABSENT, Decision
 from sam2_lora_ext.class_prompts.stitching import Tiles, merge_tiles

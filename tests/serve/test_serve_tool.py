@@ -39,7 +39,13 @@ def start(*arguments: str | Path) -> subprocess.Popen:
     )
 
 
-def test_the_tool_serves_until_ctrl_c(tmp_path, strips):
+@pytest.mark.parametrize(
+    "how, code, words", [(signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "")], ids=["ctrl_c", "term"]
+)
+def test_the_tool_serves_until_it_is_stopped(tmp_path, strips, monkeypatch, how, code, words):
+    """By Ctrl-C or, as containers do it, by SIGTERM: nothing of what was dropped on the page stays on the disk."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     adapters = make_adapters(tmp_path)
     process = start(
         "--checkpoint",
@@ -69,10 +75,10 @@ def test_the_tool_serves_until_ctrl_c(tmp_path, strips):
         with pytest.raises(OSError):
             socket.create_connection((address, port), timeout=5).close()
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped by Ctrl-C" in err and "Traceback" not in err
-    assert out == "kept     0 masks on 0 strips\n"
+    assert process.returncode == code and words in err and "Traceback" not in err
+    assert out == "kept     0 masks on 0 strips\n" and not list((tmp_path / "tmp").iterdir())
 
 
 def test_the_tool_refuses_in_one_sentence(tmp_path, strips, capsys, nano_base):
@@ -93,7 +99,8 @@ def test_the_tool_refuses_in_one_sentence(tmp_path, strips, capsys, nano_base):
     assert "there is no file" in said("--checkpoint", str(tmp_path / "none.pt"), "--port", "0")
     assert "cannot list the image folder" in said(*given, "--images", str(tmp_path / "none"))
     assert "was trained on" in said("--checkpoint", str(nano_base), "--port", "0", "--adapter", str(adapter))
-    assert "two models are called 'sam2_nano'" in said(*given, "--compare", str(BASE))
-    assert "two models are called 'sam2_nano'" in said(*given, "--adapter", f"sam2_nano={adapter}")
+    twice = "two models are called 'sam2_nano': "
+    assert f"{twice}rename the file {BASE}" in said(*given, "--compare", str(BASE))
+    assert f"{twice}name adapters with" in said(*given, "--adapter", f"sam2_nano={adapter}")
     assert "there is no" in said(*given, "--adapter", "x=none")
     assert capsys.readouterr().out == ""
