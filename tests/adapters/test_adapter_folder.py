@@ -211,7 +211,7 @@ def test_exports_replace_adapters_and_nothing_else(folder, tmp_path):
     assert (out / "README.md").read_text() == "mine" and is_whole(load_adapter(out))
     for strange in ("data", "file"):
         (tmp_path / strange / "x").mkdir(parents=True) if strange == "data" else (tmp_path / strange).touch()
-        with pytest.raises(UserError, match="--force replaces an adapter, but .* is none"):
+        with pytest.raises(UserError, match="--force replaces an adapter, but .* is not one"):
             export_adapter.main([str(folder), str(tmp_path / strange), "--force"])
     (tmp_path / "link").symlink_to(folder)
     for same in (folder, tmp_path / "link", tmp_path):
