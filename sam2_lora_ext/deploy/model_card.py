@@ -96,7 +96,8 @@ def _what(merged: Merged) -> str:
 
 
 def _base(merged: Merged, base: Path) -> Iterator[str]:
-    yield f"- architecture: `{merged.model or 'unknown'}` of SAM 2's repository"
+    metas = any(PurePath(merged.model or "").stem.endswith(end) for end in HUB)
+    yield f"- architecture: `{merged.model or 'unknown'}`" + (" of SAM 2's repository" if metas else "")
     yield f"- weights: `{base.name}`, SHA-256 of their values `{merged.base_id}`"
     yield f"- written as {' and '.join(merged.dtypes)}; {merged.changed} of {merged.tensors} tensors were changed"
     yield from (f"- {note}" for note in merged.notes)

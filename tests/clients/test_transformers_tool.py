@@ -71,6 +71,7 @@ def test_the_card_of_a_run_on_data_of_another_kind_says_so(nano, tmp_path):
 def test_the_card_without_a_run_says_that_nothing_is_known(nano):
     card = (nano / "model" / "README.md").read_text()
     assert "# model\n" in card and "its training data is unknown" in card and "records no validation" in card
+    assert "architecture: `configs/sam2_nano.yaml`\n" in card  # a config of ours, not of SAM 2's repository
     assert str(nano) not in card and "Sam2VideoModel` and" not in card and "base_model" not in card
 
 
