@@ -32,7 +32,14 @@ class ClassPromptEncoder(PromptEncoder):
 
         The tokens are always in the graph, with a gradient of zero where no label means them: DDP waits for each
         parameter that is trained.
+
+        Raises:
+            UserError: a label is beyond those of the tokens. On a GPU, for which this would wait, it means the last.
         """
+        most = FIRST_LABEL + self.class_tokens.tokens.shape[:2].numel()
+        readable = not torch.compiler.is_compiling() and type(labels) is Tensor and labels.device.type == "cpu"
+        if readable and bool((labels >= most).any()):
+            raise UserError(f"class prompts have the labels {FIRST_LABEL} to {most - 1}, got {int(labels.max())}")
         embedded = super()._embed_points(points, labels, pad)
         labels = nn.functional.pad(labels, (0, int(pad)), value=-1)
         tokens = self.class_tokens.rows(labels).to(embedded.dtype)
