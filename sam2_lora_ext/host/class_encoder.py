@@ -30,9 +30,16 @@ class ClassPromptEncoder(PromptEncoder):
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
         """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens for their labels.
 
-        The tokens are always in the graph, with a gradient of zero if no label selects them: DDP waits for each
-        trained parameter.
+                The tokens are always in the graph, with a gradient of zero where no label means them: DDP waits for each
+        parameter that is trained.
+
+        Raises:
+            UserError: a label is beyond those of the tokens. On a GPU, for which this would wait, it means the last.
         """
+        most = FIRST_LABEL + self.class_tokens.tokens.shape[:2].numel()
+        readable = not torch.compiler.is_compiling() and type(labels) is Tensor and labels.device.type == "cpu"
+        if readable and bool((labels >= most).any()):
+            raise UserError(f"class prompts have the labels {FIRST_LABEL} to {most - 1}, got {int(labels.max())}")
         embedded = super()._embed_points(points, labels, pad)
         labels = nn.functional.pad(labels, (0, int(pad)), value=-1)
         tokens = self.class_tokens.rows(labels).to(embedded.dtype)

@@ -158,6 +158,13 @@ def test_live_adapters_switch_their_tokens(folder):
     assert weights_id(model.state_dict()) == weights_id(build().state_dict())
 
 
+@pytest.mark.parametrize("wrong", [5, None, "ab", {}])
+def test_damaged_notes_of_tokens_are_a_sentence(wrong):
+    facts = {"class_ids": [1, 2], "class_names": wrong, "crop": None, "resolution": 64, "exclusive": True}
+    with pytest.raises(UserError, match="it is damaged"):
+        prompts_of_state({STATE_KEY: torch.zeros(2, 2, 8)}, {"class_prompts": facts})
+
+
 def test_a_checkpoint_notes_what_its_tokens_are():
     model, adapter = trained(1)
     notes = {"class_prompts": facts_of(model), "base_id": "a"}

@@ -183,6 +183,10 @@ def test_labels_positions_and_faults():
     ):
         with pytest.raises(UserError, match=words):
             ClassTokens(values, ids, names)
+    model = build()
+    install_class_prompts(model, tokens)
+    with pytest.raises(UserError, match="have the labels 16 to 21, got 22"):
+        heads(model, torch.zeros(1, 1, 2), torch.tensor([[22.0]]))
     with pytest.raises(UserError, match="width 32, but the model's prompt tokens have 64"):
         install_class_prompts(build(), tokens_of(random_tokens(2, 32)))
     with pytest.raises(UserError, match="not a NoneType"):
