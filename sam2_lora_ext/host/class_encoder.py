@@ -30,7 +30,7 @@ class ClassPromptEncoder(PromptEncoder):
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
         """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens for their labels.
 
-                The tokens are always in the graph, with a gradient of zero where no label means them: DDP waits for each
+                    UserError: a label is beyond those of the tokens. On a GPU, where the check would wait, it means the last.
         parameter that is trained.
 
         Raises:
