@@ -48,7 +48,7 @@ def prompts_of_state(state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> C
     facts = notes.get(CLASS_PROMPTS)
     whole = isinstance(facts, Mapping) and set(facts) == set(FACTS)
     if not whole or not all(isinstance(facts[name], (list, tuple)) for name in ("class_ids", "class_names")):
-        raise UserError("the checkpoint holds class tokens, but does not say of which classes: it is damaged")
+        raise UserError("the checkpoint holds class tokens, but does not record their classes: it is damaged")
     ids, names, crop, resolution, exclusive = (facts[name] for name in FACTS)
     tokens = state[STATE_KEY].detach().float().cpu().clone()
     return ClassPrompts(

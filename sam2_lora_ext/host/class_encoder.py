@@ -30,7 +30,8 @@ class ClassPromptEncoder(PromptEncoder):
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
         """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens for their labels.
 
-                    UserError: a label is beyond those of the tokens. On a GPU, where the check would wait, it means the last.
+    UserError: a label is beyond those of the tokens. On a GPU, where the check would wait, it means the
+        last.
         parameter that is trained.
 
         Raises:
