@@ -30,12 +30,12 @@ class ClassPromptEncoder(PromptEncoder):
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
         """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens for their labels.
 
-    UserError: a label is beyond those of the tokens. On a GPU, where the check would wait, it means the
-        last.
-        parameter that is trained.
+        The tokens are always in the graph, with a gradient of zero if no label selects them: DDP waits for each trained
+        parameter.
 
         Raises:
-            UserError: a label is beyond those of the tokens. On a GPU, for which this would wait, it means the last.
+            UserError: a label is beyond those of the tokens. On a GPU, where the check would wait for the device, such a
+                label selects the last token.
         """
         most = FIRST_LABEL + self.class_tokens.tokens.shape[:2].numel()
         readable = not torch.compiler.is_compiling() and type(labels) is Tensor and labels.device.type == "cpu"
