@@ -34,7 +34,7 @@ class ClassPromptEncoder(PromptEncoder):
         parameter.
 
         Raises:
-            UserError: a label is beyond those of the tokens. On a GPU, where the check would wait for the device, such a
+            UserError: a label is beyond those of the tokens. On a GPU, where the check would wait for it, such a
                 label selects the last token.
         """
         most = FIRST_LABEL + self.class_tokens.tokens.shape[:2].numel()
