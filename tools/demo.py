@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import time
@@ -37,6 +38,7 @@ CONFIG = "configs/sam2_nano.yaml"
 BASE = ROOT / "assets/sam2_nano.pt"
 CROP = 256  # columns of a strip in view, as in configs/demo.yaml
 MARK = ".sam2_lora_demo"  # tells our folder from a user's own
+CLASS_STEPS = os.getenv("SAM2_LORA_DEMO_STEPS", "150")
 # Every step by class prompts, so that a minute is enough: clicks, which are learned by now, are not kept up.
 CLASSES = (
     "-m",
@@ -44,9 +46,7 @@ CLASSES = (
     "-c",
     "demo_classes",
     "trainer.mode=train_only",
-    "dataset.class_prompts.share=1.0",
-    "dataset.class_prompts.corrections=0.0",
-    "dataset.class_prompts.around=0.8",
+    "dataset.class_prompts={share: 1.0, corrections: 0.0, around: 0.8}",
     "trainer.loss.severstal.weight_dict.loss_class=3",
 )
 COLUMNS = ("iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks", "dice_box")
@@ -82,7 +82,7 @@ def train(out: Path, data: Path, name: str, base: Path, *command: str) -> Path:
         "SAM2_LORA_NANO": str(base),
         "SAM2_LORA_DEMO_RUN": str(out / name),
     }
-    print("training: python " + " ".join(command), flush=True)
+    print("training: python " + shlex.join(command), flush=True)
     log = out / f"{name}.log"
     metrics = out / name / "logs/metrics.csv"
     with open(log, "w") as file:
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw_before_after(out / "overlays.png", samples, base, merged)
     show(summary, len(samples))
     began = time.perf_counter()
-    run = train(out, data, "classes", merged_file, *CLASSES, f"scratch.steps={os.getenv('SAM2_LORA_DEMO_STEPS', 200)}")
+    run = train(out, data, "classes", merged_file, *CLASSES, f"scratch.steps={CLASS_STEPS}")
     result = inspect(run, merged_file, out / "inspection.png")
     seconds["inspection"] = time.perf_counter() - began
     summary |= {"inspection": figures(result), "seconds": {name: round(value, 1) for name, value in seconds.items()}}
