@@ -217,8 +217,8 @@ def test_compiles_into_one_graph(variant):
     "kind, kwargs, words",
     [
         (("dora", "plain"), {"parts": QV}, "DoRA cannot adapt the parts"),
-        (("pissa", "plain"), {"rank": 17}, "begins with 17 singular values, the weight has 16"),
-        (("pissa", "lean"), {"rank": 9, "parts": QV}, "begins with 9 singular values, the weight has 8"),
+        (("pissa", "plain"), {"rank": 17}, "starts with 17 singular values, the weight has 16"),
+        (("pissa", "lean"), {"rank": 9, "parts": QV}, "starts with 9 singular values, the weight has 8"),
     ],
 )
 def test_refusals(kind, kwargs, words):
