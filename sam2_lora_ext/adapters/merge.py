@@ -127,7 +127,7 @@ def merge_to(
             notes = [check_base(base, state, part, base_id.result()) for part in read]
         prompts = adapter.class_prompts
         if prompts is None and any(part.class_prompts for part in read):
-            left_out.append("class prompts are left out: they answer on the adapter alone that they were trained with")
+            left_out.append("class prompts are left out: they work only with the adapter that they were trained with")
         write(merged, prompts, lambda file: hashes.append(other.submit(sha256_of, file)))
     return Merged(
         adapter,

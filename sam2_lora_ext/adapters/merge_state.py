@@ -55,7 +55,7 @@ def require_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
     """Raises a `UserError` when the base has adapters itself, or the adapter's modules or shapes are not the base's."""
     for key in base:
         if key.endswith(ADAPTER_KEYS):
-            raise UserError(f"the base has adapters itself ({key}): give the weights that its training began with")
+            raise UserError(f"the base has adapters itself ({key}): give the weights that its training started from")
     if words := adapter.misfit(base):
         raise UserError(
             f"{words} in the base: the adapter is of another model than this base, which looks like "

@@ -170,7 +170,7 @@ def _read_folder(folder: Path) -> Adapter:
         for kind in KEYS if config.get("use_dora") else (A, B):
             if kind not in entries:
                 present, missing = (f"lora_{word.removesuffix('.weight')}" for word in (next(iter(entries)), kind))
-                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is not whole")
+                raise UserError(f"{weights}: {name} has {present} but no {missing}: the file is incomplete")
     ranks, alphas = (NamePatterns(config.get(f"{key}_pattern"), str(folder / CONFIG)) for key in ("rank", "alpha"))
     layers = {
         name: _layer(

@@ -16,7 +16,7 @@ def distinct_names(section: Mapping[str, Any]) -> str | None:
     classes = section.get("classes")
     names = list(classes.values()) if isinstance(classes, Mapping) else classes if isinstance(classes, list) else [""]
     if not names or len(set(names)) < len(names):
-        return f"classes must be at least one, each with a name of its own, got {shown(classes)}"
+        return f"classes must be at least one, each with a unique name, got {shown(classes)}"
     return None
 
 
@@ -29,7 +29,7 @@ def distinct_colours(section: Mapping[str, Any]) -> str | None:
     numbers = classes if isinstance(classes, Mapping) else range(1, 1 + count)
     taken = [tuple(colour) for colour in colours.values()]
     if set(colours) != set(numbers) or (0, 0, 0) in taken or len(set(taken)) < len(taken):
-        wanted = f"each of the classes {shown(list(numbers))} one of its own that is not black"
+        wanted = f"each of the classes {shown(list(numbers))} a unique colour that is not black"
         return f"colors must give {wanted}, got {shown(dict(colours))}"
     return None
 
