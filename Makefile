@@ -3,8 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-FAST := not slow and not slurm and not browser and not gpu
-SLOW := (slow or slurm or browser) and not gpu
+FAST := not slow and not slurm and not browser and not gpu and not docs
+SLOW := (slow or slurm or browser) and not gpu and not docs
 
 # `make -f some/where/Makefile` from elsewhere starts again in the Makefile's own folder, which may have a space in it.
 HERE := $(shell file="$(MAKEFILE_LIST)"; CDPATH= cd "$$(dirname "$${file# }")" && pwd -P)
@@ -21,13 +21,14 @@ else
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help env demo lint format test test-slow test-oldest gpu clients fuzz bench quality docs clean
+.PHONY: help env demo lint format test test-slow test-docs test-oldest gpu clients fuzz bench quality docs clean
 help:
 	@echo 'make env        the environment in .venv: pinned packages, SAM 2, this project (editable)'
 	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
 	@echo 'make test       the test suite, after make lint'
 	@echo 'make lint       format and a small set of rules (ruff); make format applies them'
 	@echo 'make test-slow  what takes longer: kills, cluster, browser'
+	@echo 'make test-docs  every command of every page, the install lines in a fresh environment: half an hour'
 	@echo 'make test-oldest   the tests with the oldest packages allowed, in .venv-oldest (PYTHON is 3.11)'
 	@echo 'make gpu        on a CUDA machine, no network, ten minutes: tests, and the real table of training steps'
 	@echo 'make clients    programs of others on our files: installs them (requirements-clients.txt), runs their tests'
@@ -78,6 +79,9 @@ test: lint
 # pytest's exit code 5 says that no test was selected, which is no failure here.
 test-slow: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
+
+test-docs: env
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m docs $(ARGS)
 
 # torch 2.5.1 and the other lower bounds of pyproject.toml, as far as Python 3.11 has wheels of them. Needs 7 GB.
 OLDEST := .venv-oldest/bin/python

@@ -133,12 +133,17 @@ def desk(tmp_path_factory) -> Desk:
 
 
 @pytest.mark.slow
+def test_the_readmes_commands_work(tmp_path):
+    Desk(tmp_path).follow(README)
+
+
+@pytest.mark.docs
 @every_page
 def test_every_command_works(desk, page):
     desk.follow(page)
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 def test_what_the_pages_make_is_there(desk):
     desk.follow(ROOT / "docs/deploy.md")
     for name in ("sam2.1_steel.pt", "steel.pt", "both.pt", "onnx/image_encoder.onnx"):

@@ -208,7 +208,7 @@ def fresh_venv(tmp_path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "venv")  # a gigabyte
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 def test_the_readmes_lines_install_in_a_fresh_venv(fresh_venv, repository, project_copy, run_python, tmp_path):
     """Then SAM 2's launcher reaches our Trainer class, from another folder; needs PyPI."""
     source = tmp_path / "sam2 lora"
@@ -258,7 +258,7 @@ def test_the_setuptools_of_a_fresh_venv_builds_the_project(project_copy, run_pyt
     assert re.search(r"^License(-Expression)?: Apache-2.0$", shown, re.M) and "License-File: LICENSE" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
 def test_other_pythons_build_the_project(version, project_copy, run_python, tmp_path):
     """Their venvs come without setuptools, so pip takes one from PyPI for the build."""
