@@ -27,7 +27,7 @@ def test_a_damaged_checkpoint(place, nano_base, tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_model(place, nano_base, tmp_path, monkeypatch):
     state = read_weights(nano_base)
     write_weights(tmp_path / "2.0.pt", {key: value for key, value in state.items() if key != "no_obj_embed_spatial"})
-    only(checkpoint_faults(monkeypatch, tmp_path / "2.0.pt"), "no_obj_embed_spatial", "take")
+    only(checkpoint_faults(monkeypatch, tmp_path / "2.0.pt"), "no_obj_embed_spatial", "use the config")
 
 
 def test_a_training_checkpoint_instead_of_the_base(place, nano_base, tmp_path, monkeypatch):
