@@ -1,9 +1,9 @@
 # SAM 2 with LoRA adapters on a CUDA machine: training, the tools, the page to click on. No weights or data are in it.
 #
 #   docker build -t sam2-lora .
-#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/work" sam2-lora \
+#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/project" sam2-lora \
 #       python -m sam2_lora_ext.train -c severstal_lora
-#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/work" -p 127.0.0.1:8000:8000 sam2-lora \
+#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/project" -p 127.0.0.1:8000:8000 sam2-lora \
 #       python /opt/sam2_lora_ext/tools/serve.py --checkpoint steel.pt --images strips --host 0.0.0.0
 #
 # The base is the CUDA runtime alone, of the version that torch's wheels are built for; cuBLAS, cuDNN and NCCL come with
@@ -36,14 +36,14 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation -e . \
     && python -m compileall -q sam2_lora_ext tools \
     && python -c 'import torch, torchvision, training.train, sam2_lora_ext.host' \
     && useradd --no-log-init --create-home --uid 10001 --user-group steel \
-    && mkdir /work \
-    && chown steel:steel /work \
+    && mkdir /project \
+    && chown steel:steel /project \
     && chmod 1777 /home/steel
 
 # A home that any user of `docker run --user` may write caches to, and a name for a number that has none.
 ENV HOME=/home/steel \
     LOGNAME=steel
 USER steel
-WORKDIR /work
+WORKDIR /project
 EXPOSE 8000
 CMD ["python", "-m", "sam2_lora_ext.train", "--help"]
