@@ -59,5 +59,5 @@ def test_half_precision_is_summed_in_float32():
 def test_mistakes():
     with pytest.raises(UserError, match="overlap"):
         tile_starts(100, 10, 10)
-    with pytest.raises(UserError, match="gap"):
+    with pytest.raises(UserError, match="do not cover"):
         stitch(torch.zeros(2, 1, 4), [0, 5], 9)
