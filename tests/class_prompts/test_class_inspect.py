@@ -66,7 +66,7 @@ def test_every_format_reads_back_equal(steel: Path, strip_files: Path, tmp_path:
     out = tmp_path / "out"
     inspect(steel, strip_files, "--out", out, "--formats", "all")
     said = capsys.readouterr().out
-    assert "5 strips inspected" in said and "never fitted" not in said
+    assert "5 strips inspected" in said and "not fitted" not in said
     segmenter = load_segmenter(None, steel, device="cpu")
     names, ids = dict(enumerate(segmenter.prompts.class_names, 1)), segmenter.prompts.class_ids
     wanted, objects = {}, {}
@@ -224,6 +224,6 @@ def test_unfitted_and_overlapping_classes_are_said(tmp_path: Path, strip_files: 
     first = sorted(strip_files.iterdir())[0]
     mixed = write_merged(tmp_path / "mixed.pt", make_prompts(decision=Decision.default(3, exclusive=False)))
     inspect(mixed, first, "--out", tmp_path / "out")
-    assert "never fitted" in capsys.readouterr().out and not (tmp_path / "out/label_png").exists()
+    assert "thresholds are not fitted" in capsys.readouterr().out and not (tmp_path / "out/label_png").exists()
     with pytest.raises(UserError, match="may overlap"):
         inspect(mixed, first, "--out", tmp_path / "other", "--formats", "label_png")
