@@ -147,8 +147,6 @@ def export_class_graph(args: argparse.Namespace) -> None:
     from sam2_lora_ext.inspection.segmenter import load_segmenter
     from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files
 
-    if args.layout != "plain" or args.name is not None:
-        raise UserError("--layout and --name are for the pair of files: leave them out with --classes")
     for name in (FILE, NOTES):
         refuse_existing(args.out / name, args.force)
         refuse_input_files(args.out / name, [args.checkpoint, *([args.image] if args.image else [])])

@@ -38,7 +38,7 @@ def test_the_graph_is_the_network_for_any_number_of_tiles(tmp_path: Path, capsys
     command = ["--classes", "--config", "configs/sam2_nano.yaml", "--checkpoint", str(steel)]
     with pytest.raises(UserError, match="trained at 128 pixels"):
         export_onnx.main([*command, "--out", str(tmp_path / "out"), "--image-size", "256"])
-    with pytest.raises(UserError, match="leave them out with --classes"):
+    with pytest.raises(UserError, match="leave it out with --classes"):
         export_onnx.main([*command, "--out", str(tmp_path / "out"), "--layout", "samexporter"])
     export_onnx.main([*command, "--decide", "--out", str(tmp_path / "out")])
     assert "class_segmenter.onnx" in capsys.readouterr().out
