@@ -32,13 +32,6 @@ def _is_frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     return plain and x.requires_grad and torch.is_grad_enabled() and not layer.weight.requires_grad
 
 
-def frozen_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of x (B, C, H, W) with a constant weight (C', C, 1, 1) and bias (C',), to (B, C', H, W)."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return F.conv2d(x, weight, bias)
-    return _FrozenConv.apply(x, weight, bias, False, (1, 1), (0, 0), (1, 1), (0, 0), 1)
-
-
 def _frozen(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, transposed: bool) -> Tensor:
     how = layer.stride, layer.padding, layer.dilation, layer.output_padding, layer.groups
     return _FrozenConv.apply(x, layer.weight, layer.bias, transposed, *how)
