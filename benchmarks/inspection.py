@@ -32,7 +32,7 @@ import torch
 from hydra.utils import instantiate
 from tqdm import tqdm
 
-from benchmarks import rivals
+from benchmarks import pretraining, rivals
 from benchmarks.quality import BASE, ROOT, write_split
 from sam2_lora_ext.data.source import Source, from_config
 from sam2_lora_ext.data.splits import write_split as write_parts
@@ -53,10 +53,17 @@ OURS = {
         "lora.targets=[]",
         "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null",
     ],
+    "k8_decoder": [  # the decoder in full instead of its LoRA
+        "lora.targets=[image_encoder.trunk.blocks.*.attn.qkv,image_encoder.trunk.blocks.*.attn.proj]",
+        "lora.trainable=[sam_mask_decoder]",
+    ],
+    "k8_absent": ["trainer.loss.severstal.absent_focal=0.1"],
+    "k8_tversky": ["++trainer.loss.severstal.weight_dict.loss_tversky=1"],
 }
 RIVALS = {"shared_token": 3e-3, "samed": 3e-3, "unet_r34": 1e-3, "fpn_r34": 1e-3}  # row: learning rate
-PRETRAINED = {"unet_r34_imagenet": "unet_r34", "fpn_r34_imagenet": "fpn_r34"}
-ROWS = (*OURS, *RIVALS, *PRETRAINED)
+IMAGENET = {"unet_r34_imagenet": "unet_r34", "fpn_r34_imagenet": "fpn_r34"}
+SHAPES = {"unet_r34_shapes": "unet_r34"}  # pretrained on the images that made the small SAM 2
+ROWS = (*OURS, *RIVALS, *IMAGENET, *SHAPES)
 CONFIGS = {"neu": "neu_seg_classes.yaml", "synthetic": "synthetic_classes.yaml"}
 STRIPS, CUT = 400, (240, 320)  # synthetic: 240 train, 80 validate, 80 test
 NANO = "the small SAM 2's: synthetic shapes"
@@ -116,15 +123,24 @@ def train_ours(run: Path, data: Data, settings: list[str]) -> tuple[Segmenter, i
     return load_segmenter(None, run, base=BASE, device="cpu", overlap=overlap_of(data)), trained
 
 
-def train_rival(row: str, data: Data, settings: list[str], steps: int, seed: int) -> tuple[Segmenter, int]:
-    """The same batches through a network that takes no prompt."""
+def train_rival(
+    row: str, data: Data, settings: list[str], steps: int, seed: int, shapes: Path, shape_steps: int
+) -> tuple[Segmenter, int]:
+    """The same batches through a network that takes no prompt; `shapes` is the file of its pretraining."""
     trainer = load(data.config, [*data.overrides, *settings])["trainer"]
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     classes = {k: name for k, name in trainer["model"]["class_prompts"]["classes"].items() if name is not None}
-    kind = PRETRAINED.get(row, row)
-    network = rivals.make(kind, trainer, len(classes), pretrained=row in PRETRAINED)
+    kind = (IMAGENET | SHAPES).get(row, row)
+    if kind in rivals.CNNS:
+        network = rivals.make_cnn(kind, len(classes), imagenet=row in IMAGENET)
+    else:
+        network = rivals.make_sam(kind, trainer, len(classes))
+    if row in SHAPES:
+        before = rivals.make_cnn(kind, 1)
+        pretraining.pretrain(before, shape_steps, shapes)
+        pretraining.copy_body(before, network)
     dataset = instantiate(trainer["data"]["train"], _convert_="all")
     phases = -(-steps // trainer["data"]["train"]["steps_per_phase"])
     batches = (batch for phase in range(phases) for batch in dataset.get_loader(phase))
@@ -153,10 +169,12 @@ def measure(segmenter: Segmenter, data: Data, words: str) -> dict[str, Any]:
     return tally.summary() | {"notes": list(fit.notes)}
 
 
-def pretraining(row: str) -> str:
+def starting_weights(row: str) -> str:
     """What the network had seen before."""
-    if row in PRETRAINED:
+    if row in IMAGENET:
         return "ImageNet"
+    if row in SHAPES:
+        return "synthetic shapes, as the small SAM 2's"
     return "none" if row in rivals.CNNS else NANO
 
 
@@ -171,7 +189,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             same = [row for row in mine if (row["row"], row["steps"]) == (name, steps)]
             cells = [cell([row["result"][key] for row in same], key) for key in SHOWN]
             text += (
-                f"| {name} | {pretraining(name)} | {steps} | {len(same)} | {same[0]['trained']:,} | "
+                f"| {name} | {starting_weights(name)} | {steps} | {len(same)} | {same[0]['trained']:,} | "
                 + " | ".join(cells)
                 + " |\n"
             )
@@ -202,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*OURS, *RIVALS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=number(COUNT), default=300)
+    parser.add_argument(
+        "--shape-steps", type=number(COUNT), default=1000, help="of 16 images, for a network pretrained on shapes"
+    )
     args = parser.parse_args(argv)
     out = args.out.resolve()
     file = out / "inspection.json"
@@ -219,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 segmenter, trained = (
                     train_ours(run, data, settings)
                     if row in OURS
-                    else train_rival(row, data, settings, args.steps, seed)
+                    else train_rival(row, data, settings, args.steps, seed, out / f"{row}.pt", args.shape_steps)
                 )
                 rows.append(key | {"trained": trained, "result": measure(segmenter, data, words)})
                 write_json(file, rows)

@@ -65,22 +65,27 @@ class MaskTokens(nn.Module):
         return masks[:, -self.classes :] if self.classes < masks.shape[1] else masks
 
 
-def make(kind: str, trainer: dict[str, Any], classes: int, pretrained: bool = False) -> nn.Module:
-    """A rival: `samed`, `shared_token` or one of `CNNS`.
+def make_cnn(kind: str, outputs: int, imagenet: bool = False) -> nn.Module:
+    """One of `CNNS` with random weights, or with an encoder of ImageNet's.
+
+    Raises:
+        UserError: segmentation-models-pytorch is not installed.
+    """
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise UserError(f"{kind} needs segmentation-models-pytorch ({error}): pip install it") from error
+    return getattr(smp, CNNS[kind])("resnet34", encoder_weights="imagenet" if imagenet else None, classes=outputs)
+
+
+def make_sam(kind: str, trainer: dict[str, Any], classes: int) -> nn.Module:
+    """SAM 2 with LoRA and without prompts: `samed` or `shared_token`.
 
     Args:
         kind: which.
-        trainer: of the class prompts' config: its model is the SAM 2 with LoRA.
+        trainer: of the class prompts' config.
         classes: C.
-        pretrained: a CNN's encoder has ImageNet weights.
     """
-    if kind in CNNS:
-        try:
-            import segmentation_models_pytorch as smp
-        except ImportError as error:
-            raise UserError(f"{kind} needs segmentation-models-pytorch ({error}): pip install it") from error
-        weights = "imagenet" if pretrained else None
-        return getattr(smp, CNNS[kind])("resnet34", encoder_weights=weights, classes=classes)
     model = instantiate({**trainer["model"], "class_prompts": None}, _convert_="all")
     base = trainer["checkpoint"]["model_weight_initializer"]["state_dict"]["checkpoint_path"]
     _, unexpected = model.load_state_dict(read_weights(Path(base)), strict=False)

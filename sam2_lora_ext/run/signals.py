@@ -5,10 +5,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+from sam2_lora_ext.utils.errors import interrupt
 
 TWICE = 1.0  # seconds within which equal signals count as one: the terminal and the parent process may both send it
-DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler, interrupt)  # handlers that only end the process
+
+
+def _replace_defaults(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Sets a handler for SIGTERM and SIGINT where a default one is set; returns the handlers replaced."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    return {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) in DEFAULTS}
 
 
 class Interrupt:
@@ -20,19 +30,17 @@ class Interrupt:
     def __init__(self) -> None:
         self.signum = 0
         self._first = 0.0
-        self._replaced: list[signal.Signals] = []
+        self._replaced: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
-            self._replaced = [number for number, usual in DEFAULTS.items() if signal.getsignal(number) == usual]
-        for number in self._replaced:
-            signal.signal(number, self._remember)
+            self._replaced = _replace_defaults(self._remember)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number in self._replaced:
-            signal.signal(number, DEFAULTS[number])
-        self._replaced = []
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+        self._replaced = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if not self.signum:
@@ -58,14 +66,12 @@ class Forward:
         self.signum = 0
 
     def __enter__(self) -> "Forward":
-        self._replaced = [number for number, usual in DEFAULTS.items() if signal.getsignal(number) == usual]
-        for number in self._replaced:
-            signal.signal(number, self._hand_on)
+        self._replaced = _replace_defaults(self._hand_on)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number in self._replaced:
-            signal.signal(number, DEFAULTS[number])
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self.signum = self.signum or number

@@ -60,9 +60,9 @@ def system_sentence(error: BaseException | None) -> str | None:
 def catch_interrupts() -> None:
     """From here on, Ctrl-C ends the program with one sentence and exit code 130.
 
-    A command line calls this in its first lines when it is run as a program, since its imports take seconds. Compiled
-    modules turn an interrupt during their import into other errors, so until `run_cli` the signal itself ends the
-    process; later, Python would only print an interrupt in a finaliser.
+    A command line calls this in its first lines when it is run as a program, since its imports take seconds. Libraries
+    turn an interrupt during their import into other errors, so until `run_cli`, and in later imports, the signal itself
+    ends the process; Python would only print an interrupt in a finaliser.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as with nohup
         signal.signal(signal.SIGINT, _stop)
@@ -80,6 +80,16 @@ def catch_interrupts() -> None:
 def _stop(*_: Any) -> NoReturn:
     os.write(2, b"stopped by Ctrl-C\n")  # print is not reentrant in a signal handler
     os._exit(130)
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """Raises `KeyboardInterrupt`, except inside an import, where libraries would turn it into another error."""
+    above = frame
+    while above is not None:
+        if above.f_code.co_filename == "<frozen importlib._bootstrap>":
+            _stop()
+        above = above.f_back
+    signal.default_int_handler(signum, frame)
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -100,7 +110,7 @@ def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[s
     """
     try:
         if signal.getsignal(signal.SIGINT) is _stop:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, interrupt)  # commands import most of what they need when they run
         sys.exit(main(argv) or 0)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
