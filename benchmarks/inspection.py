@@ -60,7 +60,7 @@ OURS = {
     "k8_absent": ["trainer.loss.severstal.absent_focal=0.1"],
     "k8_tversky": ["++trainer.loss.severstal.weight_dict.loss_tversky=1"],
 }
-RIVALS = {"shared_token": 3e-3, "samed": 3e-3, "unet_r34": 1e-3, "fpn_r34": 1e-3}  # row: learning rate
+RIVALS = {**dict.fromkeys(rivals.SAMS, 3e-3), **dict.fromkeys(rivals.CNNS, 1e-3)}  # row: learning rate
 IMAGENET = {"unet_r34_imagenet": "unet_r34", "fpn_r34_imagenet": "fpn_r34"}
 SHAPES = {"unet_r34_shapes": "unet_r34"}  # pretrained on the images that made the small SAM 2
 ROWS = (*OURS, *RIVALS, *IMAGENET, *SHAPES)
@@ -187,12 +187,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["data"] == data]
         for name, steps in dict.fromkeys((row["row"], row["steps"]) for row in mine):
             same = [row for row in mine if (row["row"], row["steps"]) == (name, steps)]
-            cells = [cell([row["result"][key] for row in same], key) for key in SHOWN]
-            text += (
-                f"| {name} | {starting_weights(name)} | {steps} | {len(same)} | {same[0]['trained']:,} | "
-                + " | ".join(cells)
-                + " |\n"
-            )
+            facts = [name, starting_weights(name), steps, len(same), f"{same[0]['trained']:,}"]
+            cells = [*map(str, facts), *(cell([row["result"][key] for row in same], key) for key in SHOWN)]
+            text += f"| {' | '.join(cells)} |\n"
     return text
 
 

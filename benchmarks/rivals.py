@@ -27,6 +27,7 @@ from sam2_lora_ext.inspection.segmenter import BATCH, Segmenter
 from sam2_lora_ext.utils.errors import UserError
 
 CNNS = {"unet_r34": "Unet", "fpn_r34": "FPN"}
+TOKENS = 8  # of each class
 WARM_UP, LAST = 0.05, 0.01  # share of the steps, and of the rate that is left at the end, as in configs/base
 LARGEST = 100
 
@@ -48,21 +49,67 @@ class MaskTokens(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """z [B, C, S/4, S/4] of normalised pixels [B, 3, S, S]."""
-        model, count = self.model, len(pixels)
-        fine, middle, coarse = model.forward_image(pixels)["backbone_fpn"]
-        if model.directly_add_no_mem_embed:
-            coarse = coarse + model.no_mem_embed.reshape(1, -1, 1, 1)
-        sparse, dense = model.sam_prompt_encoder(points=None, boxes=None, masks=None)
-        sparse = pixels.new_zeros(count, 0, sparse.shape[-1]) if self.token is None else self.token.expand(count, 1, -1)
-        masks, *_ = model.sam_mask_decoder.predict_masks(
-            image_embeddings=coarse,
-            image_pe=model.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense.expand(count, -1, -1, -1),
-            repeat_image=False,
-            high_res_features=[fine, middle],
-        )
+        count, width = len(pixels), self.model.sam_prompt_embed_dim
+        prompts = pixels.new_zeros(count, 0, width) if self.token is None else self.token.expand(count, 1, -1)
+        masks = decode(self.model, features(self.model, pixels), prompts)
         return masks[:, -self.classes :] if self.classes < masks.shape[1] else masks
+
+
+class ClassTokens(nn.Module):
+    """Class prompts without Trainer and object score: K tokens of each class give one mask each, trained by softmax.
+
+        q = T + W softmax((T Wq)(F Wk)^T / sqrt(d)) (F Wv)      with `refined`, for image features F and W = 0 at first
+
+    Args:
+        model: SAM 2 with LoRA.
+        classes: C.
+        tokens: K.
+        refined: add one cross-attention from the tokens T to the image.
+    """
+
+    def __init__(self, model: nn.Module, classes: int, tokens: int, refined: bool):
+        super().__init__()
+        self.model = model
+        width = model.sam_prompt_embed_dim
+        self.tokens = nn.Parameter(torch.randn(classes, tokens, width))
+        self.attention = nn.MultiheadAttention(width, 8, batch_first=True) if refined else None
+        if self.attention is not None:
+            nn.init.zeros_(self.attention.out_proj.weight)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """z [B, C, S/4, S/4] of normalised pixels [B, 3, S, S]."""
+        fine, middle, coarse = features(self.model, pixels)
+        (classes, _, width), count = self.tokens.shape, len(pixels)
+        prompts = self.tokens.flatten(0, 1).expand(count, -1, -1)  # B (C K) D
+        if self.attention is not None:
+            image = (coarse + self.model.sam_prompt_encoder.get_dense_pe()).flatten(2).mT
+            prompts = prompts + self.attention(prompts, image, coarse.flatten(2).mT, need_weights=False)[0]
+        prompts = prompts.reshape(count * classes, -1, width)
+        images = [part.repeat_interleave(classes, 0) for part in (fine, middle, coarse)]
+        return decode(self.model, images, prompts)[:, 0].unflatten(0, (count, classes))
+
+
+def features(model: nn.Module, pixels: Tensor) -> list[Tensor]:
+    """The three feature maps that SAM 2's mask decoder reads, the finest first."""
+    fine, middle, coarse = model.forward_image(pixels)["backbone_fpn"]
+    if model.directly_add_no_mem_embed:
+        coarse = coarse + model.no_mem_embed.reshape(1, -1, 1, 1)
+    return [fine, middle, coarse]
+
+
+def decode(model: nn.Module, images: Sequence[Tensor], prompts: Tensor) -> Tensor:
+    """All mask logits [N, 4, S/4, S/4] of prompts [N, K, D] on the feature maps of as many images."""
+    fine, middle, coarse = images
+    _, dense = model.sam_prompt_encoder(points=None, boxes=None, masks=None)
+    masks, *_ = model.sam_mask_decoder.predict_masks(
+        image_embeddings=coarse,
+        image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=prompts,
+        dense_prompt_embeddings=dense.expand(len(prompts), -1, -1, -1),
+        repeat_image=False,
+        high_res_features=[fine, middle],
+    )
+    return masks
 
 
 def make_cnn(kind: str, outputs: int, imagenet: bool = False) -> nn.Module:
@@ -79,7 +126,7 @@ def make_cnn(kind: str, outputs: int, imagenet: bool = False) -> nn.Module:
 
 
 def make_sam(kind: str, trainer: dict[str, Any], classes: int) -> nn.Module:
-    """SAM 2 with LoRA and without prompts: `samed` or `shared_token`.
+    """SAM 2 with LoRA, without the class prompts of this package: one of `SAMS`.
 
     Args:
         kind: which.
@@ -90,7 +137,15 @@ def make_sam(kind: str, trainer: dict[str, Any], classes: int) -> nn.Module:
     base = trainer["checkpoint"]["model_weight_initializer"]["state_dict"]["checkpoint_path"]
     _, unexpected = model.load_state_dict(read_weights(Path(base)), strict=False)
     assert not unexpected, unexpected
-    return MaskTokens(model, classes, kind == "shared_token")
+    return SAMS[kind](model, classes)
+
+
+SAMS = {
+    "samed": lambda model, classes: MaskTokens(model, classes, learned=False),
+    "shared_token": lambda model, classes: MaskTokens(model, classes, learned=True),
+    "tokens_softmax": lambda model, classes: ClassTokens(model, classes, TOKENS, refined=False),
+    "tokens_refined": lambda model, classes: ClassTokens(model, classes, TOKENS, refined=True),
+}
 
 
 def train(network: nn.Module, batches: Iterable[Any], class_ids: Sequence[int], steps: int, rate: float) -> None:

@@ -17,10 +17,10 @@ from training.trainer import unwrap_ddp_if_wrapped
 from training.utils.distributed import barrier
 from training.utils.train_utils import Phase
 
-from sam2_lora_ext.adapters.weights import ADAPTER_KEYS
 from sam2_lora_ext.class_prompts.agreement import agree, check_rates
 from sam2_lora_ext.class_prompts.pairs import TrainingWindow
 from sam2_lora_ext.host.patches import at_work, share_log
+from sam2_lora_ext.run.checkpoint import left_out
 from sam2_lora_ext.run.guard import StepGuard, raw_datasets
 from sam2_lora_ext.run.history import History
 from sam2_lora_ext.run.record import RunRecord, metrics_of
@@ -97,16 +97,14 @@ class LoRATrainer(ResumingTrainer):
     def _setup_components(self) -> None:
         share_log()
         super()._setup_components()
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        if not trained:
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not self.trained:
             raise UserError("nothing in the model is trainable: give lora some targets, or set it to null")
         check_rates(self.optim_conf.options if self.optim_conf else None, self.model)
-        skipped = [name for name in self.model.state_dict() if name not in trained and not name.endswith(ADAPTER_KEYS)]
         if any(not parameter.requires_grad for parameter in self.model.parameters()):
-            self.checkpoint_conf.skip_saving_parameters = skipped  # a checkpoint holds what is trained, and its start
+            self.checkpoint_conf.skip_saving_parameters = left_out(self.model)
         # The base is read again on resume: for what the checkpoint leaves out, and to know that it is the same one.
         self.checkpoint_conf.initialize_after_preemption = True
-        self.trained = list(trained.values())
         if self.scaler.is_enabled() and self.optim_conf.amp.amp_dtype == "bfloat16":
             self.scaler = torch.amp.GradScaler(enabled=False)  # it has float32's range: only a growing scale overflows
         for key in self.loss:

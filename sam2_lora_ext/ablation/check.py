@@ -11,7 +11,7 @@ from sam2_lora_ext.ablation.grid import Member
 from sam2_lora_ext.adapters.weights import read_weights, weights_id
 from sam2_lora_ext.host.compose import compose
 from sam2_lora_ext.run import config as run_config
-from sam2_lora_ext.run.base import base_path
+from sam2_lora_ext.run.base_weights import base_path
 from sam2_lora_ext.run.changes import Change, changes
 from sam2_lora_ext.run.start import data_digest, record_of
 from sam2_lora_ext.run.state import is_finished

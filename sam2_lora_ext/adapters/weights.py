@@ -99,7 +99,7 @@ def write_weights(
     Args:
         path: the file to write.
         state: tensors by key.
-        file_format: one of `names.FORMATS`.
+        file_format: one of `names.WEIGHT_FORMATS`.
         metadata: for the header of a safetensors file.
         force: replace an existing file.
         on_written: called with the file, open for reading, when it is complete but not yet flushed to the disk.

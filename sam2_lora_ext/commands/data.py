@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sam2_lora_ext.data.arguments import add_source
-from sam2_lora_ext.data.names import FORMATS
+from sam2_lora_ext.data.output_formats import OUTPUT_FORMATS
 from sam2_lora_ext.settings.arguments import COUNT, SEED, number
 from sam2_lora_ext.settings.kinds import Number, Whole
 
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     to = command("convert", "the folder for the new data set", "convert_data")
     add_on_invalid(to)
-    to.add_argument("--to", choices=FORMATS, required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    to.add_argument("--to", choices=OUTPUT_FORMATS, required=True, metavar="FORMAT", help=", ".join(OUTPUT_FORMATS))
     synth = command("synth", "the folder for the strips", "synthesise", reads=False)
     share = number(Number(0, 1))
     synth.add_argument("--count", type=number(COUNT), default=100, metavar="N", help="how many strips (%(default)s)")

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tqdm import tqdm
 
-        from sam2_lora_ext.inspection.command import seen_in_fitting, segmenter_of, strips_of
+        from sam2_lora_ext.inspection.arguments import seen_in_fitting, segmenter_of, strips_of
         from sam2_lora_ext.inspection.showing import Gallery, describe, evaluate_strips
     except ModuleNotFoundError as error:
         message = f"the evaluation needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'"

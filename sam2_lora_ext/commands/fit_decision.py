@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tqdm import tqdm
 
-        from sam2_lora_ext.inspection.command import segmenter_of, strips_of
+        from sam2_lora_ext.inspection.arguments import segmenter_of, strips_of
+        from sam2_lora_ext.inspection.decision_file import place_of, write_decision
         from sam2_lora_ext.inspection.fitting import fit_decision, look_at
-        from sam2_lora_ext.inspection.rewrite import place_of, write_decision
     except ModuleNotFoundError as error:
         raise UserError(f"fitting needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'") from error
     if args.split in ("train", "test"):

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Inspects and prints a summary."""
     args = parser().parse_args(argv)
     try:
-        from sam2_lora_ext.inspection.command import segmenter_of
+        from sam2_lora_ext.inspection.arguments import segmenter_of
         from sam2_lora_ext.inspection.inspecting import Inspector, find_images, watch
         from sam2_lora_ext.inspection.journal import Journal
         from sam2_lora_ext.inspection.prelabels import Prelabels, check_formats

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sam2_lora_ext.adapters.names import DTYPES, FORMATS
+from sam2_lora_ext.adapters.names import DTYPES, WEIGHT_FORMATS
 from sam2_lora_ext.settings.arguments import ALPHA, RESOLUTION, number
 from sam2_lora_ext.settings.kinds import Number
 from sam2_lora_ext.utils.errors import UserError
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="the merged file to write, or with --format transformers a folder",
     )
     options.add_argument(
-        "--format", choices=(*FORMATS, FOLDER), help="default: by the suffix of --out; build_sam2 loads pt"
+        "--format", choices=(*WEIGHT_FORMATS, FOLDER), help="default: by the suffix of --out; build_sam2 loads pt"
     )
     options.add_argument(
         "--image-size",

@@ -66,7 +66,7 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None
     Raises:
         UserError: they contradict each other, or the data cannot be determined.
     """
-    from sam2_lora_ext.data.guess import guessed
+    from sam2_lora_ext.data.guess_format import guessed
     from sam2_lora_ext.data.source import from_config, from_run
 
     words, data = list(args.words), getattr(args, "data", None)

@@ -8,7 +8,7 @@ from sam2_lora_ext.data.records import Reader
 from sam2_lora_ext.utils.errors import UserError
 
 PLACES = ("csv", "json", "label_dir", "root", "image_dir")  # a reader's arguments with the paths of its data
-FORMATS = {
+READER_NAMES = {
     "KaggleReader": "Kaggle's csv",
     "COCOReader": "COCO",
     "SuperviselyReader": "Supervisely",
@@ -62,4 +62,4 @@ def describe(reader: Mapping[str, Any]) -> str:
     name = str(reader.get("_target_")).rpartition(".")[2]
     place = next((reader[key] for key in PLACES if reader.get(key) is not None), "an unknown path")
     images = reader.get("image_dir")
-    return f"{FORMATS.get(name, name)} {place}" + (f", images in {images}" if images not in (None, place) else "")
+    return f"{READER_NAMES.get(name, name)} {place}" + (f", images in {images}" if images not in (None, place) else "")

@@ -22,7 +22,7 @@ from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import open_regular
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP")  # by content; suffixes are ignored
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP")  # by content; suffixes are ignored
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 FLAT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 LIMIT = "SAM2_LORA_MAX_PIXELS"  # the environment variable
@@ -46,7 +46,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
     limit = most_pixels()
     kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with _file(source) as file, Image.open(file, formats=FORMATS) as image:
+        with _file(source) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             _check_header(image, limit)
             yield image
     except (UserError, InvalidData):
@@ -216,4 +216,4 @@ def _unknown(source: Source) -> ImageError:
             "this TIFF cannot be read: its kind of pixels is unknown (floats in colour, 64 bits), or its header is "
             "damaged; save it again with 8 or 16 bits a channel",
         )
-    return ImageError("not an image", f"the file is none of {', '.join(FORMATS)}; replace it")
+    return ImageError("not an image", f"the file is none of {', '.join(IMAGE_FORMATS)}; replace it")

@@ -77,7 +77,7 @@ def write_label_png(index: AnnotationIndex, names: list[str], folder: Path, prog
 
 
 BY_CLASS = ("kaggle", "kaggle_old", "label_png")  # formats that hold one mask for a class of an image
-FORMATS: dict[str, tuple[Write, str, tuple[str, ...]]] = {  # writer, image folder, further folders
+WRITERS: dict[str, tuple[Write, str, tuple[str, ...]]] = {  # writer, image folder, further folders
     "kaggle": (write_kaggle, "train_images", ()),
     "kaggle_old": (write_kaggle_old, "train_images", ()),
     "supervisely": (write_supervisely, "train/img", ("train/ann",)),
@@ -99,7 +99,7 @@ def convert(
     Args:
         index: to write; images that lost an invalid mask are left out, since they would seem complete. COCO and
             Supervisely keep its annotations; the log lists losses of other formats.
-        kind: a key of `FORMATS`.
+        kind: a key of `WRITERS`.
         out: the folder to write.
         force: replace it if it exists; see `write_folder`.
         progress: show a bar.
@@ -111,7 +111,7 @@ def convert(
     Raises:
         UserError: no image is left, two have one name, or the format cannot hold the masks.
     """
-    write, image_folder, others = FORMATS[kind]
+    write, image_folder, others = WRITERS[kind]
     refuse_inputs(Path(out), [index.image_dir, *inputs, *map(index.path, range(len(index)))])
     refuse_folder(Path(out), force)
     chosen = np.flatnonzero(index.complete)

@@ -11,7 +11,7 @@ from typing import Any
 
 import sam2_lora_ext
 from sam2_lora_ext.adapters.merge import Merged
-from sam2_lora_ext.data.blocks import FORMATS
+from sam2_lora_ext.data.blocks import READER_NAMES
 from sam2_lora_ext.data.source import from_run
 from sam2_lora_ext.run.config import read_run_config
 from sam2_lora_ext.run.paths import find_run
@@ -134,7 +134,7 @@ def _data(run: Path | None) -> Iterator[str]:
         split = f", split {source.split} of `{PurePath(source.split_file).name}`" if source.split_file else ""
         split = split or (f", split {source.split}" if source.split else "")
         digest = f", SHA-256 of its content `{digests[phase]}`" if digests.get(phase) else ""
-        yield f"- {word}: {FORMATS.get(source.format, source.format)}, {places}{split}{digest}"
+        yield f"- {word}: {READER_NAMES.get(source.format, source.format)}, {places}{split}{digest}"
     if source is not None:
         yield (
             f"- the model saw {f'windows of {source.crop} columns' if source.crop else 'whole images'} at "

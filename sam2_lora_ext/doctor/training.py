@@ -12,7 +12,7 @@ from torch import nn
 
 from sam2_lora_ext.doctor.data import DataSets
 from sam2_lora_ext.doctor.findings import Finding, green, red, yellow
-from sam2_lora_ext.doctor.looks import check_gradients, peak_memory
+from sam2_lora_ext.doctor.step_checks import check_gradients, peak_memory
 from sam2_lora_ext.settings import check_class_ids
 from sam2_lora_ext.utils.errors import UserError
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from sam2_lora_ext.data.source import from_run
 from sam2_lora_ext.evaluate.pictures import AFTER, BEFORE, TRUTH, overlay, save_grid
+from sam2_lora_ext.inspection.decision_file import write_decision
 from sam2_lora_ext.inspection.evaluation import InspectionTally
 from sam2_lora_ext.inspection.fitting import fit_decision, look_at
-from sam2_lora_ext.inspection.rewrite import write_decision
 from sam2_lora_ext.inspection.segmenter import Inspection, Segmenter, load_segmenter
 from sam2_lora_ext.inspection.strips import TrueStrip, TrueStrips
 

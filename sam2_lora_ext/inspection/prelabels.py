@@ -29,7 +29,7 @@ from sam2_lora_ext.utils.csv_text import csv_text
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import read_json, write_atomic, write_json
 
-FORMATS = ("label_png", "coco", "supervisely", "kaggle", "overlays")
+PRELABELS = ("label_png", "coco", "supervisely", "kaggle", "overlays")
 COLOURS = ((255, 70, 70), (70, 150, 255), (60, 200, 90), (240, 150, 40), (200, 90, 230), (40, 200, 200))
 KAGGLE = ("ImageId", "ClassId", "EncodedPixels")
 
@@ -51,7 +51,7 @@ class Prelabels:
 
     Args:
         folder: of the inspection.
-        formats: of `FORMATS`.
+        formats: of `PRELABELS`.
         class_names: class number -> name, ascending.
     """
 
@@ -173,9 +173,9 @@ def check_formats(text: str, exclusive: bool, class_ids: Sequence[int]) -> tuple
     Raises:
         UserError: there is no such format, or label images cannot hold the classes.
     """
-    names = FORMATS if text == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
-    if wrong := next((name for name in names if name not in FORMATS), None):
-        raise UserError(f"--formats are {', '.join(FORMATS)} or all, got {wrong!r}")
+    names = PRELABELS if text == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
+    if wrong := next((name for name in names if name not in PRELABELS), None):
+        raise UserError(f"--formats are {', '.join(PRELABELS)} or all, got {wrong!r}")
     if "label_png" in names and not exclusive:
         raise UserError("the classes may overlap, which a label image cannot hold: leave label_png out of --formats")
     if "label_png" in names and max(class_ids) > 255:

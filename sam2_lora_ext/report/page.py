@@ -7,11 +7,11 @@ from typing import Any
 
 from sam2_lora_ext.report.adapter_stats import Change, adapter_changes, by_block, weight_changes
 from sam2_lora_ext.report.collect import Evaluation, Run, understood
-from sam2_lora_ext.report.commands import data_of, training_command, use_commands
 from sam2_lora_ext.report.curves import bars, plot
 from sam2_lora_ext.report.html import figure, folded, page, picture, table
 from sam2_lora_ext.report.inspection import InspectionResult, inspection
 from sam2_lora_ext.report.numbers import tables
+from sam2_lora_ext.report.repeat import data_of, training_command, use_commands
 from sam2_lora_ext.utils.files import inside
 
 LEGEND = (

@@ -1,4 +1,4 @@
-"""The Trainer's checkpoint.pt: replaced atomically, checked before a resume, the previous one kept on request."""
+"""The Trainer's checkpoint.pt: what it holds, how it is replaced, and its check before a resume."""
 
 import contextlib
 import logging
@@ -10,14 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sam2_lora_ext.adapters.weights import read_checkpoint_notes, read_file
+from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, NOTES, read_checkpoint_notes, read_file
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import write_atomic
 
 NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 FIELDS = ("model", "optimizer", "epoch", "loss", "steps")
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """The keys of a model that no checkpoint holds: the frozen base, which is in a file of its own."""
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    return [name for name in model.state_dict() if name not in trained and not name.endswith(ADAPTER_KEYS)]
+
+
+def contents_of(checkpoint: Mapping[str, Any], skipped_steps: int, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint: the stock Trainer's fields, the steps skipped by the scaler, and the notes of the run's record."""
+    return {**checkpoint, "skipped_steps": skipped_steps, NOTES: notes}
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep_previous: bool) -> None:

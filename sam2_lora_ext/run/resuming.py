@@ -5,9 +5,9 @@ from typing import Any
 
 from training.trainer import Trainer
 
-from sam2_lora_ext.adapters.weights import NOTES, read_file, weights_id
-from sam2_lora_ext.run.base import base_path, load_base
-from sam2_lora_ext.run.checkpoint import own_options, prepare_resume, write_checkpoint
+from sam2_lora_ext.adapters.weights import read_file, weights_id
+from sam2_lora_ext.run.base_weights import base_path, load_base
+from sam2_lora_ext.run.checkpoint import contents_of, own_options, prepare_resume, write_checkpoint
 from sam2_lora_ext.run.guard import StepGuard
 from sam2_lora_ext.run.record import RunRecord
 from sam2_lora_ext.run.start import RunStart, on_rank_0
@@ -51,5 +51,5 @@ class ResumingTrainer(Trainer):
         self.base_id = weights_id(self.model.state_dict()) if self.base_path is not None else None
 
     def _save_checkpoint(self, checkpoint: dict[str, Any], checkpoint_path: str) -> None:
-        notes = {"skipped_steps": self.guard.skipped, NOTES: self.record.notes}
-        write_checkpoint({**checkpoint, **notes}, Path(checkpoint_path), self.keep_previous)
+        contents = contents_of(checkpoint, self.guard.skipped, self.record.notes)
+        write_checkpoint(contents, Path(checkpoint_path), self.keep_previous)

@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from sam2_lora_ext.data.writers import FORMATS
+from sam2_lora_ext.data.writers import WRITERS
 from sam2_lora_ext.serve.classes import ClassPages
 from sam2_lora_ext.serve.engine import MOST_CLICKS, Engine, Prompts
 from sam2_lora_ext.serve.guards import LOCAL, Guard
@@ -107,7 +107,7 @@ def create_app(engine: Engine, labels: Labels, classes: ClassPages, hosts: froze
             "images": images.names(),
             "models": [{"name": name, "class_prompts": name in classes.makers} for name in engine.models],
             "classes": [{"id": number, "name": name} for number, name in sorted(labels.class_names.items())],
-            "formats": list(FORMATS),
+            "formats": list(WRITERS),
             "windows": engine.crop,
             "out": str(labels.out),
             "largest_upload": LARGEST_UPLOAD,

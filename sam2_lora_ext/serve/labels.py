@@ -16,7 +16,7 @@ import numpy as np
 
 from sam2_lora_ext.data.index import AnnotationIndex, pack
 from sam2_lora_ext.data.records import ImageRecord
-from sam2_lora_ext.data.writers import BY_CLASS, FORMATS, convert, joined
+from sam2_lora_ext.data.writers import BY_CLASS, WRITERS, convert, joined
 from sam2_lora_ext.serve.images import Images
 from sam2_lora_ext.utils.errors import UserError
 
@@ -117,7 +117,7 @@ class Labels:
         """Writes all labelled images as a data set `out/name`; the page's own earlier one of this name is replaced.
 
         Args:
-            kind: a key of `FORMATS`.
+            kind: a key of `WRITERS`.
             name: of the folder: letters, digits, `-` and `_`.
 
         Returns:
@@ -126,8 +126,8 @@ class Labels:
         Raises:
             UserError: nothing was kept, the format cannot hold it, or the folder is there and not as this page left it.
         """
-        if kind not in FORMATS:
-            raise UserError(f"there is no format {kind[:100]!r}: there are {', '.join(FORMATS)}")
+        if kind not in WRITERS:
+            raise UserError(f"there is no format {kind[:100]!r}: there are {', '.join(WRITERS)}")
         if not NAME.fullmatch(name):
             raise UserError(f"a data set's name is up to 64 letters, digits, - and _, got {name[:100]!r}")
         folder = self.out / name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sam2_lora_ext.adapters.sources import find_adapter, source_files
 from sam2_lora_ext.adapters.weights import identify, read_weights
-from sam2_lora_ext.deploy.serving import load_sam2
+from sam2_lora_ext.deploy.load import load_sam2
 from sam2_lora_ext.evaluate.models import short_name, split_name
 from sam2_lora_ext.serve.classes import Inspector, maker_of
 from sam2_lora_ext.serve.engine import Model
@@ -54,6 +54,8 @@ def load_models(
     """
     loaded = Loaded()
     for place, path in enumerate((checkpoint, *others)):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give a weight file here, and a run or adapter folder with --adapter")
         if not path.is_file():
             raise UserError(f"there is no file {path}: give weights of a SAM 2, such as merge_lora.py writes")
         own = config or identify(read_weights(path))

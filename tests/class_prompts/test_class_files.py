@@ -9,6 +9,7 @@ import torch
 from sam2.build_sam import build_sam2
 
 from helpers.stock_models import NANO, build, train_a_little
+from sam2_lora_ext import add_adapter, load_sam2, set_adapter
 from sam2_lora_ext.adapters.class_binding import facts_of, prompts_of, prompts_of_state
 from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.adapters.merge import merge_files
@@ -16,7 +17,6 @@ from sam2_lora_ext.adapters.merge_state import require_fit
 from sam2_lora_ext.adapters.peft import Adapter, load_adapter, save_adapter
 from sam2_lora_ext.adapters.sources import source_files
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
-from sam2_lora_ext.deploy.serving import add_adapter, load_sam2, set_adapter
 from sam2_lora_ext.host.class_encoder import ClassPromptEncoder, install_class_prompts
 from sam2_lora_ext.inspection.segmenter import load_segmenter
 from sam2_lora_ext.lora import build_lora_model

@@ -13,7 +13,7 @@ from helpers.small_runs import environment, train_here
 from sam2_lora_ext.adapters.class_prompts import load_class_prompts
 from sam2_lora_ext.adapters.merge import merge_files
 from sam2_lora_ext.data.images import read_rgb
-from sam2_lora_ext.deploy.serving import load_sam2
+from sam2_lora_ext.deploy.load import load_sam2
 from sam2_lora_ext.inspection.segmenter import Segmenter, load_segmenter
 
 

@@ -16,8 +16,8 @@ from helpers.class_models import make_prompts, write_merged
 from sam2_lora_ext.adapters.class_prompts import load_class_prompts, save_class_prompts
 from sam2_lora_ext.adapters.decision import Decision
 from sam2_lora_ext.adapters.weights import write_weights
+from sam2_lora_ext.inspection.decision_file import write_decision
 from sam2_lora_ext.inspection.demo import figures
-from sam2_lora_ext.inspection.rewrite import write_decision
 from sam2_lora_ext.inspection.segmenter import load_segmenter
 from sam2_lora_ext.report.inspection import inspection, read_inspection
 from sam2_lora_ext.utils.errors import UserError

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from helpers.small_runs import environment, train_here
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import AnnotationIndex, build_index, pack
 from sam2_lora_ext.data.objects import make_objects
 from sam2_lora_ext.data.records import ImageRecord

@@ -9,7 +9,7 @@ import pytest
 import track_strip
 from PIL import Image
 
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import build_index
 
 CASES = {  # folder: arguments of a tool for it, image, areas by class

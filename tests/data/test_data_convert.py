@@ -8,16 +8,16 @@ from PIL import Image
 from helpers.data_formats import assert_same_objects, make_coco, make_labels, make_supervisely, rle_of
 from helpers.data_sets import STRIPS, reader, write_kaggle
 from helpers.prepare import run
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import build_index
-from sam2_lora_ext.data.writers import FORMATS
+from sam2_lora_ext.data.writers import WRITERS
 from sam2_lora_ext.utils.errors import UserError
 
 SIZE = ["--size", "200x40", "--quiet"]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("source", FORMATS)
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("source", WRITERS)
 def test_conversion_is_lossless_from_every_format_to_every_format(tmp_path, source, kind):
     write_kaggle(tmp_path / "k")
     original = build_index(reader(tmp_path / "k"))
@@ -41,7 +41,7 @@ def test_what_a_plain_scan_would_not_read_is_said(tmp_path, capsys):
 def test_real_images_survive_all_formats(real_data, tmp_path):
     original = build_index(guess_reader(real_data / "severstal/train.csv"))
     source = real_data / "severstal/train.csv"
-    for kind in FORMATS:
+    for kind in WRITERS:
         run("convert", source, "--to", kind, "--out", tmp_path / kind, "--quiet")
         index = build_index(guess_reader(tmp_path / kind))
         assert_same_objects(original, index, original.names())

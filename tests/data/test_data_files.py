@@ -12,7 +12,7 @@ from PIL import Image, TiffImagePlugin
 from helpers.data_formats import make_supervisely
 from helpers.data_sets import STRIPS, write_image, write_kaggle
 from helpers.image_files import case, labelled, square
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.images import ImageError, list_images, probe, read_rgb, unread
 from sam2_lora_ext.data.index import build_index, collect
 from sam2_lora_ext.data.label_png import LabelPNGReader

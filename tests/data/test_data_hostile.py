@@ -13,7 +13,7 @@ from PIL import Image
 
 from helpers.data_formats import make_coco, make_supervisely, rle_of
 from helpers.data_sets import STRIPS, reader, write_image, write_kaggle
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import build_index, collect
 from sam2_lora_ext.data.records import MOST_CLASSES, class_table
 from sam2_lora_ext.data.supervisely import SuperviselyReader

@@ -13,7 +13,7 @@ from helpers.prepare import run
 from sam2_lora_ext.data.cache import cached_index
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.objects import components_differ, make_objects
 from sam2_lora_ext.data.rle import decode_runs

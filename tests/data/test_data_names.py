@@ -11,7 +11,7 @@ from helpers.data_formats import make_coco, rle_of
 from helpers.data_sets import STRIPS, reader, write_image, write_kaggle
 from helpers.prepare import run
 from sam2_lora_ext.data.coco import COCOReader
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import build_index, collect
 from sam2_lora_ext.data.items import read_split
 from sam2_lora_ext.data.objects import make_objects

@@ -10,7 +10,7 @@ import pytest
 from helpers.data_sets import STRIPS, reader, write_kaggle
 from helpers.small_runs import environment, rank_environment
 from sam2_lora_ext.data.arguments import BITS, classes, colors, number, size
-from sam2_lora_ext.data.guess import guess_reader, guessed
+from sam2_lora_ext.data.guess_format import guess_reader, guessed
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.source import Source, from_config, from_run
 from sam2_lora_ext.run.paths import find_run

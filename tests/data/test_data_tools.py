@@ -14,7 +14,7 @@ from helpers.browsing import browse, chromium  # noqa: F401
 from helpers.data_formats import make_supervisely
 from helpers.data_sets import OBJECTS, STRIPS, noise, reader, write_kaggle
 from sam2_lora_ext.data.dataset import SeverstalRawDataset
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import build_index
 from sam2_lora_ext.data.items import read_split
 from sam2_lora_ext.data.synthetic import write_strips

@@ -12,7 +12,7 @@ from helpers.data_formats import make_coco, make_labels, make_supervisely, rle_o
 from helpers.data_sets import STRIPS, reader, rows_of, write_image, write_kaggle
 from helpers.prepare import run
 from sam2_lora_ext.data.coco import COCOReader
-from sam2_lora_ext.data.guess import guess_reader
+from sam2_lora_ext.data.guess_format import guess_reader
 from sam2_lora_ext.data.index import build_index, collect, remarks
 from sam2_lora_ext.data.kaggle import KaggleReader
 from sam2_lora_ext.data.label_png import LabelPNGReader

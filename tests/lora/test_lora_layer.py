@@ -218,6 +218,7 @@ def test_compiles_into_one_graph_with_the_same_numbers(parts):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_default_compiler_gives_the_same_numbers():
     layer = make(16, 24, 4, dropout=0.1).eval()

@@ -1,5 +1,6 @@
 """Every tool's command line: numbers have ranges, and Ctrl-C ends with one sentence, also during imports."""
 
+import os
 import re
 import subprocess
 import sys
@@ -124,3 +125,25 @@ def test_a_number_out_of_its_range_is_a_sentence(tool, option, values, tmp_path,
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 2 and f"argument {option}: must be a" in said and len(said) < 400
     assert not any(tmp_path.iterdir())
+
+
+def test_ctrl_c_inside_a_later_import_ends_the_program_too(tmp_path):
+    """A library that catches everything while it is imported; the command imports it when it runs."""
+    (tmp_path / "greedy.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\nexcept BaseException:\n    pass\n"
+    )
+    script = (
+        "from sam2_lora_ext.utils.errors import catch_interrupts, run_cli\n"
+        "catch_interrupts()\n"
+        "def main(argv):\n    import greedy\n    print('went on')\n"
+        "run_cli(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")

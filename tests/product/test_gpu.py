@@ -106,6 +106,7 @@ def test_in_deterministic_mode_a_step_repeats_to_the_bit(method, device, fixed_c
     assert one == other and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(device, run, tmp_path, nano_base, strips, monkeypatch):
     """On a CPU to the bit; on a GPU, whose sums may run in any order, the adapters are near."""
     env = environment(nano_base, strips, tmp_path / "run")
@@ -141,6 +142,7 @@ def test_a_run_is_merged_and_evaluated_on_the_device(device, run, nano_base, str
             assert value["mean"] == pytest.approx(merged["metrics"][key]["mean"], abs=0.05), key
 
 
+@pytest.mark.slow
 def test_the_table_is_written_beside_the_model_s(device, tmp_path, fixed_clicks):
     out = tmp_path / "gpu.json"
     main(

@@ -18,8 +18,8 @@ from sam2_lora_ext.evaluate.titles import details, headline
 from sam2_lora_ext.host.compose import compose, locate
 from sam2_lora_ext.host.configs import USER_CONFIG_DIR
 from sam2_lora_ext.report.collect import Run, read_evaluation, read_run, read_runs
-from sam2_lora_ext.report.commands import data_of, environment, training_command
 from sam2_lora_ext.report.page import render
+from sam2_lora_ext.report.repeat import data_of, environment, training_command
 from sam2_lora_ext.utils.errors import UserError
 
 

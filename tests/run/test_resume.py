@@ -55,6 +55,7 @@ def test_a_stopped_run_resumes_exactly(point, whole, tmp_path, nano_base, strips
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_on(tmp_path, nano_base, strips, monkeypatch):
     """Two validations without improvement, one before the stop and one after the resume."""
     setting = ("trainer.early_stop={patience: 2, min_delta: 2.0}", "scratch.steps=20")

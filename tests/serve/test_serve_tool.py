@@ -97,6 +97,7 @@ def test_the_tool_refuses_in_one_sentence(tmp_path, strips, capsys, nano_base):
         port = taken.getsockname()[1]
         assert "choose another --port" in said("--checkpoint", str(BASE), "--port", str(port))
     assert "there is no file" in said("--checkpoint", str(tmp_path / "none.pt"), "--port", "0")
+    assert "is a folder: give a weight file" in said("--checkpoint", str(tmp_path), "--port", "0")
     assert "cannot list the image folder" in said(*given, "--images", str(tmp_path / "none"))
     assert "was trained on" in said("--checkpoint", str(nano_base), "--port", "0", "--adapter", str(adapter))
     twice = "two models are called 'sam2_nano': "

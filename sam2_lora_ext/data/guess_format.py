@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sam2_lora_ext.data.blocks import FORMATS, PLACES, describe
+from sam2_lora_ext.data.blocks import PLACES, READER_NAMES, describe
 from sam2_lora_ext.data.coco import COCOReader
 from sam2_lora_ext.data.images import SUFFIXES, ignored
 from sam2_lora_ext.data.kaggle import SIZE, KaggleReader
@@ -60,7 +60,7 @@ def guessed(
     if kind is not KaggleReader:
         settings.pop("size", None)
     if kind is not LabelPNGReader and "colors" in settings:
-        raise UserError(f"colors are for label images, but {path} is {FORMATS[kind.__name__]}: leave them out")
+        raise UserError(f"colors are for label images, but {path} is {READER_NAMES[kind.__name__]}: leave them out")
     if "colors" in settings and "classes" not in settings:
         settings["classes"] = {number: f"defect_{number}" for number in settings["colors"]}
     if like is not None:

@@ -1,3 +1,3 @@
 """Names of the output formats of data sets, for command lines that must not import numpy."""
 
-FORMATS = ("kaggle", "kaggle_old", "supervisely", "label_png", "coco")
+OUTPUT_FORMATS = ("kaggle", "kaggle_old", "supervisely", "label_png", "coco")

@@ -17,32 +17,12 @@ from sam2_lora_ext.adapters.class_binding import tokens_of
 from sam2_lora_ext.adapters.peft import Adapter
 from sam2_lora_ext.adapters.sources import check_base, read_adapter
 from sam2_lora_ext.adapters.weights import weights_id
-from sam2_lora_ext.deploy.predictors import fit_predictor
 from sam2_lora_ext.deploy.stock import check_inputs, load_strictly
-from sam2_lora_ext.lora.live import (
-    active_adapter,
-    adapter_names,
-    disable_adapters,
-    put_adapter,
-    remove_adapter,
-    set_adapter,
-    table_of,
-)
+from sam2_lora_ext.lora.live import disable_adapters, put_adapter, set_adapter, table_of
 from sam2_lora_ext.utils.errors import UserError
 
 if TYPE_CHECKING:
     from sam2.modeling.sam2_base import SAM2Base
-
-__all__ = [
-    "active_adapter",
-    "adapter_names",
-    "add_adapter",
-    "disable_adapters",
-    "fit_predictor",
-    "load_sam2",
-    "remove_adapter",
-    "set_adapter",
-]
 
 ENCODER = "sam_prompt_encoder"  # the module of a SAM 2 that class prompts replace
 Source = str | Path | Adapter
