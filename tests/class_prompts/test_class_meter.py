@@ -228,7 +228,7 @@ def test_a_meter_that_was_told_nothing_says_so(folder):
     meter = ClassPromptMeter()
     overall = ["kaggle_dice", "kaggle_dice_empty", "dice_present", "false_alarms", "recall", "strips", "clean_strips"]
     assert meter.keys() == overall + PairRows.keys()
-    with pytest.raises(UserError, match="does not know the strips"):
+    with pytest.raises(UserError, match="was not bound to the validation strips"):
         meter.update(outputs_of(torch.zeros(4, 8, 8), torch.zeros(4)), None)
 
 

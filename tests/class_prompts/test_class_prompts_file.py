@@ -94,7 +94,7 @@ def test_tokens_of_another_adapter_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_a_sentence(changes: dict) -> None:
-    with pytest.raises(UserError, match="these are no class prompts"):
+    with pytest.raises(UserError, match="these are not valid class prompts"):
         make_prompts(**changes)
 
 

@@ -211,5 +211,5 @@ def test_wrong_settings(changes, words):
 def test_a_class_of_the_config_below_can_be_left_out():
     tokens, _ = new_tokens({"classes": {1: "pit", 2: "line", 3: None}}, 8, 0)
     assert tokens.class_ids == (1, 2) and tokens.class_names == ("pit", "line")
-    with pytest.raises(UserError, match="each class needs a name of its own, got"):
+    with pytest.raises(UserError, match="each class needs its own name, got"):
         new_tokens({"classes": {1: "pit", 2: "pit"}}, 8, 0)

@@ -173,7 +173,9 @@ def test_labels_positions_and_faults():
     coords, labels = tokens.prompt_of(tokens.position_of(torch.tensor([255.0, 1.0, 4.0])))
     assert labels.tolist() == [[FIRST_LABEL + 4, FIRST_LABEL + 5], [16, 17], [18, 19]] and labels.dtype == torch.int32
     assert coords.shape == (3, 2, 2) and not coords.any()
-    with pytest.raises(UserError, match="no class prompt for class 3: the model has them for 1 pit, 4 line, 255 scr"):
+    with pytest.raises(
+        UserError, match="no class prompt for class 3: the model has prompts for 1 pit, 4 line, 255 scr"
+    ):
         tokens.position_of(torch.tensor([[1, 3]]))
     for values, ids, names, words in (
         (torch.zeros(2, 64), (1, 2), NAMES[:2], "must be"),
