@@ -116,7 +116,7 @@ def test_it_goes_on_where_it_was_stopped(steel: Path, strip_files: Path, tmp_pat
     capsys.readouterr()
     inspect(steel, strip_files, "--out", parts)
     said = capsys.readouterr().out
-    assert "3 strips inspected" in said and "2 strips were in" in said
+    assert "3 strips inspected" in said and "2 strips were already in" in said
     for name in ("submission.csv", "coco/annotations.json", "coco/polygons.json"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     strip = [{key: value for key, value in row.items() if key != "milliseconds"} for row in rows_of(whole)]
@@ -176,9 +176,9 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
     first = sorted(strip_files.iterdir())[0]
     out = tmp_path / "out"
     for args, match in (
-        (["--out", out], "give image files or folders"),
-        ([first, "--watch", strip_files, "--out", out], "one of them"),
-        ([first, "--idle", 3, "--out", out], "--idle is for --watch"),
+        (["--out", out], "give either image files or folders"),
+        ([first, "--watch", strip_files, "--out", out], "give either image files"),
+        ([first, "--idle", 3, "--out", out], "--idle is only for --watch"),
         ([tmp_path / "none.png", "--out", out], "there is no"),
         ([strip_files, "--out", strip_files], "choose another folder"),
         ([first, "--out", out, "--formats", "png"], "--formats are"),
@@ -190,12 +190,12 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
     other = tmp_path / "other" / first.name
     other.parent.mkdir()
     shutil.copy(first, other)
-    with pytest.raises(UserError, match="have one name"):
+    with pytest.raises(UserError, match="would have the same names"):
         inspect(steel, first, other, "--out", out)
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.doc").write_text("precious")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="is not empty"):
         inspect(steel, first, "--out", stranger, "--force")
     inspect(steel, first, "--out", out)
     with pytest.raises(UserError, match="another overlap"):
@@ -207,10 +207,10 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
     held.file.close()
     own = (out / "records.jsonl").read_text().splitlines()
     for lines, match in (
-        (["[1]"], "no journal of an inspection"),
-        (["my notes", "precious"], "no journal of an inspection"),
-        ([own[0], own[1].replace('"objects": [', '"objects": [7, ')], "no record"),
-        ([own[0], own[1].replace('"width": ', '"width": 0.')], "other values"),
+        (["[1]"], "not a journal of an inspection"),
+        (["my notes", "precious"], "not a journal of an inspection"),
+        ([own[0], own[1].replace('"objects": [', '"objects": [7, ')], "not a record"),
+        ([own[0], own[1].replace('"width": ', '"width": 0.')], "invalid values"),
     ):
         text = "\n".join(lines) + "\n"
         (tmp_path / "hostile").mkdir(exist_ok=True)

@@ -158,7 +158,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     model = class_model(prompts)
     segmenter = Segmenter(model, prompts)
     install_class_prompts(model, tokens_of(make_prompts(count=3)))  # as a switch of live adapters does
-    with pytest.raises(UserError, match="other class prompts than this segmenter was made for"):
+    with pytest.raises(UserError, match="other class prompts than this segmenter"):
         segmenter(make_strip(64, 64, 0))
     with pytest.raises(UserError, match="uint8"):
         Segmenter(class_model(prompts), prompts)(np.zeros((4, 4), np.uint8))

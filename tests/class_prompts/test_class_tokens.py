@@ -180,7 +180,7 @@ def test_labels_positions_and_faults():
     for values, ids, names, words in (
         (torch.zeros(2, 64), (1, 2), NAMES[:2], "must be"),
         (torch.zeros(2, 1, 64), (2, 1), NAMES[:2], "ascending"),
-        (torch.zeros(2, 1, 64), (1, 2), NAMES, "as many"),
+        (torch.zeros(2, 1, 64), (1, 2), NAMES, "the same number of ids"),
         (torch.full((1, 1, 64), torch.nan), (1,), ("a",), "finite"),
     ):
         with pytest.raises(UserError, match=words):

@@ -108,7 +108,7 @@ def sentence_of(env, *overrides):
         ("trainer.model.class_prompts.crop=96", "class_steps.width is 256, but trainer.model.class_prompts.crop is 96"),
         (
             "trainer.model.class_prompts=null",
-            "options.lr is also for *.class_tokens.tokens, but the model has no class",
+            "options.lr has an entry for *.class_tokens.tokens, but the model has no class",
         ),
         ("scratch.num_frames=2", "single frames"),
         ("trainer.data.val._target_=training.dataset.sam2_datasets.TorchTrainMixedDataset", "no setting"),
