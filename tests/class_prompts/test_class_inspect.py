@@ -181,7 +181,7 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
         ([first, "--idle", 3, "--out", out], "--idle is only for --watch"),
         ([tmp_path / "none.png", "--out", out], "there is no"),
         ([strip_files, "--out", strip_files], "choose another folder"),
-        ([first, "--out", out, "--formats", "png"], "--formats are"),
+        ([first, "--out", out, "--formats", "png"], "--formats must be"),
         ([first, "--out", out, "--device", "tpu"], "--device"),
         ([first, "--out", out, "--overlap", 128], "cannot share"),
     ):
@@ -225,5 +225,5 @@ def test_unfitted_and_overlapping_classes_are_said(tmp_path: Path, strip_files: 
     mixed = write_merged(tmp_path / "mixed.pt", make_prompts(decision=Decision.default(3, exclusive=False)))
     inspect(mixed, first, "--out", tmp_path / "out")
     assert "thresholds are not fitted" in capsys.readouterr().out and not (tmp_path / "out/label_png").exists()
-    with pytest.raises(UserError, match="may overlap"):
+    with pytest.raises(UserError, match="overlapping classes"):
         inspect(mixed, first, "--out", tmp_path / "other", "--formats", "label_png")

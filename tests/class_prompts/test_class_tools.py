@@ -107,7 +107,7 @@ def test_a_decision_goes_beside_a_safetensors_file_too(tmp_path: Path) -> None:
 
 
 def test_data_of_other_classes_is_refused(steel: Path, strips: Path) -> None:
-    with pytest.raises(UserError, match="take the data that they were trained for"):
+    with pytest.raises(UserError, match="use the data that they were trained for"):
         fit_decision.main(["--checkpoint", str(steel), *data_of(strips, "val"), "--classes", "a,b,c,d"])
     with pytest.raises(UserError, match="must not be fitted to --split test"):
         fit_decision.main(["--checkpoint", str(steel), *data_of(strips, "test")])

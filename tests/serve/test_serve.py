@@ -129,11 +129,11 @@ def test_the_image_is_the_pixels_that_the_model_gets(page):
     [
         ({"image": 99}, "there is no image 99: there are 12"),
         ({"image": -1}, "there is no image -1"),
-        ({"models": ["x"]}, "there is no model 'x': there are 'sam2_nano', 'line_1', 'line_2'"),
-        ({"clicks": []}, "nothing was clicked"),
+        ({"models": ["x"]}, "there is no model 'x': choose from 'sam2_nano', 'line_1', 'line_2'"),
+        ({"clicks": []}, "there is no prompt"),
         ({"clicks": [[-1, 5, 1]]}, "(-1, 5) is outside the strip of 1600x256 pixels"),
         ({"clicks": [[5, 257, 1]]}, "outside the strip"),
-        ({"box": [5, 5, 5, 9]}, "a box is x0 < x1"),
+        ({"box": [5, 5, 5, 9]}, "a box must have x0 < x1"),
         ({"box": [5, 5, 9, 1e300]}, "outside the strip"),
     ],
 )

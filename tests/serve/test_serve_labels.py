@@ -93,9 +93,9 @@ def test_a_mask_that_is_kept_twice_is_kept_once(page):
 
 def test_what_cannot_be_kept_or_saved_is_a_sentence(page):
     assert "nothing to save" in page.refused("/api/save", {"format": "coco", "name": "a"})
-    assert "there is no format 'yolo': there are kaggle" in page.refused("/api/save", {"format": "yolo", "name": "a"})
+    assert "there is no format 'yolo': choose from kaggle" in page.refused("/api/save", {"format": "yolo", "name": "a"})
     asked = {"image": 0, "model": "line_1", "class_id": 3, "clicks": CLICKS[:1]}
-    assert "there is no class 3: the classes are 1, 2, 4" in page.refused("/api/keep", asked)
+    assert "there is no class 3: choose from 1, 2, 4" in page.refused("/api/keep", asked)
     assert "no class prompts" in page.refused("/api/keep", {"image": 0, "model": "line_1"})
     kept = keep(page, 0, 1, CLICKS[:1])
     assert "has masks" in page.refused("/api/images/0/clean", {"clean": True})

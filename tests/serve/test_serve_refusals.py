@@ -176,7 +176,7 @@ def test_an_image_is_named_by_its_number_alone(client):
     ],
 )
 def test_a_dropped_name_is_a_plain_image_name(name):
-    with pytest.raises(UserError, match="plain file name|no image by its name"):
+    with pytest.raises(UserError, match="plain file name|does not end like an image"):
         check_name(name)
 
 
@@ -226,11 +226,11 @@ def test_uploads_are_bounded(tmp_path, monkeypatch):
     for path in ("/api/predict", "/api/images/0/open", "/api/save"):
         assert page.client.post(path, content=large, headers={"content-type": "application/json"}).status_code == 413
     monkeypatch.setattr(images_module, "UPLOAD_PIXELS", 1000)
-    assert "40x30 pixels, at most 1,000" in drop("a.png", png())[1]
+    assert "40x30 pixels, but the limit is 1,000" in drop("a.png", png())[1]
     monkeypatch.setattr(images_module, "UPLOAD_PIXELS", 10000)
     monkeypatch.setattr(images_module, "MOST_UPLOADS", 1)
     assert drop("a.png", png())[0] == 200
-    assert "1 images were dropped already" in drop("b.png", png())[1]
+    assert "there are already 1 dropped images" in drop("b.png", png())[1]
     assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["a.png"]  # nothing of what was refused
 
 
