@@ -2,7 +2,7 @@
 
     python -m benchmarks.inspection [--data neu synthetic] [--rows k8 samed unet_r34 ...] [--seeds 0] [--steps 150]
 
-All rows have the same images, batches, steps, tiles and fitting of thresholds. SAM 2 is the small one. The decision is
+All rows have the same images, batches, steps, tiles and threshold fitting. SAM 2 is the small model. The decision is
 fitted to validation images only; the results are on test images that are used for nothing else. Finished rows with the
 same settings are skipped, so the command can be stopped and resumed. Writes inspection.json and inspection.md to --out.
 NEU-Seg is split as in `benchmarks.quality`; it has no clean images, so only the synthetic strips measure false alarms.
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*OURS, *RIVALS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=number(COUNT), default=300)
-    parser.add_argument("--shape-steps", type=number(COUNT), default=1000, help="of pretraining on 16 shapes each")
+    parser.add_argument("--shape-steps", type=number(COUNT), default=1000, help="pretraining steps of 16 images each")
     args = parser.parse_args(argv)
     out = args.out.resolve()
     file = out / "inspection.json"

@@ -1,4 +1,4 @@
-"""tools/inspect_strips.py as a user runs it: what it writes is read back equal, and it goes on where it was stopped."""
+"""tools/inspect_strips.py as a user runs it: its files are read back equal, and it resumes where it stopped."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 
 def class_masks(index: AnnotationIndex, class_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """name -> bool [C, H, W], the union of everything of a class."""
+    """name -> bool [C, H, W], the union of all objects of a class."""
     found = {}
     for image in range(len(index)):
         height, width = index.sizes[image].tolist()
@@ -111,7 +111,7 @@ def test_it_goes_on_where_it_was_stopped(steel: Path, strip_files: Path, tmp_pat
     inspect(steel, strip_files, "--out", whole)
     files = sorted(strip_files.iterdir())
     inspect(steel, *files[:2], "--out", parts)
-    with open(parts / "records.jsonl", "ab") as file:  # what a kill leaves
+    with open(parts / "records.jsonl", "ab") as file:  # an incomplete line, as after a kill
         file.write(b'{"name": "strip 3.png", "pa')
     capsys.readouterr()
     inspect(steel, strip_files, "--out", parts)
@@ -156,7 +156,7 @@ def test_a_line_that_drops_files(steel: Path, strip_files: Path, tmp_path: Path,
     def drop() -> None:
         time.sleep(1)
         content = files[1].read_bytes()
-        with open(folder / files[1].name, "wb") as file:  # slowly, as over a network
+        with open(folder / files[1].name, "wb") as file:  # written slowly, as over a network
             for part in range(3):
                 file.write(content[part * len(content) // 3 : (part + 1) * len(content) // 3])
                 file.flush()

@@ -1,4 +1,4 @@
-"""From training with class prompts to inspected strips: the run's adapter, fitted, merged, and each tool on the way."""
+"""From training with class prompts to inspected strips: the run's adapter is fitted, merged and used by every tool."""
 
 import csv
 import json

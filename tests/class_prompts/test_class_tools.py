@@ -1,4 +1,4 @@
-"""Fitting and evaluating an inspection from the command line: what is written where, and what is never looked at."""
+"""Fitting and evaluating an inspection from the command line: which files are written, and which strips are used."""
 
 import json
 import shutil
