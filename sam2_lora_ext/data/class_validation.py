@@ -117,7 +117,10 @@ class ClassValidation(TorchTrainMixedDataset):
     ):
         raw = getattr(datasets[0], "video_dataset", None)
         if len(datasets) != 1 or raw is None:
-            raise UserError("ClassValidation takes exactly one VOSDataset over SeverstalRawDataset: give it one")
+            raise UserError(
+                "ClassValidation needs exactly one VOSDataset over SeverstalRawDataset: set trainer.data.val.datasets "
+                "to it"
+            )
         if tiles_per_batch < 1:
             raise UserError(f"tiles_per_batch must be at least 1, got {tiles_per_batch}")
         self.class_tiles = ClassTiles(raw, tile_width, overlap, tile_transforms)
