@@ -66,9 +66,8 @@ def refusal(headers: Headers, method: str, path: str, hosts: frozenset[str], lim
     origin = headers.get("origin")
     if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
         return 403, "the request comes from another page"
-    opened = (
-        method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
-    )  # a followed link to the page
+    # other pages may link to this one
+    opened = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not opened:
         return 403, "the request comes from another page"
     length = headers.get("content-length", "0")
