@@ -1,10 +1,10 @@
-"""Latency of a click on the page of `tools/serve.py`, from the request to the masks: `runs/bench/clicks.json`.
+"""Measures the latency of a click on the page of `tools/serve.py`, from request to masks: `runs/bench/clicks.json`.
 
     python -m benchmarks.clicks                the small model, a base and an adapter, a strip of 1600x256
 
-Measured on the real server at a loopback address with a client that sends the page's requests. `open` encodes the strip
-for both models; `click` requests the mask of one model, `pair` those of base and adapter, each time at another point;
-`further` adds clicks.
+The client sends the page's requests to the real server at a loopback address. `open` encodes the strip for both models;
+`click` requests the mask of one model, `pair` those of base and adapter, each at a new random point; `further` adds
+clicks to earlier ones.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
@@ -48,7 +48,7 @@ GOAL = 150  # ms, of a click with the small model on a CPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints; see the module."""
+    """Measures, prints and writes the latencies."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clicks", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/sam2_nano.yaml", help="a stock inference config (%(default)s)")
     parser.add_argument("--image-size", type=number(RESOLUTION), metavar="PIXELS", help="of the model's input")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_result(args, result)
     for name, row in rows.items():
-        print(f"{name:8} median {row['median']:7.1f} ms   19 of 20 within {row['p95']:7.1f} ms")
+        print(f"{name:8} median {row['median']:7.1f} ms   95 % within {row['p95']:7.1f} ms")
     print(f"(the goal is {GOAL} ms for a click with the small model on a CPU; {torch.get_num_threads()} threads)")
     print(f"written {args.out}")
 

@@ -1,18 +1,17 @@
-"""Class prompts against networks that need no prompt either, on real steel and on synthetic strips, with the same \
-images, batches, steps, tiles and threshold fitting.
+"""Compares class prompts with networks without prompts, on real steel and on synthetic strips.
 
     python -m benchmarks.inspection [--data neu synthetic] [--rows k8 samed unet_r34 ...] [--seeds 0] [--steps 150]
 
-Trains on the small SAM 2, fits the decision to the validation images alone and reports on test images that nothing was
-chosen by. A row that is there already, with the same settings, is not made again: the command can be stopped at any
-time. Writes inspection.json and inspection.md into --out. NEU-Seg is split as in `benchmarks.quality`; it has no clean
-image in it, so false alarms are those of the synthetic strips.
+All rows have the same images, batches, steps, tiles and threshold fitting. SAM 2 is the small model. The decision is
+fitted to validation images only; the results are on test images that are used for nothing else. Finished rows with the
+same settings are skipped, so the command can be stopped and resumed. Writes inspection.json and inspection.md to --out.
+NEU-Seg is split as in `benchmarks.quality`; it has no clean images, so only the synthetic strips measure false alarms.
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import json
@@ -53,7 +52,7 @@ OURS = {
         "lora.targets=[]",
         "trainer.checkpoint.model_weight_initializer.ignore_missing_keys=null",
     ],
-    "k8_decoder": [  # the decoder in full instead of its LoRA
+    "k8_decoder": [  # trains the whole decoder instead of its LoRA
         "lora.targets=[image_encoder.trunk.blocks.*.attn.qkv,image_encoder.trunk.blocks.*.attn.proj]",
         "lora.trainable=[sam_mask_decoder]",
     ],
@@ -62,16 +61,16 @@ OURS = {
 }
 RIVALS = {**dict.fromkeys(rivals.SAMS, 3e-3), **dict.fromkeys(rivals.CNNS, 1e-3)}  # row: learning rate
 IMAGENET = {"unet_r34_imagenet": "unet_r34", "fpn_r34_imagenet": "fpn_r34"}
-SHAPES = {"unet_r34_shapes": "unet_r34"}  # pretrained on the images that made the small SAM 2
+SHAPES = {"unet_r34_shapes": "unet_r34"}  # pretrained on the same images as the small SAM 2
 ROWS = (*OURS, *RIVALS, *IMAGENET, *SHAPES)
 CONFIGS = {"neu": "neu_seg_classes.yaml", "synthetic": "synthetic_classes.yaml"}
-STRIPS, CUT = 400, (240, 320)  # synthetic: 240 train, 80 validate, 80 test
-NANO = "the small SAM 2's: synthetic shapes"
+STRIPS, CUT = 400, (240, 320)  # synthetic strips: 240 for training, 80 for validation, 80 for test
+NANO = "the small SAM 2: synthetic shapes"
 SHOWN = {
     "macro_dice": "macro Dice",
     "dice_present": "Dice, present",
     "kaggle_dice": "Kaggle Dice",
-    "kaggle_dice_empty": "of nothing",
+    "kaggle_dice_empty": "of an empty submission",
     "recall": "recall",
     "false_alarms": "false alarms",
     "false_alarms_at_recall_95": "at 95 % recall",
@@ -81,7 +80,7 @@ SHOWN = {
 
 
 class Data(NamedTuple):
-    """A data set: the config that trains on it, its settings, and where its images for validation and test are."""
+    """A data set: its training config, the config's overrides, and the source of validation and test images."""
 
     config: str
     overrides: list[str]
@@ -89,7 +88,7 @@ class Data(NamedTuple):
 
 
 def prepare(name: str, folder: Path, real: Path) -> Data:
-    """Writes the split, and the synthetic strips, unless they are there; says where it all is."""
+    """Writes the split and the synthetic strips if they are missing, and returns the data set."""
     folder.mkdir(parents=True, exist_ok=True)
     config, split = str(ROOT / "benchmarks" / CONFIGS[name]), folder / "split.csv"
     root = real if name == "neu" else folder
@@ -108,7 +107,7 @@ def prepare(name: str, folder: Path, real: Path) -> Data:
 
 
 def train_ours(run: Path, data: Data, settings: list[str]) -> tuple[Segmenter, int]:
-    """One run through SAM 2's launcher, unless it is finished; its segmenter and number of trained parameters."""
+    """The segmenter and number of trained parameters of a run of SAM 2's launcher, started unless it is finished."""
     command = [sys.executable, "-m", "sam2_lora_ext.train", "-c", data.config, *data.overrides, *settings]
     if not (run / "training_summary.json").exists():
         shutil.rmtree(run, ignore_errors=True)
@@ -126,7 +125,7 @@ def train_ours(run: Path, data: Data, settings: list[str]) -> tuple[Segmenter, i
 def train_rival(
     row: str, data: Data, settings: list[str], steps: int, seed: int, shapes: Path, shape_steps: int
 ) -> tuple[Segmenter, int]:
-    """The same batches through a network that takes no prompt; `shapes` is the file of its pretraining."""
+    """`train_ours` for a network without prompts, on the same batches; `shapes` is the file of its pretraining."""
     trainer = load(data.config, [*data.overrides, *settings])["trainer"]
     torch.manual_seed(seed)
     random.seed(seed)
@@ -151,12 +150,12 @@ def train_rival(
 
 
 def overlap_of(data: Data) -> int | None:
-    """Columns that tiles share: NEU-Seg's images are one tile."""
+    """The overlap of tiles in columns, 0 for NEU-Seg, whose images are one tile; None for the default."""
     return None if data.source.format == "KaggleReader" else 0
 
 
 def measure(segmenter: Segmenter, data: Data, words: str) -> dict[str, Any]:
-    """Fits the decision to the validation images, and evaluates it on the test images."""
+    """Fits the decision to the validation images, and evaluates on the test images."""
     names = segmenter.prompts.class_names
     parts = {part: TrueStrips(replace(data.source, split=part), segmenter.prompts) for part in ("val", "test")}
     fit = fit_decision(look_at(segmenter, tqdm(parts["val"], desc=f"{words}: val", unit="image")), names)
@@ -170,16 +169,16 @@ def measure(segmenter: Segmenter, data: Data, words: str) -> dict[str, Any]:
 
 
 def starting_weights(row: str) -> str:
-    """What the network had seen before."""
+    """The pretraining of a row's network, for the table."""
     if row in IMAGENET:
         return "ImageNet"
     if row in SHAPES:
-        return "synthetic shapes, as the small SAM 2's"
+        return "synthetic shapes, like the small SAM 2"
     return "none" if row in rivals.CNNS else NANO
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table for each data set: the mean over seeds, and the range where there are several."""
+    """A Markdown table for each data set: the mean over seeds, and the range if there are several."""
     text = ""
     for data in dict.fromkeys(row["data"] for row in rows):
         text += f"\n{data}\n\n| row | pretraining | steps | seeds | trained | " + " | ".join(SHOWN.values()) + " |\n"
@@ -194,7 +193,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def cell(values: list[Any], key: str) -> str:
-    """`0.512 (0.490 to 0.530)`; the interval of the test images where there is one seed."""
+    """`0.512 (0.490 to 0.530)`, the range over seeds; with one seed `0.512 [0.490, 0.530]`, the bootstrap interval."""
     means = [value["mean"] if isinstance(value, dict) else value for value in values]
     if None in means:
         return "-"
@@ -206,7 +205,7 @@ def cell(values: list[Any], key: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Makes the rows that are missing, and the tables."""
+    """Runs the missing rows and prints the tables."""
     default = Path(os.environ.get("SAM2_LORA_REAL_DATA", ROOT / "../shared/data")) / "neu_seg"
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -217,9 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*OURS, *RIVALS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=number(COUNT), default=300)
-    parser.add_argument(
-        "--shape-steps", type=number(COUNT), default=1000, help="of 16 images, for a network pretrained on shapes"
-    )
+    parser.add_argument("--shape-steps", type=number(COUNT), default=1000, help="pretraining steps of 16 images each")
     args = parser.parse_args(argv)
     out = args.out.resolve()
     file = out / "inspection.json"

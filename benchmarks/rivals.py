@@ -1,10 +1,10 @@
-"""Networks without prompts that the class prompts are compared with, and their training on the same batches.
+"""Networks without prompts to compare class prompts with, and their training on the same batches.
 
-    softmax over C + 1 channels, that of "no class" being 0: loss = cross-entropy + Dice over the classes of the batch
-    logit_c = z_c - log(sum over the other channels of exp z)      as the decision of class prompts takes it
-    score_c = mean of the largest hundredth of logit_c             stands for the object score
+    softmax over C + 1 channels, with z = 0 for "no class": loss = cross-entropy + Dice over the classes of the batch
+    logit_c = z_c - log(sum over the other channels of exp z)      the input of the decision
+    score_c = mean of the largest 1 % of logit_c                   replaces the presence score
 
-Batches, learning-rate schedule, optimizer and threshold fitting are those of the class prompts.
+Batches, learning-rate schedule, optimizer and threshold fitting are the same as for class prompts.
 Legend: B images, C classes, S pixels of a side, h w of the network's masks.
 """
 
@@ -28,17 +28,17 @@ from sam2_lora_ext.utils.errors import UserError
 
 CNNS = {"unet_r34": "Unet", "fpn_r34": "FPN"}
 TOKENS = 8  # of each class
-WARM_UP, LAST = 0.05, 0.01  # share of the steps, and of the rate that is left at the end, as in configs/base
-LARGEST = 100
+WARM_UP, LAST = 0.05, 0.01  # share of the steps, and final share of the learning rate, as in configs/base
+LARGEST = 100  # a score is the mean of the largest 1 / LARGEST of the logits
 
 
 class MaskTokens(nn.Module):
-    """SAMed's idea (arXiv 2304.13785) on SAM 2: stock's four mask tokens are the classes; no prompt, or a learned one.
+    """SAMed's method (arXiv 2304.13785) on SAM 2: stock's four mask tokens predict the classes, without a prompt.
 
     Args:
         model: SAM 2 with LoRA.
         classes: C, at most 4.
-        learned: give the decoder one learned prompt token, the same for all images, instead of no prompt.
+        learned: use one learned prompt token, the same for all images, instead of no prompt.
     """
 
     def __init__(self, model: nn.Module, classes: int, learned: bool):
@@ -113,7 +113,7 @@ def decode(model: nn.Module, images: Sequence[Tensor], prompts: Tensor) -> Tenso
 
 
 def make_cnn(kind: str, outputs: int, imagenet: bool = False) -> nn.Module:
-    """One of `CNNS` with random weights, or with an encoder of ImageNet's.
+    """One of `CNNS` with random weights, or with an encoder pretrained on ImageNet.
 
     Raises:
         UserError: segmentation-models-pytorch is not installed.
@@ -121,7 +121,7 @@ def make_cnn(kind: str, outputs: int, imagenet: bool = False) -> nn.Module:
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
-        raise UserError(f"{kind} needs segmentation-models-pytorch ({error}): pip install it") from error
+        raise UserError(f"{kind} needs segmentation-models-pytorch ({error}): install it with pip") from error
     return getattr(smp, CNNS[kind])("resnet34", encoder_weights="imagenet" if imagenet else None, classes=outputs)
 
 
@@ -129,8 +129,8 @@ def make_sam(kind: str, trainer: dict[str, Any], classes: int) -> nn.Module:
     """SAM 2 with LoRA, without the class prompts of this package: one of `SAMS`.
 
     Args:
-        kind: which.
-        trainer: of the class prompts' config.
+        kind: a key of `SAMS`.
+        trainer: the block `trainer` of the class prompts' config.
         classes: C.
     """
     model = instantiate({**trainer["model"], "class_prompts": None}, _convert_="all")
@@ -168,14 +168,14 @@ def train(network: nn.Module, batches: Iterable[Any], class_ids: Sequence[int], 
 
 
 def factor(done: float) -> float:
-    """The learning rate's, by the share of the steps that are done: warm-up, then cosine, as in configs/base."""
+    """The learning rate's factor after a share of the steps: warm-up, then cosine, as in configs/base."""
     if done < WARM_UP:
         return LAST + (1 - LAST) * done / WARM_UP
     return LAST + (1 - LAST) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
 
 
 def labels(batch: Any, class_ids: Sequence[int]) -> Tensor:
-    """The class of each pixel, int64 [B, S, S]: 1 + position, or 0 for none or one that takes no part."""
+    """The class of each pixel, int64 [B, S, S]: 1 + position, or 0 for no class or a class that is not used."""
     masks, images = batch.masks[0], batch.obj_to_frame_idx[0, :, 1].tolist()
     ids = class_of(batch.metadata.unique_objects_identifier[0, :, 1]).tolist()
     result = torch.zeros(batch.img_batch.shape[1], *masks.shape[1:], dtype=torch.long)
@@ -185,7 +185,7 @@ def labels(batch: Any, class_ids: Sequence[int]) -> Tensor:
 
 
 def softmax_loss(z: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy plus the mean Dice loss of the classes that the batch has; z [B, C, S, S], target [B, S, S]."""
+    """Cross-entropy plus the mean Dice loss of the classes in the batch; z [B, C, S, S], target [B, S, S]."""
     z = torch.cat([torch.zeros_like(z[:, :1]), z], 1)
     truth = F.one_hot(target, z.shape[1]).movedim(-1, 1).float()[:, 1:]
     drawn = z.softmax(1)[:, 1:]
@@ -196,7 +196,7 @@ def softmax_loss(z: Tensor, target: Tensor) -> Tensor:
 
 
 class Channels(nn.Module):
-    """A rival as `Segmenter` asks it: pixels in [0, 1] -> logits [B, C, h, w] and scores [B, C]."""
+    """A network in the form that `Segmenter` needs: pixels in [0, 1] -> logits [B, C, h, w] and scores [B, C]."""
 
     def __init__(self, network: nn.Module, size: int):
         super().__init__()
@@ -218,7 +218,7 @@ class Channels(nn.Module):
 def as_segmenter(
     network: nn.Module, class_names: dict[int, str], crop: int, size: int, overlap: int | None
 ) -> Segmenter:
-    """Looks at tiles, stitches and decides exactly as class prompts do."""
+    """A `Segmenter` around the network, so that tiles, stitching and decision are the same as for class prompts."""
     ids = tuple(sorted(class_names))
     segmenter = Segmenter.__new__(Segmenter)
     segmenter.network, segmenter.overlap, segmenter.batch_size, segmenter.half = (

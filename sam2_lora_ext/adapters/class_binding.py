@@ -22,7 +22,7 @@ CLASS_PROMPTS = "class_prompts"  # the entry of a checkpoint's notes and of an a
 
 
 def facts_of(model: nn.Module) -> dict[str, Any] | None:
-    """The notes in a checkpoint about a SAM 2's class prompts, as plain values; None where it has none."""
+    """The notes about a model's class prompts for a checkpoint, as plain values; None if the model has none."""
     tokens = find_tokens(model)
     if tokens is None:
         return None
@@ -36,19 +36,19 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def prompts_of_state(state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> ClassPrompts | None:
-    """The class prompts in a training state dict, with the checkpoint's notes about them; None where there are none.
+    """The class prompts in a training state dict, with the checkpoint's notes about them; None if there are none.
 
-    The decision is the default: thresholds are fitted after training, to its final weights.
+    The decision is the default: thresholds are fitted after training, for the final weights.
 
     Raises:
-        UserError: it holds tokens, but the notes about them are missing or damaged.
+        UserError: the state dict contains tokens, but the notes about them are missing or damaged.
     """
     if STATE_KEY not in state:
         return None
     facts = notes.get(CLASS_PROMPTS)
     whole = isinstance(facts, Mapping) and set(facts) == set(FACTS)
     if not whole or not all(isinstance(facts[name], (list, tuple)) for name in ("class_ids", "class_names")):
-        raise UserError("the checkpoint holds class tokens, but does not record their classes: it is damaged")
+        raise UserError("the checkpoint contains class tokens, but does not record their classes: it is damaged")
     ids, names, crop, resolution, exclusive = (facts[name] for name in FACTS)
     tokens = state[STATE_KEY].detach().float().cpu().clone()
     return ClassPrompts(
@@ -57,7 +57,7 @@ def prompts_of_state(state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> C
 
 
 def prompts_of(model: nn.Module, base_id: str | None) -> ClassPrompts | None:
-    """The class prompts of a model in training, with the default decision; None where it has none."""
+    """The class prompts of a model in training, with the default decision; None if it has none."""
     facts = facts_of(model)
     if facts is None:
         return None
@@ -65,12 +65,12 @@ def prompts_of(model: nn.Module, base_id: str | None) -> ClassPrompts | None:
 
 
 def tokens_of(prompts: ClassPrompts) -> ClassTokens:
-    """The module that holds class prompts in a model."""
+    """The module that represents class prompts in a model."""
     return ClassTokens(prompts.tokens, prompts.class_ids, prompts.class_names, prompts.crop, prompts.decision.exclusive)
 
 
 def tokens_digest(prompts: ClassPrompts) -> str:
-    """SHA-256 of the tokens and their classes; without the thresholds, which may be fitted again."""
+    """SHA-256 of the tokens and their classes, without the thresholds, which may be fitted again."""
     digest = hashlib.sha256(json.dumps([prompts.class_ids, prompts.class_names, list(prompts.tokens.shape)]).encode())
     digest.update(prompts.tokens.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -81,7 +81,7 @@ def prompts_in_folder(folder: Path, digest: Any) -> ClassPrompts | None:
 
     Args:
         folder: of the adapter.
-        digest: their `tokens_digest` in the adapter's header; None where it has none.
+        digest: the `tokens_digest` in the adapter's header; None if it has none.
 
     Raises:
         UserError: they are missing or damaged, or the header does not list them.
@@ -90,16 +90,16 @@ def prompts_in_folder(folder: Path, digest: Any) -> ClassPrompts | None:
     if digest is None:
         if file.exists():
             raise UserError(
-                f"the adapter in {folder} was trained without class prompts, so {TOKENS} belongs to another: "
+                f"the adapter in {folder} was trained without class prompts, so {TOKENS} belongs to another adapter: "
                 "remove it, or copy the whole folder again"
             )
         return None
     prompts = load_class_prompts(file)
     if prompts is None:
-        raise UserError(f"{folder} lacks {TOKENS}, which belongs to the adapter there: copy the whole folder again")
+        raise UserError(f"{folder} lacks {TOKENS}, which belongs to its adapter: copy the whole folder again")
     if tokens_digest(prompts) != digest:
         raise UserError(
-            f"{file} holds other class prompts than were trained with the adapter in its folder: copy the "
+            f"{file} contains other class prompts than those trained with the adapter in its folder: copy the "
             "whole folder again"
         )
     return prompts

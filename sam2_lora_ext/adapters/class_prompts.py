@@ -4,9 +4,10 @@
     <name>.class_prompts.safetensors                 next to merged weights <name>.safetensors
     the key `class_prompts` next to `model`          inside merged weights .pt, ignored by stock SAM 2
 
-The tensor is `tokens` float32 [C, K, D]: C classes in ascending order of their ids, K tokens each, D numbers a token.
-All else is one JSON text: `sam2_lora_ext` in the safetensors header, `header` in the entry of a .pt. `digest`
-identifies the weights of the tokens: the digest of the adapter folder, or `weights_id` of merged weights.
+The only tensor is `tokens`, float32 [C, K, D]: C classes in ascending order of their ids, K tokens per class, D numbers
+per token. Everything else is one JSON text: `sam2_lora_ext` in the safetensors header, `header` in the entry of a .pt.
+`digest` identifies the weights that the tokens belong to: the digest of the adapter folder, or `weights_id` of merged
+weights.
 """
 
 import json
@@ -32,20 +33,20 @@ FACTS = ("class_ids", "class_names", "crop", "resolution", "base_id", "digest")
 
 @dataclass(frozen=True)
 class ClassPrompts:
-    """All that a class segmenter needs in addition to the weights.
+    """Everything that a class segmenter needs in addition to the weights.
 
     Args:
         tokens: float32 [C, K, D].
         class_ids: of the class table, ascending.
         class_names: in the order of the ids.
         decision: thresholds, calibration and areas.
-        crop: columns of a training window and of the tiles in use; None for whole images.
-        resolution: pixels of a side of the model's input.
-        base_id: `weights_id` of the base that was adapted, None if unknown.
+        crop: columns of a training window, and of a tile in inspection; None for whole images.
+        resolution: side of the model's input in pixels.
+        base_id: `weights_id` of the adapted base, None if unknown.
         digest: of the weights that the tokens belong to, "" if unknown.
 
     Raises:
-        UserError: they do not fit each other.
+        UserError: a value is invalid, or the numbers of classes differ.
     """
 
     tokens: Tensor
@@ -59,7 +60,7 @@ class ClassPrompts:
 
     def __post_init__(self) -> None:
         if sentence := _fault(self):
-            raise UserError(f"these are no class prompts: {sentence}")
+            raise UserError(f"these are not valid class prompts: {sentence}")
 
 
 def _fault(prompts: ClassPrompts) -> str | None:
@@ -69,18 +70,18 @@ def _fault(prompts: ClassPrompts) -> str | None:
         found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         return f"the tokens must be float32 [classes, tokens, width], got {found}"
     if not bool(tokens.isfinite().all()):
-        return "a token holds NaN or infinity, so its training diverged or the file is damaged"
+        return "a token contains NaN or infinity: the training diverged or the file is damaged"
     if not isinstance(ids, tuple) or not all(_is_whole(number, 0) for number in ids) or list(ids) != sorted(set(ids)):
-        return f"class ids must be ascending numbers from 0, got {str(ids)[:100]}"
+        return f"class ids must be whole numbers of at least 0 in ascending order, got {str(ids)[:100]}"
     if not isinstance(names, tuple) or not all(isinstance(name, str) and name for name in names):
-        return f"class names must be texts, got {str(names)[:100]}"
+        return f"class names must be non-empty strings, got {str(names)[:100]}"
     if not len(tokens) == len(ids) == len(names) == len(prompts.decision) or len(set(names)) < len(names):
-        counts = f"tokens of {len(tokens)}, {len(ids)} ids, {len(set(names))} names, {len(prompts.decision)} thresholds"
-        return f"there must be as many of each as classes, got {counts}"
+        counts = f"{len(tokens)} sets, {len(ids)} ids, {len(set(names))} names, {len(prompts.decision)} thresholds"
+        return f"each class needs one set of tokens, one id, one distinct name and one threshold, got {counts}"
     if not _is_whole(prompts.resolution, 1) or not (prompts.crop is None or _is_whole(prompts.crop, 1)):
-        return f"crop and resolution must be pixels, got {str((prompts.crop, prompts.resolution))[:100]}"
+        return f"crop and resolution must be numbers of pixels, got {str((prompts.crop, prompts.resolution))[:100]}"
     if not isinstance(prompts.base_id, str | None) or not isinstance(prompts.digest, str):
-        return "the identities of base and weights must be texts"
+        return "the identities of base and weights must be strings"
     return None
 
 
@@ -89,7 +90,7 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def header_of(prompts: ClassPrompts) -> str:
-    """All but the tokens, as JSON."""
+    """Everything except the tokens, as JSON."""
     facts = {name: getattr(prompts, name) for name in FACTS}
     return json.dumps({**facts, "decision": prompts.decision.as_dict(), "version": VERSION}, allow_nan=False)
 
@@ -98,13 +99,13 @@ def from_header(tokens: Any, text: Any, where: str | Path) -> ClassPrompts:
     """Class prompts from the tokens and the text of `header_of`.
 
     Raises:
-        UserError: the text is invalid; `where` names its file.
+        UserError: the text is invalid; the message names the file `where`.
     """
     facts = parse_json(text, f"{where} is damaged: its class prompts' header") if isinstance(text, str) else None
     if not isinstance(facts, dict) or not isinstance(facts.get("version"), int):
-        raise UserError(f"{where} is damaged: its class prompts have no header of this package; export them anew")
+        raise UserError(f"{where} is damaged: its class prompts lack this package's header; export them again")
     if facts.pop("version") != VERSION:
-        raise UserError(f"{where} holds class prompts of another version of this package: export them anew")
+        raise UserError(f"{where} has class prompts of another version of this package: export them again")
     if set(facts) != {*FACTS, "decision"}:
         raise UserError(f"{where} is damaged: its class prompts' header has {', '.join(sorted(facts))[:200]}")
     try:
@@ -122,15 +123,15 @@ def as_entry(prompts: ClassPrompts) -> dict[str, Any]:
 def from_entry(entry: Any, where: str | Path) -> ClassPrompts:
     """The inverse of `as_entry`; raises `UserError` for anything else."""
     if not isinstance(entry, Mapping) or set(entry) != {TOKENS, "header"}:
-        raise UserError(f"{where} is damaged: its entry {KEY} is not what this package writes")
+        raise UserError(f"{where} is damaged: its entry {KEY} was not written by this package; merge the adapter again")
     return from_header(entry[TOKENS], entry["header"], where)
 
 
 def prompts_file(path: str | Path) -> Path:
-    """The path of the class prompts of an adapter folder or a .safetensors file; a file of them is its own.
+    """The path of the class prompts file of an adapter folder or of merged .safetensors weights.
 
     Args:
-        path: an adapter folder or its weight file, merged weights, or a file of class prompts.
+        path: an adapter folder or its weight file, merged weights, or a class prompts file, which is returned itself.
     """
     path = Path(path)
     if path.is_dir() or existing_folder(path).is_dir():
@@ -141,17 +142,17 @@ def prompts_file(path: str | Path) -> Path:
 
 
 def save_class_prompts(prompts: ClassPrompts, path: str | Path, force: bool = True) -> None:
-    """Writes a file of class prompts, or into an adapter folder, atomically.
+    """Writes class prompts to a file or into an adapter folder, atomically.
 
     Raises:
-        UserError: it exists and `force` is off, or the system refuses.
+        UserError: the file exists and `force` is off, or it cannot be written.
     """
     tokens = {TOKENS: prompts.tokens.detach().cpu()}
     write_weights(prompts_file(path), tokens, "safetensors", metadata={HEADER: header_of(prompts)}, force=force)
 
 
 def load_class_prompts(path: str | Path) -> ClassPrompts | None:
-    """The class prompts of an adapter folder, of merged weights, or in a separate file; None where there are none.
+    """The class prompts in an adapter folder, in merged weights or in a separate file; None if there are none.
 
     Raises:
         UserError: they are damaged, or belong to another adapter than the one in their folder.
@@ -170,7 +171,7 @@ def load_class_prompts(path: str | Path) -> ClassPrompts | None:
             text = (opened.metadata() or {}).get(HEADER)
             tokens = opened.get_tensor(TOKENS) if TOKENS in opened.keys() else None  # noqa: SIM118 (not a mapping)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{file} is damaged or no safetensors file ({error}): copy or export it again") from error
+        raise UserError(f"{file} is damaged or not a safetensors file ({error}): copy or export it again") from error
     prompts = from_header(tokens, text, file)
     if file.name == NAME and (file.parent / WEIGHTS).is_file():
         _check_adapter(prompts, file)
@@ -178,7 +179,7 @@ def load_class_prompts(path: str | Path) -> ClassPrompts | None:
 
 
 def _check_adapter(prompts: ClassPrompts, file: Path) -> None:
-    """Raises a `UserError` when the adapter in the folder has another digest."""
+    """Raises a `UserError` if the adapter in the folder has another digest."""
     weights = file.with_name(WEIGHTS)
     try:
         with safe_open(weights, "pt") as opened:

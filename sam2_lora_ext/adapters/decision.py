@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sam2_lora_ext.utils.errors import UserError
 
-MOST = 1e30  # a number of a decision is below it
-ABSENT = -1024.0  # what SAM 2 itself writes where an object is not there
+MOST = 1e30  # upper bound of the absolute value of every number in a decision
+ABSENT = -1024.0  # SAM 2's own logit where an object is absent
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Decision:
     """The numbers of the formulas above, one for each class.
 
     Args:
-        threshold: least object score of a present class.
+        threshold: minimum presence score of a present class.
         scale: factor of a class's logits, above 0.
         bias: added to a class's logits.
-        min_area: fewest pixels of a component.
-        weak_area: fewest pixels of a component where the score is weak.
+        min_area: minimum area of a component.
+        weak_area: minimum area of a component where the score is weak.
         weak_score: scores below it are weak.
         exclusive: a pixel has at most one class.
         fitted: whether these numbers were fitted to validation data; otherwise they are the default.
@@ -50,15 +50,15 @@ class Decision:
         flags = {name: rows.pop(name) for name in ("exclusive", "fitted")}
         for name, row in rows.items():
             if not isinstance(row, tuple) or len(row) != len(self.threshold) or not all(map(_is_number, row)):
-                raise UserError(f"{name} of a decision needs one finite number a class, got {str(row)[:100]}")
+                raise UserError(f"{name} of a decision must have one finite number per class, got {str(row)[:100]}")
         if any(not isinstance(flag, bool) for flag in flags.values()):
-            raise UserError(f"exclusive and fitted of a decision are true or false, got {flags}")
+            raise UserError(f"exclusive and fitted of a decision must be true or false, got {flags}")
         if min(self.scale, default=1) <= 0 or min(*self.min_area, *self.weak_area, 0, 0) < 0:
             raise UserError("a decision needs scales above 0 and areas of at least 0 pixels")
 
     @classmethod
     def default(cls, classes: int, exclusive: bool = True) -> "Decision":
-        """The decision before any fit: scores and logits above 0 as in SAM 2, and every area."""
+        """The decision before fitting: scores and logits above 0 as in SAM 2, and no minimum area."""
         zeros, ones = (0.0,) * classes, (1.0,) * classes
         return cls(zeros, ones, zeros, (0,) * classes, (0,) * classes, zeros, exclusive)
 
@@ -66,7 +66,7 @@ class Decision:
         return len(self.threshold)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The decision as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
@@ -74,28 +74,28 @@ class Decision:
         """The inverse of `as_dict`; raises `UserError` for anything else."""
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) != names:
-            raise UserError(f"a decision has {', '.join(sorted(names))}, got {str(values)[:200]}")
+            raise UserError(f"a decision must have {', '.join(sorted(names))}, got {str(values)[:200]}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def smallest(self, scores: Tensor) -> list[int]:
-        """Fewest pixels of a component of each class, given the scores [C]."""
+        """The minimum area of a component of each class, given the scores [C]."""
         rows = zip(scores.tolist(), self.weak_score, self.weak_area, self.min_area, strict=True)
         return [weak if score < bound else usual for score, bound, weak, usual in rows]
 
 
 def calibrated(logits: Tensor, decision: Decision) -> Tensor:
-    """z [..., C, H, W] of logits [..., C, H, W]."""
+    """Calibrated logits z [..., C, H, W] from logits [..., C, H, W]."""
     scale, bias = (torch.tensor(row, device=logits.device)[:, None, None] for row in (decision.scale, decision.bias))
     return logits.float() * scale + bias
 
 
 def claim(z: Tensor, present: Tensor, exclusive: bool) -> Tensor:
-    """The pixels bool [..., C, H, W] of each class, before small areas are removed.
+    """The pixels bool [..., C, H, W] of each class, before small components are removed.
 
     Args:
         z: calibrated logits [..., C, H, W].
         present: bool [..., C].
-        exclusive: a pixel belongs to the class with the largest z, the first of equals.
+        exclusive: a pixel belongs only to the class with the largest z; the first class wins ties.
     """
     z = z.masked_fill(~present.to(z.device)[..., None, None], ABSENT)
     masks = z > 0
@@ -106,5 +106,5 @@ def claim(z: Tensor, present: Tensor, exclusive: bool) -> Tensor:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that tensors of float32 and int64 hold; JSON has longer ones."""
+    """Whether a value is a number that fits into float32 and int64 tensors; JSON allows larger ones."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST

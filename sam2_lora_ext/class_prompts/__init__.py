@@ -1,1 +1,1 @@
-"""Class prompts: learned tokens that take the place of clicks, so that an image is segmented without one."""
+"""Class prompts: learned tokens that replace clicks, so that an image is segmented without any."""

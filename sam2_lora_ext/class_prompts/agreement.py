@@ -1,4 +1,4 @@
-"""What data, model, losses and meters must agree on before a training begins: classes, and who trains class prompts."""
+"""Checks before training that data, model, losses and meters have the same classes and agree on class prompts."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def agree(model: nn.Module, losses: Mapping[str, Any], train: Any, val: Any, meters: Iterable[Any]) -> None:
-    """Checks what a Trainer was given, and tells the meters of class prompts which strips they will see.
+    """Checks the parts of a Trainer against each other, and binds the meters of class prompts to the validation strips.
 
     Args:
         model: unwrapped.
@@ -31,7 +31,7 @@ def agree(model: nn.Module, losses: Mapping[str, Any], train: Any, val: Any, met
         meters: of the validation.
 
     Raises:
-        UserError: two of them do not go together.
+        UserError: two of them are incompatible.
     """
     compare_datasets({"train": raw_datasets(train), "val": raw_datasets(val)})
     check_class_ids(losses, raw_datasets(train))
@@ -55,19 +55,19 @@ def agree(model: nn.Module, losses: Mapping[str, Any], train: Any, val: Any, met
 
 
 def shortcomings(tiles: ClassTiles) -> list[str]:
-    """What a validation of class prompts cannot measure, as sentences."""
+    """Sentences about what a validation of class prompts cannot measure."""
     raw, said = tiles.raw, []
     if not raw.index.clean()[tiles.images].any():
-        said.append("the validation has no clean strip, so false alarms are not measured; thresholds need some")
+        said.append("the validation has no clean strip, so it cannot measure false alarms: add some to fit thresholds")
     places = np.concatenate([np.arange(*raw.objects.offsets[image : image + 2]) for image in tiles.images])
     seen = set(class_of(raw.objects.ids[places]).tolist())
     if lacking := [name for number, name in sorted(raw.class_names.items()) if number not in seen]:
-        said.append(f"the validation has no defect of {', '.join(lacking)}: nothing is measured of it")
+        said.append(f"the validation has no defect of {', '.join(lacking)}, so it cannot measure their recall and Dice")
     return said
 
 
 def check_tokens(tokens: ClassTokens | None, datasets: Iterable[Any], steps: Any, tiles: Any) -> None:
-    """The tokens are of the classes of the data, and their file will say how wide the windows were.
+    """Checks that the tokens have the data's classes, and that their `crop` is the width of windows and tiles.
 
     Args:
         tokens: of the model, or None.
@@ -76,8 +76,8 @@ def check_tokens(tokens: ClassTokens | None, datasets: Iterable[Any], steps: Any
         tiles: the validation's `ClassTiles`, or None.
 
     Raises:
-        UserError: a class has another number or name, windows or tiles have another width than the tokens' `crop`, or
-            there are some but no tokens.
+        UserError: a class has another id or name, windows or tiles have another width than the tokens' `crop`, or
+            there are class steps or tiles but no tokens.
     """
     if tokens is None:
         if steps is not None or tiles is not None:
@@ -105,11 +105,11 @@ def check_tokens(tokens: ClassTokens | None, datasets: Iterable[Any], steps: Any
 
 
 def check_rates(options: Mapping[str, Any] | None, model: nn.Module) -> None:
-    """Raises a `UserError` when an optimizer has settings for class tokens, but the model has none.
+    """Raises a `UserError` if the optimizer has settings for class tokens, but the model has none.
 
     Args:
         options: the Trainer's `optim.options`, lists of `{scheduler, param_names}`.
-        model: whose parameters they are for.
+        model: the model that the optimizer trains.
     """
     if find_tokens(model) is not None:
         return
@@ -118,6 +118,6 @@ def check_rates(options: Mapping[str, Any] | None, model: nn.Module) -> None:
         for glob in row.get("param_names") or []:
             if "class_tokens" in glob and fnmatchcase(STATE_KEY, glob):
                 raise UserError(
-                    f"trainer.optim.options.{name} is also for {glob}, but the model has no class prompts: set "
-                    "trainer.model.class_prompts, or take a config without class prompts, such as severstal_lora"
+                    f"trainer.optim.options.{name} has an entry for {glob}, but the model has no class prompts: set "
+                    "trainer.model.class_prompts, or use a config without class prompts, such as severstal_lora"
                 )

@@ -1,4 +1,4 @@
-"""Decides which classes are on an image, and which pixels are whose; the formulas: `adapters.decision`."""
+"""Applies a decision: which classes an image has, and which pixels are whose. The formulas: `adapters.decision`."""
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ def decide(logits: Tensor, scores: Tensor, decision: Decision) -> Tensor:
 
     Args:
         logits: of each class, [C, H, W].
-        scores: object scores (logits) [C].
-        decision: what to decide by.
+        scores: presence scores (logits) [C].
+        decision: thresholds, calibration and areas.
     """
     scores = scores.float().cpu()
     masks = claim(calibrated(logits, decision), scores >= torch.tensor(decision.threshold), decision.exclusive)
@@ -23,7 +23,7 @@ def decide(logits: Tensor, scores: Tensor, decision: Decision) -> Tensor:
 
 
 def without_specks(masks: Tensor, smallest: list[int]) -> Tensor:
-    """Masks bool [C, H, W] without components of fewer pixels than `smallest` says for the class."""
+    """Masks bool [C, H, W] without components of fewer pixels than the class's entry in `smallest`."""
     if max(smallest, default=0) <= 1:
         return masks
     kept, (height, width) = masks.cpu().numpy().copy(), masks.shape[1:]

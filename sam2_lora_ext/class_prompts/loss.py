@@ -1,12 +1,12 @@
-"""The weights of pairs in the loss of a class step: mask terms are divided by the classes that are there.
+"""The weights of pairs in the loss of a class step, so that mask terms are divided by the number of present pairs.
 
     mask terms (focal, Dice, IoU, Tversky)    sum over present pairs / P
     score term                                sum over all pairs / N
     with absent_focal a > 0                   also a * (sum of the focal terms of absent pairs) / N
 
-A pair is a class and an image; P is the number of present pairs on all ranks, at least 1, and N that of all pairs, each
-divided by the number of ranks, over which DDP averages. Stock divides everything by N: with four of five classes absent
-its mask terms are five times weaker.
+A pair is a class and an image. P is the number of present pairs on all ranks, at least 1, and N that of all pairs, each
+divided by the number of ranks, since DDP averages over ranks. Stock divides every term by N: with four of five classes
+absent, its mask terms would be five times weaker.
 
 Legend: O pairs on this rank.
 """
@@ -23,16 +23,16 @@ FOCAL = "loss_mask"
 
 
 def checked_focal(absent_focal: float) -> float:
-    """The weight a; raises a `UserError` when it is none."""
+    """The weight a; raises a `UserError` if it is invalid."""
     if not (math.isfinite(absent_focal) and absent_focal >= 0):
         raise UserError(f"absent_focal must be a finite weight of at least 0, got {absent_focal}")
     return absent_focal
 
 
 def class_shares(present: Tensor, num_pairs: float) -> Tensor:
-    """N / P where the image has the class, else 1: [O].
+    """N / P for pairs whose image has the class, else 1: [O].
 
-    In validation P is counted on this rank alone: another one may just have a batch of clicks.
+    In validation P is counted on this rank alone, since other ranks may have a batch of clicks at the same time.
 
     Args:
         present: 1.0 where the image has the class, else 0.0: [O].
@@ -48,7 +48,7 @@ def class_shares(present: Tensor, num_pairs: float) -> Tensor:
 def class_factors(
     present: Tensor, shares: Tensor, weights: Tensor, names: list[str], absent_focal: float
 ) -> dict[str, Tensor]:
-    """The factor [O] of each pair's mask terms by the term's name, where the loss will divide by N.
+    """The factor [O] of each pair's mask terms, by the term's name; the loss then divides by N.
 
     Args:
         present: see `class_shares`.

@@ -1,8 +1,8 @@
 """The Trainer's metrics of class prompts: Kaggle's mean Dice, false alarms and recall of whole strips.
 
-The tiles of a strip are put together again (`tiles.stitch`; a class's score is the largest over them) and decided by
-`decision.decide` with thresholds of 0, the default before anything is fitted. What counts is pixels of the stored strip
-against all that is annotated, specks included.
+The tiles of a strip are stitched (`stitching.merge_tiles`; a class's score is the maximum over tiles), and `decide`
+applies the default decision, with thresholds of 0. Masks are compared at the size of the stored strip with everything
+that is annotated, specks included.
 
     Dice(strip, class) = 2 |P and T| / (|P| + |T|), 1 where both are empty
 
@@ -33,16 +33,16 @@ BY_CLASS = ("kaggle_dice", "dice_present", "recall")
 
 
 class ClassPromptMeter:
-    """Metrics by the contract of SAM 2's Trainer, exact over ranks; click batches are passed over.
+    """Metrics in the form that SAM 2's Trainer expects, exact over ranks; click batches are ignored.
 
-    A strip is counted once, by its row in the index, whatever the ranks and repeated tiles. Without any strip the
-    result is `{}`; a key whose mean would be over nothing is left out.
+    A strip is counted once, by its row in the index, even if ranks repeat its tiles. Without any strip the result is
+    `{}`; a key whose mean would be over nothing is left out.
 
     Keys, all Python floats:
-        `kaggle_dice`: mean Dice over all (strip, class) pairs; `kaggle_dice_empty`: what no mask at all would score,
+        `kaggle_dice`: mean Dice over all (strip, class) pairs; `kaggle_dice_empty`: the score of empty masks, which is
             the share of pairs without a defect; `dice_present`: mean over the pairs with a defect.
-        `false_alarms`: share of clean strips on which anything is drawn.
-        `recall`: share of pairs with a defect in which something is drawn.
+        `false_alarms`: share of clean strips with a predicted pixel.
+        `recall`: share of pairs with a defect that have a predicted pixel.
         `<kaggle_dice, dice_present, recall>_class_<c>`: the same over the pairs of class c.
         `strips`, `clean_strips`: how many.
         `class_prompts_loss_mask`, ..., `class_prompts_presence`: of the tiles, see `pairs.PairRows`.
@@ -58,12 +58,12 @@ class ClassPromptMeter:
         self.reset()
 
     def bind(self, tiles: ClassTiles) -> None:
-        """Tells the meter what the batches are tiles of; `LoRATrainer` does it once the data is read."""
+        """Sets the tiles that the batches come from; `LoRATrainer` calls it once the data is read."""
         self.tiles = tiles
 
     @property
     def classes(self) -> list[int]:
-        """The class ids, ascending; none before the data is known."""
+        """The class ids, ascending; empty before `bind`."""
         return [] if self.tiles is None else sorted(self.tiles.raw.class_names)
 
     def reset(self) -> None:
@@ -74,7 +74,7 @@ class ClassPromptMeter:
 
     @torch.no_grad()
     def update(self, find_stages: Sequence[Mapping[str, Any]], find_metadatas: Any) -> None:
-        """Adds the tiles of a batch, and decides on the strips whose tiles are then all there.
+        """Adds the tiles of a batch, and evaluates each strip once all its tiles are there.
 
         Args:
             find_stages: one dict of outputs: `class_prompt`, `multistep_pred_masks` [O S h w] and
@@ -86,7 +86,7 @@ class ClassPromptMeter:
             return
         if self.tiles is None:
             raise UserError(
-                "the meter of class prompts does not know the strips: use sam2_lora_ext.trainer.LoRATrainer, and "
+                "ClassPromptMeter was not bound to the validation strips: use sam2_lora_ext.trainer.LoRATrainer, and "
                 "sam2_lora_ext.data.class_validation.ClassValidation as trainer.data.val"
             )
         self.pairs.update(find_stages, find_metadatas)
@@ -99,7 +99,7 @@ class ClassPromptMeter:
             self._add(image, tile, masks[rows.to(masks.device)].float(), scores[rows.to(scores.device)].float())
 
     def _add(self, image: int, tile: int, logits: Tensor, scores: Tensor) -> None:
-        """Takes the logits [C h w] and scores [C] of a tile."""
+        """Adds the logits [C h w] and scores [C] of a tile."""
         if image in self._counts:
             return
         starts = self.tiles.starts(image)
@@ -117,14 +117,14 @@ class ClassPromptMeter:
         del self._open[image]
 
     def _truth(self, image: int) -> Tensor:
-        """All that is annotated of each class, bool [C H W]."""
+        """All annotated pixels of each class, bool [C H W]."""
         raw = self.tiles.raw
         runs, size = class_runs(raw.objects, image), raw.index.sizes[image].tolist()
         masks = [decode_runs(runs.get(class_id, NO_RUNS), *size) for class_id in self.classes]
         return torch.from_numpy(np.ascontiguousarray(masks)).bool()
 
     def compute(self) -> dict[str, float]:
-        """The values over this rank's whole strips, for the progress display: no communication."""
+        """The values over this rank's complete strips, without communication, for the progress display."""
         return self._summary(self._counts) | self.pairs.compute()
 
     def compute_synced(self) -> dict[str, float]:
@@ -141,19 +141,19 @@ class ClassPromptMeter:
         if lacking := sorted({image for _, images in gathered for image in images} - set(counts)):
             raise UserError(
                 f"{len(lacking)} strips lack tiles, such as {self.tiles.raw.index.name(lacking[0])}: all tiles of a "
-                "strip must be on one rank, as sam2_lora_ext.data.class_validation.ClassValidation has them"
+                "strip must be on one rank, so use sam2_lora_ext.data.class_validation.ClassValidation"
             )
         return self._summary(counts) | self.pairs.compute_synced()
 
     @staticmethod
     def is_better(new: float, old: float) -> bool:
-        """Higher is better. The plain Trainer asks this for every key without naming it: wrong for `false_alarms`."""
+        """Whether a value is higher. SAM 2's own Trainer does not pass the key, so it is wrong for `false_alarms`."""
         return new > old
 
     def keys(self, steps: int = 1, tracked: bool = False) -> list[str]:
-        """Every key that a validation can give, in order; the arguments are those of the click meter.
+        """All possible keys of a validation, in order; the arguments are those of the click meter.
 
-        Without a clean strip there is no `false_alarms`, so a run that monitors it ends before its first step.
+        Without a clean strip there is no `false_alarms`, so a run that monitors it fails before its first step.
         """
         none = self.tiles is not None and not self.tiles.raw.index.clean()[self.tiles.images].any()
         overall = [name for name in OVERALL if not (none and name == "false_alarms")]

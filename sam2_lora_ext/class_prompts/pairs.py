@@ -1,6 +1,6 @@
-"""Losses and presence of the pairs of image and class in class steps, for training rows and beside strip metrics.
+"""Mean losses and presence accuracy over the (image, class) pairs of class steps, in training and in validation.
 
-Legend: O pairs of a batch, S predictions of each (more than one where clicks follow), N pairs so far, L terms.
+Legend: O pairs of a batch, S predictions of each (more than one if clicks follow), N pairs so far, L loss terms.
 """
 
 import math
@@ -20,14 +20,14 @@ PREFIX = "class_prompts_"
 
 
 class PairRows:
-    """The rows of class steps; steps by clicks are passed over.
+    """A meter of class steps; click steps are ignored.
 
-    Keys, Python floats: `class_prompts_<term>` for each term of the loss, a mean over predictions and pairs (of mask
-    terms over the pairs that have the class), class weights included; `class_prompts_presence`, the share of pairs
-    whose first object score is right: above 0 where the class is there, else at most 0. What has no value is left out.
+    Keys, Python floats: `class_prompts_<term>` for each term of the loss, a mean over predictions and pairs (for mask
+    terms over present pairs), class weights included; `class_prompts_presence`, the share of pairs whose first presence
+    score is right: above 0 if the class is present, else at most 0. Keys without a value are left out.
 
     Args:
-        distinct: count a pair of a tile once however often it comes.
+        distinct: count a pair of a tile once, even if the tile is repeated.
     """
 
     def __init__(self, distinct: bool):
@@ -40,7 +40,7 @@ class PairRows:
 
     @torch.no_grad()
     def update(self, find_stages: Sequence[Mapping[str, Any]], find_metadatas: Any) -> None:
-        """Adds a batch, as `SegmentationMeter.update`; nothing is read from the device."""
+        """Adds a batch, like `SegmentationMeter.update`, without synchronising with the device."""
         outputs = find_stages[0]
         if not outputs.get("class_prompt"):
             return
@@ -67,11 +67,11 @@ class PairRows:
 
     @staticmethod
     def keys() -> list[str]:
-        """Every key that there can be."""
+        """All possible keys."""
         return [f"{PREFIX}{name}" for name in (*TERMS, "presence")]
 
     def _compact(self) -> list[tuple[Tensor, Tensor]]:
-        """One part on the CPU, if there is any."""
+        """All parts joined into one on the CPU; empty if there are none."""
         if self._parts:
             ids, tables = zip(*self._parts, strict=True)
             self._parts = [(torch.cat([part.cpu() for part in ids]), torch.cat([part.cpu() for part in tables]))]
@@ -92,7 +92,7 @@ class PairRows:
 
 
 class TrainingWindow:
-    """What the training steps since the last row of metrics.csv gave: rows of clicks, and rows of class prompts."""
+    """The meters of the training steps since the last row of metrics.csv: one for click steps, one for class steps."""
 
     def __init__(self) -> None:
         self.meters = SegmentationMeter(distinct=False), PairRows(distinct=False)
@@ -103,7 +103,7 @@ class TrainingWindow:
             meter.reset()
 
     def update(self, find_stages: Sequence[Mapping[str, Any]], find_metadatas: Any) -> None:
-        """Adds a batch to the rows of its kind."""
+        """Adds a batch to the meter of its kind."""
         for meter in self.meters:
             meter.update(find_stages, find_metadatas)
 

@@ -1,8 +1,8 @@
-"""What `LoRASAM2Train` does in a class step: the prompt is a class's tokens, and masks stay as they are predicted.
+"""The class steps of `LoRASAM2Train`: the tokens of a class are the prompt, and absent objects keep their mask logits.
 
-The objects of a batch have class prompts all or none, by their identifiers (`data.ids`). An object is a class of an
-image; where the class is absent its mask is empty. A class step has one prediction, or with correction clicks after the
-prompt the usual number of them; each gives a single mask.
+All objects of a batch have class prompts or none has, by their identifiers (`data.ids`). An object is a class of an
+image, with an empty mask if the class is absent. A class step has one prediction, or the usual number if correction
+clicks follow the prompt; each is a single mask.
 
 Legend: T frames, O objects, K tokens of a class, B images, H W pixels.
 """
@@ -24,7 +24,7 @@ INITS = ("clicks", "normal")
 
 @dataclass(frozen=True)
 class ClassStep:
-    """A step by class prompts.
+    """The prompts of a class step.
 
     Attributes:
         prompt: coordinates [O, K, 2] and labels [O, K] of the objects' tokens.
@@ -36,14 +36,14 @@ class ClassStep:
 
     @classmethod
     def of(cls, ids: Tensor, tokens: ClassTokens | None) -> "ClassStep | None":
-        """What a batch with the object ids int64 [T, O] asks for; None for clicks. A GPU is waited for.
+        """The class step of a batch with object ids int64 [T, O]; None for a click step. Synchronises with a GPU.
 
         Args:
             ids: of the batch.
-            tokens: the model's. Where it has none, a GPU is not waited for, and every step is one by clicks.
+            tokens: the model's. Without any, every step is a click step, and there is no synchronisation.
 
         Raises:
-            UserError: the batch mixes kinds of prompts, is of clips, or has a class for which there are no tokens.
+            UserError: the batch mixes kinds of prompts, consists of clips, or has a class without tokens.
         """
         if tokens is None:
             return None
@@ -58,8 +58,8 @@ class ClassStep:
             return None
         if len(kinds) > 1:
             raise UserError(
-                "a batch has objects of several kinds of prompts (clicks, class prompts, class prompts "
-                "with corrections), but all objects of a step must have the same"
+                "a batch mixes kinds of prompts (clicks, class prompts, class prompts "
+                "with corrections), but all objects of a step must have the same kind"
             )
         if len(host) > 1:
             raise UserError(
@@ -70,11 +70,11 @@ class ClassStep:
 
 
 def raw_heads(model: nn.Module, heads: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """`heads`, stock's `_forward_sam_heads`, without its -1024 for masks of objects whose score is at most 0.
+    """Calls `heads`, stock's `_forward_sam_heads`, without its -1024 for masks of objects whose score is at most 0.
 
-    In training such a mask would have no gradient, so that a defect that was missed is never learned; at inference
-    the threshold of the score is the class's own. The decoder gives the score all the same. This is what an activation
-    checkpoint is to run, not to be around: the second run would have the switch else.
+    In training such a mask would have no gradient, so that missed defects would never be learned; at inference each
+    class has its own threshold. The decoder still predicts the score. Activation checkpointing must wrap this function,
+    not be called inside it: otherwise recomputation would run with `pred_obj_scores` back on.
     """
     before = model.pred_obj_scores
     model.pred_obj_scores = False
@@ -85,10 +85,10 @@ def raw_heads(model: nn.Module, heads: Callable[..., Result], *args: Any, **kwar
 
 
 def steel_without_objects(sound: Tensor, masks: Tensor, images: Tensor) -> Tensor:
-    """Where an absent class may be clicked: on sound pixels without an object of any class of the same image.
+    """The pixels where an absent class may be clicked: sound steel without an object of any class of the same image.
 
     Args:
-        sound: bool [O, H, W], pixels that are no black border.
+        sound: bool [O, H, W], pixels outside the black border.
         masks: bool [O, H, W].
         images: int64 [O], the image of each object.
     """
@@ -98,14 +98,14 @@ def steel_without_objects(sound: Tensor, masks: Tensor, images: Tensor) -> Tenso
 
 
 def new_tokens(settings: Mapping[str, Any], width: int, seed: int) -> tuple[ClassTokens, int | None]:
-    """The tokens that training begins with, and the `clicks_seed` for `install_class_prompts`.
+    """The initial tokens of a training, and the `clicks_seed` for `install_class_prompts`.
 
     Args:
-        settings: the block `class_prompts` of a model: `classes` (id -> name, or None for a class of the config below
-            that the data has not, since a config can add to a mapping only), `tokens` (K, default 8), `init`
-            ("clicks": embeddings of positive clicks at random places; "normal": N(0, 1) as SAM 2 draws its own); and
-            what the file of the tokens shall say, `crop` (columns of a training window, null for whole images) and
-            `exclusive` (a pixel has one class at most).
+        settings: the block `class_prompts` of a model: `classes` (id -> name; None removes a class of the base config,
+            since configs cannot delete keys), `tokens` (K, default 8), `init` ("clicks": embeddings of positive clicks
+            at random points; "normal": N(0, 1) as SAM 2 draws its own embeddings); and two facts that are saved with
+            the tokens, `crop` (columns of a training window, null for whole images) and `exclusive` (a pixel has at
+            most one class).
         width: D.
         seed: of the random numbers.
 
@@ -118,7 +118,7 @@ def new_tokens(settings: Mapping[str, Any], width: int, seed: int) -> tuple[Clas
         classes = {number: name for number, name in classes.items() if name is not None}
     if not isinstance(classes, Mapping) or not classes:
         raise UserError(
-            f"class_prompts.classes must name the classes of the data, as {{1: pit, 2: scratch}}, got "
+            f"class_prompts.classes must name the classes of the data, like {{1: pit, 2: scratch}}, got "
             f"{settings.get('classes')!r}"
         )
     if type(count) is not int or count < 1:

@@ -1,10 +1,10 @@
-"""Class logits and scores of a strip from those of its tiles.
+"""Stitches the class logits and scores of a strip from those of its tiles.
 
     score_c = max_n score_nc
     logit_c(x) = sum_n v_n(x) a_nc logit_nc(x) / sum_n v_n(x) a_nc,  a_nc = [score_nc >= threshold_c]
 
-with v_n as in `tiles.stitch`. A tile that does not show a class has no say about its mask (training asks nothing of
-such masks), and where no tile shows the class its logit is `ABSENT`. Legend: N tiles, C classes, h w pixels of the
+with v_n as in `tiles.stitch`. A tile without the class does not contribute to its mask, since masks of absent classes
+are not trained; where no tile has the class, its logit is `ABSENT`. Legend: N tiles, C classes, h w pixels of the
 model's masks, H W of the strip.
 """
 
@@ -19,7 +19,7 @@ from sam2_lora_ext.adapters.decision import ABSENT, Decision
 
 @dataclass(frozen=True)
 class Tiles:
-    """What the network said of the tiles of one strip.
+    """The outputs of the network for the tiles of one strip.
 
     Args:
         logits: [N, C, h, w].
@@ -37,7 +37,7 @@ class Tiles:
 
 
 def merge_tiles(tiles: Tiles, decision: Decision) -> tuple[Tensor, Tensor]:
-    """Logits float32 [C, H, W] and scores float32 [C] of the strip, on the device of the tiles."""
+    """Logits float32 [C, H, W] and scores float32 [C] of the strip, on the tiles' device."""
     height, length = tiles.size
     logits = F.interpolate(tiles.logits.float(), (height, tiles.width), mode="bilinear", align_corners=False)
     scores, device = tiles.scores.float(), logits.device

@@ -1,7 +1,8 @@
-"""Evaluates an inspection without clicks on annotated strips: quality, false alarms, missed defects, time.
+"""Evaluates inspection without clicks on annotated strips: mask quality, false alarms, missed defects, time.
 
 Writes inspection.json, inspection.md and pictures of found and missed defects and false alarms, by class. The
-thresholds are those in the file, which tools/fit_decision.py fits on validation strips; name the test strips here.
+thresholds are those saved with the class prompts, which tools/fit_decision.py fits on validation strips; name test
+strips here.
 """
 
 import argparse
@@ -31,14 +32,14 @@ def parser() -> argparse.ArgumentParser:
     add_model(options)
     add_strips(options)
     options.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
-    pictures = "of each class and kind (%(default)s)"
+    pictures = "pictures of each class and kind (%(default)s)"
     options.add_argument("--pictures", type=number(Whole(0, 1000)), default=4, metavar="N", help=pictures)
     options.add_argument("--force", action="store_true", help="replace results in --out")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Inspects, compares with the truth and writes the results."""
+    """Inspects the strips, compares with the truth and writes the results."""
     args = parser().parse_intermixed_args(argv)
     try:
         from tqdm import tqdm
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     segmenter = segmenter_of(args)
     strips, facts = strips_of(args, segmenter.prompts)
     if not segmenter.decision.fitted:
-        print("the thresholds are not fitted, so scores above 0 count as present: fit them with tools/fit_decision.py")
+        print("the thresholds are not fitted, so classes with scores above 0 are present: run tools/fit_decision.py")
     note = facts["note"] = seen_in_fitting(args, strips) if segmenter.decision.fitted else None
     if note:
         print(f"note: {note}")

@@ -18,12 +18,12 @@ examples:
   trained at 512 pixels, deployed at 512 pixels:
     python tools/export_onnx.py --config configs/sam2.1/sam2.1_hiera_t.yaml --checkpoint merged.pt --out onnx \\
         --image-size 512
-  class prompts as one graph, the thresholds inside:
+  class prompts as one graph that applies the thresholds:
     python tools/export_onnx.py --classes --decide --config configs/sam2.1/sam2.1_hiera_l.yaml \\
         --checkpoint steel.pt --out onnx
 
-OUT then has, with S pixels per side:
-  image_encoder.onnx  pixels (1, 3, S, S), RGB in [0, 1], the whole image squashed
+OUT then has, for S pixels per side:
+  image_encoder.onnx  pixels (1, 3, S, S), RGB in [0, 1], the whole image squashed to a square
                       -> image_embed, high_res_feats_0, high_res_feats_1
   mask_decoder.onnx   these, point_coords (B, N, 2), point_labels (B, N)
                       -> masks (B, 4, S/4, S/4), iou_predictions (B, 4), object_score (B, 1)
@@ -34,14 +34,14 @@ multimask outputs.
 
 With --classes OUT has instead:
   class_segmenter.onnx   pixels (B, 3, S, S) of tiles -> logits (B, C, S/4, S/4), scores (B, C); with --decide also
-                         masks (B, C, S/4, S/4), 1 where a class is present (without the limits on areas)
+                         masks (B, C, S/4, S/4), 1 in the pixels of a class (without minimum areas)
   class_segmenter.json   classes, tile width, thresholds, the largest difference, versions
 
-With --layout samexporter the pair is for samexporter's runner, which labelling tools share:
+With --layout samexporter the two files are for samexporter's runner, which labelling tools share:
   image_encoder.onnx  image (1, 3, S, S), normalised -> high_res_feats_0, high_res_feats_1, image_embed
   mask_decoder.onnx   image_embed, high_res_feats_0, high_res_feats_1, point_coords, point_labels as floats,
                       mask_input (B, 1, S/4, S/4), has_mask_input (B or 1)
-                      -> masks (B, 3, S/4, S/4), iou_predictions (B, 3): multimask's
+                      -> the multimask outputs: masks (B, 3, S/4, S/4), iou_predictions (B, 3)
 and OUT also has x_anylabeling.yaml and anylabeling.yaml: load them as a custom model in these tools.
 """
 
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="pixels of a side, a multiple of 32 (default: the config's)",
     )
-    options.add_argument("--classes", action="store_true", help="one graph that inspects without clicks")
+    options.add_argument("--classes", action="store_true", help="one graph of the class prompts, without clicks")
     options.add_argument("--decide", action="store_true", help="with --classes: include thresholds and calibration")
     options.add_argument("--half", action="store_true", help="with --classes: float16, with a comparison of the masks")
     options.add_argument(
@@ -99,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     require_packages()
     if args.classes and args.layout != "plain":
-        raise UserError("--layout is for the pair of files that answers prompts: leave it out with --classes")
+        raise UserError("--layout is for image_encoder.onnx and mask_decoder.onnx: leave it out with --classes")
     if args.name and args.layout == "plain":
-        raise UserError("--name is written into the files of a labelling tool: give --layout samexporter too")
+        raise UserError("--name is only for labelling tools: give --layout samexporter too")
     if args.classes:
         return export_class_graph(args)
     if args.decide or args.half:
-        raise UserError("--decide and --half are for --classes")
+        raise UserError("--decide and --half are only for --classes: give it too")
     check_output(args.out, args.force, [args.checkpoint, *([args.image] if args.image else [])], args.layout)
     check_inputs(args.config, args.image)
     model = build_stock(args.config, image_size=args.image_size)
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"onnxruntime {seconds['onnxruntime']:.3f} s"
         )
     print(
-        f"logits differ by at most {proof.max_abs_logit_diff:.3g} (allowed {proof.bound:.3g}; they reach "
+        f"logits differ by at most {proof.max_abs_logit_diff:.3g} (allowed {proof.bound:.3g}; largest logit "
         f"{proof.max_abs_logit:.3g}); {proof.flipped:.4%} of the mask pixels differ"
     )
     print(f"written {args.out}")
@@ -153,7 +153,7 @@ def export_class_graph(args: argparse.Namespace) -> None:
     segmenter = load_segmenter(args.config, args.checkpoint, device="cpu")
     prompts, size = segmenter.prompts, segmenter.network.size
     if args.image_size not in (None, size):
-        raise UserError(f"the class prompts were trained at {size} pixels: leave --image-size {args.image_size} out")
+        raise UserError(f"the class prompts were trained at {size} pixels: leave out --image-size {args.image_size}")
     pixels = read_pixels(args.image, size) if args.image else noise_pixels(size)
     facts = {"checkpoint": str(args.checkpoint), "config": args.config}
     proof = export_classes(

@@ -1,6 +1,6 @@
 """Fits the decision of class prompts on validation strips only, and writes it into their file.
 
-It fits the threshold of each class's score, the scale and bias of its logits, and the smallest areas, for the largest
+It fits the threshold of each class's score, the scale and bias of its logits, and the minimum areas, to maximise the
 mean Dice over all (strip, class) pairs. Run it on the adapter before merging; merged files work too.
 """
 
@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"fitting needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'") from error
     if args.split in ("train", "test"):
-        raise UserError(f"thresholds are fitted to validation strips alone, not to --split {args.split}: name others")
+        raise UserError(f"thresholds must not be fitted to --split {args.split}: name validation strips")
     segmenter = segmenter_of(args)
     place = place_of(args.checkpoint)
     if segmenter.decision.fitted and not args.force:
-        raise UserError(f"the decision of {place} was fitted already: give --force to fit it again")
+        raise UserError(f"the decision of {place} is already fitted: give --force to fit it again")
     strips, facts = strips_of(args, segmenter.prompts)
     exclusive = args.exclusive or segmenter.decision.exclusive and not args.overlapping
     print(f"fitting to {facts['strips']} strips: {facts['origin']}", flush=True)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name[:16]:16} {threshold:9.2f} {scale:7.2f} {bias:7.2f} {area:7} {more}")
     print(
         f"mean Dice over {len(looked) * len(names)} (strip, class) pairs of these strips: {fit.before:.4f} with the "
-        f"default, {fit.after:.4f} fitted"
+        f"default decision, {fit.after:.4f} fitted"
     )
     print(f"written {written}")
 

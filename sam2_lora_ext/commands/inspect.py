@@ -1,7 +1,7 @@
-"""Inspects strips without a click: for each the mask of every defect class, or "clean".
+"""Inspects strips without clicks: for each strip the mask of every defect class, or "clean".
 
 The weights must have class prompts (train with a config such as severstal_lora_classes). A stopped inspection
-continues; a file that cannot be read is reported, recorded in the table, and tried again in the next call.
+resumes where it stopped. Unreadable files are reported, listed in inspection.csv, and tried again by the next call.
 """
 
 import argparse
@@ -26,7 +26,7 @@ examples:
   an adapter on its base, and a submission for Kaggle:
     python tools/inspect_strips.py --checkpoint runs/classes --base sam2.1_hiera_large.pt strips/*.jpg \\
         --out inspected --formats kaggle
-  a line that drops files, until Ctrl-C:
+  a production line that writes files into a folder, until Ctrl-C:
     python tools/inspect_strips.py --checkpoint steel.pt --watch /line/strips --out inspected
 
 OUT then has inspection.csv (a row for each strip) and, by --formats:
@@ -35,7 +35,7 @@ OUT then has inspection.csv (a row for each strip) and, by --formats:
               coco/polygons.json: outlines without holes, for tools without RLE, such as Label Studio
   supervisely supervisely/: a project, with a copy of the images
   kaggle      submission.csv: a row for each image and class
-  overlays    overlays/X.jpg: strips with a finding, drawn
+  overlays    overlays/X.jpg: strips with defects, which are outlined
 """
 USUAL = "coco,kaggle,overlays"
 
@@ -50,10 +50,10 @@ def parser() -> argparse.ArgumentParser:
     add_model(options)
     add("--out", type=Path, required=True, metavar="DIR", help="the folder of the results")
     add("--watch", type=Path, metavar="FOLDER", help="inspect new files in a folder, until Ctrl-C")
-    add("--idle", type=number(Number(0, 1e9)), metavar="SECONDS", help="with --watch: end after S without a file")
-    usual = f"{USUAL}, and label_png where classes exclude each other"
+    add("--idle", type=number(Number(0, 1e9)), metavar="SECONDS", help="with --watch: end after S without a new file")
+    usual = f"{USUAL}, and label_png if classes exclude each other"
     add("--formats", metavar="A,B,..|all", help=f"label_png, coco, supervisely, kaggle, overlays (default: {usual})")
-    add("--run", type=Path, metavar="RUN", help="take its bits and orientation (default: that of --checkpoint)")
+    add("--run", type=Path, metavar="RUN", help="run with the bits and orientation (default: that of --checkpoint)")
     add_pixels(options)
     add("--force", action="store_true", help="replace an inspection in --out")
     return options
@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.utils.folders import refuse_inputs
 
     if bool(args.images) == bool(args.watch):
-        raise UserError("give image files or folders, or a folder with --watch, one of them")
+        raise UserError("give either image files or folders, or a folder with --watch")
     if args.idle is not None and not args.watch:
-        raise UserError("--idle is for --watch: without it the call ends with the last image")
+        raise UserError("--idle is only for --watch: leave it out")
     refuse_inputs(args.out, [path for path in (args.watch, *args.images) if path is not None and path.is_dir()])
     source = _source(args)
     bits, exif = args.bits or (source.bits if source else 16), not args.as_stored and (source.exif if source else True)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = args.formats or (USUAL if mixed else f"label_png,{USUAL}")
     formats = check_formats(wanted, prompts.decision.exclusive, prompts.class_ids)
     if not prompts.decision.fitted:
-        print("the thresholds are not fitted, so scores above 0 count as present: fit them with tools/fit_decision.py")
+        print("the thresholds are not fitted, so classes with scores above 0 are present: run tools/fit_decision.py")
     facts = {
         **_identity(segmenter),
         "bits": bits,
@@ -101,25 +101,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = len(journal.places)
     began = time.perf_counter()
     if args.watch:
-        print(f"watching {args.watch}; Ctrl-C ends it")
+        print(f"watching {args.watch}; stop with Ctrl-C")
         tally = inspector.run(watch(args.watch, journal, args.idle))
     else:
         files = find_images(args.images, journal)
         tally = inspector.run(files, len(files))
     seconds = time.perf_counter() - began
     if before:
-        print(f"{before} strips were in {args.out} already")
+        print(f"{before} strips were already in {args.out}")
     if tally.inspected:
         print(
             f"{tally.inspected} strips inspected, {tally.defective} with a defect and {tally.clean} clean: "
-            f"{tally.inspected / seconds:.2f} strips a second; model and decision took "
-            f"{1000 * tally.seconds / tally.inspected:.1f} ms each"
+            f"{tally.inspected / seconds:.2f} strips per second; model and decision took "
+            f"{1000 * tally.seconds / tally.inspected:.1f} ms per strip"
         )
     if tally.bad:
-        print(f"{tally.bad} could not be inspected, see the column error; the last: {tally.reason}")
+        print(f"{tally.bad} could not be inspected, see the column error; the last one: {tally.reason}")
     print(f"results in {args.out}")
     if tally.bad and not tally.inspected and not before:
-        raise UserError(f"none of {tally.bad} images could be inspected: {tally.reason}")
+        raise UserError(f"none of {tally.bad} images could be inspected; the last one: {tally.reason}")
 
 
 def _source(args: argparse.Namespace) -> Any:
@@ -140,7 +140,7 @@ def _identity(segmenter: Any) -> dict[str, str]:
 
 
 def _clear(out: Path) -> None:
-    """Removes the results of another inspection."""
+    """Removes the results of an earlier inspection."""
     for name in ("label_png", "coco", "supervisely", "overlays"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("submission.csv", "inspection.csv"):

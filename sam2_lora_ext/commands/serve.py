@@ -1,6 +1,6 @@
 """Serves a local page: click on a strip, see the masks of base and adapter side by side, save them as pre-labels.
 
-The page works without a network, and is served to this machine only unless --host is set. Embeddings are cached, so a
+The page works without a network, and only this machine can open it unless --host is set. Embeddings are cached, so a
 click costs one decode. Windows, bits, orientation, resolution and classes are those of the run that contains the
 adapter or the weights, of --run, or of a training config (-c).
 """
@@ -22,13 +22,13 @@ EXAMPLES = """\
 examples:
   a merged file compared with its base:
     python tools/serve.py --checkpoint steel.pt --compare sam2.1_hiera_tiny.pt --images strips
-  a base with adapters that the page can switch:
+  a base with adapters to switch between on the page:
     python tools/serve.py --checkpoint sam2.1_hiera_tiny.pt --adapter line_1=runs/line_1 --adapter line_2=runs/line_2 \\
         --images strips
-  for other machines, under the name gpu7 (everyone who reaches it can use it; better: ssh -L):
+  for other machines, under the name gpu7 (everyone who can reach it can use it; safer: ssh -L):
     python tools/serve.py --checkpoint steel.pt --images strips --host 0.0.0.0 --name gpu7
 
-The page's Save button writes kept masks as a data set into a folder in --out: coco, supervisely, label_png, kaggle.
+The page's Save button writes kept masks as a data set to a folder in --out: coco, supervisely, label_png or kaggle.
 """
 
 
@@ -47,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="[NAME=]PATH",
         help="a run, an adapter folder or a checkpoint on top of --checkpoint; may be repeated",
     )
-    add("--compare", type=Path, action="append", default=[], metavar="FILE", help="further full weights to choose from")
+    add("--compare", type=Path, action="append", default=[], metavar="FILE", help="more full weights to choose from")
     add("--config", metavar="NAME", help="the stock config (default: identified from the weights)")
-    add("--images", type=Path, metavar="DIR", help="the strips (without it, images are dropped onto the page)")
+    add("--images", type=Path, metavar="DIR", help="the strips (without it, drop images onto the page)")
     add("--out", type=Path, default=Path("prelabels"), metavar="DIR", help="the folder for data sets (%(default)s)")
     add("--run", type=Path, metavar="RUN", help="the run of the weights (default: the run that contains them)")
     add_config(options)
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--image-size", type=number(RESOLUTION), metavar="PIXELS", help="of the model's input (default: the run's)")
     add("--device", metavar="NAME", help="cpu, cuda ... (default: cuda if there is one, else cpu)")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="the address to listen on (%(default)s)")
-    add("--name", action="append", default=[], metavar="NAME", help="a further name of this machine in the browser")
+    add("--name", action="append", default=[], metavar="NAME", help="another host name by which browsers may open it")
     add("--port", type=number(Whole(0, 65535)), default=8000, metavar="N", help="0: a free one (%(default)s)")
     return options
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seen = f"windows of {engine.crop} columns" if engine.crop else "whole strips"
         print(f"images   {len(images.paths)}, seen as {seen}")
         if args.host not in LOCAL:
-            print(f"warning  everyone who reaches {args.host} can use the page and write into {args.out}")
+            print(f"warning  everyone who can reach {args.host} can use the page and write to {args.out}")
         port = listening.getsockname()[1]
         shown = "localhost" if args.host in ("0.0.0.0", "::") else f"[{args.host}]" if ":" in args.host else args.host
 
@@ -121,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
-                print(f"open     http://{shown}:{port}/   (Ctrl-C ends it)", flush=True)
+                print(f"open     http://{shown}:{port}/   (stop with Ctrl-C)", flush=True)
 
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as containers stop: dropped images are removed
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # containers send it; exiting removes dropped images
         try:
             Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])
         finally:
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, opened before the models are loaded; raises `UserError` if that fails."""
+    """A listening socket, so that a taken port fails before the models are loaded, as a `UserError`."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

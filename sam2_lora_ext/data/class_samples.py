@@ -1,7 +1,7 @@
 """Training samples of class steps: a window of a strip with every class of the table as an object, present or not.
 
-By default half of the windows are around a defect, the others anywhere. `class_schedule` selects the class steps; the
-sequence of strips, the share of clean ones and the repeats of rare classes are those of the click steps.
+By default half of the windows are around a defect, the others anywhere. `class_schedule` selects the class steps. The
+order of strips, the share of clean strips and the repeats of rare classes are the same as in click steps.
 """
 
 import random
@@ -20,19 +20,19 @@ from sam2_lora_ext.data.ids import CLEAN, class_of
 from sam2_lora_ext.data.transforms import draw_start, places
 from sam2_lora_ext.utils.errors import UserError
 
-TRIES = 100  # consecutive windows without any usable class
+TRIES = 100  # consecutive windows without a usable class before an error
 
 
 class ClassSteps:
     """The class steps of a training and their samples; an argument of `PhasedDataset`.
 
     Args:
-        width: columns of a window, all rows of the strip; a narrower strip is not cropped. None crops no strip.
+        width: columns of a window, which has all rows; narrower strips are not cropped. None crops no strip.
         transforms: applied after the crop, as in `VOSDataset`.
         share: of class steps among all steps, 0 to 1; with 0 training is the same as without class steps.
         corrections: the share of class steps in which correction clicks follow the class prompt.
-        around: the share of windows around an object of at least `min_area` pixels, whose class is drawn first.
-        max_classes: largest number of classes of a sample, present ones first, to bound memory; None takes all.
+        around: the share of windows around an object of at least `min_area` pixels; its class is drawn first.
+        max_classes: maximum number of classes per sample, present ones first, to bound memory; None for no limit.
         grid: as in `RandomStripCrop`.
 
     Raises:
@@ -51,12 +51,12 @@ class ClassSteps:
     ):
         for name, value in (("share", share), ("corrections", corrections), ("around", around)):
             if not 0 <= value <= 1:
-                raise UserError(f"{name} of class steps is a share from 0 to 1, got {value}")
+                raise UserError(f"{name} of class steps must be a share from 0 to 1, got {value}")
         for name, count in (("width", width), ("max_classes", max_classes), ("grid", grid)):
             if count is not None and count < 1:
-                raise UserError(f"{name} of class steps is at least 1 or null, got {count}")
+                raise UserError(f"{name} of class steps must be at least 1 or null, got {count}")
         if width is not None and grid is not None and grid > width:
-            raise UserError(f"windows of {width} columns at every {grid} would leave columns out: lower the grid")
+            raise UserError(f"windows of {width} columns on a grid of {grid} would skip columns: lower the grid")
         self.width, self.transforms, self.max_classes, self.grid = width, list(transforms), max_classes, grid or 1
         self.share, self.corrections, self.around = share, corrections, around
 
@@ -65,7 +65,7 @@ class ClassSteps:
         return [kind_of_step(seed, step, self.share, self.corrections) for step in steps]
 
     def check(self, dataset: Any) -> None:
-        """Raises a `UserError` if a data set has no samples for class steps."""
+        """Raises a `UserError` if a data set cannot be used for class steps."""
         raw = getattr(dataset, "video_dataset", None)
         if not isinstance(raw, SeverstalRawDataset):
             raise UserError(
@@ -73,20 +73,19 @@ class ClassSteps:
             )
         if raw.windows is not None or (dataset.sampler.num_frames or 1) > 1:
             raise UserError(
-                "class prompts are for single frames: set dataset.windows to null and scratch.num_frames to 1, or "
+                "class prompts need single frames: set dataset.windows to null and scratch.num_frames to 1, or "
                 "dataset.class_prompts.share to 0"
             )
         if not raw.index.complete[raw.images].any():
             raise UserError(
-                f"every image of {raw.index.image_dir} lost a mask, so its absent classes are unknown: correct "
+                f"every image of {raw.index.image_dir} has a dropped mask, so its absent classes are unknown: correct "
                 "the annotations, or set dataset.class_prompts.share to 0"
             )
 
     def sample(self, dataset: VOSDataset, item: int, corrected: bool) -> VideoDatapoint:
         """A window of an item of a `VOSDataset`, drawn with `random`.
 
-        An image that lost a mask is not used, nor is a window in which all classes have only specks: another item
-        replaces it.
+        Another item is drawn if the image has a dropped mask, or if all classes have only specks in the window.
         """
         raw = dataset.video_dataset
         for _ in range(TRIES):
@@ -99,7 +98,7 @@ class ClassSteps:
                     break
             item = random.randrange(len(raw))
         else:
-            raise UserError(f"no class was usable in {TRIES} windows of {raw.index.image_dir}: lower dataset.min_area")
+            raise UserError(f"{TRIES} windows of {raw.index.image_dir} had no usable class: lower dataset.min_area")
         pixels = load_images(video.frames)[0].crop((start, 0, stop, height))
         sample = datapoint(pixels, bounded(found, self.max_classes), video.video_id, corrected=corrected)
         for transform in self.transforms:
@@ -107,7 +106,7 @@ class ClassSteps:
         return sample
 
     def _window(self, objects: Mapping[int, np.ndarray], height: int, columns: int) -> tuple[int, int]:
-        """[start, stop) of a window within [0, columns); objects: id -> runs, without any for a clean part."""
+        """[start, stop) of a window within [0, columns); `objects` maps ids to runs, empty for a clean part."""
         width = min(self.width or columns, columns)
         by_class: dict[int, list[np.ndarray]] = {}
         for object_id, runs in objects.items():
@@ -122,12 +121,12 @@ class ClassSteps:
 
 
 class StepSamples(Dataset):
-    """The samples of some steps: items of a data set, each read for the kind of its step.
+    """The samples of some steps: items of a data set, each as a click or a class sample.
 
     Args:
         dataset: a `VOSDataset`.
-        items: indices in it.
-        kinds: of the step of each item.
+        items: indices into it.
+        kinds: the kind of each item's step.
         steps: reads the samples of class steps.
     """
 

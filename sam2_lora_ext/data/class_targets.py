@@ -1,11 +1,11 @@
-"""The target of each class in a window of a strip: its annotated pixels, absence, or neither for a small part.
+"""The target of each class in a window of a strip: a mask, an empty mask, or no target for a small part.
 
     visible_c  = pixels in the window that any object of class c covers
-    class c is a target    where its objects of at least `min_area` px show at least `min_area` px: all of visible_c
-    class c is absent      where visible_c is empty
+    class c is present     if its objects of at least `min_area` px have at least `min_area` px in it; target: visible_c
+    class c is absent      if visible_c is empty
     class c is not used    otherwise: a speck, or the edge of a defect, is neither a target nor clean steel
 
-Masks are column-major runs, never decoded here; a window is the columns [start, stop) of the strip, all rows of it.
+Masks are column-major runs, never decoded here; a window is the columns [start, stop) of the strip, with all rows.
 Legend: H rows of the strip.
 """
 
@@ -65,14 +65,14 @@ def bounded(targets: dict[int, np.ndarray], most: int | None) -> dict[int, np.nd
 def datapoint(
     pixels: Image.Image, targets: dict[int, np.ndarray], image: int, part: int = 0, corrected: bool = False
 ) -> VideoDatapoint:
-    """A sample of a window, with an object for each class, for transforms of SAM 2's kind.
+    """A sample of a window, with an object for each class, in the form that SAM 2's transforms take.
 
     Args:
         pixels: of the window.
         targets: class -> runs in the window.
         image: the strip's row in the index, as in click samples.
         part: number of the tile, used as the frame number, so that (image, class, tile) is unique.
-        corrected: correction clicks follow the class prompt.
+        corrected: whether correction clicks follow the class prompt.
     """
     size = (pixels.height, pixels.width)
     objects = [
@@ -83,7 +83,7 @@ def datapoint(
 
 
 def draw_pixel(runs: np.ndarray) -> int:
-    """A pixel of a mask that is not empty, drawn uniformly with `random`: its column-major number."""
+    """The column-major number of a pixel of a non-empty mask, drawn uniformly with `random`."""
     ends = np.cumsum(runs[:, 1])
     place = random.randrange(int(ends[-1]))
     run = int(np.searchsorted(ends, place, side="right"))
@@ -91,5 +91,5 @@ def draw_pixel(runs: np.ndarray) -> int:
 
 
 def column_span(runs: np.ndarray, height: int) -> tuple[int, int]:
-    """The first and last column of a mask that is not empty."""
+    """The first and last column of a non-empty mask."""
     return int(runs[0, 0]) // height, int(runs[-1].sum() - 1) // height

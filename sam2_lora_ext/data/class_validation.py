@@ -1,8 +1,8 @@
 """Validation with class prompts: the usual click samples, and every strip in fixed tiles with all classes.
 
 Tiles have fixed columns (`tiles.tile_starts`), independent of the truth. A tile's objects have the unique identifiers
-(image, class prompt id, tile), where the image is the row in the index as in click samples. Images that lost a mask
-are not used: their absent classes are unknown. Legend: H rows of a strip, w columns of a tile.
+(image, class prompt id, tile), where the image is the row in the index as in click samples. Images with a dropped mask
+are not used, since their absent classes are unknown. Legend: H rows of a strip, w columns of a tile.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ class ClassTiles(Dataset):
     """The tiles of the strips of a data set, strip by strip from left to right.
 
     Args:
-        raw: the strips; those without a defect take part where it includes clean ones.
-        width: w of a tile, that of the training's windows; None makes a strip one tile.
-        overlap: columns that neighbours share at least.
-        transforms: what follows the cut, as in `VOSDataset`.
+        raw: the strips; clean ones are used if it includes them.
+        width: w, equal to the training windows; None makes each strip one tile.
+        overlap: minimum number of columns that neighbouring tiles share.
+        transforms: applied after the cut, as in `VOSDataset`.
 
     Raises:
         UserError: no strip is left, the strips are clips, or the overlap is impossible.
@@ -44,9 +44,9 @@ class ClassTiles(Dataset):
         taken = index.complete if raw.include_clean else index.complete & ~index.clean()
         self.images = [int(image) for image in raw.images if taken[image]]
         if not self.images:
-            raise UserError(f"{index.image_dir} leaves no strip to validate class prompts on: each of them lost a mask")
+            raise UserError(f"{index.image_dir} has no strip to validate class prompts on: all have a dropped mask")
         self.tiles = [(image, tile) for image in self.images for tile in range(len(self.starts(image)))]
-        self._strip: tuple[int, Image.Image] | None = None  # the last one read: its tiles are read consecutively
+        self._strip: tuple[int, Image.Image] | None = None  # the last one, since its tiles are read consecutively
 
     def starts(self, image: int) -> list[int]:
         """The first column of each tile of an image."""
@@ -54,7 +54,7 @@ class ClassTiles(Dataset):
         return tile_starts(columns, columns if self.width is None else self.width, self.overlap)
 
     def tile_width(self, image: int) -> int:
-        """w of an image's tiles: a narrower strip is one tile."""
+        """The width of an image's tiles; a narrower strip is one tile."""
         columns = int(self.raw.index.sizes[image, 1])
         return min(self.width or columns, columns)
 
@@ -80,8 +80,8 @@ class ClassTiles(Dataset):
     def batches(self, size: int, rank: int, ranks: int) -> list[list[int]]:
         """This rank's batches of at most `size` tiles.
 
-        All tiles of a strip are consecutive on one rank, which stitches them. All ranks have equally many batches,
-        since SAM 2's validation loop waits for all ranks: ranks with fewer repeat theirs.
+        All tiles of a strip are consecutive on one rank, which stitches them. SAM 2's validation loop needs the same
+        number of batches on all ranks, so ranks with fewer repeat some.
         """
         by_image: dict[int, list[int]] = {image: [] for image in self.images}
         for position, (image, _) in enumerate(self.tiles):
@@ -96,12 +96,12 @@ class ClassValidation(TorchTrainMixedDataset):
     """Stock's validation data, interleaved with batches of tiles of the same strips.
 
     Args:
-        datasets: exactly one `VOSDataset` over a `SeverstalRawDataset`, for clicks.
+        datasets: exactly one `VOSDataset` over a `SeverstalRawDataset`, for click samples.
         batch_sizes: its batch size.
         tile_width: see `ClassTiles`.
         overlap: see `ClassTiles`.
         tile_transforms: see `ClassTiles`.
-        tiles_per_batch: largest number of tiles of a batch, each with all classes.
+        tiles_per_batch: maximum number of tiles in a batch, each with all classes.
         **stock: the other arguments of `TorchTrainMixedDataset`.
     """
 
@@ -117,15 +117,18 @@ class ClassValidation(TorchTrainMixedDataset):
     ):
         raw = getattr(datasets[0], "video_dataset", None)
         if len(datasets) != 1 or raw is None:
-            raise UserError("ClassValidation takes one VOSDataset over SeverstalRawDataset, whose strips it also tiles")
+            raise UserError(
+                "ClassValidation needs exactly one VOSDataset over SeverstalRawDataset: set trainer.data.val.datasets "
+                "to it"
+            )
         if tiles_per_batch < 1:
-            raise UserError(f"tiles_per_batch is at least 1, got {tiles_per_batch}")
+            raise UserError(f"tiles_per_batch must be at least 1, got {tiles_per_batch}")
         self.class_tiles = ClassTiles(raw, tile_width, overlap, tile_transforms)
         self.tiles_per_batch = tiles_per_batch
         super().__init__(datasets, batch_sizes, **stock)
 
     def get_loader(self, epoch: int) -> MixedDataLoader:
-        """This rank's batches, each of clicks or of class prompts alone."""
+        """This rank's batches, each of click samples only or of tiles only."""
         tiles = DataLoader(
             self.class_tiles,
             batch_sampler=self.class_tiles.batches(self.tiles_per_batch, *rank_and_ranks()),
@@ -138,6 +141,6 @@ class ClassValidation(TorchTrainMixedDataset):
 
 
 def _cut(strips: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """All tiles of some strips in batches of at most `size`."""
+    """Batches of at most `size` tiles from all tiles of some strips."""
     tiles = np.concatenate(strips).tolist()
     return [tiles[first : first + size] for first in range(0, len(tiles), size)]

@@ -1,8 +1,8 @@
-"""SAM 2's prompt encoder extended by the labels of class prompts, which it embeds as learned tokens, not positions.
+"""SAM 2's prompt encoder extended by the labels of class prompts, which it embeds as learned tokens.
 
-Everything after it is stock: the image and video predictors, correction clicks and the mask decoder treat such labels
-like those of clicks. Use the single mask of a class prompt, even with one token (stock gives three for one point), and
-switch off `dynamic_multimask_via_stability`, which would replace it by another mask.
+Everything after it is stock: the image and video predictors, correction clicks and the mask decoder treat these labels
+like those of clicks. Use the single mask of a class prompt, even with one token (stock predicts three for one point),
+and switch off `dynamic_multimask_via_stability`, which could replace it by another mask.
 
 Legend: N prompts, P points of each, C classes, K tokens of a class, D width of a prompt token.
 """
@@ -22,20 +22,20 @@ CLICK, POSITIONS = "point_embeddings.1.weight", "pe_layer.positional_encoding_ga
 
 
 class ClassPromptEncoder(PromptEncoder):
-    """`PromptEncoder` with `class_tokens`; without their labels its results are bitwise stock's."""
+    """`PromptEncoder` with `class_tokens`; for prompts without their labels it is bitwise equal to stock."""
 
     class_tokens: ClassTokens
-    clicks_seed: int | None = None  # not None: tokens are set to clicks whenever weights are loaded without tokens
+    clicks_seed: int | None = None  # if set, loading weights without tokens sets the tokens to click embeddings
 
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
-        """Stock's embedding [N, P (+ 1), D] of points [N, P, 2] and labels [N, P], and tokens for their labels.
+        """Embeds points [N, P, 2] with labels [N, P] as [N, P (+ 1), D]: as tokens for their labels, else like stock.
 
-        The tokens are always in the graph, with a gradient of zero if no label selects them: DDP waits for each trained
-        parameter.
+        The tokens are always in the graph, with a zero gradient if no label selects them, since DDP waits for the
+        gradient of every trained parameter.
 
         Raises:
-            UserError: a label is beyond those of the tokens. On a GPU, where the check would wait for it, such a
-                label selects the last token.
+            UserError: a label is beyond those of the tokens. On a GPU this is not checked, since that would
+                synchronise; such a label selects the last token.
         """
         most = FIRST_LABEL + self.class_tokens.tokens.shape[:2].numel()
         readable = not torch.compiler.is_compiling() and type(labels) is Tensor and labels.device.type == "cpu"
@@ -47,12 +47,12 @@ class ClassPromptEncoder(PromptEncoder):
         return torch.where((labels >= FIRST_LABEL)[..., None], tokens, embedded)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """SAM 2's Trainer builds the model before it loads the base: only then do click embeddings exist."""
+        """Initialises tokens from the loaded base, since SAM 2's Trainer builds the model before it loads the base."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         click, matrix = (state_dict.get(prefix + key) for key in (CLICK, POSITIONS))
         if self.clicks_seed is None or f"{prefix}{TOKENS}.tokens" in state_dict or click is None or matrix is None:
             return
-        if click.shape == self.point_embeddings[1].weight.shape:  # otherwise loading this weight fails
+        if click.shape == self.point_embeddings[1].weight.shape:  # otherwise `load_state_dict` fails anyway
             tokens = self.class_tokens.tokens
             drawn = click_embeddings(click, matrix, tokens.shape[0] * tokens.shape[1], self.clicks_seed)
             with torch.no_grad():
@@ -68,7 +68,7 @@ def click_embeddings(click: Tensor, matrix: Tensor, count: int, seed: int) -> Te
         click: SAM 2's embedding of a positive click [1, D].
         matrix: the Gaussian matrix [2, D/2] of its position encoding.
         count: number of clicks.
-        seed: of the points.
+        seed: of the random points.
     """
     places = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed))
     angles = 2 * math.pi * (2 * places - 1) @ matrix.detach().float().cpu()
@@ -81,7 +81,7 @@ def install_class_prompts(model: nn.Module, tokens: ClassTokens, clicks_seed: in
     The parameter's key is `sam_prompt_encoder.class_tokens.tokens`; it is moved to the model's device.
 
     Args:
-        model: with stock's prompt encoder, or one that this function made.
+        model: with stock's prompt encoder, or one that this function created.
         tokens: of the model's width.
         clicks_seed: set the tokens to `click_embeddings`, now and whenever weights are loaded without tokens.
 

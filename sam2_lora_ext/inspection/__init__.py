@@ -1,1 +1,1 @@
-"""Inspection without clicks: strips in, masks of the classes out; fitting, evaluation, files for people."""
+"""Inspection without clicks: class masks of whole strips, fitting of the decision, evaluation, pre-labels."""

@@ -1,8 +1,8 @@
-"""The threshold and the smallest areas of one class that give the largest mean Dice, from the components of its masks.
+"""Fits the threshold and the minimum areas of one class to maximise mean Dice, from the components of its masks.
 
-    Dice(strip) = 2 sum_k [a_k >= A] i_k / (sum_k [a_k >= A] a_k + T), where the class is said to be there (score >= t)
+    Dice(strip) = 2 sum_k [a_k >= A] i_k / (sum_k [a_k >= A] a_k + T), if the class is predicted present (score >= t)
 
-with the areas a_k and overlaps i_k of the components and the area T of the truth; 1 where nothing is drawn and T = 0.
+with the areas a_k and overlaps i_k of the components and the area T of the truth; 1 if the mask is empty and T = 0.
 """
 
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ import numpy as np
 from sam2_lora_ext.data.components import find_components
 from sam2_lora_ext.data.rle import encode_mask
 
-STEPS = 12  # areas that are tried, quantiles of those that occur
-WEAK_SCORES = 6  # borders of a weak score that are tried
-FACTORS = (1.5, 2.0, 4.0, 1e9)  # of the smallest area, where the score is weak
+STEPS = 12  # candidate minimum areas: quantiles of the component areas
+WEAK_SCORES = 6  # candidate bounds of a weak score
+FACTORS = (1.5, 2.0, 4.0, 1e9)  # candidate ratios of the minimum area for weak scores to the usual one
 
 
 @dataclass
 class Table:
-    """The strips as one class sees them."""
+    """Scores, component areas and overlaps of one class on all strips."""
 
     scores: list[float] = field(default_factory=list)
     truths: list[int] = field(default_factory=list)  # area
@@ -34,7 +34,7 @@ class Table:
         self.overlaps.append(overlaps)
 
     def dice(self, smallest: np.ndarray) -> np.ndarray:
-        """Dice of each strip if the class is said to be there, with the smallest area of each strip."""
+        """Dice of each strip if the class is predicted present, given each strip's minimum area."""
         values = []
         for truth, areas, overlaps, least in zip(self.truths, self.areas, self.overlaps, smallest, strict=True):
             kept = areas >= least
@@ -44,7 +44,7 @@ class Table:
 
 
 def components_of(mask: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Areas of the components of a mask bool [H, W], and of their overlap with the truth bool [H, W]."""
+    """The areas of the components of a mask bool [H, W], and of their overlaps with the truth bool [H, W]."""
     runs = encode_mask(mask)
     if not len(runs):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -55,9 +55,9 @@ def components_of(mask: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def best_areas(table: Table, usual: float = 0.0) -> tuple[float, dict[str, float | int]]:
-    """The mean Dice that is reached, and `threshold`, `min_area`, `weak_area` and `weak_score` that reach it.
+    """The largest mean Dice, and the `threshold`, `min_area`, `weak_area` and `weak_score` that give it.
 
-    What changes nothing stays at its default: the threshold at `usual`, the areas at 0.
+    Values that do not improve Dice keep their defaults: the threshold `usual`, and areas of 0.
     """
     scores, empty = np.array(table.scores), np.array(table.truths) == 0
     count = len(scores)
@@ -77,24 +77,24 @@ def best_areas(table: Table, usual: float = 0.0) -> tuple[float, dict[str, float
             weak = int(min(max(least, 50) * factor, 1 << 30))
             drawn = table.dice(np.where(scores < border, weak, least))
             value = float(np.where(said, drawn, empty).mean())
-            if value > best + 1 / count:  # by a whole strip at least, or chance would decide
+            if value > best + 1 / count:  # at least one whole strip better; smaller gains may be chance
                 best, found = value, {**found, "weak_area": weak, "weak_score": border}
     return best, found
 
 
 def best_threshold(scores: np.ndarray, drawn: np.ndarray, empty: np.ndarray, usual: float) -> tuple[float, float]:
-    """The largest mean, and the threshold that gives it.
+    """The largest mean Dice, and the threshold that gives it.
 
     Args:
         scores: of each strip.
-        drawn: Dice where the class is said to be there.
-        empty: bool, whether it is not there in truth; then saying nothing is right.
-        usual: is returned where it is as good as any.
+        drawn: Dice of each strip if the class is predicted present.
+        empty: bool, whether the class is absent in truth, which is Dice if it is predicted absent.
+        usual: is returned if no other threshold is better.
     """
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
-    gains = np.append(0.0, np.cumsum((drawn - empty)[order]))  # by the number of strips that are said to have it
-    cuts = np.flatnonzero(np.append(np.append(True, np.diff(ordered) != 0), True))  # between equal scores is none
+    gains = np.append(0.0, np.cumsum((drawn - empty)[order]))  # by the number of strips predicted to have the class
+    cuts = np.flatnonzero(np.append(np.append(True, np.diff(ordered) != 0), True))  # never between equal scores
     base, count = float(empty.sum()), len(scores)
     usual_gain = float(gains[int((scores >= usual).sum())])
     best = cuts[int(np.argmax(gains[cuts]))]

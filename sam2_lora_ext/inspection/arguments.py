@@ -1,4 +1,4 @@
-"""What the tools of inspection have in common: which model, and on which strips with their truth."""
+"""Shared parts of the inspection tools: the model and the annotated strips that their arguments name."""
 
 import argparse
 from dataclasses import replace
@@ -17,7 +17,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 def segmenter_of(args: argparse.Namespace) -> Segmenter:
-    """The model that the arguments name; raises `UserError` where there is none."""
+    """The model that the arguments name; raises `UserError` if there is none."""
     if not args.checkpoint.exists():
         raise UserError(f"there is no {args.checkpoint}: give merged weights, an adapter folder or a run")
     if args.device:
@@ -34,7 +34,7 @@ def segmenter_of(args: argparse.Namespace) -> Segmenter:
 
 
 def seen_in_fitting(args: argparse.Namespace, strips: TrueStrips) -> str | None:
-    """What to say where strips are among those that the run validates on, to which its thresholds are fitted."""
+    """A note if strips belong to the run's validation data, to which its thresholds were fitted; else None."""
     run = args.run or find_run(args.checkpoint)
     if run is None:
         return None
@@ -42,24 +42,24 @@ def seen_in_fitting(args: argparse.Namespace, strips: TrueStrips) -> str | None:
     if not shared:
         return None
     return (
-        f"{len(shared)} of these {len(strips)} strips are those that the run validates on: the choice of the best "
-        "weights, and thresholds fitted to them, have seen them, so the numbers flatter; name test strips"
+        f"{len(shared)} of these {len(strips)} strips are validation strips of the run, on which the best weights were "
+        "chosen and thresholds may be fitted, so the results are too optimistic: name test strips"
     )
 
 
 def strips_of(args: argparse.Namespace, prompts: ClassPrompts) -> tuple[TrueStrips, dict[str, Any]]:
-    """The strips that the arguments name, by default those that the model's run validates on, and facts about them.
+    """The strips that the arguments name, by default the validation strips of the model's run, and facts about them.
 
     Raises:
         UserError: no data is named and there is no run, the data has other classes, or the model was trained on some
-            of the strips and nobody says `--split train`.
+            of the strips without `--split train` being given.
     """
     run = args.run or find_run(args.checkpoint)
     like = None if run is None else from_run(run)
     train = args.split == "train" and args.split_file is None
     source = source_of(args, "train" if train else "val", like)
     if source is None and run is None:
-        raise UserError("say which strips: --data PATH, -c CONFIG, or --run RUN (the model lies in no run)")
+        raise UserError("no strips are named and the model is not in a run: give --data PATH, -c CONFIG or --run RUN")
     if source is None:
         source = from_run(run, "train" if train else "val", **({"exif": False} if args.as_stored else {}))
     if args.bits is not None:
@@ -75,7 +75,7 @@ def strips_of(args: argparse.Namespace, prompts: ClassPrompts) -> tuple[TrueStri
         if shared:
             raise UserError(
                 f"the model was trained on {len(shared)} of these {len(strips)} strips: name others, or "
-                "say --split train to look at training strips"
+                "give --split train to evaluate training strips"
             )
     facts = {
         "origin": source.origin,

@@ -1,4 +1,4 @@
-"""Puts a fitted decision into a file of class prompts that is there already, wherever they lie; atomically."""
+"""Writes a fitted decision into an existing file of class prompts, atomically."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,27 +15,27 @@ from sam2_lora_ext.utils.files import read_json, sha256_of, write_atomic, write_
 
 
 def place_of(path: str | Path) -> Path:
-    """What of a path holds class prompts: merged weights, an adapter folder, or of a run its adapter.
+    """The path with class prompts: merged weights or an adapter folder themselves, or a run's adapter.
 
     Raises:
-        UserError: there is nothing, or it has no class prompts.
+        UserError: it does not exist or has no class prompts.
     """
     path = Path(path)
     if path.is_dir():
         path = find_adapter(path)
     if load_class_prompts(path) is None:
-        raise UserError(f"{path} has no class prompts: train with a config that has them, and merge its adapter anew")
+        raise UserError(f"{path} has no class prompts: train with a config that has them, and merge that adapter")
     return path
 
 
 def write_decision(path: str | Path, decision: Decision) -> Path:
-    """Replaces the decision of the class prompts at `path`, see `place_of`; the record beside a merged file follows.
+    """Replaces the decision of the class prompts at `path`, see `place_of`, and updates a merged file's record.
 
     Returns:
         The file that was written.
 
     Raises:
-        UserError: there are no class prompts, or the system refuses.
+        UserError: there are no class prompts, or the file cannot be written.
     """
     path = place_of(path)
     prompts = replace(load_class_prompts(path), decision=decision)
@@ -47,7 +47,7 @@ def write_decision(path: str | Path, decision: Decision) -> Path:
     def save(temporary: Path) -> None:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch hides the system's reason in it
+        except RuntimeError as error:  # torch wraps the system's error in it
             raise OSError(str(error).splitlines()[0]) from error
 
     write_atomic(path, save)

@@ -1,6 +1,6 @@
-"""The demo's second part: its strips inspected without a click, by class prompts trained on top of the click model.
+"""The demo's second part: inspects its strips with class prompts that were trained on top of the click model.
 
-Thresholds are fitted to the validation strips; the table and the picture are of test strips, which nothing has seen.
+Thresholds are fitted to the validation strips; the table and the picture show test strips, which were not used before.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,8 +30,8 @@ def inspect(run: Path, base: Path, picture: Path) -> dict[str, Any]:
     """Fits the decision of a run's class prompts, inspects its test strips, and draws some of them.
 
     Args:
-        run: of a training with class prompts, whose split has the parts val and test.
-        base: the weights that it started from.
+        run: a run with class prompts, whose split has the parts val and test.
+        base: its base.
         picture: the PNG to write.
 
     Returns:
@@ -55,23 +55,23 @@ def inspect(run: Path, base: Path, picture: Path) -> dict[str, Any]:
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """`KEYS` of the result of `inspect`, each a number, or None where it would be over nothing."""
+    """`KEYS` of the result of `inspect`, each a number, or None if its mean would be over nothing."""
     return {key: value["mean"] if isinstance(value := summary[key], Mapping) else value for key in KEYS}
 
 
 def bar(strips: TrueStrips, words: str) -> Iterable[TrueStrip]:
-    """The strips, with progress."""
+    """The strips, with a progress bar."""
     return tqdm(strips, desc=words, unit="strip")
 
 
 class Chosen:
-    """Keeps the first two strips of each class and the first two clean ones: no choice by how well they turned out."""
+    """Keeps the first two strips of each class and the first two clean ones, however well they were segmented."""
 
     def __init__(self, classes: int):
         self.strips: list[list[tuple[TrueStrip, Inspection]]] = [[] for _ in range(classes + 1)]
 
     def add(self, strip: TrueStrip, found: Inspection) -> None:
-        """Looks at a strip."""
+        """Adds a strip if there are fewer than two of its class."""
         there = strip.truth.flatten(1).any(1).tolist()
         rows = self.strips[there.index(True) if any(there) else -1]
         if len(rows) < 2:
@@ -83,7 +83,7 @@ class Chosen:
 
 
 def draw(path: Path, segmenter: Segmenter, rows: Sequence[tuple[TrueStrip, Inspection]]) -> None:
-    """Strips with their truth, and with what was found; defects that are not there in another colour."""
+    """Draws each strip with its truth and with the predicted masks, classes that are absent in another colour."""
     names, cells, captions = segmenter.prompts.class_names, [], []
     for strip, found in rows:
         there, said = strip.truth.flatten(1).any(1), found.masks.flatten(1).any(1)
@@ -92,7 +92,7 @@ def draw(path: Path, segmenter: Segmenter, rows: Sequence[tuple[TrueStrip, Inspe
         right = overlay(strip.image, (found.masks.any(0) & ~wrong).numpy(), AFTER, scale=2)
         cells.append([smaller(truth), smaller(overlay(right, wrong.numpy(), BEFORE, scale=2))])
         captions.append([f"{strip.name}: {words(there, names)}", words(said, names)])
-    save_grid(path, cells, captions, ["truth", "found without a click (orange: a class that is not there)"])
+    save_grid(path, cells, captions, ["truth", "found without a click (orange: a class that is absent)"])
 
 
 def words(present: torch.Tensor, names: Sequence[str]) -> str:
@@ -101,7 +101,7 @@ def words(present: torch.Tensor, names: Sequence[str]) -> str:
 
 
 def smaller(image: np.ndarray) -> np.ndarray:
-    """An image at the picture's width."""
+    """An image resized to the picture's width."""
     height = round(image.shape[0] * WIDTH / image.shape[1])
     return cv2.resize(image, (WIDTH, height), interpolation=cv2.INTER_AREA)
 

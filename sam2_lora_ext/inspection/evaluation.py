@@ -1,11 +1,10 @@
-"""What an inspection is worth: its masks and scores against the truth of whole strips.
+"""Metrics of an inspection: its masks and scores compared with the truth of whole strips.
 
     Dice(strip, class) = 2 |P and T| / (|P| + |T|), 1 where both are empty (Kaggle's; `dice_present` leaves those out)
     pooled Dice, IoU   = 2 TP / (2 TP + FP + FN), TP / (TP + FP + FN) over all pixels of all strips of a class
-    margin             = max_c (score_c - threshold_c), how surely a strip has a defect
+    margin             = max_c (score_c - threshold_c), the confidence that a strip has a defect
 
-Each number that is a mean or a share comes with its 95 % interval from resampled strips. Legend: N strips, C classes,
-H W pixels.
+Every mean or share has a 95 % bootstrap interval over strips. Legend: N strips, C classes, H W pixels.
 """
 
 from collections.abc import Sequence
@@ -30,11 +29,11 @@ IOUS = (0.1, 0.5)
 
 @dataclass
 class InspectionTally:
-    """Collects strips; `summary` says what they come to.
+    """Collects inspected strips; `summary` computes the metrics.
 
     Args:
         class_names: in the order of the classes.
-        decision: whose thresholds decide.
+        decision: the one in use, for its thresholds.
     """
 
     class_names: Sequence[str]
@@ -43,14 +42,14 @@ class InspectionTally:
     counts: list[Tensor] = field(default_factory=list)  # int64 [C, 3]: intersection, prediction, truth
     scores: list[Tensor] = field(default_factory=list)  # [C]
     objects: list[list[TrueObject]] = field(default_factory=list)
-    drawn: list[int] = field(default_factory=list)  # defects that were found, true or not
+    drawn: list[int] = field(default_factory=list)  # predicted defects, true or false
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ranks = [PixelRanks() for _ in self.class_names]
 
     def add(self, name: str, found: Inspection, truth: Tensor, seconds: float) -> None:
-        """Takes a strip: what was found on it, what is there bool [C, H, W], and how long it took."""
+        """Adds a strip: the inspection, the truth bool [C, H, W], and the seconds that it took."""
         self.names.append(name)
         self.counts.append(mask_counts(found.masks, truth))
         self.scores.append(found.scores)
@@ -62,7 +61,7 @@ class InspectionTally:
             ranks.add(sure.numpy(), truth[place].numpy())
 
     def summary(self) -> dict[str, Any]:
-        """All numbers as JSON holds them; what would be over nothing is None."""
+        """All metrics as JSON values; None where a mean would be over nothing."""
         counts = torch.stack(self.counts).numpy()  # N C 3
         there, said = counts[..., 2] > 0, counts[..., 1] > 0  # N C
         quality = dice(torch.from_numpy(counts)).numpy()
@@ -114,7 +113,7 @@ class InspectionTally:
         }
 
     def _objects(self) -> dict[str, Any]:
-        """Recall of the true objects at each IoU, by size."""
+        """Recall of the true objects at each IoU threshold, by size."""
         result = {}
         for name, (low, high) in {"all": (0, None), **SIZES}.items():
             taken = [[row.iou for row in rows if low <= row.area < (high or np.inf)] for rows in self.objects]
@@ -128,7 +127,7 @@ class InspectionTally:
 
 
 def mean_of(values: np.ndarray, keep: np.ndarray) -> Value | None:
-    """The mean of values [N, C] where `keep` (bool [N, C]) and its interval by strip; None where nothing is kept."""
+    """The mean of values [N, C] where `keep` (bool [N, C]), with its interval over strips; None if nothing is kept."""
     sums = np.stack([np.where(keep, values, 0).sum(1), keep.sum(1)], 1).astype(np.float64)
     return _statistic(sums, _share)
 
@@ -147,8 +146,7 @@ def _share(sums: np.ndarray) -> np.ndarray:
 
 
 def _macro(sums: np.ndarray, is_dice: bool) -> np.ndarray:
-    """The mean over classes of the pooled Dice or IoU, from sums [draws, C * 3]; a class that occurs nowhere is left
-    out."""
+    """The mean over classes of pooled Dice or IoU, from sums [draws, C * 3], without classes that occur nowhere."""
     both, drawn, truth = np.moveaxis(sums.reshape(len(sums), -1, 3), -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         values = 2 * both / (drawn + truth) if is_dice else both / (drawn + truth - both)

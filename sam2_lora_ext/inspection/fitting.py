@@ -1,12 +1,12 @@
-"""Fits the decision to validation strips: what is kept is what scores best there, and the default where nothing does.
+"""Fits the decision to validation strips by mean Dice, and keeps the default decision if none is better.
 
 1. Scale and bias of a class: logistic regression of "the pixel is of the class" on its logit (Platt 1999), so that
    classes have a common scale, then a shift of the bias.
-2. Threshold and smallest areas of a class: those of the largest mean Dice over strips, 1 where both masks are empty.
-   They are looked for in tables of components, exactly, as if the other classes stayed as they are.
-3. Both again with what was found; the best round by the decision itself, as in use, is returned.
+2. Threshold and minimum areas of a class: those with the largest mean Dice over strips, 1 where both masks are empty.
+   They are searched in tables of components, exactly for each class while the other classes are fixed.
+3. Both steps again, starting from the result. The best round by the mean Dice of the complete decision is returned.
 
-Test strips have no part in it. Legend: C classes, H W pixels of a strip.
+Test strips are never used. Legend: C classes, H W pixels of a strip.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,14 +25,14 @@ from sam2_lora_ext.inspection.segmenter import Segmenter
 from sam2_lora_ext.inspection.strips import TrueStrip
 
 ROUNDS = 2
-SHIFTS = (-1.5, -0.75, 0.0, 0.75, 1.5)  # of a calibrated logit
-SAMPLED = 2000  # pixels of a strip and class
-PRIOR = 1.0  # pixels' worth of belief in scale 1 and bias 0
+SHIFTS = (-1.5, -0.75, 0.0, 0.75, 1.5)  # candidate shifts of a calibrated logit
+SAMPLED = 2000  # pixels per strip and class
+PRIOR = 1.0  # weight of the L2 penalty towards scale 1 and bias 0
 
 
 @dataclass(frozen=True)
 class Looked:
-    """A validation strip after the network: its tiles, with logits in half precision, and its truth bool [C, H, W]."""
+    """The network's outputs for a validation strip: tiles with float16 logits, and its truth bool [C, H, W]."""
 
     name: str
     tiles: Tiles
@@ -41,13 +41,13 @@ class Looked:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came out.
+    """The result of a fit.
 
     Args:
         decision: the best one.
-        before: mean Dice over all (strip, class) pairs with the default.
-        after: with `decision`.
-        notes: what the validation strips could not say, as sentences.
+        before: mean Dice over all (strip, class) pairs with the default decision.
+        after: mean Dice with `decision`.
+        notes: sentences about what could not be fitted to these validation strips.
     """
 
     decision: Decision
@@ -57,7 +57,7 @@ class Fit:
 
 
 def look_at(segmenter: Segmenter, strips: Iterable[TrueStrip]) -> list[Looked]:
-    """Asks the network about every strip, once."""
+    """Runs the network on every strip once."""
     looked = []
     for strip in strips:
         tiles = segmenter.look(strip.image)
@@ -72,12 +72,12 @@ def fit_decision(
     exclusive: bool = True,
     progress: Callable[[Sequence[Looked]], Iterable[Looked]] = iter,
 ) -> Fit:
-    """The decision of the largest mean Dice over the (strip, class) pairs of validation strips.
+    """The decision with the largest mean Dice over the (strip, class) pairs of validation strips.
 
     Args:
-        strips: of the validation split, clean ones too.
+        strips: of the validation split, including clean ones.
         class_names: for the notes.
-        exclusive: whether a pixel has one class at most.
+        exclusive: whether a pixel has at most one class.
         progress: wraps each pass over the strips.
     """
     default = Decision.default(len(class_names), exclusive)
@@ -105,17 +105,17 @@ def score_of(strips: Iterable[Looked], decision: Decision) -> float:
 
 def _notes(there: Tensor, class_names: Sequence[str]) -> tuple[str, ...]:
     notes = [
-        f"no validation strip has {name}, so its thresholds are the default: take a larger validation split"
+        f"no validation strip has {name}, so its thresholds are the default: use a larger validation split"
         for name, count in zip(class_names, there.sum(0).tolist(), strict=True)
         if not count
     ]
     if bool(there.any(1).all()):
-        notes.append("no validation strip is clean, so false alarms on sound steel had no part in the thresholds")
+        notes.append("no validation strip is clean, so the thresholds do not account for false alarms on clean strips")
     return tuple(notes)
 
 
 def _calibrate(strips: Iterable[Looked], decision: Decision, usable: Tensor) -> Decision:
-    """Scale and bias anew, from pixels of the strips on which the class is taken for present."""
+    """Refits scale and bias of each class, from pixels of the strips where it is present or predicted present."""
     rng = np.random.default_rng(0)
     drawn: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(len(decision))]
     for strip in strips:
@@ -135,7 +135,7 @@ def _calibrate(strips: Iterable[Looked], decision: Decision, usable: Tensor) -> 
 
 
 def platt(logits: np.ndarray, truth: np.ndarray, steps: int = 50) -> tuple[float, float]:
-    """Scale a > 0 and bias b of the logistic regression p = sigmoid(a logit + b), drawn a little to (1, 0).
+    """Scale a > 0 and bias b of the logistic regression p = sigmoid(a logit + b), with a weak penalty towards (1, 0).
 
     Args:
         logits: [n].
@@ -143,7 +143,7 @@ def platt(logits: np.ndarray, truth: np.ndarray, steps: int = 50) -> tuple[float
         steps: of Newton's method.
 
     Returns:
-        (1, 0) where there is nothing to learn: all pixels are alike, or larger logits mean less.
+        (a, b); (1, 0) if all pixels have the same truth, or if larger logits do not make the class more likely.
     """
     if truth.all() or not truth.any():
         return 1.0, 0.0
@@ -169,7 +169,7 @@ def platt(logits: np.ndarray, truth: np.ndarray, steps: int = 50) -> tuple[float
 
 
 def _lenient(decision: Decision, tiles: Tiles) -> Decision:
-    """The decision with thresholds that the best tile of each class always passes."""
+    """The decision with thresholds low enough that the best tile of each class passes."""
     highest = tiles.scores.float().amax(0).tolist()
     return replace(decision, threshold=tuple(map(min, decision.threshold, highest)))
 
@@ -180,9 +180,10 @@ def _cut(
     usable: Tensor,
     progress: Callable[[Sequence[Looked]], Iterable[Looked]],
 ) -> Decision:
-    """The shift of the bias, threshold and areas anew, class by class from tables.
+    """Refits the shift of the bias, the threshold and the areas, class by class from tables.
 
-    All classes are shifted alike, so that which class is the largest stays: one pass over the strips serves all shifts.
+    For the tables all classes have the same shift, which keeps the largest class of each pixel: one pass over the
+    strips is enough for all shifts.
     """
     rows = {
         name: list(getattr(decision, name)) for name in ("threshold", "bias", "min_area", "weak_area", "weak_score")
@@ -203,7 +204,7 @@ def _cut(
 
 
 def _fill(tables: Mapping[float, Sequence[Table]], strip: Looked, decision: Decision, usable: Tensor) -> None:
-    """Adds a strip to the tables of each class, as if that class were present and the others as they are."""
+    """Adds a strip to the tables of each class, as if that class were present and the others were unchanged."""
     logits, scores = merge_tiles(strip.tiles, _lenient(decision, strip.tiles))
     z, present = calibrated(logits, decision), scores >= torch.tensor(decision.threshold)
     for place in map(int, usable.nonzero()):

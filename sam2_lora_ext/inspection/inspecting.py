@@ -1,6 +1,6 @@
-"""Inspects image files one after the other, or those that a line drops into a folder; one bad file never ends it.
+"""Inspects image files one by one, from a list or a watched folder; unreadable files are reported and skipped.
 
-The next file is read while the model works. What was found is in the journal before the next strip counts as done.
+The next file is read while the model works. Each result is written to the journal before the next strip.
 """
 
 import os
@@ -21,20 +21,20 @@ from sam2_lora_ext.inspection.segmenter import Segmenter
 from sam2_lora_ext.utils.csv_text import csv_text
 from sam2_lora_ext.utils.errors import UserError
 
-POLL = 0.5  # seconds between looks at a watched folder
-SELDOM = 20  # tables of all strips may take one part in so many of the time
+POLL = 0.5  # seconds between listings of a watched folder
+SELDOM = 20  # writing the tables of all strips may take at most 1 / SELDOM of the time
 BAD = (ImageError, UserError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 @dataclass
 class Tally:
-    """What came out of a call."""
+    """Counts of a call."""
 
     defective: int = 0
     clean: int = 0
     bad: int = 0
     seconds: float = 0.0  # of the model and the decision
-    reason: str = ""  # of the last bad one
+    reason: str = ""  # of the last bad file
 
     @property
     def inspected(self) -> int:
@@ -43,10 +43,10 @@ class Tally:
 
 
 def find_images(paths: Sequence[str | Path], journal: Journal) -> list[Path]:
-    """The image files that are given or lie in given folders, and are not in the journal as they are.
+    """The given image files and those in given folders, without files that were inspected and have not changed since.
 
     Raises:
-        UserError: there is no such file, or two would have the same results.
+        UserError: a file does not exist, or two files would have the same names of results.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -61,12 +61,12 @@ def find_images(paths: Sequence[str | Path], journal: Journal) -> list[Path]:
     for file in unique:
         other = stems.setdefault(file.stem, str(file))
         if other != str(file):
-            raise UserError(f"{file} and {other} have one name, so their results would too: inspect them apart")
+            raise UserError(f"the results of {file} and {other} would have the same names: use another --out for one")
     return [file for file in unique if journal.failed(file.name) or journal.state(file.name) != state_of(file)]
 
 
 def state_of(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds; zeros for a file that is gone."""
+    """A file's size in bytes and modification time in nanoseconds; zeros if it is gone."""
     try:
         found = path.stat()
     except OSError:
@@ -75,21 +75,21 @@ def state_of(path: Path) -> tuple[int, int]:
 
 
 def watch(folder: Path, journal: Journal, idle: float | None = None, poll: float = POLL) -> Iterator[Path | None]:
-    """Image files that appear in a folder, once they did not change between two looks; None when there is nothing new.
+    """Yields new image files in a folder once they are the same in two listings, and None if there are none.
 
     Args:
-        folder: is looked at every `poll` seconds; hidden files are none.
-        journal: what was inspected already; a file that changed since is inspected again, and one that could not be.
-        idle: end after so many seconds without a file; None goes on until Ctrl-C.
+        folder: listed every `poll` seconds; hidden files are ignored.
+        journal: of earlier inspections; changed files, and files that could not be inspected, are yielded again.
+        idle: end after so many seconds without a new file; None continues until Ctrl-C.
         poll: in seconds.
 
     Raises:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to watch: make it first")
+        raise UserError(f"there is no folder {folder} to watch: create it first")
     folder, seen, last = Path(os.path.abspath(folder)), {}, time.monotonic()
-    again = {name for name in journal.places if journal.failed(name)}  # in an earlier call: tried once more
+    again = {name for name in journal.places if journal.failed(name)}  # failed in an earlier call: try once more
     while idle is None or time.monotonic() - last < idle:
         ready = []
         for name in _images_in(folder):
@@ -111,20 +111,20 @@ def watch(folder: Path, journal: Journal, idle: float | None = None, poll: float
 def _images_in(folder: Path) -> list[str]:
     try:
         names = os.listdir(folder)
-    except OSError:  # a share that is away for a moment
+    except OSError:  # a network share may be unavailable for a moment
         return []
     return sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES and not ignored(name))
 
 
 class Inspector:
-    """Inspects files into a folder.
+    """Inspects files and writes the results to a folder.
 
     Args:
         segmenter: the model.
         journal: of the folder.
-        prelabels: what to write.
-        bits: depth of images of more than 8 bits a channel.
-        exif: turn images upright.
+        prelabels: writes the formats.
+        bits: depth of images with more than 8 bits per channel.
+        exif: turn images upright by their orientation tag.
     """
 
     def __init__(self, segmenter: Segmenter, journal: Journal, prelabels: Prelabels, bits: int = 16, exif: bool = True):
@@ -133,15 +133,15 @@ class Inspector:
         self.owners = {Path(name).stem: name for name in journal.places if not journal.failed(name)}
 
     def run(self, files: Iterable[Path | None], total: int | None = None, progress: bool = True) -> Tally:
-        """Inspects the files and writes the tables; also when it is stopped by Ctrl-C.
+        """Inspects the files and writes the tables, even if Ctrl-C stops it.
 
         Args:
             files: see `find_images`, `watch`.
-            total: how many, for the bar.
-            progress: show it.
+            total: number of files, for the progress bar.
+            progress: show the bar.
 
         Raises:
-            UserError: the system refuses a result.
+            UserError: a result cannot be written.
         """
         tally, due = Tally(), 0.0
         bar = tqdm(total=total, desc="strips", unit="strip", disable=not progress)
@@ -162,22 +162,22 @@ class Inspector:
         return tally
 
     def _note(self, record: Record) -> None:
-        """Adds a strip to inspection.csv at once; the other tables wait for a pause."""
+        """Adds a strip to inspection.csv at once; the other tables are written in a pause or at the end."""
         self.stale = True
         table = self.prelabels.folder / "inspection.csv"
         try:
             with open(table, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(csv_text(inspection_row(record, self.prelabels.class_names), []))
         except OSError as error:
-            raise UserError(f"cannot write {table}: {error.strerror or error}; check the free disk") from error
+            raise UserError(f"cannot write {table}: {error.strerror or error}; check the disk space") from error
 
     def write_tables(self) -> None:
-        """Writes the files that are of all strips."""
+        """Writes the files that cover all strips."""
         self.prelabels.write_tables(list(self.journal.records()))
         self.stale = False
 
     def _read(self, path: Path) -> tuple[tuple[int, int], np.ndarray | Exception]:
-        """The state of a file before it is read, and its pixels or why there are none."""
+        """The state of a file before reading, and its pixels or the error."""
         state = state_of(path)
         try:
             probe(path, exif=self.exif)
@@ -191,7 +191,7 @@ class Inspector:
             if isinstance(image, Exception):
                 raise image
             if (owner := self.owners.setdefault(path.stem, path.name)) != path.name:
-                raise UserError(f"its results would have the names of those of {owner}; rename it")
+                raise UserError(f"its results would have the same names as those of {owner}: rename it")
             self.prelabels.keep_image(path)
             began = time.perf_counter()
             found = self.segmenter(image)
@@ -223,7 +223,7 @@ class Inspector:
 def _ahead(
     files: Iterable[Path | None], submit: Callable[[Path], Future]
 ) -> Iterator[tuple[Path, Future] | tuple[None, None]]:
-    """(file, its reading) of each file, while the one behind it is read already; (None, None) for a pause."""
+    """Yields each file with its future, once the next file is being read; (None, None) for a pause."""
     waiting = None
     for file in files:
         begun = None if file is None else (file, submit(file))

@@ -1,7 +1,7 @@
-"""The journal of an inspection, `records.jsonl`: a line for each strip, so that it goes on where it was stopped.
+"""The journal of an inspection, `records.jsonl`, with a line for each strip, so that it resumes where it stopped.
 
-The first line says with what the strips are inspected. A strip that is inspected again has a later line, which counts.
-A line that a kill cut off is dropped. One process at a time has the file.
+The first line has the model and settings. If a strip has several lines, the last one is valid. An incomplete last line,
+as after a kill, is dropped. Only one process can open the file at a time.
 """
 
 import fcntl
@@ -23,18 +23,18 @@ NAME = "records.jsonl"
 
 @dataclass(frozen=True)
 class Record:
-    """One strip.
+    """The result of one strip.
 
     Args:
         name: of the file.
-        path: where it was.
-        state: its size in bytes and its time of change in nanoseconds.
+        path: of the file when it was inspected.
+        state: its size in bytes and modification time in nanoseconds.
         height: H.
         width: W.
-        scores: object score of each class.
+        scores: presence score of each class.
         objects: (class, score, area, box, Kaggle's run-length text) of each defect.
         milliseconds: of the model and the decision.
-        error: why it could not be inspected; None where it was.
+        error: why it could not be inspected; None if it was.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Record:
 
 
 def row_of(found: Found) -> tuple[int, float, int, tuple[int, ...], str]:
-    """An object as a record has it."""
+    """An object in the form that a record stores."""
     return found.class_id, round(found.score, 6), found.area, found.box, format_rle(found.runs)
 
 
@@ -61,20 +61,20 @@ class Journal:
     """The journal in a folder, open for writing.
 
     Args:
-        folder: made when it is missing.
-        facts: with what is inspected; a journal of other facts is refused.
-        force: begin anew.
+        folder: created if missing.
+        facts: the model and settings; a journal with other facts is an error.
+        force: start a new journal.
 
     Raises:
-        UserError: the folder holds something else, another model's inspection, or another process has it.
+        UserError: the folder contains something else or another model's inspection, or another process uses it.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], force: bool):
         self.path = folder / NAME
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file: --out names the folder of the results")
+            raise UserError(f"{folder} is a file: --out must name the folder of the results")
         if not self.path.is_file() and folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds something else than an inspection (no {NAME}): choose another folder")
+            raise UserError(f"{folder} is not empty and has no inspection (no {NAME}): choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.file: IO[bytes] = open(self.path, "a+b")
@@ -89,7 +89,7 @@ class Journal:
         self._begin(json.loads(json.dumps(facts)), force)
 
     def _begin(self, facts: dict[str, Any], force: bool) -> None:
-        """Reads what is there, drops a torn end, and compares or writes the facts."""
+        """Reads the records, drops an incomplete last line, and compares or writes the facts."""
         self.places: dict[str, tuple[int, tuple[int, int], str, bool]] = {}  # name -> offset, state, path, whether bad
         known, end = None, 0
         self.file.seek(0)
@@ -99,7 +99,7 @@ class Journal:
             except (ValueError, RecursionError):
                 value = None
             if known is None and line.endswith(b"\n") and not isinstance(value, dict):
-                raise UserError(f"{self.path} is no journal of an inspection: choose another --out")
+                raise UserError(f"{self.path} is not a journal of an inspection: choose another --out")
             if value is None:
                 break
             if known is None:
@@ -113,22 +113,22 @@ class Journal:
         elif known != facts:
             other = next((key for key in facts if known.get(key) != facts[key]), "version")
             raise UserError(
-                f"{self.path.parent} holds an inspection with another {other}: choose another --out, or "
-                "give --force to begin anew"
+                f"{self.path.parent} has an inspection with another {other}: choose another --out, or "
+                "give --force to start again"
             )
 
     def _note(self, record: Record, offset: int) -> None:
         self.places[record.name] = offset, record.state, record.path, record.error is not None
 
     def _append(self, value: dict[str, Any]) -> int:
-        """Writes a line; the offset where it begins."""
+        """Writes a line and returns its offset."""
         self.file.seek(0, os.SEEK_END)
         offset = self.file.tell()
         try:
             self.file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; check the free disk") from error
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; check the disk space") from error
         return offset
 
     def add(self, record: Record) -> None:
@@ -136,11 +136,11 @@ class Journal:
         self._note(record, self._append(asdict(record)))
 
     def state(self, name: str) -> tuple[int, int] | None:
-        """Size and time of the file of that name when it was inspected; None where it was not."""
+        """Size and modification time of the file of that name when it was inspected; None if it was not."""
         return self.places[name][1] if name in self.places else None
 
     def path_of(self, name: str) -> str | None:
-        """Where the file of that name was."""
+        """The path of the file of that name; None if it was not inspected."""
         return self.places[name][2] if name in self.places else None
 
     def failed(self, name: str) -> bool:
@@ -163,7 +163,7 @@ def _record(value: Any, where: Path) -> Record:
         fits |= {row == (int, float, int, list, str) for row in rows}
         fits |= {{float} >= set(map(type, record.scores)), isinstance(record.error, str | None)}
     except (TypeError, KeyError) as error:
-        raise UserError(f"{where} is damaged: a line of it is no record; give --force to begin anew") from error
+        raise UserError(f"{where} is damaged: a line is not a record; give --force to start again") from error
     if not all(fits):
-        raise UserError(f"{where} is damaged: a record of it has other values; give --force to begin anew")
+        raise UserError(f"{where} is damaged: a record has invalid values; give --force to start again")
     return record

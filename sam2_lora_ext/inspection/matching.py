@@ -1,4 +1,4 @@
-"""Which true defects were found: for each component of the truth the best component of the masks of its class.
+"""Which true defects were found, by the best matching mask component of their class.
 
 Legend: C classes, H W pixels of a strip. Areas are in pixels of the strip.
 """
@@ -14,7 +14,7 @@ CONNECTED = np.ones((3, 3))  # 8-connected
 
 @dataclass(frozen=True)
 class TrueObject:
-    """A true defect: the position of its class, its area, and the IoU of the best mask component, 0 where none."""
+    """A true defect: the position of its class, its area, and the IoU of the best mask component, or 0 without one."""
 
     place: int
     area: int
@@ -29,7 +29,7 @@ def true_objects(masks: np.ndarray, truth: np.ndarray) -> list[TrueObject]:
             continue
         (own, count), (other, others) = (ndimage.label(part, CONNECTED) for part in (wanted, mask))
         both = np.bincount(own.ravel() * (others + 1) + other.ravel(), minlength=(count + 1) * (others + 1))
-        both = both.reshape(count + 1, others + 1)  # pixels that a true and a found component share; 0 is none
+        both = both.reshape(count + 1, others + 1)  # pixels shared by a true and a found component; 0 is background
         areas, drawn = both.sum(1), both.sum(0)
         unions = areas[1:, None] + drawn[None, 1:] - both[1:, 1:]
         best = (both[1:, 1:] / unions).max(1) if others else np.zeros(count)

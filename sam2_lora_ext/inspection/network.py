@@ -1,7 +1,7 @@
-"""Stock SAM 2 asked for all classes of a batch of images at once: the one way from pixels to class logits and scores.
+"""Runs stock SAM 2 for all classes of a batch of images at once; every inspection gets logits and scores from here.
 
-Each class is one prompt, its tokens and the padding that training puts behind them; the answer is the decoder's single
-mask, so that neither multimask nor the choice by stability has a say. Legend: B images, C classes, S pixels of a side.
+Each class is one prompt: its tokens and the padding that training appends. The output is the decoder's single mask,
+never a multimask output or a choice by stability. Legend: B images, C classes, S pixels of a side.
 """
 
 import torch
@@ -13,10 +13,10 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 class ClassNetwork(nn.Module):
-    """Pixels (B, 3, S, S), RGB in [0, 1] -> logits (B, C, S/4, S/4) and object scores (B, C).
+    """Pixels (B, 3, S, S), RGB in [0, 1] -> logits (B, C, S/4, S/4) and presence scores (B, C).
 
     Args:
-        model: a SAM 2 with class prompts, see `encoder.install_class_prompts`.
+        model: a SAM 2 with class prompts, see `class_encoder.install_class_prompts`.
 
     Raises:
         UserError: it has none.
@@ -24,10 +24,10 @@ class ClassNetwork(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        tokens = find_tokens(model.sam_prompt_encoder)  # of the adapter that is on
+        tokens = find_tokens(model.sam_prompt_encoder)  # of the active adapter
         if tokens is None:
             raise UserError("the model has no class prompts: load them with load_segmenter, or train them first")
-        self.model, self._tokens = model, (tokens,)  # a tuple: the module is the model's
+        self.model, self._tokens = model, (tokens,)  # a tuple, so that the module is not registered twice
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
         device = tokens.tokens.device
@@ -43,29 +43,29 @@ class ClassNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where pixels must be."""
+        """The device of the network, where pixels must be."""
         return self.mean.device
 
     def prompt(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decoder takes beside an image: the classes [C, K + 1, D], no mask [1, D, S/16, S/16], places.
+        """The decoder's other inputs: class prompts [C, K + 1, D], "no mask" [1, D, S/16, S/16], position encoding.
 
         Raises:
-            UserError: an adapter was switched on or off since.
+            UserError: another adapter is active than when this network was made.
         """
         encoder = self.model.sam_prompt_encoder
         if find_tokens(encoder) is not self._tokens[0]:
             raise UserError(
-                "the model has other class prompts than this segmenter was made for: turn their adapter on, or make a "
-                "segmenter for those that are on"
+                "the active adapter has other class prompts than this segmenter: switch to the adapter that it was "
+                "made with, or make a new segmenter"
             )
         sparse, dense = encoder(points=(self.coords, self.labels), boxes=None, masks=None)
-        return sparse, dense[:1], encoder.get_dense_pe()  # no mask is the same for each prompt
+        return sparse, dense[:1], encoder.get_dense_pe()  # "no mask" is the same for all prompts
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return self.answer(pixels, *self.prompt())
 
     def answer(self, pixels: Tensor, sparse: Tensor, dense: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, with what `prompt` gives."""
+        """`forward`, given the result of `prompt`."""
         model, classes = self.model, len(sparse)
         fine, middle, coarse = model.forward_image((pixels - self.mean) / self.std)["backbone_fpn"]
         if model.directly_add_no_mem_embed:  # as training and SAM2ImagePredictor do for a single image

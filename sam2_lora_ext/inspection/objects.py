@@ -1,6 +1,6 @@
-"""The single defects in the masks of the classes: 8-connected components, each with its score, area and box.
+"""The individual defects in class masks: 8-connected components, each with its score, area and box.
 
-    score = sigmoid(object score of the class) * mean over its pixels of sigmoid(z)
+    score = sigmoid(presence score of the class) * mean over its pixels of sigmoid(z)
 
 Legend: C classes, H W pixels of the strip.
 """
@@ -21,7 +21,7 @@ class Found:
 
     Args:
         class_id: of the class table.
-        score: how sure the model is, in [0, 1].
+        score: confidence in [0, 1].
         area: in pixels.
         box: (x0, y0, x1, y1), half open.
         runs: its pixels, int32 [R, 2] of (start, length) down the columns.
@@ -35,7 +35,7 @@ class Found:
 
 
 def find_objects(masks: Tensor, z: Tensor, scores: Tensor, class_ids: Sequence[int]) -> tuple[Found, ...]:
-    """The components of masks bool [C, H, W], given calibrated logits z [C, H, W] and object scores [C]."""
+    """The components of masks bool [C, H, W], given calibrated logits z [C, H, W] and presence scores [C]."""
     height, width = masks.shape[1:]
     certain, found = scores.double().sigmoid().tolist(), []
     for place, class_id in enumerate(class_ids):

@@ -1,11 +1,11 @@
-"""One ONNX graph that inspects tiles: pixels in, class logits and scores out, on request the decided masks.
+"""Exports class prompts as one ONNX graph: pixels in, class logits and scores out, optionally masks.
 
     pixels (B, 3, S, S), RGB in [0, 1]  ->  logits (B, C, S/4, S/4), scores (B, C)
                                             with `decide`: masks uint8 (B, C, S/4, S/4) as well
 
-B is open. Inside the masks are thresholds, scale, bias and which class is the largest, tile by tile; smallest areas are
-not, for a graph has no components: drop small ones behind it. Prompts are constants. float16 graphs keep float32 inputs
-and outputs. Legend: B tiles, C classes, S pixels of a side.
+B is dynamic. The masks apply thresholds, scale, bias and exclusive classes, tile by tile, but not minimum areas, since
+ONNX has no connected components: remove small ones after the graph. Prompts are constants. float16 graphs keep float32
+inputs and outputs. Legend: B tiles, C classes, S pixels of a side.
 """
 
 import importlib
@@ -29,22 +29,22 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing, write_atomic, write_json
 
 FILE, NOTES = "class_segmenter.onnx", "class_segmenter.json"
-BATCHES = (1, 3)  # tiles at once in the proof
+BATCHES = (1, 3)  # numbers of tiles in the comparison
 
 
 @dataclass(frozen=True)
 class GraphProof:
-    """The file under onnxruntime against PyTorch in float32.
+    """The comparison of the file under onnxruntime with PyTorch in float32.
 
     Args:
-        max_abs_logit_diff: of a mask logit.
-        max_abs_logit: the largest logit, for scale.
-        max_abs_score_diff: of an object score.
-        max_abs_score: the largest score, for scale.
-        flipped: share of the pixels of all classes that are on the other side of 0.
-        mask_iou: of the pixels above 0, this file's against PyTorch's.
-        bound: what the logits may differ by; None for float16, whose cost is `flipped` and `mask_iou`. Scores may
-            differ by `BOUND` of the largest score or of 1.
+        max_abs_logit_diff: largest difference of a mask logit.
+        max_abs_logit: largest absolute logit, for scale.
+        max_abs_score_diff: largest difference of a presence score.
+        max_abs_score: largest absolute score, for scale.
+        flipped: share of the pixels of all classes whose logits have the other sign.
+        mask_iou: IoU of the pixels above 0 in both.
+        bound: allowed difference of logits; None for float16, whose error is `flipped` and `mask_iou`. Scores may
+            differ by `BOUND` times the largest score or 1.
     """
 
     max_abs_logit_diff: float
@@ -57,14 +57,14 @@ class GraphProof:
 
     @property
     def passed(self) -> bool:
-        """Whether the file is the model."""
+        """Whether the differences are within the bounds."""
         if self.bound is None:
             return True
         return self.max_abs_logit_diff <= self.bound and self.max_abs_score_diff <= BOUND * max(self.max_abs_score, 1)
 
 
 class ClassGraph(nn.Module):
-    """What is traced: the network with constant prompts, and the decision on request."""
+    """The module to trace: the network with constant prompts, and optionally the decision."""
 
     def __init__(self, network: ClassNetwork, decision: Decision | None):
         super().__init__()
@@ -94,21 +94,21 @@ def export_classes(
     force: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> GraphProof:
-    """Writes class_segmenter.onnx and class_segmenter.json; nothing is written unless the proof passes.
+    """Writes class_segmenter.onnx and class_segmenter.json, if the comparison with PyTorch passes.
 
     Args:
         network: on the CPU.
-        prompts: what it was trained for.
-        folder: made when missing.
-        pixels: what the file is proven on, RGB in [0, 1] (1, 3, S, S).
+        prompts: those of the network.
+        folder: created if missing.
+        pixels: the image of the comparison, RGB in [0, 1] (1, 3, S, S).
         facts: for the JSON file.
-        decide: put the decision inside.
+        decide: include the decision.
         half: compute in float16.
         force: replace files.
         report: called with a line about each stage.
 
     Raises:
-        UserError: a package is missing, a file exists, the logits differ by more than the bound, or the system refuses.
+        UserError: a package is missing, a file exists or cannot be written, or logits or scores differ too much.
     """
     require_packages()
     for name in (FILE, NOTES):
@@ -127,14 +127,14 @@ def export_classes(
             proof = prove(graph, path, pixels, None if half else BOUND)
             if not proof.passed:
                 raise UserError(
-                    f"the ONNX file is not the model: its logits differ by {proof.max_abs_logit_diff:.3g}, "
-                    f"and {proof.bound:.3g} is allowed, its scores by {proof.max_abs_score_diff:.3g} of "
-                    f"{proof.max_abs_score:.3g}; none was written"
+                    f"the ONNX file differs from the model: logits by {proof.max_abs_logit_diff:.3g} "
+                    f"({proof.bound:.3g} is allowed), scores by {proof.max_abs_score_diff:.3g} of "
+                    f"{proof.max_abs_score:.3g}; nothing was written"
                 )
             folder.mkdir(exist_ok=True)
             write_atomic(folder / FILE, lambda target: os.replace(path, target), force=force)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; check rights and free disk") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; check rights and disk space") from error
     write_json(
         folder / NOTES,
         {
@@ -154,13 +154,13 @@ def export_classes(
 
 
 def prove(graph: ClassGraph, path: Path, pixels: Tensor, bound: float | None) -> GraphProof:
-    """Runs the file on several numbers of tiles, each turned another way, against PyTorch.
+    """Compares the file with PyTorch on batches of several sizes, made of rotated copies of the image.
 
     Args:
         graph: in float32.
         path: of the file.
         pixels: (1, 3, S, S).
-        bound: share of the largest logit that a logit may differ by; None without a bound.
+        bound: allowed difference of logits as a share of the largest; None for no bound.
     """
     runner = session(path)
     pairs = []
@@ -189,10 +189,10 @@ def prove(graph: ClassGraph, path: Path, pixels: Tensor, bound: float | None) ->
 def _trace(graph: ClassGraph, size: int, outputs: list[str], path: Path) -> None:
     from torch.export import Dim
 
-    # torch.export takes sizes of 0 and 1 for constants where they are traced, so the example has two tiles
+    # torch.export treats traced sizes of 0 and 1 as constants, so the example has two tiles
     example = torch.from_numpy(np.random.default_rng(0).random((2, 3, size, size), dtype=np.float32))
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about its own names and internals
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         torch.onnx.export(
             graph,
             (example,),
@@ -207,7 +207,7 @@ def _trace(graph: ClassGraph, size: int, outputs: list[str], path: Path) -> None
 
 
 def _to_half(path: Path) -> None:
-    """Turns a file into float16, inputs and outputs apart, with onnxruntime's own converter."""
+    """Converts a file to float16, except inputs and outputs, with onnxruntime's own converter."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 

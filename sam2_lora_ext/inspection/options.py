@@ -1,4 +1,4 @@
-"""The options that the command lines of inspection share; what they mean: `command`."""
+"""The options that the inspection tools share; `command` interprets them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from sam2_lora_ext.settings.kinds import Whole
 
 
 def add_model(parser: Any) -> None:
-    """Adds what `segmenter_of` reads."""
+    """Adds the options that `segmenter_of` reads."""
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="merged weights, an adapter folder or a run")
-    add("--base", type=Path, metavar="FILE", help="of an adapter (default: what it was trained on)")
-    add("--config", metavar="NAME", help="the stock config (default: told from the weights)")
+    add("--base", type=Path, metavar="FILE", help="base of the adapter (default: the file that it was trained on)")
+    add("--config", metavar="NAME", help="the stock config (default: identified from the weights)")
     add(
         "--overlap",
         type=number(Whole(0, 10**6)),
@@ -22,12 +22,12 @@ def add_model(parser: Any) -> None:
     )
     add("--batch-size", type=number(COUNT), default=8, metavar="N", help="tiles at once (%(default)s)")
     add("--half", action="store_true", help="compute in bfloat16 on a GPU")
-    add("--device", metavar="NAME", help="where to compute (default: cuda where there is one, else cpu)")
+    add("--device", metavar="NAME", help="cpu, cuda ... (default: cuda if there is one, else cpu)")
 
 
 def add_strips(parser: Any) -> None:
-    """Adds what `strips_of` reads."""
+    """Adds the options that `strips_of` reads."""
     add_source(parser, positional=False)
-    parser.add_argument("--split-file", type=Path, metavar="CSV", help="with the columns image and split")
-    parser.add_argument("--split", metavar="NAME", help="of the data (default: the validation strips)")
-    parser.add_argument("--run", type=Path, metavar="RUN", help="whose data (default: of --checkpoint)")
+    parser.add_argument("--split-file", type=Path, metavar="CSV", help="table with the columns image and split")
+    parser.add_argument("--split", metavar="NAME", help="part of the data (default: the validation strips)")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="run whose data to use (default: that of --checkpoint)")

@@ -1,24 +1,24 @@
-"""The average precision of pixels, from counts by rank, so that no pixel is kept.
+"""The average precision (AP) of pixels, from a histogram of their probabilities, so that no pixels are stored.
 
-    AP = sum_k (R_k - R_{k-1}) P_k over falling thresholds, as scikit-learn has it
+    AP = sum_k (R_k - R_{k-1}) P_k over descending thresholds, as in scikit-learn
 
-Probabilities are sorted into bins of equal width of their logit; what shares a bin is a tie.
+Probabilities are counted in bins of equal width of their logit; pixels in the same bin are tied.
 """
 
 import numpy as np
 
 BINS = 1 << 16
-SURE = 20.0  # logits beyond it are ties
+SURE = 20.0  # logits are clipped to [-SURE, SURE]
 
 
 class PixelRanks:
-    """How many pixels of a class, and how many others, are in each bin."""
+    """The number of pixels of a class, and of other pixels, in each bin."""
 
     def __init__(self) -> None:
         self.counts = np.zeros((2, BINS), dtype=np.int64)
 
     def add(self, probability: np.ndarray, truth: np.ndarray) -> None:
-        """Takes pixels of any shape: how likely each is of the class, and whether it is (bool)."""
+        """Adds pixels of any shape: the predicted probability of the class, and the truth (bool)."""
         p = np.clip(probability.astype(np.float64), 1e-12, 1 - 1e-12)
         place = (np.clip(np.log(p / (1 - p)), -SURE, SURE) + SURE) * ((BINS - 1) / (2 * SURE))
         place = np.rint(place).astype(np.int64)
@@ -26,7 +26,7 @@ class PixelRanks:
         self.counts[1] += np.bincount(place[truth], minlength=BINS)
 
     def average_precision(self) -> float | None:
-        """AP; None where no pixel is of the class."""
+        """AP; None if no pixel is of the class."""
         others, own = (np.cumsum(row[::-1]) for row in self.counts)
         if not own[-1]:
             return None

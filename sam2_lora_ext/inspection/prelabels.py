@@ -1,10 +1,10 @@
-"""Inspected strips written out as annotations, which the readers of this package and annotation tools take back.
+"""Writes inspected strips as annotations that this package's readers and annotation tools can read.
 
 label_png/annotations/X.png        the class number as grey value
 coco/annotations.json              RLE, score, area and box of each defect; `polygons.json`: outlines instead
 supervisely/                       a project with a copy of the images
 submission.csv                     Kaggle's table, a row for each image and class
-overlays/X.jpg                     strips with a finding, outlined
+overlays/X.jpg                     strips with defects, which are outlined
 inspection.csv                     a row for each strip
 """
 
@@ -35,7 +35,7 @@ KAGGLE = ("ImageId", "ClassId", "EncodedPixels")
 
 
 def index_of(records: Iterable[Record], class_names: dict[int, str], exif: bool = True) -> AnnotationIndex:
-    """The annotations of inspected strips; every defect is an instance, numbered from 1 through all of them."""
+    """The annotations of inspected strips; every defect is an instance, numbered from 1 across all strips."""
     rows, number = [], 0
     for record in records:
         row = ImageRecord(record.name, record.height, record.width)
@@ -47,12 +47,12 @@ def index_of(records: Iterable[Record], class_names: dict[int, str], exif: bool 
 
 
 class Prelabels:
-    """Writes what was found into a folder.
+    """Writes the found defects to a folder.
 
     Args:
         folder: of the inspection.
-        formats: of `PRELABELS`.
-        class_names: class number -> name, ascending.
+        formats: some of `PRELABELS`.
+        class_names: class id -> name, ascending.
     """
 
     def __init__(self, folder: Path, formats: Sequence[str], class_names: dict[int, str]):
@@ -63,7 +63,7 @@ class Prelabels:
                 (folder / name / inner).mkdir(parents=True, exist_ok=True)
 
     def keep_image(self, path: Path) -> None:
-        """Copies an image where a format needs it beside its annotations."""
+        """Copies an image if a format needs it next to its annotations."""
         if "supervisely" in self.formats:
             shutil.copy2(path, self.folder / "supervisely/train/img" / path.name)
 
@@ -79,7 +79,7 @@ class Prelabels:
             picture = Image.fromarray(self.draw(record, image))
             write_atomic(drawn, lambda path: picture.save(path, format="JPEG", quality=92))
         else:
-            drawn.unlink(missing_ok=True)  # of the file that had this name before
+            drawn.unlink(missing_ok=True)  # an overlay from an earlier file of this name
 
     def draw(self, record: Record, image: np.ndarray) -> np.ndarray:
         """The strip with its defects tinted and outlined in the colours of their classes."""
@@ -90,7 +90,7 @@ class Prelabels:
         return image
 
     def write_tables(self, records: Sequence[Record]) -> None:
-        """Writes the files that are of all strips, whole."""
+        """Writes the files that cover all strips."""
         good = [record for record in records if record.error is None]
         self._text(
             "inspection.csv",
@@ -112,7 +112,7 @@ class Prelabels:
         write_atomic(self.folder / name, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
 
     def _coco(self, records: Sequence[Record]) -> None:
-        """The RLE of each defect with its score; and a file of outlines for tools that read no RLE."""
+        """Writes the RLE and score of each defect, and a second file with outlines for tools without RLE."""
         folder = self.folder / "coco"
         made = folder / ".new"
         made.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _runs_of(record: Record, class_id: int) -> np.ndarray:
 
 
 def outlines(runs: np.ndarray, height: int, width: int) -> list[list[float]]:
-    """Polygons [x, y, x, y, ...] around the parts of a mask, holes filled; none for a part of two pixels or less."""
+    """Polygons [x, y, x, y, ...] around the parts of a mask, holes filled, without contours of under three points."""
     mask = np.ascontiguousarray(decode_runs(runs, height, width))
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     return [contour.reshape(-1).astype(float).tolist() for contour in contours if len(contour) >= 3]
@@ -155,7 +155,7 @@ def inspection_header(class_names: dict[int, str]) -> list[str]:
 
 
 def inspection_row(record: Record, class_names: dict[int, str]) -> list[Any]:
-    """A strip's row: its decision is "clean", the names of its classes with "+" between, or "unknown"."""
+    """A strip's row; its decision is "clean", the names of its classes joined by "+", or "unknown" after an error."""
     cells: list[Any] = []
     found = []
     for place, (number, name) in enumerate(class_names.items()):
@@ -168,16 +168,16 @@ def inspection_row(record: Record, class_names: dict[int, str]) -> list[Any]:
 
 
 def check_formats(text: str, exclusive: bool, class_ids: Sequence[int]) -> tuple[str, ...]:
-    """The formats that a text like `coco,kaggle` or `all` names.
+    """The formats named by a text such as `coco,kaggle` or `all`.
 
     Raises:
-        UserError: there is no such format, or label images cannot hold the classes.
+        UserError: there is no such format, or label images cannot represent the classes.
     """
     names = PRELABELS if text == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
     if wrong := next((name for name in names if name not in PRELABELS), None):
-        raise UserError(f"--formats are {', '.join(PRELABELS)} or all, got {wrong!r}")
+        raise UserError(f"--formats must be {', '.join(PRELABELS)} or all, got {wrong!r}")
     if "label_png" in names and not exclusive:
-        raise UserError("the classes may overlap, which a label image cannot hold: leave label_png out of --formats")
+        raise UserError("label images cannot represent overlapping classes: leave label_png out of --formats")
     if "label_png" in names and max(class_ids) > 255:
-        raise UserError(f"a label image holds classes up to 255, there is class {max(class_ids)}: leave label_png out")
+        raise UserError(f"label images hold class ids up to 255, got {max(class_ids)}: leave label_png out")
     return names

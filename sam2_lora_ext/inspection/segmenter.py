@@ -1,4 +1,4 @@
-"""A strip in, the mask of each defect class out, without a click.
+"""Segments a strip into a mask for each defect class, without clicks.
 
     segmenter = load_segmenter("configs/sam2.1/sam2.1_hiera_l.yaml", "steel.pt")
     inspection = segmenter(image)            # uint8 [H, W, 3]
@@ -30,18 +30,18 @@ from sam2_lora_ext.inspection.network import ClassNetwork
 from sam2_lora_ext.inspection.objects import Found, find_objects
 from sam2_lora_ext.utils.errors import UserError
 
-OVERLAP = 4  # neighbouring tiles share at least one part in so many of their columns
+OVERLAP = 4  # neighbouring tiles share at least 1 / OVERLAP of their columns
 BATCH = 8  # tiles at once
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found on one strip.
+    """The result for one strip.
 
     Args:
         masks: bool [C, H, W].
-        scores: object scores (logits) [C], the largest over the tiles.
-        logits: calibrated, [C, H, W]; `decision.ABSENT` where no tile shows the class.
+        scores: presence scores (logits) [C], the maximum over the tiles.
+        logits: calibrated, [C, H, W]; `decision.ABSENT` where no tile has the class.
         objects: the components of the masks, by class.
     """
 
@@ -56,13 +56,13 @@ class Segmenter:
 
     Args:
         model: stock SAM 2 in eval mode, with the tokens installed.
-        prompts: what they stand for; its decision may be replaced at any time.
-        overlap: columns that neighbouring tiles share at least; None: a quarter of a tile.
-        batch_size: the most tiles in one call.
-        half: compute in bfloat16 where the device is a GPU, as training does.
+        prompts: the class prompts; their decision may be replaced at any time.
+        overlap: minimum number of columns that neighbouring tiles share; None for a quarter of a tile.
+        batch_size: maximum number of tiles in one call.
+        half: compute in bfloat16 on a GPU, as training does.
 
     Raises:
-        UserError: the model has no tokens, or takes other images than those that the tokens were trained with.
+        UserError: the model has no tokens or another input size than in training, or the overlap is too large.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Segmenter:
 
     @property
     def decision(self) -> Decision:
-        """What it decides by."""
+        """The decision in use."""
         return self.prompts.decision
 
     @decision.setter
@@ -94,15 +94,15 @@ class Segmenter:
         self.prompts = replace(self.prompts, decision=decision)
 
     def __call__(self, image: np.ndarray) -> Inspection:
-        """Inspects a strip uint8 [H, W, 3], RGB."""
+        """Inspects a strip uint8 [H, W, 3] in RGB."""
         return self.judge(self.look(image))
 
     @torch.inference_mode()
     def look(self, image: np.ndarray) -> Tiles:
-        """What the network says of the tiles of a strip uint8 [H, W, 3]; nothing is decided yet.
+        """The network's outputs for the tiles of a strip uint8 [H, W, 3], before the decision.
 
         Raises:
-            UserError: it is no such array, or the network answers with NaN.
+            UserError: it is not such an array, or an output is NaN or infinite.
         """
         if (
             not isinstance(image, np.ndarray)
@@ -120,19 +120,19 @@ class Segmenter:
         answers = [self._ask(part) for part in cut(strip, starts, tile).split(self.batch_size)]
         logits, scores = (torch.cat(column) for column in zip(*answers, strict=True))
         if not bool(scores.isfinite().all()) or not bool(logits.isfinite().all()):
-            raise UserError("the model answers with NaN or infinity: the weights are damaged or training diverged")
+            raise UserError("the model outputs NaN or infinity: the weights are damaged or training diverged")
         return Tiles(logits, scores, tuple(starts), tile, (height, width))
 
     @torch.inference_mode()
     def judge(self, tiles: Tiles) -> Inspection:
-        """Puts the tiles together and decides."""
+        """Stitches the tiles and applies the decision."""
         logits, scores = merge_tiles(tiles, self.decision)
         masks, z = decide(logits, scores, self.decision).cpu(), calibrated(logits, self.decision).cpu()
         scores = scores.cpu()
         return Inspection(masks, scores, z, find_objects(masks, z, scores, self.prompts.class_ids))
 
     def _ask(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and scores of tiles uint8 [n, 3, H, w], squashed to the model's input as training does it."""
+        """Logits and scores of tiles uint8 [n, 3, H, w], squashed to the model's input size as in training."""
         pixels = tiles.to(self.network.device).float() / 255
         size = (self.network.size, self.network.size)
         pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
@@ -159,16 +159,16 @@ def load_segmenter(
     """Builds stock SAM 2 with the class prompts of a file.
 
     Args:
-        config: a stock config's name; None tells it from the weights.
+        config: a stock config's name; None identifies it from the weights.
         path: merged weights with class prompts, an adapter folder, or a run.
-        base: of an adapter; by default the file that it was trained on, if it is still there.
-        device: by default the GPU when there is one, else the CPU.
+        base: of an adapter; by default the file that it was trained on, if it still exists.
+        device: by default the GPU if there is one, else the CPU.
         overlap: see `Segmenter`.
         batch_size: see `Segmenter`.
         half: see `Segmenter`.
 
     Raises:
-        UserError: a file is missing or damaged, has no class prompts, or they are of other weights.
+        UserError: a file is missing or damaged, has no class prompts, or they belong to other weights.
     """
     from sam2_lora_ext.evaluate.models import build, candidate  # imports SAM 2
 
@@ -178,12 +178,12 @@ def load_segmenter(
     prompts = load_class_prompts(source) if wanted.adapter is None else read_adapter(source).class_prompts
     if prompts is None:
         raise UserError(
-            f"{source} has no class prompts, so it answers clicks alone: train with a config that has "
-            "class_prompts, such as severstal_lora_classes, and merge its adapter anew"
+            f"{source} has no class prompts, so it needs clicks: train with a config that has "
+            "class_prompts, such as severstal_lora_classes, and merge that adapter"
         )
     model, _ = build(wanted, "cpu", prompts.resolution)
     beside = wanted.adapter is None and source.suffix == ".safetensors"
     if beside and prompts.digest and prompts.digest != weights_id(model.state_dict()):
-        raise UserError(f"the class prompts beside {source} belong to other weights: copy both files again")
+        raise UserError(f"the class prompts next to {source} belong to other weights: copy both files again")
     install_class_prompts(model, tokens_of(prompts))
     return Segmenter(model.to(device), prompts, overlap, batch_size, half)

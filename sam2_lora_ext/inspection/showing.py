@@ -1,4 +1,4 @@
-"""An evaluated inspection as text for people, and pictures of what was found, missed and false, by class."""
+"""Formats an evaluated inspection as text, and draws found and missed defects and false alarms by class."""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -27,8 +27,8 @@ OVERALL = {
     "precision": "precision of (strip, class)",
     "false_alarms": "false alarms, clean strips",
     "false_alarms_at_recall_95": "  at 95 % recall of strips",
-    "image_auroc": "AUROC, a defect or none",
-    "false_objects_per_clean_strip": "false defects a clean strip",
+    "image_auroc": "AUROC, defect or clean",
+    "false_objects_per_clean_strip": "false defects per clean strip",
 }
 BY_CLASS = {
     "dice_present": "Dice present",
@@ -42,11 +42,11 @@ BY_CLASS = {
 
 
 class Gallery:
-    """Keeps the strips of each class that are most worth a look: the largest, at most `count` of a kind.
+    """Keeps the strips with the largest areas, at most `count` of each class and kind.
 
     Args:
         class_names: in the order of the classes.
-        count: pictures of each class and kind.
+        count: maximum number of pictures of each class and kind.
     """
 
     def __init__(self, class_names: Sequence[str], count: int):
@@ -55,9 +55,9 @@ class Gallery:
         self.seen = 0
 
     def add(self, strip: TrueStrip, found: Inspection) -> None:
-        """Looks at a strip."""
+        """Adds a strip."""
         self.seen += 1
-        found = replace(found, logits=found.logits[:0])  # the largest part, which no picture needs
+        found = replace(found, logits=found.logits[:0])  # pictures do not need them, and they are large
         for place in range(len(self.class_names)):
             there, said = int(strip.truth[place].sum()), int(found.masks[place].sum())
             if self.count and (there or said):
@@ -68,7 +68,8 @@ class Gallery:
                     heapq.heappop(rows)
 
     def write(self, folder: Path, force: bool) -> list[dict[str, Any]]:
-        """Writes `<class>_<kind>_<n>.jpg`; `{class, kind, file, caption}` of each, `file` relative to its parent."""
+        """Writes `<class>_<kind>_<n>.jpg`; returns `{class, kind, file, caption}` of each, with `file` relative to the
+        folder's parent."""
         written = []
         for place, name in enumerate(self.class_names):
             for kind in KINDS:
@@ -96,7 +97,7 @@ class Gallery:
 def evaluate_strips(
     segmenter: Segmenter, strips: Iterable[TrueStrip], gallery: Gallery | None = None
 ) -> dict[str, Any]:
-    """Inspects strips with their truth; the numbers of `InspectionTally.summary`."""
+    """Inspects annotated strips and returns `InspectionTally.summary`."""
     tally = InspectionTally(segmenter.prompts.class_names, segmenter.decision)
     for strip in strips:
         began = perf_counter()
@@ -111,7 +112,7 @@ def describe(summary: dict[str, Any]) -> str:
     """Tables for a terminal: overall, by class, objects by size."""
     lines = [f"{summary['strips']} strips, {summary['clean_strips']} of them clean", ""]
     lines += [f"{title:28} {shown(summary[key])}" for key, title in OVERALL.items()]
-    lines += [f"{'ms a strip':28} {summary['ms_per_strip']:.1f}", ""]
+    lines += [f"{'ms per strip':28} {summary['ms_per_strip']:.1f}", ""]
     lines.append(f"{'class':16}" + "".join(f"{title:>14}" for title in BY_CLASS.values()) + "  found missed  false")
     for name, row in summary["classes"].items():
         cells = "".join(f"{short(row[key]):>14}" for key in BY_CLASS)
@@ -131,5 +132,5 @@ def shown(value: Value | float | None) -> str:
 
 
 def short(value: Value | float | None) -> str:
-    """The number alone."""
+    """The mean without its interval, or a dash."""
     return "-" if value is None else f"{value['mean'] if isinstance(value, dict) else value:.3f}"

@@ -1,7 +1,7 @@
-"""Strips with their truth, whole, for fitting the decision and for evaluating an inspection.
+"""Whole strips with their truth, for fitting the decision and for evaluating an inspection.
 
-The truth of a class is all that is annotated of it, specks included. Images of which a mask was lost take no part:
-nobody knows what is absent on them. Needs SAM 2's training code. Legend: C classes, H W pixels of a strip.
+The truth of a class includes everything that is annotated, specks too. Images with a dropped mask are left out, since
+their absent classes are unknown. Needs SAM 2's training code. Legend: C classes, H W pixels of a strip.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 @dataclass(frozen=True)
 class TrueStrip:
-    """One strip: its pixels uint8 [H, W, 3] and what is there, bool [C, H, W]."""
+    """One strip: its pixels uint8 [H, W, 3] and its truth bool [C, H, W]."""
 
     name: str
     image: np.ndarray
@@ -27,11 +27,11 @@ class TrueStrip:
 
 
 class TrueStrips:
-    """The strips of a data set, read when they are asked for.
+    """The strips of a data set, read lazily.
 
     Args:
         source: the data and its split.
-        prompts: whose classes are looked for.
+        prompts: class prompts, whose classes the data must have.
 
     Raises:
         UserError: the data cannot be read, has other classes, or no strip is left.
@@ -43,12 +43,12 @@ class TrueStrips:
         found, wanted = dict(self.index.class_names), dict(zip(prompts.class_ids, prompts.class_names, strict=True))
         if found != wanted:
             raise UserError(
-                f"the class prompts are of the classes {_table(wanted)}, but {source.data} has "
-                f"{_table(found)}: take the data that they were trained for"
+                f"the class prompts have the classes {_table(wanted)}, but {source.data} has "
+                f"{_table(found)}: use the data that they were trained for"
             )
         self.images = [int(image) for image in dataset.images if self.index.complete[image]]
         if not self.images:
-            raise UserError(f"{source.data} leaves no strip: each of them lost a mask")
+            raise UserError(f"{source.data} has no usable strip: all have a dropped mask")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,7 +58,7 @@ class TrueStrips:
             yield TrueStrip(self.index.name(image), self.index.read(image, self.bits), self.truth(image))
 
     def truth(self, image: int) -> Tensor:
-        """What is annotated, bool [C, H, W]."""
+        """The annotated pixels, bool [C, H, W]."""
         size = self.index.sizes[image].tolist()
         masks = [
             decode_runs(union_runs([runs for number, runs in self.index.masks(image) if number == class_id]), *size)

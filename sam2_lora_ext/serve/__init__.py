@@ -1,1 +1,1 @@
-"""A local web page on which strips are clicked and pre-labels kept: `tools/serve.py`. Needs sam2, fastapi, uvicorn."""
+"""A local web page for clicking on strips and saving pre-labels: `tools/serve.py`. Needs sam2, fastapi, uvicorn."""

@@ -1,15 +1,15 @@
-"""The page's requests and their answers, as JSON; images as PNG. Runs are flat lists: start, length, start, ...
+"""The page's HTTP requests and responses, in JSON; images are PNG. Runs are flat lists: start, length, start, ...
 
 GET    /  /page.css  /*.js           the page
 GET    /api/state                    images, models, classes, formats
 GET    /api/images/N                 an image as 8-bit PNG
-POST   /api/images?name=             drops an image (the body is the file)
-POST   /api/images/N/open            its kept masks; its embeddings are made where the model sees it whole
-POST   /api/predict                  masks of clicks or a box, for each model asked
+POST   /api/images?name=             adds an image (the body is the file)
+POST   /api/images/N/open            returns its kept masks; encodes it if the models see whole strips
+POST   /api/predict                  masks of clicks or a box, one for each requested model
 POST   /api/classes                  masks of the class prompts of a model
-POST   /api/keep                     keeps a mask, or all of the class prompts
-DELETE /api/images/N/masks/M         forgets a kept mask
-POST   /api/images/N/clean           marks a strip as clean, or not
+POST   /api/keep                     keeps a mask, or all masks of the class prompts
+DELETE /api/images/N/masks/M         removes a kept mask
+POST   /api/images/N/clean           marks a strip as clean, or removes that mark
 POST   /api/save                     writes the kept masks as a data set
 """
 
@@ -32,7 +32,7 @@ from sam2_lora_ext.serve.images import LARGEST_UPLOAD
 from sam2_lora_ext.serve.labels import Kept, Labels
 from sam2_lora_ext.utils.errors import UserError, system_sentence
 
-FILES = {  # path -> file of the folder `page`, and its type
+FILES = {  # path -> file in the folder `page`, and its media type
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -43,7 +43,7 @@ Click = tuple[Number, Number, Annotated[int, Field(ge=0, le=1)]]
 
 
 class Asked(BaseModel):
-    """Prompts on an image."""
+    """The prompts of a request on an image."""
 
     model_config = ConfigDict(extra="forbid")
     image: int
@@ -61,7 +61,7 @@ class Predict(Asked):
 
 class Keep(Asked):
     model: str
-    class_id: int | None = None  # None: those of the class prompts
+    class_id: int | None = None  # None: keep the masks of the class prompts
 
 
 class Classes(BaseModel):
@@ -85,12 +85,12 @@ def create_app(engine: Engine, labels: Labels, classes: ClassPages, hosts: froze
     """The guarded application.
 
     Args:
-        engine: answers clicks.
-        labels: holds what is kept.
-        classes: answers class prompts.
-        hosts: names by which the page may be called.
+        engine: predicts masks of clicks and boxes.
+        labels: stores kept masks.
+        classes: predicts masks of class prompts.
+        hosts: host names under which the page is served.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # the documentation's page asks other addresses
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # its documentation page loads from other hosts
     images = engine.images
     page = resources.files("sam2_lora_ext.serve") / "page"
 
@@ -199,7 +199,7 @@ def create_app(engine: Engine, labels: Labels, classes: ClassPages, hosts: froze
 
 
 def shown(one: Kept) -> dict[str, Any]:
-    """A kept mask for the page."""
+    """A kept mask as JSON values for the page."""
     area = int(one.runs[:, 1].sum())
     return {
         "number": one.number,
@@ -211,7 +211,7 @@ def shown(one: Kept) -> dict[str, Any]:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every failure is one sentence in `detail`: 400 a mistake, 422 another form than expected, 500 a fault of ours."""
+    """Turns every failure into one sentence in `detail`: 400 user error, 422 malformed request, 500 server error."""
 
     def answer(status: int, sentence: str) -> JSONResponse:
         return JSONResponse({"detail": sentence[:2000].encode("utf-8", "replace").decode()}, status)
@@ -233,8 +233,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
         @app.exception_handler(kind)
         def system(request: Request, error: Exception) -> JSONResponse:
-            return answer(500, system_sentence(error) or f"the system refused: {error}")
+            return answer(500, system_sentence(error) or f"the operating system reported an error: {error}")
 
     @app.exception_handler(Exception)
     def fault(request: Request, error: Exception) -> JSONResponse:
-        return answer(500, f"the server failed ({type(error).__name__}): what it printed says why")
+        return answer(500, f"the server failed ({type(error).__name__}): see its output in the terminal")

@@ -1,4 +1,4 @@
-"""Class prompts on the page: what a model that has them finds on a whole strip without a click, kept once found.
+"""Inspects whole strips with class prompts for the page, and caches the results.
 
 Legend: C classes, H W pixels of the strip.
 """
@@ -18,12 +18,12 @@ from sam2_lora_ext.data.rle import encode_mask
 from sam2_lora_ext.serve.images import Images
 from sam2_lora_ext.utils.errors import UserError
 
-INSPECTED = 64  # strips whose result is kept
+INSPECTED = 64  # cached results
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one class covers: its presence score, and the runs of each 8-connected part."""
+    """The result of one class: its presence score, and the runs of each 8-connected part of its mask."""
 
     class_id: int
     score: float
@@ -32,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Inspector:
-    """A segmenter and the classes that it knows.
+    """A segmenter and its classes.
 
     Args:
         segment: uint8 [H, W, 3] -> an object with `masks` bool [C, H, W] and `scores` float [C].
@@ -44,11 +44,11 @@ class Inspector:
 
 
 class ClassPages:
-    """The inspectors of the models that have class prompts, each built when it is first asked.
+    """The inspectors of the models with class prompts, each built at its first use.
 
     Args:
-        images: what is inspected.
-        makers: the model's name -> what builds its inspector.
+        images: to inspect.
+        makers: model's name -> function that builds its inspector.
         lock: held while a model computes.
     """
 
@@ -58,7 +58,7 @@ class ClassPages:
         self._found: LRUCache = LRUCache(INSPECTED)
 
     def inspect(self, image: int, name: str) -> Sequence[Finding]:
-        """What a model finds on an image, a `Finding` for each class; raises `UserError` for one without prompts."""
+        """A model's `Finding` of each class on an image; raises `UserError` if the model has no class prompts."""
         if name not in self.makers:
             raise UserError(f"the model {name[:100]!r} has no class prompts")
         with self.lock:
@@ -76,7 +76,7 @@ class ClassPages:
 
 
 def parts_of(mask: np.ndarray) -> list[np.ndarray]:
-    """Runs of each 8-connected part of a mask bool [H, W]; none for an empty one."""
+    """The runs of each 8-connected part of a mask bool [H, W]; an empty list for an empty mask."""
     count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
     return [encode_mask(labels == part) for part in range(1, count)]
 
@@ -84,7 +84,8 @@ def parts_of(mask: np.ndarray) -> list[np.ndarray]:
 def maker_of(
     config: str, path: Path, base: Path | None, device: str | None
 ) -> tuple[Callable[[], Inspector], dict[int, str]] | None:
-    """What builds the inspector of an adapter or of merged weights, and its class table; None without class prompts."""
+    """A function that builds the inspector of an adapter or merged weights, and its class table; None without class
+    prompts."""
     prompts = load_class_prompts(path)
     if prompts is None:
         return None

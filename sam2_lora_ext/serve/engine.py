@@ -1,8 +1,8 @@
-"""Answers clicks and boxes with every model on the page. What was encoded is kept, so that a click costs one decode.
+"""Predicts masks of clicks and boxes with every model on the page; embeddings are cached, so a click costs one decode.
 
-Prompts are answered in SAM's way: of a first click the best of three masks; each further click gets the low-resolution
-logits of the answer before. Legend: H W pixels of the strip, w window width, h = side of the low-resolution logits.
-Coordinates are (x, y) in pixels of the strip.
+Prompts are used as in SAM: the first click takes the best of three masks, and each further click also gets the
+low-resolution logits of the previous mask. Legend: H W pixels of the strip, w window width, h side of the
+low-resolution logits. Coordinates are (x, y) in pixels of the strip.
 """
 
 import threading
@@ -25,20 +25,20 @@ from sam2_lora_ext.lora.live import set_adapter
 from sam2_lora_ext.serve.images import Images
 from sam2_lora_ext.utils.errors import UserError
 
-EMBEDDED = 2 << 30  # bytes of image embeddings that are kept: about 128 of 1024 pixels
-ANSWERED = 256 << 20  # bytes of low-resolution logits that are kept
+EMBEDDED = 2 << 30  # bytes of cached image embeddings: about 128 images at 1024 pixels
+ANSWERED = 256 << 20  # bytes of cached low-resolution logits
 MOST_CLICKS = 64
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the page can choose: a network with one of its adapters on, or none.
+    """A choice on the page: a network with one of its adapters, or without any.
 
     Args:
         name: on the page.
-        network: in eval mode, of `load_sam2`.
-        adapter: the name in the network's table; None is the base.
-        path: where its weights came from, for class prompts.
+        network: in eval mode, from `load_sam2`.
+        adapter: name of the network's adapter; None is the base.
+        path: of its weights, for class prompts.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What was clicked.
+    """Clicks, a box, or both.
 
     Args:
-        clicks: (x, y, label) in the order of the clicks, label 1 on the object, 0 beside it.
+        clicks: (x, y, label) in the order of the clicks, with label 1 on the object and 0 outside it.
         box: (x0, y0, x1, y1), or None.
         whole: the model sees the whole strip, not a window of it.
     """
@@ -62,17 +62,17 @@ class Prompts:
     whole: bool = False
 
     def check(self, height: int, width: int) -> None:
-        """Raises a `UserError` for prompts that cannot be answered on a strip of this size."""
+        """Raises a `UserError` for prompts that are invalid on a strip of this size."""
         if not self.clicks and self.box is None:
-            raise UserError("nothing was clicked: click on the strip or drag a box")
+            raise UserError("there is no prompt: click on the strip or drag a box")
         if len(self.clicks) > MOST_CLICKS:
-            raise UserError(f"at most {MOST_CLICKS} clicks are answered, got {len(self.clicks)}")
+            raise UserError(f"there may be at most {MOST_CLICKS} clicks, got {len(self.clicks)}")
         corners = [] if self.box is None else [self.box[:2], self.box[2:]]
         for x, y in [*(click[:2] for click in self.clicks), *corners]:
             if not (0 <= x <= width and 0 <= y <= height):  # False for NaN
                 raise UserError(f"({x:g}, {y:g}) is outside the strip of {width}x{height} pixels")
         if self.box is not None and not (self.box[0] < self.box[2] and self.box[1] < self.box[3]):
-            raise UserError(f"a box is x0 < x1 and y0 < y1, got {self.box}")
+            raise UserError(f"a box must have x0 < x1 and y0 < y1, got {self.box}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Answer:
         area: in pixels.
         score: predicted IoU.
         window: [start, stop) columns that the model saw.
-        encode_ms: what the image encoder took; 0 where the embedding was kept.
-        decode_ms: what prompt encoder and mask decoder took, with the mask at the strip's size.
+        encode_ms: time of the image encoder; 0 if the embedding was cached.
+        decode_ms: time of prompt encoder and mask decoder, including the mask at the strip's size.
     """
 
     runs: np.ndarray
@@ -100,8 +100,8 @@ class Engine:
     """The models of the page; one request at a time, since adapters are switched in place.
 
     Args:
-        models: at least one, each name once.
-        images: what is clicked on.
+        models: at least one, with distinct names.
+        images: to click on.
         crop: columns of the window that the models were trained on; None for whole strips.
     """
 
@@ -112,14 +112,14 @@ class Engine:
         self._low: LRUCache = LRUCache(ANSWERED, getsizeof=lambda low: low.nbytes)
 
     def model(self, name: str) -> Model:
-        """A model by its name; a `UserError` lists the names when there is none of this one."""
+        """The model of this name; if there is none, a `UserError` lists the names."""
         if name not in self.models:
-            raise UserError(f"there is no model {name[:100]!r}: there are {', '.join(map(repr, self.models))}")
+            raise UserError(f"there is no model {name[:100]!r}: choose from {', '.join(map(repr, self.models))}")
         return self.models[name]
 
     @torch.inference_mode()
     def answer(self, image: int, name: str, prompts: Prompts) -> Answer:
-        """The mask of one model; raises `UserError` for what does not exist or cannot be answered."""
+        """The mask of one model; raises `UserError` if the image or model does not exist or the prompts are invalid."""
         model, pixels = self.model(name), self.images.read(image)
         prompts.check(*pixels.shape[:2])
         window = self.window(pixels.shape[1], prompts)
@@ -136,7 +136,7 @@ class Engine:
 
     @torch.inference_mode()
     def encode(self, image: int, name: str) -> float:
-        """Encodes a whole strip before the first click, where there are no windows; returns the milliseconds."""
+        """Encodes a whole strip before the first click, unless models see windows; returns the milliseconds."""
         model, pixels = self.model(name), self.images.read(image)
         if self.crop is not None and self.crop < pixels.shape[1]:
             return 0.0
@@ -145,8 +145,8 @@ class Engine:
             return self._predictor(image, model, pixels, (0, pixels.shape[1]))[1]
 
     def window(self, width: int, prompts: Prompts) -> tuple[int, int]:
-        """[start, stop) columns that a model sees: those of the window that holds all prompts, its middle nearest to
-        theirs; the whole strip where no window does."""
+        """[start, stop) columns that a model sees: the most central window that contains all prompts, or the whole
+        strip if none does."""
         if prompts.whole or self.crop is None or self.crop >= width:
             return 0, width
         columns = [x for x, _, _ in prompts.clicks] + ([] if prompts.box is None else [prompts.box[0], prompts.box[2]])
@@ -161,7 +161,7 @@ class Engine:
     def _predictor(
         self, image: int, model: Model, pixels: np.ndarray, window: tuple[int, int]
     ) -> tuple[SAM2ImagePredictor, float]:
-        """A predictor that holds the embedding of a window, and the milliseconds that this took now."""
+        """A predictor with the embedding of a window, and the milliseconds of encoding, 0 if it was cached."""
         key = (image, model.name, window)
         if key in self._embedded:
             return self._embedded[key], 0.0
@@ -175,7 +175,7 @@ class Engine:
     def _steps(
         self, image: int, model: Model, predictor: SAM2ImagePredictor, prompts: Prompts, window: tuple[int, int]
     ) -> tuple[np.ndarray, float]:
-        """Logits [H, w] and predicted IoU after the last prompt; only what is not kept is decoded."""
+        """Logits [H, w] and predicted IoU after the last prompt; steps with cached logits are not decoded again."""
         first = 0 if prompts.box is not None else 1
         known = [(image, model.name, window, prompts.box, prompts.clicks[:n]) for n in range(len(prompts.clicks) + 1)]
         done = next((n for n in range(len(prompts.clicks) - 1, first - 1, -1) if known[n] in self._low), None)
@@ -201,6 +201,6 @@ class Engine:
 
 
 def embedding_bytes(predictor: SAM2ImagePredictor) -> int:
-    """Bytes of the features that a predictor holds."""
+    """Bytes of a predictor's image features."""
     features = predictor._features
     return sum(map_.nbytes for map_ in (features["image_embed"], *features["high_res_feats"]))

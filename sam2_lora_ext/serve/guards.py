@@ -1,6 +1,6 @@
-"""Refuses what does not come from the page itself: other hosts, other origins, bodies that are too large.
+"""Refuses requests that do not come from the page itself (other hosts or origins), and bodies that are too large.
 
-A name that an attacker's DNS points here has a foreign Host; a foreign page has a foreign Origin or Sec-Fetch-Site.
+DNS rebinding shows as a foreign Host, a request from another page as a foreign Origin or Sec-Fetch-Site.
 """
 
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-LARGEST_BODY = 1 << 20  # bytes of a request that is no upload
+LARGEST_BODY = 1 << 20  # bytes of a request that is not an upload
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -27,9 +27,9 @@ class Guard:
     """ASGI middleware around the whole application.
 
     Args:
-        app: what is guarded.
-        hosts: names by which the page may be called, without port.
-        limits: path -> bytes of its body; others have `LARGEST_BODY`.
+        app: the application to guard.
+        hosts: host names under which the page is served, without port.
+        limits: path -> largest body in bytes; `LARGEST_BODY` for others.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str], limits: dict[str, int] | None = None):
@@ -40,7 +40,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
-            return  # there are no web sockets: the server closes what is not accepted
+            return  # web sockets are not accepted, so the server closes them
         send = with_headers(send)
         limit = self.limits.get(scope["path"], LARGEST_BODY)
         if found := refusal(Headers(scope=scope), scope["method"], scope["path"], self.hosts, limit):
@@ -51,22 +51,23 @@ class Guard:
 
 
 def refusal(headers: Headers, method: str, path: str, hosts: frozenset[str], limit: int) -> tuple[int, str] | None:
-    """The status and the sentence with which a request is refused, or None.
+    """The status and sentence of a refused request; None if it is allowed.
 
     Args:
         headers: of the request.
         method: such as GET.
         path: of the request.
         hosts: see `Guard`.
-        limit: bytes of the body.
+        limit: largest body in bytes.
     """
     host = headers.get("host", "")
     if len(headers.getlist("host")) != 1 or host_name(host) not in hosts:
-        return 403, "this page is not served under that name: start tools/serve.py with --name NAME"
+        return 403, "the page is not served under this host name: start tools/serve.py with --name NAME"
     origin = headers.get("origin")
     if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
         return 403, "the request comes from another page"
-    opened = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link to the page
+    # other pages may link to this one
+    opened = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not opened:
         return 403, "the request comes from another page"
     length = headers.get("content-length", "0")
@@ -76,7 +77,7 @@ def refusal(headers: Headers, method: str, path: str, hosts: frozenset[str], lim
 
 
 def host_name(host: str) -> str | None:
-    """The name of `name:port`, in small letters; None for what is no host."""
+    """The name in `name:port`, in lower case; None if it is not a host."""
     try:
         parts = urlsplit(f"//{host}")
         return None if parts.username is not None or parts.path or parts.query else parts.hostname
@@ -85,7 +86,7 @@ def host_name(host: str) -> str | None:
 
 
 def limited(receive: Receive, limit: int) -> Receive:
-    """`receive` that refuses to read on beyond `limit` bytes, for bodies that do not say their length."""
+    """`receive` with an error beyond `limit` bytes, for bodies without a Content-Length."""
     size = 0
 
     async def counted() -> Message:

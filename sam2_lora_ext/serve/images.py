@@ -1,6 +1,6 @@
-"""The images of the page: those of a folder, and those that were dropped onto it. A request names one by its number.
+"""The images of the page: those in a folder, and those dropped onto the page. Requests name them by number.
 
-No path is ever made from what a request says: the folder is listed once, at the start. Legend: H W pixels.
+Paths are never built from requests of the page: the folder is listed once, at the start. Legend: H W pixels.
 """
 
 import threading
@@ -17,21 +17,21 @@ from sam2_lora_ext.utils.errors import UserError
 LARGEST_UPLOAD = 64 << 20  # bytes of one image
 MOST_UPLOADS = 200
 UPLOAD_PIXELS = 50_000_000
-LONGEST_NAME = 200  # bytes of UTF-8, of which file systems take 255
-DECODED = 512 << 20  # bytes of pixels that are kept
+LONGEST_NAME = 200  # bytes of UTF-8; file systems allow 255
+DECODED = 512 << 20  # bytes of cached pixels
 
 
 class Images:
-    """Numbered images, with their pixels at hand.
+    """Numbered images with cached pixels.
 
     Args:
-        folder: its images come first, by name; None for dropped ones alone.
-        uploads: an empty folder of ours, where dropped images are put.
-        bits: the depth of images with more than 8 bits a channel.
+        folder: its images come first, by name; None for only dropped images.
+        uploads: an empty temporary folder for dropped images.
+        bits: the depth of images with more than 8 bits per channel.
         exif: turn images upright by their orientation tag.
 
     Raises:
-        UserError: the folder cannot be listed or holds no image.
+        UserError: the folder cannot be listed or has no image.
     """
 
     def __init__(self, folder: str | Path | None, uploads: str | Path, bits: int = 16, exif: bool = True):
@@ -42,11 +42,11 @@ class Images:
         self._lock = threading.RLock()
 
     def names(self) -> list[str]:
-        """File names, an image's number being its place; what is no UTF-8 in them is shown by its code."""
+        """File names, in the order of the images' numbers; bytes that are not UTF-8 are escaped."""
         return [path.name.encode("utf-8", "backslashreplace").decode() for path in self.paths]
 
     def path(self, number: int) -> Path:
-        """The file of an image; raises `UserError` for a number that no image has, or a name that is no text."""
+        """The file of an image; raises `UserError` if there is no such number or its name is not UTF-8."""
         if not 0 <= number < len(self.paths):
             raise UserError(f"there is no image {number}: there are {len(self.paths)}, counted from 0")
         if not is_text(self.paths[number].name):
@@ -54,7 +54,7 @@ class Images:
         return self.paths[number]
 
     def read(self, number: int) -> np.ndarray:
-        """The pixels uint8 [H, W, 3]; raises `UserError` where the image cannot be used."""
+        """The pixels uint8 [H, W, 3]; raises `UserError` if the image cannot be read."""
         path = self.path(number)
         with self._lock:
             if number not in self._pixels:
@@ -68,20 +68,20 @@ class Images:
             return self._pixels[number]
 
     def add(self, name: str, content: bytes) -> int:
-        """Takes a dropped image; its number is returned.
+        """Adds a dropped image and returns its number.
 
         Raises:
-            UserError: its name is no plain file name of an image or taken, it is too large, there are too many, or it
-                cannot be decoded.
+            UserError: its name is not a plain image file name or is taken, it is too large, it cannot be decoded, or
+                there are too many.
         """
         check_name(name)
         if len(content) > LARGEST_UPLOAD:
-            raise UserError(f"{name} has {len(content):,} bytes, at most {LARGEST_UPLOAD:,} are taken: use --images")
+            raise UserError(f"{name} has {len(content):,} bytes, but the limit is {LARGEST_UPLOAD:,}: use --images")
         with self._lock:
             if len(self.paths) - self._from_folder >= MOST_UPLOADS:
-                raise UserError(f"{MOST_UPLOADS} images were dropped already: put them into a folder and use --images")
+                raise UserError(f"there are already {MOST_UPLOADS} dropped images: use a folder and --images for more")
             if name.casefold() in {other.casefold() for other in self.names()}:
-                raise UserError(f"there is an image {name} already: rename the file")
+                raise UserError(f"there is already an image {name}: rename the file")
             path = self.uploads / name
             path.write_bytes(content)
             try:
@@ -89,7 +89,7 @@ class Images:
                     width, height = stored_size(image)
                 if width * height > UPLOAD_PIXELS:
                     raise UserError(
-                        f"{name} has {width}x{height} pixels, at most {UPLOAD_PIXELS:,} are taken: use --images"
+                        f"{name} has {width}x{height} pixels, but the limit is {UPLOAD_PIXELS:,}: use --images"
                     )
                 read_rgb(path, self.bits, self.exif)
             except ImageError as error:
@@ -103,9 +103,9 @@ class Images:
 
 
 def check_name(name: str) -> None:
-    """Raises a `UserError` unless a text is a plain file name of an image, which every system can write."""
+    """Raises a `UserError` unless a text is a plain image file name that is valid on every operating system."""
     plain = is_text(name) and name.isprintable() and not set(name) & set('/\\:*?"<>|') and not ignored(name)
     if not plain or len(name.encode()) > LONGEST_NAME or name != name.strip(" ."):
-        raise UserError(f"{name[:LONGEST_NAME]!r} is no plain file name: rename the file")
+        raise UserError(f"{name[:LONGEST_NAME]!r} is not a plain file name: rename the file")
     if Path(name).suffix.lower() not in SUFFIXES:
-        raise UserError(f"{name} is no image by its name ({', '.join(sorted(SUFFIXES))}): rename or convert it")
+        raise UserError(f"{name} does not end like an image ({', '.join(sorted(SUFFIXES))}): rename or convert it")

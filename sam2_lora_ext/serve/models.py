@@ -1,4 +1,4 @@
-"""What `tools/serve.py` is given, as the models of the page: a base with its adapters, and other whole weights."""
+"""Loads the models of the page: a base with its adapters, and other full weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from sam2_lora_ext.utils.errors import UserError
 
 @dataclass
 class Loaded:
-    """The models, and what was found with them.
+    """The models and their class prompts.
 
     Attributes:
-        models: in the order in which the page lists them.
-        makers: model's name -> what builds its inspector, for those with class prompts.
+        models: in the order of the page's list.
+        makers: model's name -> function that builds its inspector, for models with class prompts.
         class_names: of the class prompts; empty without any.
         inputs: the files that were read.
     """
@@ -39,28 +39,28 @@ def load_models(
     image_size: int | None = None,
     device: str = "cpu",
 ) -> Loaded:
-    """Builds every network once; adapters share the checkpoint's.
+    """Builds each network once; adapters share the checkpoint's network.
 
     Args:
-        checkpoint: whole weights, the base of the adapters.
+        checkpoint: full weights, the base of the adapters.
         adapters: by name.
-        others: further whole weights, such as the base of a merged file.
-        config: a stock config's name; None tells it from each weight file.
-        image_size: pixels of a side of the models' input.
+        others: more full weights, such as the base of a merged file.
+        config: a stock config's name; None identifies it from each weight file.
+        image_size: side of the models' input in pixels.
         device: such as cuda.
 
     Raises:
-        UserError: weights or adapters are missing or do not fit, two have one name, or class tables contradict.
+        UserError: weights or adapters are missing or do not fit, two have the same name, or class tables differ.
     """
     loaded = Loaded()
     for place, path in enumerate((checkpoint, *others)):
         if path.is_dir():
             raise UserError(f"{path} is a folder: give a weight file here, and a run or adapter folder with --adapter")
         if not path.is_file():
-            raise UserError(f"there is no file {path}: give weights of a SAM 2, such as merge_lora.py writes")
+            raise UserError(f"there is no file {path}: give weights of a SAM 2, such as those from merge_lora.py")
         own = config or identify(read_weights(path))
         if own is None:
-            raise UserError(f"{path} looks like no stock SAM 2: name its config with --config")
+            raise UserError(f"{path} does not look like a stock SAM 2: name its config with --config")
         chosen = {} if place else dict(adapters)
         network = load_sam2(own, path, chosen, image_size=image_size, device=device)
         for name, where in ((path.stem, None), *chosen.items()):
@@ -81,15 +81,15 @@ def _add_class_prompts(loaded: Loaded, name: str, found: tuple[Callable[[], Insp
     for number, word in table.items():
         if loaded.class_names.setdefault(number, word) != word:
             raise UserError(
-                f"class {number} is {loaded.class_names[number]!r} in one model, {word!r} in {name}: serve them apart"
+                f"class {number} is {loaded.class_names[number]!r} in one model, but {word!r} in {name}: serve one only"
             )
 
 
 def named_adapters(texts: Sequence[str]) -> dict[str, Path]:
-    """Adapters by name, of `PATH` or `NAME=PATH`; a run's adapter is called as the run.
+    """Adapters by name, from `PATH` or `NAME=PATH`; by default a run's adapter has the run's name.
 
     Raises:
-        UserError: two have one name.
+        UserError: two have the same name.
     """
     found: dict[str, Path] = {}
     for text in texts:

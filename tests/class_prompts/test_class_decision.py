@@ -1,4 +1,4 @@
-"""The decision: closed forms on small maps, and scipy as the judge of components."""
+"""The decision: closed forms on small maps, and components compared with scipy's."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The metrics of an inspection against torchmetrics, and the fitted decision against brute force."""
+"""Metrics of an inspection compared with torchmetrics, and the fitted decision with brute force."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ NAMES = ("scratch", "scale", "patch")
 
 
 def make_strips(count: int = 24, classes: int = 3, noise: float = 1.0, shift: float = 0.0, seed: int = 0):
-    """Strips of one tile 16 x 24: a square of some classes, logits that see it through noise, a third of them clean."""
+    """Strips of one tile of 16 x 24: a rectangle of one class with noisy logits and scores; a third are clean."""
     generator = torch.Generator().manual_seed(seed)
     strips = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Class prompts in adapter folders, merged files, checkpoints of them, and live adapters."""
+"""Class prompts in adapter folders, merged files, checkpoints and live adapters."""
 
 import copy
 import shutil
@@ -42,7 +42,7 @@ def trained(seed: int) -> tuple[torch.nn.Module, Adapter]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A base and the adapters `one` and `two` of it."""
+    """A folder with a base and its adapters `one` and `two`."""
     made = tmp_path_factory.mktemp("files")
     write_weights(made / "base.pt", build().state_dict())
     for seed, name in ((1, "one"), (2, "two")):
@@ -51,7 +51,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def answer(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Mask logits and scores of all classes, through the heads."""
+    """Mask logits and scores of all classes, from the model's heads."""
     tokens = find_tokens(model)
     features = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(4))
     high = [
@@ -67,7 +67,7 @@ def answer(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_the_model_is_known_without_its_tokens():
-    """The base's identity; what PEFT's file holds; and a base with tokens among its weights is none."""
+    """The base's identity and PEFT's file do not include the tokens, and weights with tokens are not a base."""
     model, adapter = trained(1)
     assert weights_id(build().state_dict()) == adapter.metadata["base_id"]
     plain = build()
@@ -82,7 +82,7 @@ def test_the_model_is_known_without_its_tokens():
 
 
 def test_an_adapter_folder_keeps_them_and_is_one_unit(folder, tmp_path):
-    """Read back equal; no file of another folder fits; without them they go."""
+    """Class prompts are read back equal; those of another folder are an error; saving without any removes the file."""
     expected = trained(1)[1]
     got = load_adapter(folder / "one")
     assert torch.equal(got.class_prompts.tokens, expected.class_prompts.tokens)
@@ -106,7 +106,7 @@ def test_an_adapter_folder_keeps_them_and_is_one_unit(folder, tmp_path):
 
 
 def test_peft_loads_the_adapter_beside(folder):
-    """Trained heads included; it does not look at the other file."""
+    """PEFT also loads the trained heads, and ignores the file of class prompts."""
     from peft import PeftModel
 
     model = trained(1)[0]
@@ -141,7 +141,7 @@ def test_a_merged_file_is_stocks_and_carries_them(suffix, folder, tmp_path):
 
 
 def test_live_adapters_switch_their_tokens(folder):
-    """The base without any is stock's own prompt encoder again."""
+    """Without an adapter, the base has stock's own prompt encoder again."""
     model = load_sam2(
         NANO, folder / "base.pt", {"one": folder / "one"}, image_size=128, apply_postprocessing=False, device="cpu"
     )

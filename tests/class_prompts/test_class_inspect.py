@@ -1,4 +1,4 @@
-"""tools/inspect_strips.py as a user runs it: what it writes is read back equal, and it goes on where it was stopped."""
+"""tools/inspect_strips.py as a user runs it: its files are read back equal, and it resumes where it stopped."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 
 def class_masks(index: AnnotationIndex, class_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """name -> bool [C, H, W], the union of everything of a class."""
+    """name -> bool [C, H, W], the union of all objects of a class."""
     found = {}
     for image in range(len(index)):
         height, width = index.sizes[image].tolist()
@@ -111,12 +111,12 @@ def test_it_goes_on_where_it_was_stopped(steel: Path, strip_files: Path, tmp_pat
     inspect(steel, strip_files, "--out", whole)
     files = sorted(strip_files.iterdir())
     inspect(steel, *files[:2], "--out", parts)
-    with open(parts / "records.jsonl", "ab") as file:  # what a kill leaves
+    with open(parts / "records.jsonl", "ab") as file:  # an incomplete line, as after a kill
         file.write(b'{"name": "strip 3.png", "pa')
     capsys.readouterr()
     inspect(steel, strip_files, "--out", parts)
     said = capsys.readouterr().out
-    assert "3 strips inspected" in said and "2 strips were in" in said
+    assert "3 strips inspected" in said and "2 strips were already in" in said
     for name in ("submission.csv", "coco/annotations.json", "coco/polygons.json"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     strip = [{key: value for key, value in row.items() if key != "milliseconds"} for row in rows_of(whole)]
@@ -156,7 +156,7 @@ def test_a_line_that_drops_files(steel: Path, strip_files: Path, tmp_path: Path,
     def drop() -> None:
         time.sleep(1)
         content = files[1].read_bytes()
-        with open(folder / files[1].name, "wb") as file:  # slowly, as over a network
+        with open(folder / files[1].name, "wb") as file:  # written slowly, as over a network
             for part in range(3):
                 file.write(content[part * len(content) // 3 : (part + 1) * len(content) // 3])
                 file.flush()
@@ -176,12 +176,12 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
     first = sorted(strip_files.iterdir())[0]
     out = tmp_path / "out"
     for args, match in (
-        (["--out", out], "give image files or folders"),
-        ([first, "--watch", strip_files, "--out", out], "one of them"),
-        ([first, "--idle", 3, "--out", out], "--idle is for --watch"),
+        (["--out", out], "give either image files or folders"),
+        ([first, "--watch", strip_files, "--out", out], "give either image files"),
+        ([first, "--idle", 3, "--out", out], "--idle is only for --watch"),
         ([tmp_path / "none.png", "--out", out], "there is no"),
         ([strip_files, "--out", strip_files], "choose another folder"),
-        ([first, "--out", out, "--formats", "png"], "--formats are"),
+        ([first, "--out", out, "--formats", "png"], "--formats must be"),
         ([first, "--out", out, "--device", "tpu"], "--device"),
         ([first, "--out", out, "--overlap", 128], "cannot share"),
     ):
@@ -190,12 +190,12 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
     other = tmp_path / "other" / first.name
     other.parent.mkdir()
     shutil.copy(first, other)
-    with pytest.raises(UserError, match="have one name"):
+    with pytest.raises(UserError, match="would have the same names"):
         inspect(steel, first, other, "--out", out)
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.doc").write_text("precious")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="is not empty"):
         inspect(steel, first, "--out", stranger, "--force")
     inspect(steel, first, "--out", out)
     with pytest.raises(UserError, match="another overlap"):
@@ -207,10 +207,10 @@ def test_mistakes_are_sentences(steel: Path, strip_files: Path, tmp_path: Path) 
     held.file.close()
     own = (out / "records.jsonl").read_text().splitlines()
     for lines, match in (
-        (["[1]"], "no journal of an inspection"),
-        (["my notes", "precious"], "no journal of an inspection"),
-        ([own[0], own[1].replace('"objects": [', '"objects": [7, ')], "no record"),
-        ([own[0], own[1].replace('"width": ', '"width": 0.')], "other values"),
+        (["[1]"], "not a journal of an inspection"),
+        (["my notes", "precious"], "not a journal of an inspection"),
+        ([own[0], own[1].replace('"objects": [', '"objects": [7, ')], "not a record"),
+        ([own[0], own[1].replace('"width": ', '"width": 0.')], "invalid values"),
     ):
         text = "\n".join(lines) + "\n"
         (tmp_path / "hostile").mkdir(exist_ok=True)
@@ -225,5 +225,5 @@ def test_unfitted_and_overlapping_classes_are_said(tmp_path: Path, strip_files: 
     mixed = write_merged(tmp_path / "mixed.pt", make_prompts(decision=Decision.default(3, exclusive=False)))
     inspect(mixed, first, "--out", tmp_path / "out")
     assert "thresholds are not fitted" in capsys.readouterr().out and not (tmp_path / "out/label_png").exists()
-    with pytest.raises(UserError, match="may overlap"):
+    with pytest.raises(UserError, match="overlapping classes"):
         inspect(mixed, first, "--out", tmp_path / "other", "--formats", "label_png")

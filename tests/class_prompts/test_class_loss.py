@@ -30,7 +30,7 @@ def pairs(present: list[int], seed: int = 0, class_prompt: bool = True):
 
 
 def part(outputs: dict, targets: torch.Tensor, chosen: list[int]):
-    """Some of the pairs."""
+    """The outputs and targets of some pairs."""
     kept = {
         key: [value[0][chosen].detach().requires_grad_()] if isinstance(value, list) else value
         for key, value in outputs.items()
@@ -73,10 +73,10 @@ def test_without_any_class_the_mask_loss_is_0_and_absent_pairs_have_no_gradient(
 
 @pytest.mark.parametrize("implementation", ["plain", "lean"])
 def test_absent_focal_adds_the_mean_focal_term_of_absent_pairs(implementation):
-    """Times their share of all pairs."""
+    """The added term is that mean times the share of absent pairs."""
     outputs, targets = pairs([1, 0, 0])
     plain, more = (terms(outputs, targets, implementation=implementation, absent_focal=a) for a in (0.0, 0.1))
-    alone = {**SETTINGS, "pred_obj_scores": False, "implementation": implementation}  # then stock counts all as present
+    alone = {**SETTINGS, "pred_obj_scores": False, "implementation": implementation}  # stock then treats all as present
     absent = terms(*part({**outputs, "class_prompt": False}, targets, [1, 2]), **alone)
     assert more["loss_mask"] - plain["loss_mask"] == pytest.approx(0.1 * absent["loss_mask"] * 2 / 3, rel=1e-4)
     assert all(more[name] == plain[name] for name in MASK_TERMS[1:])
@@ -88,7 +88,7 @@ def gradient_of_rank(rank: int, address: str, chosen: list[list[int]], present: 
     dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=len(chosen))
     outputs, targets = part(*pairs(present), chosen[rank])
     SeverstalLoss(WEIGHTS, **SETTINGS)([outputs], targets)[CORE_LOSS_KEY].backward()
-    with torch.no_grad():  # in validation ranks may have batches of different kinds: nothing is waited for
+    with torch.no_grad():  # in validation, ranks may have batches of different kinds, so they must not communicate
         SeverstalLoss(WEIGHTS, **SETTINGS)._forward({**outputs, "class_prompt": rank == 0}, targets[0], 3.0)
     result[rank] = outputs["multistep_pred_multimasks_high_res"][0].grad / len(chosen)  # DDP's mean
     dist.barrier()
@@ -97,7 +97,7 @@ def gradient_of_rank(rank: int, address: str, chosen: list[list[int]], present: 
 
 @pytest.mark.parametrize("present", [[1, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]])
 def test_two_ranks_are_one_with_both_batches(present, tmp_path):
-    """A class is there on one rank alone; the gradient is that of one rank with all pairs."""
+    """With a class present on only one rank, the gradient is the same as on one rank with all pairs."""
     outputs, targets = pairs(present)
     SeverstalLoss(WEIGHTS, **SETTINGS)([outputs], targets)[CORE_LOSS_KEY].backward()
     expected = outputs["multistep_pred_multimasks_high_res"][0].grad

@@ -1,4 +1,4 @@
-"""The meter that puts strips of class prompts together, against numpy and pycocotools, and its closed forms."""
+"""The meter of class prompts, which stitches strips: compared with numpy and pycocotools, and in closed form."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def by_hand(tiles, logits_of, scores_of, exclusive):
-    """The Kaggle Dice of each (strip, class) and what is drawn, by loops in numpy and pycocotools' areas."""
+    """The Kaggle Dice and the predicted masks of each (strip, class), from loops in numpy and pycocotools' areas."""
     values, drawn = np.zeros((6, 4)), np.zeros((6, 4), bool)
     for image in range(6):
         starts = tiles.starts(image)
@@ -43,7 +43,7 @@ def by_hand(tiles, logits_of, scores_of, exclusive):
             low = logits_of(image, tile).numpy()
             large = np.array([np.array(Image.fromarray(m).resize((64, HEIGHT), Image.BILINEAR)) for m in low])
             ramp = np.minimum(np.arange(1, 65), np.arange(64, 0, -1))
-            shown = (scores_of(image, tile).numpy() >= 0)[:, None, None]  # another tile has no say about the mask
+            shown = (scores_of(image, tile).numpy() >= 0)[:, None, None]  # other tiles do not contribute to the mask
             total[:, :, start : start + 64] += large * ramp * shown
             weights[..., start : start + 64] += ramp * shown
             highest = np.maximum(highest, scores_of(image, tile).numpy())
@@ -91,12 +91,12 @@ def test_stitched_dice_equals_independent_code_on_the_whole_strip(folder, exclus
     right = [(float(outputs[1](image, tile)[c]) > 0) == cut[image, tile][c] for image, tile, c in there]
     assert got.pop("class_prompts_presence") == np.mean(right)
     assert set(got) == set(wanted)
-    # another resampling than torch's: single pixels at the edges of masks may fall on the other side
+    # the resampling differs from torch's, so single pixels at mask edges may differ
     assert got == pytest.approx(wanted, abs=2e-3)
 
 
 def perfect(tiles, grow=None):
-    """Outputs whose decision is the truth: large logits inside at the tile's own pixels, scores by presence."""
+    """Outputs whose decision is the truth: logits of 5 inside and -5 outside the mask, scores by presence."""
 
     def logits(image, tile):
         start = tiles.starts(image)[tile]
@@ -119,7 +119,7 @@ def test_the_truth_scores_1(folder):
 
 
 def test_the_truth_of_real_strips_scores_1(real_data):
-    """Nine strips of 256 x 1600, three of them clean, in tiles of 512: put together they are the annotation."""
+    """Nine strips of 256 x 1600, three of them clean: stitched tiles of 512 columns are the annotation."""
     files = real_data / "severstal"
     raw = SeverstalRawDataset(KaggleReader(files / "train_images", files / "train.csv"), training=False)
     tiles = ClassTiles(raw, 512, 64, ())
@@ -150,7 +150,7 @@ def test_an_empty_submission_scores_the_share_of_empty_pairs(folder):
 
 
 def test_one_false_pair_costs_exactly_one_over_the_pairs(folder):
-    """Class 2 is drawn on the clean strip c.jpg, in one of its tiles."""
+    """Class 2 is predicted in one tile of the clean strip c.jpg."""
     tiles = tiles_of(folder)
     logits, scores = perfect(tiles)
     clean = NAMES.index("c.jpg")
@@ -171,7 +171,7 @@ def test_one_false_pair_costs_exactly_one_over_the_pairs(folder):
 
 
 def test_a_tile_that_says_absent_adds_no_mask(folder):
-    """The class is there by its other tiles, whose masks are then the strip's."""
+    """The class is present in other tiles, and only their masks count."""
     tiles = tiles_of(folder)
     logits, scores = perfect(tiles)
 
@@ -228,7 +228,7 @@ def test_a_meter_that_was_told_nothing_says_so(folder):
     meter = ClassPromptMeter()
     overall = ["kaggle_dice", "kaggle_dice_empty", "dice_present", "false_alarms", "recall", "strips", "clean_strips"]
     assert meter.keys() == overall + PairRows.keys()
-    with pytest.raises(UserError, match="does not know the strips"):
+    with pytest.raises(UserError, match="was not bound to the validation strips"):
         meter.update(outputs_of(torch.zeros(4, 8, 8), torch.zeros(4)), None)
 
 
@@ -253,7 +253,7 @@ def test_two_ranks_give_exactly_what_one_gives(folder, tmp_path):
 
 
 def test_rows_of_pairs_in_closed_form():
-    """Two pairs are there, one is not; two predictions each; one score is wrong."""
+    """Two present pairs and one absent pair, with two predictions each and one wrong score."""
     window = TrainingWindow()
     outputs = [
         {

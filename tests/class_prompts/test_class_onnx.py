@@ -1,4 +1,4 @@
-"""One ONNX graph for all classes under onnxruntime: any number of tiles, the decision inside, float16."""
+"""The ONNX graph of all classes under onnxruntime: any number of tiles, with the decision, in float16."""
 
 import json
 from dataclasses import replace

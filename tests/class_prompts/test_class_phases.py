@@ -1,4 +1,4 @@
-"""Class steps in the phases of a training: the same kinds on all ranks and workers, and the strips as for clicks."""
+"""Class steps in the phases of a training: the same kinds on all ranks and workers, and the strips of click steps."""
 
 import random
 
@@ -44,7 +44,7 @@ def phased(folder, share=0.5, corrections=0.5, workers=0, transforms=(), batch=2
 
 
 class Collate:
-    """Of float images; a class, so that workers can take it."""
+    """Collates float images; a class, so that it can be pickled for workers."""
 
     __name__ = "collate_fn"
 
@@ -53,7 +53,7 @@ class Collate:
 
 
 def kinds_of(batches):
-    """The kind of each batch by its identifiers, which are of one kind."""
+    """The kind of each batch, from its identifiers, which are all of one kind."""
     found = []
     for batch in batches:
         ids = batch.metadata.unique_objects_identifier[0, :, 1]
@@ -92,7 +92,7 @@ def test_a_share_of_0_is_training_without_class_steps(folder):
 
 
 def test_a_resumed_phase_gives_the_same_samples(folder):
-    """As LoRATrainer does it: the phase seeds what is drawn."""
+    """Seeds as LoRATrainer does, where the phase determines all random draws."""
 
     def batches(phase):
         random.seed(100 + phase)

@@ -1,4 +1,4 @@
-"""From training with class prompts to inspected strips: the run's adapter, fitted, merged, and each tool on the way."""
+"""From training with class prompts to inspected strips: the run's adapter is fitted, merged and used by every tool."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def test_a_run_is_fitted_merged_and_inspects(nano_base: Path, strips: Path, run_
     evaluate_inspection.main(["--checkpoint", str(run_dir), *where, "--out", str(run_dir / "inspection")])
     record = json.loads((run_dir / "inspection/inspection.json").read_text())
     result, note = record["result"], record["strips"]["note"]
-    assert note.startswith("4 of these 4 strips are those that the run validates on")
+    assert note.startswith("4 of these 4 strips are validation strips of the run")
     assert note in (run_dir / "inspection/inspection.md").read_text()
     assert result["strips"] == 4 and 0 <= result["kaggle_dice"]["mean"] <= 1
     out = tmp_path / "out"

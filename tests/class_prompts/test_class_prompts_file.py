@@ -1,4 +1,4 @@
-"""Class prompts on disk: what is written is read back, three ways; what is damaged is one sentence."""
+"""Class prompts on disk: all three formats are read back equal, and damaged files give one sentence."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,14 @@ DECISION = Decision((0.5, -1.0), (1.0, 2.0), (0.0, 0.25), (600, 0), (1200, 0), (
 
 
 def make_prompts(**changes) -> ClassPrompts:
-    """Class prompts of two classes, three tokens and width 5; `changes` to them."""
+    """Class prompts of two classes, three tokens and width 5, with `changes`."""
     tokens = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     facts = {"tokens": tokens, "class_ids": (1, 255), "class_names": ("scratch", "scale"), "decision": DECISION}
     return ClassPrompts(**{**facts, "crop": 512, "resolution": 1024, "base_id": "b", "digest": "d", **changes})
 
 
 def assert_equal(found: ClassPrompts | None, wanted: ClassPrompts) -> None:
-    """Every field is the same."""
+    """Asserts that all fields are equal."""
     assert found is not None and torch.equal(found.tokens, wanted.tokens) and header_of(found) == header_of(wanted)
     assert found.decision == wanted.decision and found.class_ids == wanted.class_ids
 
@@ -94,7 +94,7 @@ def test_tokens_of_another_adapter_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_a_sentence(changes: dict) -> None:
-    with pytest.raises(UserError, match="these are no class prompts"):
+    with pytest.raises(UserError, match="these are not valid class prompts"):
         make_prompts(**changes)
 
 

@@ -1,4 +1,4 @@
-"""Runs with class prompts: the tokens' own rate, what a run leaves, ranks of which one lacks a class."""
+"""Runs with class prompts: the tokens' learning rate, the files of a run, and a rank without one of the classes."""
 
 import json
 
@@ -22,7 +22,7 @@ DEMO = "configs/demo_classes.yaml"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, nano_base, strips):
-    """Three phases of two steps by the demo's config, with a merged file; the run's folder and its Trainer."""
+    """The folder and Trainer of a run of the demo's config: three phases of two steps, with a merged file."""
     folder = tmp_path_factory.mktemp("classes") / "run"
     trainer = train_here(environment(nano_base, strips, folder), "trainer.export.merged=true", name=DEMO)
     return folder, trainer
@@ -43,7 +43,7 @@ def test_tokens_have_their_own_rate_and_no_weight_decay(tmp_path, nano_base, str
 
 
 def test_what_a_run_leaves(run, nano_base):
-    """Tokens that moved in its checkpoint and adapters, equal; the merged file is the adapter's; all can inspect."""
+    """Checkpoint and adapters have the same tokens, the merged file those of the best adapter; both can inspect."""
     folder, trainer = run
     checkpoint = read_weights(folder / "checkpoints/checkpoint.pt")
     assert {key for key in checkpoint if "lora" not in key and "obj_score" not in key} == {STATE_KEY}
@@ -97,7 +97,7 @@ torch.save(gradients_of_ranks(rank), Path(sys.argv[1], f"{{rank}}.pt"))
 
 
 def test_no_rank_waits_for_a_token_of_a_class_that_it_lacks(tmp_path, repository):
-    """Both ranks have the same gradients, of both present classes' tokens; in click steps they are there and zero."""
+    """Both ranks have the same gradients: of all classes' tokens in class steps, and zero for tokens in click steps."""
     run_ranks(PROGRAM.format(tests=str(repository / "tests")), tmp_path, 2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for kind in ("classes", "clicks"):

@@ -1,4 +1,4 @@
-"""Training samples of class steps: every class of the table, present or absent by what the window shows."""
+"""Training samples of class steps: every class of the table, present or absent by its pixels in the window."""
 
 import random
 from collections import Counter
@@ -23,14 +23,14 @@ def folder(tmp_path_factory):
 
 
 def draws(dataset, item, count=200, seed=0, width=50, **settings):
-    """Samples of one item, with the first column of each window (the pictures tell it)."""
+    """Samples of one item, drawn with a given seed."""
     random.seed(seed)
     steps = ClassSteps(width, transforms=[], **settings)
     return [steps.sample(dataset, item, corrected=False) for _ in range(count)]
 
 
 def where(sample, dataset):
-    """(name, first column) of a sample whose picture is a part of a strip."""
+    """The name of a sample's strip, and the first column of its window there, found by the pixels."""
     raw = dataset.video_dataset
     strip, part = raw.index.read(sample.video_id), np.asarray(sample.frames[0].data)
     for start in range(WIDTH - part.shape[1] + 1):
@@ -55,7 +55,7 @@ def test_a_class_is_present_by_what_the_window_shows(folder):
 
 
 def test_half_of_the_windows_lie_around_a_defect(folder):
-    """b.jpg has one defect at columns 100..190: of 151 uniform windows those from 51 on show some of it."""
+    """b.jpg has one defect in columns 100 to 190: of 151 uniform windows those that start at 51 or later show it."""
     dataset = video_dataset(SeverstalRawDataset(reader(folder)))
     shown = {}
     for around in (0.0, 0.5, 1.0):
@@ -76,20 +76,20 @@ def test_each_class_is_as_likely_to_be_looked_for(folder):
 
 
 def test_specks_are_neither_present_nor_absent(folder):
-    """d.jpg: specks of one pixel at columns 0 and 5 and a defect of class 3 at 30..45."""
+    """d.jpg has specks of one pixel in columns 0 and 5 and a defect of class 3 in columns 30 to 45."""
     raw = SeverstalRawDataset(reader(folder), min_area=16)
     image = 3
 
     def targets(*window):
         return window_targets(raw.objects, image, HEIGHT, window, raw.min_area)
 
-    assert list(targets(0, 20)) == [1, 2, 4]  # specks alone: class 3 takes no part
-    assert list(targets(6, 20)) == CLASSES and not len(targets(6, 20)[3])  # nothing of it: absent
-    assert targets(0, 50)[3][:, 1].sum() == 2 + 15 * 20  # beside a defect a speck is part of the class
+    assert list(targets(0, 20)) == [1, 2, 4]  # only specks: class 3 is not used
+    assert list(targets(6, 20)) == CLASSES and not len(targets(6, 20)[3])  # no pixel of it: absent
+    assert targets(0, 50)[3][:, 1].sum() == 2 + 15 * 20  # next to a defect, specks belong to the target
     assert list(targets(6, 30)) == CLASSES
     assert list(targets(44, 60)) == CLASSES and targets(44, 60)[3][:, 1].sum() == 20  # one column, 20 px
     rest = SeverstalRawDataset(reader(folder), min_area=21)
-    assert 3 not in window_targets(rest.objects, image, HEIGHT, (44, 60), 21)  # an edge of less than min_area
+    assert 3 not in window_targets(rest.objects, image, HEIGHT, (44, 60), 21)  # an edge of fewer than min_area pixels
 
 
 def test_windows_never_call_a_speck_absent(folder):
@@ -111,7 +111,7 @@ def test_windows_never_call_a_speck_absent(folder):
 def test_images_that_lost_a_mask_take_no_part(tmp_path):
     folder = write_kaggle(tmp_path / "k")
     table = folder / "train.csv"
-    table.write_text(table.read_text().replace("a.jpg,1,", "a.jpg,1,0 "))  # a.jpg keeps class 3 alone
+    table.write_text(table.read_text().replace("a.jpg,1,", "a.jpg,1,0 "))  # a.jpg keeps only class 3
     dataset = video_dataset(SeverstalRawDataset(reader(folder), on_invalid="skip"))
     raw = dataset.video_dataset
     place = [raw.get_video(item)[0].video_name for item in range(len(raw))].index("a.jpg")
@@ -197,7 +197,7 @@ def test_only_specks_and_one_class_is_a_sentence(tmp_path):
     random.seed(0)
     dataset = video_dataset(raw)
     samples = [ClassSteps(50, [], around=0.0).sample(dataset, 0, False) for _ in range(40)]
-    assert all(len(sample.frames[0].objects) == 1 for sample in samples)  # windows with the speck alone are drawn again
+    assert all(len(sample.frames[0].objects) == 1 for sample in samples)  # windows with only the speck are drawn again
     raw.min_area = 10**6
     with pytest.raises(UserError, match="lower dataset.min_area"):
         ClassSteps(None, []).sample(dataset, 0, False)

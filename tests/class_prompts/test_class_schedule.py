@@ -1,4 +1,4 @@
-"""The kinds of steps: exact shares, no memory, seeds that differ."""
+"""The kinds of steps have exact shares, do not depend on earlier calls, and differ between seeds."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The segmenter against stock SAM 2: class by class, tile by tile, from file to masks."""
+"""The segmenter compared with stock SAM 2: class by class, tile by tile, from file to masks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from sam2_lora_ext.inspection.segmenter import Segmenter, load_segmenter
 from sam2_lora_ext.lora.class_tokens import ClassTokens, find_tokens
 from sam2_lora_ext.utils.errors import UserError
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # batches of another size add in another order
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the order of sums depends on the batch size
 
 
 def test_all_classes_at_once_equal_stock_asked_class_by_class() -> None:
@@ -81,7 +81,7 @@ def test_tiles_that_all_show_a_class_are_stitched_as_before() -> None:
 
 def test_a_tile_without_the_class_has_no_say() -> None:
     logits = torch.full((2, 1, 4, 4), 5.0)
-    logits[1] = -7.0  # rubbish either way: it says that the class is not there
+    logits[1] = -7.0  # ignored, since this tile predicts that the class is absent
     tiles = Tiles(logits, torch.tensor([[2.0], [-1.0]]), (0, 4), 8, (4, 12))
     merged, scores = merge_tiles(tiles, Decision.default(1))
     assert scores.tolist() == [2.0]
@@ -157,8 +157,8 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         Segmenter(class_model(prompts), prompts, overlap=128)
     model = class_model(prompts)
     segmenter = Segmenter(model, prompts)
-    install_class_prompts(model, tokens_of(make_prompts(count=3)))  # as a switch of live adapters does
-    with pytest.raises(UserError, match="other class prompts than this segmenter was made for"):
+    install_class_prompts(model, tokens_of(make_prompts(count=3)))  # as switching live adapters does
+    with pytest.raises(UserError, match="other class prompts than this segmenter"):
         segmenter(make_strip(64, 64, 0))
     with pytest.raises(UserError, match="uint8"):
         Segmenter(class_model(prompts), prompts)(np.zeros((4, 4), np.uint8))

@@ -1,4 +1,4 @@
-"""Steps by class prompts in `LoRASAM2Train`: prompts, single masks, corrections, gradients, equality to the heads."""
+"""Class steps in `LoRASAM2Train`: prompts, single masks, corrections, gradients, equality with stock's heads."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ SCORES = "multistep_object_score_logits"
 
 
 def run(model: nn.Module, batch: object, train: bool = True, seed: int = 5) -> dict:
-    """The outputs of a batch's frame, from a given state of the random numbers."""
+    """The outputs for a batch's frame, with given seeds."""
     model.train(train)
     torch.manual_seed(seed)
     model.rng = np.random.default_rng(seed)
@@ -26,7 +26,7 @@ def run(model: nn.Module, batch: object, train: bool = True, seed: int = 5) -> d
 
 
 def low_scores(model: nn.Module, by: float = -50.0) -> None:
-    """Makes every object score be far below (or above) 0."""
+    """Moves all object scores far below (or above) 0."""
     with torch.no_grad():
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(by)
 
@@ -34,7 +34,7 @@ def low_scores(model: nn.Module, by: float = -50.0) -> None:
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_one_prediction_of_a_single_mask(train, tokens):
-    """Also for one token, of which stock would give three masks; no click is drawn, no memory encoded."""
+    """Even one token gives a single mask, where stock would predict three; no click is drawn, no memory encoded."""
     outputs = run(class_model(tokens), class_batch(PRESENT), train)
     labels = outputs["point_inputs"]["point_labels"]
     assert labels.tolist() == [[16 + c * tokens + k for k in range(tokens)] for _ in range(2) for c in range(3)]
@@ -47,7 +47,7 @@ def test_one_prediction_of_a_single_mask(train, tokens):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("prompt_seed", [None, 3])
 def test_corrections_of_classes_that_are_absent(train, prompt_seed):
-    """A negative click where something was drawn, else one on sound steel without an object of another class."""
+    """They are negative clicks in the predicted mask, or on sound steel without any object if it is empty."""
     model = class_model(prompt_seed=prompt_seed, prob_to_sample_from_gt_for_train=0.0)
     batch = class_batch(PRESENT, corrected=True)
     outputs = run(model, batch, train)
@@ -77,7 +77,7 @@ def test_steel_is_without_any_object_of_the_image():
 
 
 def test_click_steps_are_those_of_a_model_without_class_prompts():
-    """Bit for bit, and the tokens' gradient is there and zero: DDP waits for it."""
+    """They are bitwise equal, and the tokens have a gradient of zero, since DDP waits for it."""
     ours, plain = class_model(), make_model(num_correction_pt_per_frame=2)
     batch = make_batch([[1_000_001], [255_000_000, 0]])
     one, other = run(ours, batch), run(plain, batch)
@@ -91,7 +91,7 @@ def test_click_steps_are_those_of_a_model_without_class_prompts():
 
 
 def test_an_object_of_class_0_with_pixels_is_no_clean_sample():
-    """It is clicked where it is; an object without pixels, of whatever class, on sound steel, positively."""
+    """It is clicked inside its mask; an object without pixels, of any class, gets a positive click on sound steel."""
     model = make_model(num_correction_pt_per_frame=1, prob_to_use_box_input_for_train=0.0)
     batch = make_batch([[1_000_001, 2_000_001]])
     batch.metadata.unique_objects_identifier[0, 0, 1] = 3  # class 0
@@ -104,7 +104,7 @@ def test_an_object_of_class_0_with_pixels_is_no_clean_sample():
 @pytest.mark.parametrize("checkpoints", ["none", "ours", "stock's"])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_a_missed_class_has_a_mask_gradient_and_an_absent_one_has_none(checkpoints, corrected):
-    """The score of all is far below 0; with checkpoints gradients are those without, to the bit."""
+    """All scores are far below 0; activation checkpointing leaves gradients bitwise equal."""
     keep = {"activations": {"decoder": 0.0}}
     settings = {
         "none": keep,
@@ -151,7 +151,7 @@ def test_absent_classes_have_no_mask_gradient_unless_asked_for():
 
 
 def test_the_step_is_the_heads_on_the_image_features():
-    """What the image predictor's way gives: features once, prompts beside them; also each class on its own."""
+    """As in the image predictor, features are computed once and each class is a prompt of its own."""
     model, batch = class_model(), class_batch([[1, 255]])
     model.activations = model.activations.of("stock")
     outputs = run(model, batch, train=False)
@@ -211,5 +211,5 @@ def test_wrong_settings(changes, words):
 def test_a_class_of_the_config_below_can_be_left_out():
     tokens, _ = new_tokens({"classes": {1: "pit", 2: "line", 3: None}}, 8, 0)
     assert tokens.class_ids == (1, 2) and tokens.class_names == ("pit", "line")
-    with pytest.raises(UserError, match="each class needs a name of its own, got"):
+    with pytest.raises(UserError, match="each class needs its own name, got"):
         new_tokens({"classes": {1: "pit", 2: "pit"}}, 8, 0)

@@ -1,4 +1,4 @@
-"""Class tokens in stock's prompt encoder: what they must be equal to, and that without them everything is stock's."""
+"""Class tokens in stock's prompt encoder: equal to the clicks that they copy, and without effect on other prompts."""
 
 import copy
 
@@ -28,7 +28,7 @@ def random_tokens(count: int, width: int = 64, classes: int = 3) -> torch.Tensor
 
 
 def heads(model: torch.nn.Module, coords: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None):
-    """What the mask decoder gives for prompts [N, P] on one image's features, single masks: masks, IoU, score."""
+    """The mask decoder's single masks, IoU and scores for prompts [N, P] on one image's features."""
     features = torch.randn(1, 64, 8, 8, generator=torch.Generator().manual_seed(4))
     high = [
         torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(5))
@@ -58,7 +58,7 @@ def class_heads(model: torch.nn.Module, positions: list[int], **more):
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_token_that_is_a_click_is_that_click(label):
-    """K = 1, bit for bit: masks, IoU and score."""
+    """With K = 1, masks, IoU and score are bitwise equal."""
     model = build()
     coords, labels = torch.tensor([[[40.0, 70.0]]]), torch.tensor([[label]], dtype=torch.int32)
     embedding = model.sam_prompt_encoder._embed_points(coords, labels, pad=False)
@@ -68,7 +68,7 @@ def test_a_token_that_is_a_click_is_that_click(label):
 
 
 def test_a_token_that_is_no_point_is_the_padded_prompt_of_training():
-    """Which `_forward_sam_heads` makes where there is no click: two tokens of padding."""
+    """`_forward_sam_heads` uses that prompt without clicks: two tokens of padding."""
     model = build()
     padding = torch.zeros(1, 1, 2), -torch.ones(1, 1, dtype=torch.int32)
     expected = heads(model, *padding)
@@ -78,7 +78,7 @@ def test_a_token_that_is_no_point_is_the_padded_prompt_of_training():
 
 @pytest.mark.parametrize("pad", [True, False])
 def test_without_class_labels_it_is_stock_bit_for_bit(pad):
-    """The labels -1 to 4 (4 is none of stock's), boxes, and the image predictor."""
+    """Covers the labels -1 to 4 (4 is not a label of stock), boxes, and the image predictor."""
     plain, ours = build(), build()
     install_class_prompts(ours, tokens_of(random_tokens(8)))
     embedded = [model.sam_prompt_encoder._embed_points(POINTS, LABELS, pad) for model in (plain, ours)]
@@ -108,7 +108,7 @@ def test_one_call_for_all_classes_is_a_call_for_each():
 
 
 def test_permutations():
-    """Permuted classes permute the outputs, bit for bit; the order of a class's tokens changes the rounding alone."""
+    """Permuted classes permute the outputs bitwise; the order of a class's tokens only changes rounding."""
     model, values = build(), random_tokens(4)
     install_class_prompts(model, tokens_of(values))
     before = class_heads(model, [0, 1, 2])
@@ -122,7 +122,7 @@ def test_permutations():
 
 
 def test_a_click_beside_class_tokens_is_stocks():
-    """The rows of a mixed prompt are those of the two alone."""
+    """The rows of a mixed prompt are those of its two parts."""
     model = build()
     install_class_prompts(model, tokens_of(random_tokens(2)))
     coords, labels = find_tokens(model).prompt_of(torch.tensor([2]))
@@ -135,7 +135,7 @@ def test_a_click_beside_class_tokens_is_stocks():
 
 
 def test_stocks_strict_load_takes_metas_file(tmp_path):
-    """Into a model with tokens, which stay; and a model's state dict with tokens goes into a model with tokens."""
+    """A model with tokens loads Meta's file and keeps its tokens; it also loads a state dict with tokens."""
     model = build(seed=1)
     torch.save({"model": build().state_dict()}, tmp_path / "base.pt")
     install_class_prompts(model, tokens_of(random_tokens(8)))
@@ -150,7 +150,7 @@ def test_stocks_strict_load_takes_metas_file(tmp_path):
 
 
 def test_tokens_that_begin_as_clicks_of_the_base_that_is_loaded():
-    """Each is a positive click somewhere in the image; a file with tokens brings its own."""
+    """Each token is a positive click at a random point; weights with tokens replace them."""
     model, base = build(seed=1), build(seed=2)
     install_class_prompts(model, tokens_of(torch.zeros(3, 8, 64)), clicks_seed=7)
     begun = find_tokens(model).tokens.clone()
@@ -173,12 +173,14 @@ def test_labels_positions_and_faults():
     coords, labels = tokens.prompt_of(tokens.position_of(torch.tensor([255.0, 1.0, 4.0])))
     assert labels.tolist() == [[FIRST_LABEL + 4, FIRST_LABEL + 5], [16, 17], [18, 19]] and labels.dtype == torch.int32
     assert coords.shape == (3, 2, 2) and not coords.any()
-    with pytest.raises(UserError, match="no class prompt for class 3: the model has them for 1 pit, 4 line, 255 scr"):
+    with pytest.raises(
+        UserError, match="no class prompt for class 3: the model has prompts for 1 pit, 4 line, 255 scr"
+    ):
         tokens.position_of(torch.tensor([[1, 3]]))
     for values, ids, names, words in (
         (torch.zeros(2, 64), (1, 2), NAMES[:2], "must be"),
         (torch.zeros(2, 1, 64), (2, 1), NAMES[:2], "ascending"),
-        (torch.zeros(2, 1, 64), (1, 2), NAMES, "as many"),
+        (torch.zeros(2, 1, 64), (1, 2), NAMES, "the same number of ids"),
         (torch.full((1, 1, 64), torch.nan), (1,), ("a",), "finite"),
     ):
         with pytest.raises(UserError, match=words):

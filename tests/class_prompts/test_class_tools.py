@@ -1,4 +1,4 @@
-"""Fitting and evaluating an inspection from the command line: what is written where, and what is never looked at."""
+"""Fitting and evaluating an inspection from the command line: which files are written, and which strips are used."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_fit_evaluate_and_the_file_between(steel: Path, strips: Path, tmp_path: 
     assert prompts.decision.fitted and torch.equal(prompts.tokens, steel_prompts().tokens)
     after = torch.load(steel, weights_only=True)["model"]
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    with pytest.raises(UserError, match="fitted already"):
+    with pytest.raises(UserError, match="already fitted"):
         fit_decision.main(["--checkpoint", str(steel), *data_of(strips, "val")])
 
     out = tmp_path / "inspection"
@@ -107,9 +107,9 @@ def test_a_decision_goes_beside_a_safetensors_file_too(tmp_path: Path) -> None:
 
 
 def test_data_of_other_classes_is_refused(steel: Path, strips: Path) -> None:
-    with pytest.raises(UserError, match="take the data that they were trained for"):
+    with pytest.raises(UserError, match="use the data that they were trained for"):
         fit_decision.main(["--checkpoint", str(steel), *data_of(strips, "val"), "--classes", "a,b,c,d"])
-    with pytest.raises(UserError, match="validation strips alone, not to --split test"):
+    with pytest.raises(UserError, match="must not be fitted to --split test"):
         fit_decision.main(["--checkpoint", str(steel), *data_of(strips, "test")])
-    with pytest.raises(UserError, match="say which strips"):
+    with pytest.raises(UserError, match="no strips are named"):
         fit_decision.main(["--checkpoint", str(steel)])

@@ -1,4 +1,4 @@
-"""Class steps in SAM 2's Trainer: both kinds of rows, exact resume, and what does not go together."""
+"""Class steps in SAM 2's Trainer: metrics of both kinds of steps, exact resume, and incompatible settings."""
 
 import contextlib
 import csv
@@ -26,7 +26,7 @@ def train(env, *overrides):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, nano_base, strips):
-    """Three phases of two steps; the run's folder, its Trainer and the kind of each of its steps by its batch."""
+    """A run of three phases of two steps: its folder, its Trainer, and the kind of each step by its batch."""
     folder, kinds = tmp_path_factory.mktemp("whole") / "run", []
     original = LoRATrainer._run_step
 
@@ -108,7 +108,7 @@ def sentence_of(env, *overrides):
         ("trainer.model.class_prompts.crop=96", "class_steps.width is 256, but trainer.model.class_prompts.crop is 96"),
         (
             "trainer.model.class_prompts=null",
-            "options.lr is also for *.class_tokens.tokens, but the model has no class",
+            "options.lr has an entry for *.class_tokens.tokens, but the model has no class",
         ),
         ("scratch.num_frames=2", "single frames"),
         ("trainer.data.val._target_=training.dataset.sam2_datasets.TorchTrainMixedDataset", "no setting"),

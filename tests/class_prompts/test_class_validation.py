@@ -1,4 +1,4 @@
-"""Validation tiles of class prompts: fixed, unique, whole strips on a rank, in batches of one kind."""
+"""Validation tiles of class prompts are fixed and unique, with each strip on one rank and batches of one kind."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_tiles_cover_every_strip_and_are_unique(folder):
 
 
 def test_tiles_do_not_depend_on_the_truth(tmp_path, folder):
-    """The same images with other defects have the same windows."""
+    """The same images with other defects have the same tiles."""
     moved = {name: [(1, 90, 0, 100, 10)] for name in STRIPS}
     other = ClassTiles(raw_of(write_kaggle(tmp_path / "k", moved)), 64, 16, ())
     tiles = tiles_of(folder)
@@ -98,7 +98,7 @@ def test_batches_have_every_tile_and_whole_strips_on_a_rank(folder, size, ranks)
 
 
 class Collate:
-    """Of float images; a class, so that workers can take it."""
+    """Collates float images; a class, so that it can be pickled for workers."""
 
     __name__ = "collate_fn"
 

@@ -1,4 +1,4 @@
-"""The rivals of the class prompts: their logits, targets, loss and learning rate, against independent computations."""
+"""The networks without prompts: logits, targets, loss and learning rate compared with independent computations."""
 
 from types import SimpleNamespace
 

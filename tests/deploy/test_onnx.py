@@ -146,9 +146,9 @@ def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
         ({"--out": "new", "--checkpoint": "adapter/adapter_model.safetensors"}, "the weights do not fit the model"),
         ({"--out": "new", "--config": "configs/sam2/sam2_hiera_t.yaml"}, "look like configs/sam2_nano.yaml, the model"),
         ({"--out": "new", "--image": "merged.pt"}, "cannot read the image merged.pt"),
-        ({"--out": "new", "--name": "steel"}, "--name is written into the files of a labelling tool"),
+        ({"--out": "new", "--name": "steel"}, "--name is only for labelling tools"),
         ({"--out": "new", "--classes": None, "--layout": "samexporter"}, "leave it out with --classes"),
-        ({"--out": "new", "--classes": None, "--name": "steel"}, "--name is written into the files of a labelling"),
+        ({"--out": "new", "--classes": None, "--name": "steel"}, "--name is only for labelling tools"),
         ({"--out": "new", "--image-size": "100"}, "--image-size: must be a multiple of 32 from 32 to 8192, got 100"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The page's answers: masks are those of the stock predictor, a click is one decode, mistakes are sentences."""
+"""The page's responses: masks equal the stock predictor's, a click costs one decode, errors are sentences."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def page(tmp_path, folder, adapters) -> Page:
 
 
 def stock(adapter: Path | None, pixels: np.ndarray) -> SAM2ImagePredictor:
-    """SAM 2's own predictor of a model that was built for this adapter alone."""
+    """SAM 2's own predictor with a model built only for this adapter."""
     model = build_sam2(NANO, str(BASE), device="cpu")
     if adapter is not None:
         attach_adapter(model, load_adapter(adapter)).requires_grad_().eval()
@@ -47,7 +47,7 @@ def stock(adapter: Path | None, pixels: np.ndarray) -> SAM2ImagePredictor:
 
 @torch.inference_mode()
 def expected(predictor: SAM2ImagePredictor, clicks: list, box: list | None = None) -> np.ndarray:
-    """The mask after all clicks, one at a time, each with the logits of the one before."""
+    """The mask after all clicks, one at a time, each with the logits of the previous one."""
     low = None
     for count in range(0 if box else 1, len(clicks) + 1):
         points = np.array(clicks[:count], dtype=np.float32).reshape(-1, 3)
@@ -80,7 +80,7 @@ def test_masks_are_those_of_the_stock_predictor_for_each_model(page, adapters):
 
 
 def test_a_click_costs_one_decode(page):
-    """Also after another model, after Undo, and where earlier clicks were never asked for."""
+    """This also holds after another model and after Undo; clicks that the model has not seen are decoded first."""
     counts = {"encoder": 0, "decoder": 0}
     network = page.engine.model("sam2_nano").network
     network.image_encoder.register_forward_hook(lambda *_: counts.__setitem__("encoder", counts["encoder"] + 1))
@@ -129,11 +129,11 @@ def test_the_image_is_the_pixels_that_the_model_gets(page):
     [
         ({"image": 99}, "there is no image 99: there are 12"),
         ({"image": -1}, "there is no image -1"),
-        ({"models": ["x"]}, "there is no model 'x': there are 'sam2_nano', 'line_1', 'line_2'"),
-        ({"clicks": []}, "nothing was clicked"),
+        ({"models": ["x"]}, "there is no model 'x': choose from 'sam2_nano', 'line_1', 'line_2'"),
+        ({"clicks": []}, "there is no prompt"),
         ({"clicks": [[-1, 5, 1]]}, "(-1, 5) is outside the strip of 1600x256 pixels"),
         ({"clicks": [[5, 257, 1]]}, "outside the strip"),
-        ({"box": [5, 5, 5, 9]}, "a box is x0 < x1"),
+        ({"box": [5, 5, 5, 9]}, "a box must have x0 < x1"),
         ({"box": [5, 5, 9, 1e300]}, "outside the strip"),
     ],
 )

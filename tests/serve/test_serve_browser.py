@@ -1,4 +1,4 @@
-"""The page in headless Chromium, with real clicks, drags and taps: on a desk and a phone, light and dark."""
+"""The page in headless Chromium, with real clicks, drags and taps: on desktop and phone, light and dark."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ IDLE = "!document.body.classList.contains('busy')"
 
 
 def find(image: np.ndarray) -> SimpleNamespace:
-    """A segmenter that finds a patch and a scratch."""
+    """A segmenter that always finds a patch and a scratch."""
     masks = np.zeros((3, *image.shape[:2]), dtype=bool)
     masks[0, 50:90, 100:300] = masks[1, :, 900:920] = True
     return SimpleNamespace(masks=masks, scores=np.array([0.75, 0.5, -4.0]))
@@ -39,7 +39,7 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def page(tmp_path, strips, adapters) -> Iterator[Page]:
-    """The application behind a real server; `address` is where."""
+    """The application in a real server at `address`."""
     made = Page(
         tmp_path / "page", strips / "train_images", adapters, makers={"line_1": lambda: Inspector(find, (1, 2, 4))}
     )
@@ -67,7 +67,7 @@ def begin(tab: Tab, page: Page, size: dict = DESK, dark: bool = False) -> None:
 
 
 def shown(tab: Tab, panel: int = 0) -> np.ndarray:
-    """bool [256, 1600]: where a panel's canvas has anything drawn."""
+    """The pixels of a panel's canvas that are not transparent, bool [256, 1600]."""
     place = tab.value(f"""(() => {{ const canvas = document.querySelectorAll(".panel canvas")[{panel}];
         const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
         return [...data.filter((_, place) => place % 4 === 3)].map(one => one ? "1" : "0").join("") }})()""")
@@ -75,13 +75,13 @@ def shown(tab: Tab, panel: int = 0) -> np.ndarray:
 
 
 def quiet(tab: Tab, page: Page) -> None:
-    """Nothing was said to the console, and no other address was asked."""
+    """Asserts that the console is empty and no other address was requested."""
     tab.value("1")
     assert not tab.said and all(url.startswith((page.address, "data:")) for url in tab.asked), (tab.said, tab.asked)
 
 
 def differ(seen: np.ndarray, mask: np.ndarray, x: float, y: float) -> int:
-    """Pixels beside the dot of a click in which two masks differ."""
+    """The number of pixels outside a click's dot in which two masks differ."""
     beside = np.ones_like(mask)
     beside[max(int(y) - 15, 0) : int(y) + 15, max(int(x) - 15, 0) : int(x) + 15] = False
     return int((seen ^ mask)[beside].sum())
@@ -137,7 +137,7 @@ def test_keep_switch_and_save(page, tab):
     tab.wait("document.querySelector('#message').textContent.startsWith('saved in')")
     found = json.loads((page.out / "round-1/annotations.json").read_text())
     assert len(found["annotations"]) == 1 and len(found["images"]) == 2
-    tab.open(page.address)  # nothing is lost with the page
+    tab.open(page.address)  # reloading the page loses nothing
     tab.wait(f"{READY} && document.querySelectorAll('#list li').length === 1")
     tab.click("#list button")
     tab.wait("document.querySelectorAll('#list li').length === 0")
@@ -170,7 +170,7 @@ def test_a_refusal_is_shown(page, tab):
 
 
 def test_a_strip_that_cannot_be_opened_leaves_no_other_one_to_click_on(page, tab):
-    """What is still shown is the strip before: a click on it would be answered on the one that was chosen."""
+    """The page still shows the previous strip, so a click there must not be sent for the chosen one."""
     begin(tab, page)
     tab.click(".panel canvas", 0.25, 0.5)
     tab.wait(f"{FACTS}[0]")
@@ -192,7 +192,7 @@ def test_a_strip_that_cannot_be_opened_leaves_no_other_one_to_click_on(page, tab
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("size", [DESK, PHONE])
 def test_on_a_desk_and_a_phone_light_and_dark(page, tab, tmp_path, size, dark):
-    """Nothing is wider than the screen, controls are large enough for a finger, a tap is a click, a box is drawn."""
+    """Nothing is wider than the screen, controls are large enough for a finger, and a tap is a click."""
     begin(tab, page, size, dark)
     if size is PHONE:
         tab.tap(".panel canvas", 0.1, 0.5)

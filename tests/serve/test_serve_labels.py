@@ -1,4 +1,4 @@
-"""Masks that were kept on the page come back from every format as they were; no data set of others is replaced."""
+"""Masks kept on the page are read back equal from every format, and foreign data sets are never replaced."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_save_replaces_its_own_data_set_and_no_other(page):
 
 
 def test_a_mask_that_is_kept_twice_is_kept_once(page):
-    """Its number stays; with another class it is another mask."""
+    """Its number stays the same; with another class it is another mask."""
     one, again = keep(page, 0, 1, CLICKS[:1]), keep(page, 0, 1, CLICKS[:1])
     assert one["number"] == again["number"] and page.labels.count() == (1, 1)
     assert keep(page, 0, 2, CLICKS[:1])["number"] != one["number"] and page.labels.count() == (1, 2)
@@ -93,9 +93,9 @@ def test_a_mask_that_is_kept_twice_is_kept_once(page):
 
 def test_what_cannot_be_kept_or_saved_is_a_sentence(page):
     assert "nothing to save" in page.refused("/api/save", {"format": "coco", "name": "a"})
-    assert "there is no format 'yolo': there are kaggle" in page.refused("/api/save", {"format": "yolo", "name": "a"})
+    assert "there is no format 'yolo': choose from kaggle" in page.refused("/api/save", {"format": "yolo", "name": "a"})
     asked = {"image": 0, "model": "line_1", "class_id": 3, "clicks": CLICKS[:1]}
-    assert "there is no class 3: the classes are 1, 2, 4" in page.refused("/api/keep", asked)
+    assert "there is no class 3: choose from 1, 2, 4" in page.refused("/api/keep", asked)
     assert "no class prompts" in page.refused("/api/keep", {"image": 0, "model": "line_1"})
     kept = keep(page, 0, 1, CLICKS[:1])
     assert "has masks" in page.refused("/api/images/0/clean", {"clean": True})
@@ -116,7 +116,7 @@ def test_a_format_of_one_mask_a_class_says_what_it_joins(page):
 
 
 def test_class_prompts_are_masks_without_a_click(tmp_path, folder, adapters):
-    """With a segmenter whose answer is known; it is built once and asked once for each strip."""
+    """The segmenter, with a known result, is built once and called once per strip."""
     masks = np.zeros((3, 256, 1600), dtype=bool)
     masks[0, 5:9, 10:30] = masks[0, 100:120, 500:520] = masks[2, :, 1599] = True
     made, asked = [], []

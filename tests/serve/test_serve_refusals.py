@@ -1,4 +1,4 @@
-"""What the page refuses: other hosts, other origins, paths that lead elsewhere, uploads without bound."""
+"""The page refuses other hosts and origins, paths outside its own, and unbounded uploads."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def client(page):
 
 
 def test_only_names_of_this_machine_are_served(client):
-    """Else a page whose name an attacker's DNS points to 127.0.0.1 could read the answers."""
+    """Otherwise a page whose name an attacker's DNS resolves to 127.0.0.1 could read the responses."""
     for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST"):
         assert client.get("/api/state", headers={"host": host}).status_code == 200
     for host in (
@@ -96,7 +96,7 @@ def test_the_page_names_no_other_address():
 
 
 def raw(page: Page, path: str, method: str = "GET") -> int:
-    """The status of a request whose path no client tidies up."""
+    """The status of a request whose path no client normalises."""
     sent = []
     scope = {
         "type": "http",
@@ -176,7 +176,7 @@ def test_an_image_is_named_by_its_number_alone(client):
     ],
 )
 def test_a_dropped_name_is_a_plain_image_name(name):
-    with pytest.raises(UserError, match="plain file name|no image by its name"):
+    with pytest.raises(UserError, match="plain file name|does not end like an image"):
         check_name(name)
 
 
@@ -220,18 +220,18 @@ def test_uploads_are_bounded(tmp_path, monkeypatch):
     assert drop("../a.png", png())[0] == 400
     assert drop("a.png", b"x", **{"content-length": str(LARGEST_UPLOAD + 1)})[0] == 413
     assert drop("a.png", b"x", **{"content-length": "9" * 30})[0] == 413
-    pieces = (b"x" * (1 << 20) for _ in range(LARGEST_UPLOAD // (1 << 20) + 2))  # without a length
+    pieces = (b"x" * (1 << 20) for _ in range(LARGEST_UPLOAD // (1 << 20) + 2))  # without a Content-Length
     assert drop("a.png", pieces) == (413, f"the request is larger than {LARGEST_UPLOAD:,} bytes")
     large = b"[" + b" " * LARGEST_BODY + b"]"
     for path in ("/api/predict", "/api/images/0/open", "/api/save"):
         assert page.client.post(path, content=large, headers={"content-type": "application/json"}).status_code == 413
     monkeypatch.setattr(images_module, "UPLOAD_PIXELS", 1000)
-    assert "40x30 pixels, at most 1,000" in drop("a.png", png())[1]
+    assert "40x30 pixels, but the limit is 1,000" in drop("a.png", png())[1]
     monkeypatch.setattr(images_module, "UPLOAD_PIXELS", 10000)
     monkeypatch.setattr(images_module, "MOST_UPLOADS", 1)
     assert drop("a.png", png())[0] == 200
-    assert "1 images were dropped already" in drop("b.png", png())[1]
-    assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["a.png"]  # nothing of what was refused
+    assert "there are already 1 dropped images" in drop("b.png", png())[1]
+    assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["a.png"]  # refused uploads leave no file
 
 
 def test_a_fault_of_the_server_is_a_sentence_too(tmp_path, strips):

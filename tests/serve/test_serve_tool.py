@@ -1,4 +1,4 @@
-"""`tools/serve.py` as a user starts it: what it prints, where it listens, how it ends, what it refuses."""
+"""`tools/serve.py` as a user starts it: its output, its address, its end, and its errors."""
 
 import http.client
 import re
@@ -43,7 +43,7 @@ def start(*arguments: str | Path) -> subprocess.Popen:
     "how, code, words", [(signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "")], ids=["ctrl_c", "term"]
 )
 def test_the_tool_serves_until_it_is_stopped(tmp_path, strips, monkeypatch, how, code, words):
-    """By Ctrl-C or, as containers do it, by SIGTERM: nothing of what was dropped on the page stays on the disk."""
+    """Ctrl-C stops it, or SIGTERM, as containers send it; no dropped image stays on the disk."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     adapters = make_adapters(tmp_path)
@@ -71,7 +71,7 @@ def test_the_tool_serves_until_it_is_stopped(tmp_path, strips, monkeypatch, how,
     assert answer.status == 200 and b"Click on a strip" in answer.read()
     connection.close()
     addresses = {address[4][0] for address in socket.getaddrinfo(socket.gethostname(), port)}
-    for address in addresses - {"127.0.0.1", "::1", "127.0.1.1"}:  # it listens at the loopback alone
+    for address in addresses - {"127.0.0.1", "::1", "127.0.1.1"}:  # it listens only at the loopback address
         with pytest.raises(OSError):
             socket.create_connection((address, port), timeout=5).close()
     time.sleep(0.2)

@@ -1,4 +1,4 @@
-// The page: strips, prompts, the panels with a model each, kept masks. All that it knows comes from /api/.
+// The page: strips, prompts, one panel per model, kept masks. All its data comes from /api/.
 
 import { View, colourOf } from "/view.js";
 
@@ -18,7 +18,7 @@ async function ask(path, body, method = "POST") {
   return found;
 }
 
-// Runs what may fail; a failure is said on the page.
+// Runs an action and shows its error on the page.
 async function attempt(action) {
   document.body.classList.add("busy");
   try {
@@ -49,7 +49,7 @@ const usesClasses = view => $("class-prompts").checked && modelOf(view).class_pr
 const prompts = () => ({ clicks: page.clicks, box: page.box });
 const asked = () => ({ image: page.image, ...prompts(), whole: $("whole").checked });
 
-// Until a strip is shown, and if it cannot be, what stands on the page is another one's and takes no click.
+// The panels are inert until the new strip is shown, so that no click on the old one is sent for the new one.
 async function openStrip(image) {
   if (!(image >= 0 && image < state.images.length)) return;
   $("panels").inert = $("marks").inert = true;
@@ -69,7 +69,7 @@ async function openStrip(image) {
   await refresh();
 }
 
-// Fit is as wide as the panel, but a strip is at least 160 CSS pixels high: on a phone it is scrolled sideways.
+// Fits the panel's width, but keeps strips at least 160 CSS pixels high: phones scroll them sideways.
 function resize(factor = null) {
   if (!views.length || page.image === null) return;
   const { scroll, canvas } = views[0];
@@ -78,7 +78,7 @@ function resize(factor = null) {
   for (const view of views) view.size(page.scale ?? fit);
 }
 
-// Asks for the masks of the present prompts; an answer that a later question has overtaken is not shown.
+// Requests the masks of the current prompts and shows them, unless a later request was made meanwhile.
 async function refresh() {
   const turn = ++page.asked, answers = new Map();
   const clicked = page.clicks.length > 0 || page.box !== null;
@@ -123,8 +123,8 @@ function showKept({ kept, clean, ...counts }) {
     const [item, swatch, remove] = ["li", "span", "button"].map(kind => document.createElement(kind));
     swatch.className = "swatch";
     swatch.style.background = `rgb(${colours(one.class_id)})`;
-    [remove.textContent, remove.title] = ["✕", "forget this mask"];
-    remove.setAttribute("aria-label", `forget mask ${one.number}`);
+    [remove.textContent, remove.title] = ["✕", "remove this mask"];
+    remove.setAttribute("aria-label", `remove mask ${one.number}`);
     remove.onclick = () => attempt(async () => {
       showKept(await ask(`/api/images/${page.image}/masks/${one.number}`, undefined, "DELETE"));
       await refresh();

@@ -1,13 +1,13 @@
-// One panel: an image, the masks over it, and what a finger or a mouse does on it. Coordinates are pixels of the image.
+// One panel: an image, the masks over it, and its mouse and touch input. Coordinates are pixels of the image.
 
 const COLOURS = [[230, 25, 75], [60, 180, 75], [255, 190, 25], [0, 130, 200], [245, 130, 48], [145, 30, 180]];
 const MASK = [0, 229, 255];
-const MOVED = 5; // CSS pixels from which on a press is a drag
+const MOVED = 5; // CSS pixels; beyond them a press is a drag
 
 export const colourOf = place => COLOURS[place % COLOURS.length];
 
 export class View {
-  // figure: a copy of the template; onClick(x, y, label) and onBox([x0, y0, x1, y1]) are told what was done.
+  // figure: a copy of the template; onClick(x, y, label) and onBox([x0, y0, x1, y1]) are called for input.
   constructor(figure, tool, onClick, onBox) {
     this.figure = figure;
     this.scroll = figure.querySelector(".scroll");
@@ -54,7 +54,7 @@ export class View {
       clamp((event.clientY - place.top) / place.height * this.canvas.height, this.canvas.height)];
   }
 
-  // An image of width x height pixels from an address.
+  // Shows the image of width x height pixels at an address.
   async show(address, width, height, name) {
     [this.canvas.width, this.canvas.height, this.masks] = [width, height, null];
     this.image.alt = name;
@@ -62,14 +62,14 @@ export class View {
     await this.image.decode();
   }
 
-  // scale: CSS pixels of one image pixel.
+  // scale: CSS pixels per image pixel.
   size(scale) {
     this.frame.style.width = `${this.canvas.width * scale}px`;
     this.frame.style.height = `${this.canvas.height * scale}px`;
     this.draw();
   }
 
-  // layers: [{runs, colour, strong}], later ones over earlier ones.
+  // layers: [{runs, colour, strong}], later ones on top.
   set(layers, prompts) {
     const { width, height } = this.canvas, pixels = new ImageData(width, height);
     for (const layer of layers) paint(pixels, layer);
@@ -82,7 +82,7 @@ export class View {
 
   draw(dragged = null) {
     const pen = this.canvas.getContext("2d"), { clicks, box } = this.prompts;
-    const one = this.canvas.width / Math.max(this.canvas.clientWidth, 1); // image pixels of a CSS pixel
+    const one = this.canvas.width / Math.max(this.canvas.clientWidth, 1); // image pixels per CSS pixel
     pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
     if (this.masks) pen.drawImage(this.masks, 0, 0);
     for (const corners of [box, dragged]) {
@@ -107,10 +107,10 @@ function boxOf([x0, y0], [x1, y1]) {
   return [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
 }
 
-// A mask into the pixels: tinted, with its edge drawn in full.
+// Draws a mask into the pixels: tinted, with an opaque edge.
 function paint(pixels, { runs, colour = MASK, strong = false }) {
   const { width, height } = pixels, inside = new Uint8Array(width * height);
-  for (let r = 0; r < runs.length; r += 2) // runs go down the columns
+  for (let r = 0; r < runs.length; r += 2) // runs are column-major
     for (let p = runs[r]; p < runs[r] + runs[r + 1]; p++) inside[p % height * width + Math.floor(p / height)] = 1;
   for (let p = 0; p < inside.length; p++) {
     if (!inside[p]) continue;
