@@ -1,7 +1,7 @@
 """Cache of the index on disk, so that the next start does not read the data again.
 
 The key is a hash of the reader's settings, the content of its annotation files, and name, size and time of each image
-(reading a gigabyte of pixels would take longer than building the index). A damaged file is built again.
+(reading a gigabyte of pixels would take longer than building the index). A damaged cache file is rebuilt.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def load_index(path: Path) -> AnnotationIndex:
 
 
 def _plain(value: Any) -> Any:
-    """A field of an index other than an array, as a JSON value: a dict as its items, since its keys are numbers."""
+    """A field that is not an array, as a JSON value: a dict becomes a list of items, since its keys are numbers."""
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, tuple):

@@ -111,7 +111,7 @@ def _split_columns(runs: np.ndarray, owner: np.ndarray, heights: np.ndarray) -> 
 def _label(
     owner: np.ndarray, column: np.ndarray, top: np.ndarray, bottom: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
-    """A label for each segment, equal exactly within a component."""
+    """A label for each segment; two segments have the same label exactly if they are in one component."""
     # one number line for all masks: a spare column between masks and spare rows between columns separate them
     spare = int(heights.max(initial=0)) + 3
     key = (column + (np.cumsum(widths + 2) - widths)[owner]) * spare

@@ -144,7 +144,7 @@ def test_supervisely_siblings(tmp_path):
     assert index.unknown == ("c.jpg", "e.jpg") and not index.clean().any()
     causes = {problem.cause: problem.sentence for problem in index.problems}
     assert set(causes) == {"annotation missing", "key twice", "image missing"}
-    assert "it has c.jpg: name the annotation c.jpg.json" in causes["image missing"]
+    assert "it has c.jpg: name the file c.jpg.json" in causes["image missing"]
 
 
 def test_label_siblings(tmp_path):
