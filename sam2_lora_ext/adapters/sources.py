@@ -54,13 +54,13 @@ def find_adapter(path: str | Path) -> Path:
 def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str, Tensor] | None = None) -> Adapter:
     """Reads the adapter that `find_adapter` finds: a PEFT folder, or a checkpoint of the Trainer.
 
-    One that PEFT trained on transformers' `Sam2Model` is renamed to SAM 2's modules.
+    An adapter that PEFT trained on transformers' `Sam2Model` is renamed to SAM 2's modules.
 
     A checkpoint of version 0.1.0 records neither alpha nor parts: they come from `lora.json` in its run's folder.
 
     Args:
         path: see `find_adapter`.
-        alpha: for a checkpoint that does not record it, instead of that of `lora.json`.
+        alpha: for a checkpoint that does not record it; replaces that of `lora.json`.
         base: for a checkpoint of the whole model without `lora.json`, to find its trained parameters.
 
     Raises:
@@ -79,7 +79,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     if not facts and (notes := _notes(path)):
         where = notes[0]
         facts = _read_notes(where)
-        log.warning("%s is of version 0.1.0, which did not record alpha, parts and base: %s is taken", path, where)
+        log.warning("%s is of version 0.1.0, which did not record alpha, parts and base: %s is read", path, where)
     config = None
     try:
         if (facts or where != path) and facts["config"] is not None:
@@ -125,7 +125,7 @@ def check_base(
         A note, when the adapter does not record its base.
 
     Raises:
-        UserError: it was another one; the sentence names both.
+        UserError: the adapter was trained on another base; the message names both.
     """
     facts = adapter.metadata
     if not facts.get("base_id"):

@@ -49,7 +49,7 @@ def read_file(path: str | Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # what torch saved before version 1.6 is no zip file and cannot be mapped
+        # files of torch before 1.6 are not zip files and cannot be memory-mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -65,10 +65,10 @@ def read_file(path: str | Path) -> object:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: `{"model": {...}}` as SAM 2 and its Trainer save it, without that key, or safetensors.
+    """Reads a state dict: `{"model": {...}}` as SAM 2 and its Trainer save it, a bare one, or safetensors.
 
     Raises:
-        UserError: see `read_file`, or the file holds something else than named tensors.
+        UserError: see `read_file`, or the file contains something other than named tensors.
     """
     content = read_file(path)
     state = content.get("model", content) if isinstance(content, Mapping) else content
@@ -103,7 +103,7 @@ def write_weights(
         metadata: for the header of a safetensors file.
         force: replace an existing file.
         on_written: called with the file, open for reading, when it is complete but not yet flushed to the disk.
-        beside: further entries of a .pt next to "model", which stock ignores.
+        beside: further entries of a .pt next to "model", which stock SAM 2 ignores.
 
     Raises:
         UserError: the file exists and `force` is off, or the system refuses, for example because the disk is full.

@@ -46,7 +46,7 @@ class BeginsWithBase(LoRALinear):
 
 
 class DoRALinear(BeginsWithBase):
-    """Separate direction and magnitude: `lora_m` is the length of each row of the weight. Starts bitwise equal."""
+    """Separate direction and magnitude (`lora_m`, the length of each row); the first output is bitwise the base's."""
 
     mark = "lora_m"
 
@@ -78,7 +78,7 @@ class DoRALinear(BeginsWithBase):
 
 
 class PiSSALinear(BeginsWithBase):
-    """Starts with the largest singular values and vectors of the weight, or of each adapted part, instead of zero."""
+    """B A is initialised with the largest singular values of the weight, or of each adapted part, instead of zero."""
 
     mark = "lora_a0"
 
