@@ -206,7 +206,7 @@ def test_shipped_configs_pass(name):
         ("+trainer.max_epoch=3", "trainer has no setting 'max_epoch', did you mean 'max_epochs'"),
         ("trainer.export.merged=1", "trainer.export.merged must be true or false, got 1"),
         ("+trainer.early_stop.patiense=3", "'patiense', did you mean 'patience'"),
-        ("trainer.model.image_size=96", "scratch.resolution alone"),
+        ("trainer.model.image_size=96", "only scratch.resolution"),
         ("+trainer.model.imagesize=96", "did you mean 'image_size'"),
         ("trainer.model.num_correction_pt_per_frame=0", "at least 1|from 1 to 100"),
         ("trainer.model.prob_to_use_pt_input_for_train=1.5", "at most 1, got 1.5"),
