@@ -33,7 +33,7 @@ ROUNDS = 3
 
 
 def sample_figures(data: Path, folder: Path, samples: int) -> dict[str, Any]:
-    """Both in turns, so that the load of the machine affects both alike; the best of each counts.
+    """Measures both in turns, so that the load of the machine affects both alike; the best of each counts.
 
     Args:
         data: the real Severstal strips.
@@ -138,7 +138,7 @@ def children_cpu() -> float:
 
 
 def cost(dataset: VOSDataset, collate: Callable, rounds: int = 4) -> float:
-    """CPU milliseconds of a batch of one sample in this process: hardly affected by the load of the machine."""
+    """CPU milliseconds of a batch of one sample in this process, hardly affected by the load of the machine."""
     start = time.process_time()
     for item in list(range(len(dataset))) * rounds:
         collate([dataset[item]], "bench")

@@ -1,5 +1,4 @@
-"""Measures seconds, images per second, memory and launches of training steps on a GPU, next to the modelled times \
-of them.
+"""Measures seconds, images per second, memory and launches of training steps on a GPU, beside the modelled times.
 
     python -m benchmarks.gpu [--cases tiny:1024 base_plus:1024 large:1024] [--minutes 6]
 
