@@ -2,7 +2,7 @@
 
 Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and
 attention; CUDA's keeps norms, sums and softplus in float32 and so casts more. In full fine-tuning of the small model,
-CUDA's makes 942 kernels in the forward pass instead of 887, and moves a tenth more bytes there; the loss is the same
+the forward pass has 942 kernels with CUDA's instead of 887, and moves a tenth more bytes; the loss is the same
 (`tests/benchmarks/test_bench_cuda.py` counts both). Attention too is counted as on a CPU (one kernel, forward and
 backward). With fake tensors the clicks are fixed, so sampling them is not counted.
 """

@@ -1,4 +1,4 @@
-"""Masks per second: the objects of 500 real strips from our arrays, and from the csv's text by a naive decoder."""
+"""Masks per second: the objects of 500 real strips from the index's arrays, and from the csv by a naive decoder."""
 
 import random
 import tempfile

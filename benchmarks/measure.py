@@ -150,7 +150,7 @@ def step_cost(
         kernels.phase = "backward"
         value.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    optimizer.step()  # makes its state
+    optimizer.step()  # creates its state
     state = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
     kernels.phase = "optimizer"
     with LiveBytes([*known, *state, *gradients]) as live_in_optimizer, kernels:

@@ -4,8 +4,8 @@ and steps for all.
     python -m benchmarks.quality [--data FOLDER] [--steps 300] [--methods lora_r8 full ...]
 
 Trains each method on 1,500 images with SAM 2's Trainer and evaluates it on 300 others, which were used for no decision,
-through the stock predictor. Finished methods (same settings) are not trained again. Needs about 40 minutes on two
-cores. Writes quality.json, quality.md and quality.png into --out.
+through the stock predictor. Finished methods with the same settings are skipped. Needs about 40 minutes on two cores.
+Writes quality.json, quality.md and quality.png into --out.
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli

@@ -19,14 +19,14 @@ from sam2_lora_ext.data.records import OnInvalid, Problem, Reader
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import read_bytes, write_atomic
 
-VERSION = 2  # of the arrays' layout and of the checks; raise it when either changes
+VERSION = 2  # of the arrays' layout and of the checks; increase it when either changes
 log = logging.getLogger(__name__)
 
 
 def cached_index(
     reader: Reader, on_invalid: OnInvalid = "error", cache_dir: str | Path | None = None
 ) -> AnnotationIndex:
-    """`build_index`, or the stored result of an earlier call on the same files; only a full success is stored.
+    """`build_index`, or the stored result of an earlier call on the same files.
 
     Args:
         reader: the annotation format.

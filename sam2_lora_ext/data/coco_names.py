@@ -23,8 +23,8 @@ def number_categories(
     Args:
         categories: of the file, with `id` and `name`.
         used: category ids of its annotations.
-        classes: names with numbers, see `class_table`; categories are matched by name. With None, the ids are the
-            numbers if all are in 1..32767, else their order is.
+        classes: names with numbers, see `class_table`; categories are matched by name. With None, the class numbers are
+            the ids if all are in 1..32767, else their order.
         where: the file, for messages.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Writes an index as COCO or Supervisely, with an entry for each instance, or without instances for each component.
+"""Writes an index as COCO or Supervisely: an entry for each instance, or for each component if there are no instances.
 
 Converting COCO to COCO keeps the ids, areas, boxes and iscrowd of annotations, and the ids of images and categories.
 New ids replace those that are negative, not integers or repeated, and category ids that would change class numbers.

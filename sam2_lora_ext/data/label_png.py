@@ -1,4 +1,4 @@
-"""Reads label images: each has the stem of its image, and each pixel a class (grey value, palette index or colour)."""
+"""Reads label images: one per image, with the same stem, and the class of each pixel (grey value, index or colour)."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from sam2_lora_ext.data.images import SUFFIXES
 
 
 class NearNames:
-    """Looks ids up by stem and without regard to case.
+    """Looks up ids by stem, ignoring case.
 
     Args:
         names: of the images.

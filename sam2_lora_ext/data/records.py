@@ -165,7 +165,7 @@ def compare_class_tables(a: dict[int, str], b: dict[int, str], where_a: str, whe
 
 
 def compare_datasets(phases: Mapping[str, Sequence[Any]]) -> None:
-    """Calls `compare_class_tables` for each two data sets of this package; others have no `class_names`."""
+    """Calls `compare_class_tables` for all pairs of this package's data sets; others have no `class_names`."""
     tables = [
         (phase, dataset.class_names, dataset.index.image_dir)
         for phase, datasets in phases.items()

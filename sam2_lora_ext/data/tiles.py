@@ -51,7 +51,7 @@ def stitch(tiles: Tensor, starts: Sequence[int], length: int) -> Tensor:
         logits [..., H, W], float32 (float64 for float64 tiles).
 
     Raises:
-        UserError: no tile covers some column.
+        UserError: a column is in no tile.
     """
     width = tiles.shape[-1]
     dtype = torch.promote_types(tiles.dtype, torch.float32)

@@ -5,7 +5,7 @@
     PiSSA   y = W x + b + s (B A - B0 A0) dropout(x)
             B A is initialised to B0 A0, where s B0 A0 are the r largest singular values of W with their vectors
 
-PiSSA's paper trains s B A and replaces the base's weight by the residual W - s B0 A0. The sum above is the same and
+PiSSA's paper trains s B A and replaces the base's weight with the residual W - s B0 A0. The sum above is the same and
 leaves W unchanged: its file still loads strictly, and an export is plain LoRA of rank 2r with the factors [A; A0] and
 [B, -B0].
 

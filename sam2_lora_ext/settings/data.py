@@ -12,7 +12,7 @@ from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of
 PIXELS = 1_000_000  # of a side: more than any decoder takes
 PATH = Text()
 SHARE = Number(0, 1)
-SEED = Whole(0, 2**31 - 1)  # numpy takes 32 bits, of which stock's Trainer uses the upper ones for phases
+SEED = Whole(0, 2**31 - 1)  # numpy takes 32 bits, and SAM 2's Trainer uses the upper ones for phases
 OBJECTS = Nullable(one_of("instances", "components", "classes", "all")).called("dataset.objects")
 ON_INVALID = one_of("error", "skip").called("dataset.on_invalid")
 BITS = Whole(8, 16).called("dataset.bits")

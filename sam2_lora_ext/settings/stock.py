@@ -1,4 +1,4 @@
-"""The rows of the Trainer (this package's and SAM 2's), of its loggers and of loading its weights."""
+"""The rows of the Trainer (this package's and SAM 2's), its loggers and the loading of its weights."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -55,7 +55,7 @@ def one_resolution(section: Mapping[str, Any]) -> str | None:
 
 
 def frames_suffice(section: Mapping[str, Any]) -> str | None:
-    """A clip has as many frames as are corrected; of single images SAM 2 prompts and corrects the only frame."""
+    """A clip has at least as many frames as are corrected; a single image is corrected on its only frame."""
     for phase, suffix in (("train", "train"), ("val", "eval")):
         wanted = section["model"].get(f"num_frames_to_correct_for_{suffix}", 1)
         for part in parts_of(section["data"].get(phase), "sampler.ObjectSampler"):
