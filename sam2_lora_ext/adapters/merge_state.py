@@ -58,7 +58,7 @@ def require_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
             raise UserError(f"the base itself has adapters ({key}): give the weights that its training started from")
     if words := adapter.misfit(base):
         raise UserError(
-            f"{words} in the base: the adapter is of another model than this base, which looks like "
+            f"{words} in the base: the adapter belongs to another model than this base, which looks like "
             f"{identify(base) or 'no stock SAM 2'}"
         )
 

@@ -161,7 +161,7 @@ def _read_folder(folder: Path) -> Adapter:
         if not matched:
             full[key.removeprefix(PREFIX)] = tensor
         elif KEYS.get(kind) != tensor.dim():
-            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only LoRA and DoRA are known")
+            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only LoRA and DoRA can be used")
         elif kind == MAGNITUDE and not config.get("use_dora"):
             raise UserError(f"{weights}: {key!r} is DoRA's, but its config does not set use_dora")
         else:

@@ -46,7 +46,7 @@ def find_adapter(path: str | Path) -> Path:
     others = (path / "adapters" / "latest", path / "checkpoints" / "checkpoint.pt")
     hint = " or ".join(str(other) for other in others if other.exists())
     raise UserError(
-        f"{path} is no adapter folder (no {CONFIG}), and no run with adapters/best or adapters/final"
+        f"{path} is neither an adapter folder (with {CONFIG}) nor a run with adapters/best or adapters/final"
         + (f": to use another adapter of it, give {hint}" if hint else ": was it trained up to a validation?")
     )
 
@@ -89,8 +89,8 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     metadata = {key: facts[key] for key in ("base_id", "base_path", "model_config") if facts.get(key)}
     if not any(key.endswith(ADAPTER_KEYS) for key in state) and not (config and config.trainable):
         raise UserError(
-            f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (one that trained the whole "
-            "model leaves what build_sam2 loads in its folder weights)"
+            f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (a run that trained the whole model has "
+            "files for build_sam2 in its folder weights)"
         )
     adapter = adapter_from_state(state, config, alpha, base=base, metadata=metadata)
     adapter.class_prompts = prompts_of_state(state, facts)

@@ -54,14 +54,14 @@ def read_file(path: str | Path) -> object:
     except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from error
     except Exception as error:  # torch.load raises arbitrary exceptions for other bytes
         if "GLOBAL" in str(error) or "TorchScript" in str(error):
             raise UserError(
                 f"{path} holds Python objects, which run code when they are loaded: only files of tensors "
                 "are read, so save its state dict anew"
             ) from error
-        raise UserError(f"{path} is damaged or no file of weights: copy or download it again") from error
+        raise UserError(f"{path} is damaged or not a file of weights: copy or download it again") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -73,12 +73,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     content = read_file(path)
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds no state dict but a {type(state).__name__}")
+        raise UserError(f"{path} holds no state dict: it holds a {type(state).__name__}")
     if not state:
         raise UserError(f"{path} holds no weights: its state dict is empty")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path} holds no state dict: {str(key)!r} is no tensor but a {type(value).__name__}")
+            raise UserError(
+                f"{path} holds no state dict: the key {str(key)!r} has a {type(value).__name__}, expected named tensors"
+            )
         if value.layout is not torch.strided or value.is_quantized or value.is_complex():
             raise UserError(f"{path} holds {key} as a sparse, quantized or complex tensor, which no SAM 2 has")
     return dict(state)

@@ -70,7 +70,7 @@ class COCOReader:
                 if (alike := as_text.get(_text(entry.get("image_id")))) is not None:
                     records[alike].complete = False
                     name = records[alike].name
-                    said += f", but {name} has {alike!r}: write both alike"
+                    said += f", but {name} has {alike!r}: write both the same way"
                     yield Problem(str(self.json), row, "image id", said, name)
                 else:
                     doubt = True

@@ -121,8 +121,8 @@ class SeverstalRawDataset(VOSRawDataset):
         self.items = Items.of(rows)
         if not len(self):
             raise UserError(
-                f"{source} leaves no sample: {len(images)} images, {int(keep.sum())} objects of at least "
-                f"{min_area} px in all, include_clean: {include_clean}"
+                f"{source} has no sample: {len(images)} images, in all {int(keep.sum())} objects of at least "
+                f"{min_area} px, include_clean: {include_clean}"
             )
         clean = self._clean_slots + sum(not len(row.objects) for row in rows)
         log.info(

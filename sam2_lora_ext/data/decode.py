@@ -194,11 +194,11 @@ def explain(error: Exception, source: Source) -> ImageError:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, OSError):
         if error.errno == errno.ENOENT:
-            return ImageError("image missing", "the image does not exist (or is a link to nothing); add it")
+            return ImageError("image missing", "the image does not exist (or is a broken link); add it")
         if error.errno == errno.ELOOP:
             return ImageError("link loop", "the image is a symbolic link that leads to itself; remove it")
         if error.errno in (errno.EACCES, errno.EPERM):
-            return ImageError("no permission", "the image may not be read; change its permissions")
+            return ImageError("no permission", "there is no permission to read the image; change its permissions")
         if error.errno is not None:  # PIL's own errors have none
             return ImageError("image unreadable", f"the image cannot be opened ({text}); check its path and the disk")
     return ImageError("image damaged", f"the image cannot be decoded ({text}); fetch it again")

@@ -97,7 +97,7 @@ def _split_rows(lines: Iterator[list[str]], path: str | Path) -> list[tuple[str,
     header = [field.strip() for field in next(lines, [])]
     if header.count("image") != 1 or header.count("split") != 1:
         raise UserError(
-            f"the split file {path} must have the columns image and split, it has {', '.join(header) or 'none'}"
+            f"the split file {path} must have the columns image and split, but has {', '.join(header) or 'none'}"
         )
     rows = []
     for fields in lines:

@@ -98,7 +98,7 @@ class FixedStripCrop:
         if len(datapoint.frames[0].objects) < before:
             raise UserError(
                 f"a crop of {self.width} columns does not show all objects of video {datapoint.video_id}; set "
-                f"the data set's group_width: {self.width}, so that evaluation counts each"
+                f"the data set's group_width: {self.width}, so that evaluation counts all of them"
             )
         return datapoint
 

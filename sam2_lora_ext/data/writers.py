@@ -123,7 +123,7 @@ def convert(
     if kind in BY_CLASS and (sentence := joined(index, kind)):
         log.warning("%s", sentence)
     if kind != "coco" and index.mask_crowd.any():
-        log.warning("%s has no iscrowd: %d annotations lose that mark", kind, index.mask_crowd.sum())
+        log.warning("%s has no iscrowd: %d annotations lose that flag", kind, index.mask_crowd.sum())
     names = [PurePosixPath(name).name for name in index.names()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -153,4 +153,4 @@ def _choices(name: str) -> str:
     stem = Path(name).name.removesuffix(".yaml")
     likeness = {config: difflib.SequenceMatcher(None, stem, Path(config).stem).ratio() for config in known}
     ordered = sorted(known, key=lambda config: -likeness[config])
-    return f"known are: {', '.join(ordered)}" if ordered else "and none are installed"
+    return f"known configs are: {', '.join(ordered)}" if ordered else "no configs are installed"

@@ -77,7 +77,9 @@ class Adapter:
                 raise UserError(f"the adapter of {name} holds NaN or infinity: its training diverged, use another one")
         kinds = {layer.magnitude is None: name for name, layer in self.layers.items()}
         if len(kinds) == 2:
-            raise UserError(f"{kinds[False]} has a magnitude (DoRA), {kinds[True]} has none: all layers or none must")
+            raise UserError(
+                f"{kinds[False]} has a magnitude (DoRA), {kinds[True]} has none: all layers or none must have one"
+            )
         for key, value in self.full.items():
             if not any(key.startswith(f"{module}.") for module in self.full_modules):
                 raise UserError(f"the adapter holds {key}, which is in none of its modules trained in full")
@@ -94,7 +96,7 @@ class Adapter:
         tokens = {name for name, module in model.named_modules() if isinstance(module, ClassTokens)}
         modules = [name for name in full_modules(model) if name not in tokens]
         if modules == [""]:
-            raise UserError("every parameter of the model is trained: its checkpoint is the model, there is no adapter")
+            raise UserError("every parameter of the model is trained, so there is no adapter: use its checkpoint")
         full = {
             key: copied(value)
             for module in modules
@@ -151,7 +153,9 @@ class Adapter:
         )
         for name, layer in self.layers.items():
             if layer.parts != config.parts_of(name):
-                raise UserError(f"{name} is adapted in the parts {layer.parts}, unlike others: no config has both")
+                raise UserError(
+                    f"{name} is adapted in the parts {layer.parts}, unlike other layers: no config can express this"
+                )
         return config
 
 

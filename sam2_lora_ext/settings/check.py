@@ -83,7 +83,7 @@ def check_class_ids(losses: Mapping[str, Any], datasets: Iterable[Any]) -> None:
         strange = sorted(set(getattr(loss, "class_weights", None) or ()) - set(known)) if tables else []
         if strange:
             raise UserError(
-                f"trainer.loss.{key}.class_weights weights class {strange[0]}, which the data does not have: it has "
+                f"trainer.loss.{key}.class_weights has a weight for class {strange[0]}, but the data only has "
                 f"{', '.join(f'{number} ({name})' for number, name in sorted(known.items()))}"
             )
 

@@ -26,9 +26,9 @@ def trains_on_something(section: Mapping[str, Any]) -> str | None:
     if mode != "val":
         missing = [name for name in ("optim", "loss") if not section.get(name)]
         if missing or not data.get("train"):
-            return f"{(*missing, 'data.train')[0]} must be set to train"
+            return f"{(*missing, 'data.train')[0]} must be set for training"
     if mode != "train_only" and not data.get("val"):
-        return "data.val must be set to validate; set mode: train_only to train without validation"
+        return "data.val must be set for validation; set mode: train_only to train without validation"
     return None
 
 

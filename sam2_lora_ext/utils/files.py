@@ -28,7 +28,7 @@ def refuse_existing(path: str | Path, force: bool) -> None:
         return
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "link" if stat.S_ISLNK(mode) else "device or pipe"
-        raise UserError(f"{path} is a {kind}, and only a file is ever replaced: choose another name")
+        raise UserError(f"{path} is a {kind}, and only files can be replaced: choose another name")
     if not force:
         raise UserError(EXISTS.format(path))
 
