@@ -84,7 +84,7 @@ def merge_files(
     refuse_existing(out, force)
     file_format = file_format or ("safetensors" if out.suffix == ".safetensors" else "pt")
     if (file_format == "safetensors") != (out.suffix == ".safetensors"):
-        raise UserError(f"{out} would hold {file_format}, but the suffix must be that of its format: *.{file_format}")
+        raise UserError(f"{out} would hold {file_format}, but readers go by the suffix: name it *.{file_format}")
     given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     refuse_input_files(out, [base, *(file for path in given for file in source_files(find_adapter(path)))])
 
