@@ -1,4 +1,4 @@
-# Everything runs in .venv, made once from requirements*.txt. `make help` lists the targets.
+# Everything runs in .venv, created once from requirements*.txt. `make help` lists the targets.
 # Extra arguments: make test ARGS="-k rle -x". Another Python: make PYTHON=python3.12 env.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ ARGS ?=
 FAST := not slow and not slurm and not browser and not gpu and not docs
 SLOW := (slow or slurm or browser) and not gpu and not docs
 
-# `make -f some/where/Makefile` from elsewhere starts again in the Makefile's own folder, which may have a space in it.
+# `make -f some/where/Makefile` restarts in the Makefile's own folder, whose path may contain spaces.
 HERE := $(shell file="$(MAKEFILE_LIST)"; CDPATH= cd "$$(dirname "$${file# }")" && pwd -P)
 ifneq "$(HERE)" "$(CURDIR)"
 
@@ -27,26 +27,26 @@ help:
 	@echo 'make demo       synthetic strips, LoRA training, merge, table; writes runs/demo/'
 	@echo 'make test       the test suite, after make lint'
 	@echo 'make lint       format and a small set of rules (ruff); make format applies them'
-	@echo 'make test-slow  what takes longer: kills, cluster, browser'
+	@echo 'make test-slow  the slower tests: kills, cluster, browser'
 	@echo 'make test-docs  every command of every page, the install lines in a fresh environment: half an hour'
 	@echo 'make test-oldest   the tests with the oldest packages allowed, in .venv-oldest (PYTHON is 3.11)'
-	@echo 'make gpu        on a CUDA machine, no network, ten minutes: tests, and the real table of training steps'
-	@echo 'make clients    programs of others on our files: installs them (requirements-clients.txt), runs their tests'
+	@echo 'make gpu        on a CUDA machine, no network, ten minutes: tests, and a measured table of training steps'
+	@echo 'make clients    other programs on our files: installs them (requirements-clients.txt), runs their tests'
 	@echo 'make fuzz       the readers under random input for a minute each'
 	@echo 'make bench      cost: a training step, the data, bytes between ranks'
 	@echo 'make quality    quality on NEU-Seg: base, LoRA, full fine-tuning (40 minutes)'
 	@echo 'make docs       the documentation as a site: site/index.html'
-	@echo 'make clean      removes caches and the run of the demo, not the environment'
+	@echo 'make clean      removes caches and the demo run, not the environment'
 
 env: $(STAMP)
 
-# The stamp holds the folder's path: a moved or copied environment is completed again, as is one without a working Python.
+# The stamp holds the folder's path: an environment that was moved or copied or has no working Python is reinstalled.
 INSTALLED := $(shell $(PY) -c 'print(open("$(STAMP)").read())' 2>/dev/null)
 ifneq "$(INSTALLED)" "$(CURDIR)"
 .PHONY: $(STAMP)
 endif
 
-# A package folder without its RECORD is one whose installation was cut off: pip would take it for whole.
+# A package folder without its RECORD was not installed completely, but pip would accept it.
 $(STAMP): requirements.txt requirements-sam2.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " \
 	    + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -66,7 +66,7 @@ demo: env
 
 lint: env
 	.venv/bin/ruff check --quiet .
-	.venv/bin/ruff format --quiet --check . || { echo 'make format puts these files right'; exit 1; }
+	.venv/bin/ruff format --quiet --check . || { echo 'make format fixes these files'; exit 1; }
 
 format: env
 	.venv/bin/ruff check --quiet --fix .
@@ -76,14 +76,14 @@ format: env
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(FAST)" $(ARGS)
 
-# pytest's exit code 5 says that no test was selected, which is no failure here.
+# pytest's exit code 5 means that no test was selected, which is not a failure here.
 test-slow: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "$(SLOW)" $(ARGS) || [ $$? -eq 5 ]
 
 test-docs: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m docs $(ARGS)
 
-# torch 2.5.1 and the other lower bounds of pyproject.toml, as far as Python 3.11 has wheels of them. Needs 7 GB.
+# torch 2.5.1 and the other lower bounds of pyproject.toml, if there are wheels for Python 3.11. Needs 7 GB.
 OLDEST := .venv-oldest/bin/python
 .venv-oldest/.installed: requirements-oldest.txt requirements-sam2.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the oldest packages need Python 3.11")'
@@ -97,13 +97,13 @@ OLDEST := .venv-oldest/bin/python
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -n 2 --dist loadfile -m "$(FAST)" $(ARGS)
 
-# The second command measures for six minutes at most; cuBLAS wants a workspace of its own to be deterministic.
+# The second command measures for six minutes at most; cuBLAS needs a fixed workspace to be deterministic.
 gpu: env
 	$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available() and "make gpu needs a GPU, and torch sees none")'
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PY) -m pytest -m gpu tests/product/test_gpu.py $(ARGS)
 	$(PY) -m benchmarks.gpu
 
-# Without their dependencies, some of which would replace ours.
+# Installed without dependencies, some of which would replace ours.
 clients: env
 	$(PY) -m pip install --disable-pip-version-check --no-deps -r requirements-clients.txt
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/clients $(ARGS)

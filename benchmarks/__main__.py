@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)}")
     names = parser.parse_args(argv).names or NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(NAMES)}")

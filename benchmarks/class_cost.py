@@ -1,16 +1,16 @@
-"""What class prompts cost, counted: their share of an inspection, and a step that trains them beside a step by clicks.
+"""Counts what class prompts cost: their share of an inspection, and a class step compared with a click step.
 
     python -m benchmarks.class_cost [--sizes tiny large]
 
-On fake tensors, so no weights and no GPU are needed. An inspection is one tile: the image encoder once, and the prompt
-encoder and mask decoder for all classes. A class step has as many objects as the click step that it is compared with:
-the four classes of an image. Its corrected form has as many predictions too.
+It runs on fake tensors, so no weights and no GPU are needed. An inspection is one tile: the image encoder once, and the
+prompt encoder and mask decoder for all classes. A class step has as many objects as the click step: the four classes of
+an image. With corrections it has as many predictions, too.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def with_tokens(method: str, size: str) -> Setup:
 
 
 def inspection(size: str) -> dict[str, int]:
-    """FLOPs of a tile: of the `encoder`, and of all that the classes add, `classes`."""
+    """FLOPs of a tile: of the image encoder (`encoder`), and of everything that the classes add (`classes`)."""
     network = ClassNetwork(with_tokens("lean", size).model.eval())
     model = network.model
     with fake_tensors() as mode, torch.no_grad():
@@ -60,7 +60,7 @@ def inspection(size: str) -> dict[str, int]:
 
 
 class Prompts:
-    """Stands for the sampler of a batch: the tokens first, then clicks that stand still, as in `benchmarks.fake`."""
+    """Replaces the sampler of a batch: the tokens first, then fixed clicks, as in `benchmarks.fake`."""
 
     def __init__(self, model: nn.Module):
         self.first = None if model.class_step is None else model.class_step.prompt
@@ -68,7 +68,7 @@ class Prompts:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Where the model looks for its clicks."""
+        """Within the block, the model takes its points from here."""
         click = host.get_next_point
 
         def point(gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.compiled [--case nano:128] [--methods full lean_fast lean] [--backend inductor]
 
-No dispatch mode sees inside a compiled graph, so `benchmarks.train_step` cannot count it. Autograd's hooks see the
-tensors that the graph saves for backward: so this runs one forward pass of the image encoder on real tensors, one
+No dispatch mode sees inside a compiled graph, so `benchmarks.train_step` cannot count it. Autograd's hooks do see the
+tensors that the graph saves for backward. So this runs one forward pass of the image encoder on real tensors, one
 image, under the CPU's bfloat16 autocast, and counts distinct storages without weights, image and outputs. Eager bytes
 are those of live storages, which include the inputs of checkpoints. The saved tensors are chosen when forward and
 backward are partitioned, before code is generated; the default backend stops there, and SAM 2's `inductor` uses the

@@ -1,10 +1,10 @@
 """The counted cost of one training step of a method, on fake or real tensors: a row of numbers that repeat exactly.
 
 Autocast here is the CPU's, since autograd does not run on fake CUDA tensors. Both autocasts cast products and
-attention; CUDA's keeps norms, sums and softplus in float32 and so casts more. Of the small model's full fine-tuning it
-makes 942 kernels of the forward pass, not 887, and moves a tenth more bytes there; the loss is the same
-(`tests/benchmarks/test_bench_cuda.py` counts both). Attention is counted as on a CPU too (one
-kernel, forward and backward). Fake tensors exclude the sampling of clicks, which are fixed.
+attention; CUDA's keeps norms, sums and softplus in float32 and so casts more. In full fine-tuning of the small model,
+the forward pass has 942 kernels with CUDA's instead of 887, and moves a tenth more bytes; the loss is the same
+(`tests/benchmarks/test_bench_cuda.py` counts both). Attention too is counted as on a CPU (one kernel, forward and
+backward). With fake tensors the clicks are fixed, so sampling them is not counted.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ def count(
     """A step's `Cost` on fake tensors, its modelled times, and the trained parameters, as one row.
 
     Args:
-        method: see `benchmarks.methods.build`, as are the next two.
+        method: see `benchmarks.methods.build`, also for the next two.
         size: of SAM 2.
         resolution: pixels of the input's side.
         images: in the batch.
         objects: of each image.
-        autocast: bfloat16, of the CPU; else float32.
+        autocast: the CPU's bfloat16 autocast; else float32.
         **more: for `build`.
     """
     setup, cost, kernels = fake_step(method, size, resolution, images, objects, autocast, **more)
@@ -54,7 +54,7 @@ def count(
 def fake_step(
     method: str, size: str, resolution: int, images: int = 1, objects: int = 2, autocast: bool = False, **more: Any
 ) -> tuple[Setup, Cost, Kernels]:
-    """One step on fake tensors: arguments as of `count`, `more` goes to `build`."""
+    """One step on fake tensors; arguments as for `count`, and `more` goes to `build`."""
     setup = build(method, size, resolution, **more)
     with fake_tensors() as mode:
         convert(setup.model, mode)
@@ -65,7 +65,7 @@ def fake_step(
 def real_step(
     method: str, size: str, resolution: int, images: int = 1, objects: int = 2, autocast: bool = False
 ) -> tuple[Cost, Kernels]:
-    """The same on real tensors, with real clicks: arguments as of `count`."""
+    """The same on real tensors, with real clicks; arguments as for `count`."""
     setup = build(method, size, resolution)
     setup = setup._replace(optimizer=make_optimizer(setup.model, foreach=True))
     with cuda_dropout():

@@ -66,11 +66,11 @@ LINES = {
             "150 MB",
             lambda f: f["peak_mb"] < 150,
         ),
-        Line("pickled for a worker: size; there and back", lambda f: f"{f['pickle_mb']:.0f} MB; {f['pickle_s']:.2f} s"),
+        Line("pickled for a worker: size; dump and load", lambda f: f"{f['pickle_mb']:.0f} MB; {f['pickle_s']:.2f} s"),
     ),
     "workers": (
         Line(
-            "a spawned worker holds for the full set, with 1 worker; with 4, each",
+            "memory of a spawned worker for the full set, with 1 worker; with 4, each",
             lambda f: f"{f['with_1_mb']:.0f}; {f['with_4_mb']:.0f} MB",
             "no growth",
             lambda f: f["with_4_mb"] < f["with_1_mb"] + 5,
@@ -91,7 +91,7 @@ LINES = {
             lambda f: f["ratio"] >= 2,
         ),
         Line(
-            "CPU of the worker for a sample, handing it over included; stock",
+            "CPU of the worker for a sample, with its transfer; stock",
             lambda f: f"{f['worker_ms']:.1f}; {f['stock_worker_ms']:.1f} ms; {f['worker_ratio']:.1f} times",
         ),
         Line(
@@ -118,7 +118,7 @@ LINES = {
             lambda f: f["ratio"] >= 10,
         ),
         Line(
-            "masks of whole classes, nothing to cut apart; naive",
+            "masks of whole classes, which are not split; naive",
             lambda f: f"{f['class_rate']:,.0f}; {f['naive_class_rate']:,.0f}; {f['class_ratio']:.1f} times",
         ),
     ),

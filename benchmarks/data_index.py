@@ -26,7 +26,7 @@ IMAGES, MASKS = 12568, 7095  # of the full Severstal training set
 
 
 def full_set(data: Path, folder: Path, images: int) -> None:
-    """A full-size set in `folder`: real annotations over one small strip (hard links)."""
+    """Writes a full-size set to `folder`: real annotations over one small strip (hard links)."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for row in table(data / "annotations_only_500.csv"):
         groups.setdefault(row["ImageId"], []).append((row["ClassId"], row["EncodedPixels"]))
@@ -45,7 +45,7 @@ def full_set(data: Path, folder: Path, images: int) -> None:
 
 
 def index_figures(folder: Path) -> dict[str, float]:
-    """The set's index in two fresh processes: the first builds it and fills the cache, the second reads that."""
+    """Measures the set's index in two fresh processes: the first fills the cache, the second reads it."""
     command = [sys.executable, "-m", "benchmarks.data_index", str(folder), str(folder / "cache")]
     first, second = (
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout)
@@ -60,7 +60,7 @@ def index_figures(folder: Path) -> dict[str, float]:
 
 
 def build_figures(folder: Path, cache: Path) -> dict[str, float]:
-    """One build in this process."""
+    """Measures one build in this process."""
     reader = KaggleReader(folder / "train_images", folder / "train.csv")
     before = reset_peak()
     start, cpu = time.perf_counter(), time.process_time()
@@ -97,7 +97,7 @@ def reset_peak() -> float:
 
 
 def memory(key: str) -> float:
-    """A line of /proc/self/status in MB."""
+    """The value of a line of /proc/self/status in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":"))
 

@@ -1,4 +1,4 @@
-"""Masks per second: the objects of 500 real strips from our arrays, and from the csv's text by a naive decoder."""
+"""Masks per second: the objects of 500 real strips from the index's arrays, and from the csv by a naive decoder."""
 
 import random
 import tempfile
@@ -19,7 +19,7 @@ ROUNDS = 3
 
 
 def mask_figures(path: Path) -> dict[str, float]:
-    """Masks a second: of objects (`naive`: decoded, then cut with scipy), of whole classes (`naive`: decoded alone)."""
+    """Masks a second: of objects (`naive`: decoded, then split by scipy), of whole classes (`naive`: only decoded)."""
     rows = list(table(path))
     names = sorted({row["ImageId"] for row in rows})
     texts = {name: [row["EncodedPixels"] for row in rows if row["ImageId"] == name] for name in names}
@@ -68,7 +68,7 @@ def mask_figures(path: Path) -> dict[str, float]:
 
 
 def naive_decode(text: str) -> np.ndarray:
-    """The decoder of countless notebooks: one slice assignment per run, uint8 [256, 1600]."""
+    """The usual decoder of notebooks: one slice assignment per run, uint8 [256, 1600]."""
     numbers = text.split()
     starts, lengths = (np.asarray(part, dtype=int) for part in (numbers[::2], numbers[1::2]))
     flat = np.zeros(256 * 1600, dtype=np.uint8)

@@ -33,7 +33,7 @@ ROUNDS = 3
 
 
 def sample_figures(data: Path, folder: Path, samples: int) -> dict[str, Any]:
-    """Both in turns, so that the load of the machine affects both alike; the best of each counts.
+    """Measures both in turns, so that the load of the machine affects both alike; the best of each counts.
 
     Args:
         data: the real Severstal strips.
@@ -79,7 +79,7 @@ def both_paths(data: Path, folder: Path) -> tuple[SeverstalRawDataset, VOSDatase
 
 
 def compare(plugin: VOSDataset, stock: VOSDataset) -> dict[str, Any]:
-    """The largest difference of a normalised pixel, and the most mask pixels that differ in an object."""
+    """The largest difference of a normalised pixel, and the largest number of differing mask pixels of an object."""
     image = mask = 0.0
     for item in range(len(plugin)):
         mine, theirs = collate_fn([plugin[item]], "bench"), data_utils.collate_fn([stock[item]], "bench")
@@ -107,7 +107,7 @@ def write_png_layout(dataset: SeverstalRawDataset, folder: Path) -> None:
 def rate(dataset: VOSDataset, collate: Callable, samples: int) -> tuple[float, float]:
     """Samples per second of one worker process, and CPU milliseconds of the worker per sample, without its start.
 
-    The second includes the transfer of 12 MB to another process, and hardly depends on the load of the machine.
+    The CPU time includes the transfer of 12 MB to another process, and hardly depends on the load of the machine.
     """
     order = [item % len(dataset) for item in range(samples + 5)]
     loader = DataLoader(
@@ -138,7 +138,7 @@ def children_cpu() -> float:
 
 
 def cost(dataset: VOSDataset, collate: Callable, rounds: int = 4) -> float:
-    """CPU milliseconds of a batch of one sample in this process: hardly affected by the load of the machine."""
+    """CPU milliseconds of a batch of one sample in this process, hardly affected by the load of the machine."""
     start = time.process_time()
     for item in list(range(len(dataset))) * rounds:
         collate([dataset[item]], "bench")
@@ -152,7 +152,7 @@ def single_thread(worker: int) -> None:
 
 
 def where_time_goes(dataset: SeverstalRawDataset) -> dict[str, float]:
-    """Milliseconds of CPU per sample of each step of our path."""
+    """CPU milliseconds per sample for each step of this package's path."""
     spent = dict.fromkeys(("jpeg_ms", "masks_ms", "resize_ms", "resize_masks_ms", "normalise_ms"), 0.0)
     table, rounds = level_table(), 20
     for item in list(range(len(dataset))) * rounds:

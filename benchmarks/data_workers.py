@@ -18,7 +18,7 @@ EARLY = 10  # samples of a worker before the first measurement, to fill the deco
 
 
 class Watched(Dataset):
-    """Item i: its image and masks are decoded as in training, and the private MB of this process are returned.
+    """Decodes the image and masks of item i as in training, and returns the private MB of this process.
 
     Args:
         dataset: the strips; None decodes the image of `path` alone.

@@ -2,9 +2,9 @@
 
     python -m benchmarks.estimate -c configs/severstal_lora.yaml [key=value ...]
 
-The model and the loss are those of the config, one training step runs on fake tensors (shapes and storages, no
+The model and the loss are those of the config. One training step runs on fake tensors (shapes and storages, no
 arithmetic) with one image, with two and with three, and each further image is assumed to add the same as the third. Not
-counted: the memory of CUDA, cuDNN and the allocator, about 1 GB, which --reserve sets; and validation, which saves
+counted are the memory of CUDA, cuDNN and the allocator, about 1 GB, which --reserve sets, and validation, which saves
 nothing for backward.
 """
 
@@ -34,7 +34,7 @@ GPUS = (12, 16, 24, 40, 80)  # GB (10^9 bytes)
 
 
 class Estimate(NamedTuple):
-    """Bytes.
+    """The estimate of a training, in bytes.
 
     Attributes:
         weights: parameters and buffers.
@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
     per_image: int
 
     def total(self, images: int) -> int:
-        """Of training with this batch size."""
+        """Bytes of training with this batch size."""
         step = self.step if images == 1 else self.step_of_two + (images - 2) * self.per_image
         return self.weights + self.optimizer + step
 

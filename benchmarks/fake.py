@@ -22,7 +22,7 @@ from sam2_lora_ext.model import LoRASAM2Train
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Within the block, operations make fake tensors, and SAM 2's clicks are fixed."""
+    """Within the block, operations create fake tensors, and SAM 2's clicks are fixed."""
     with (
         mock.patch.object(host, "get_next_point", _click),
         mock.patch.object(LoRASAM2Train, "_prompt_sampler", lambda self, input: _NoSampler),
@@ -37,7 +37,7 @@ def fake_cuda(objects: int) -> Iterator[FakeTensorMode]:
     """`fake_tensors` with device CUDA, on a machine without it; autograd's backward pass does not run on them.
 
     Args:
-        objects: in the batch: the one value that stock's loss reads back. Any other reading raises.
+        objects: their number in the batch, the only value that SAM 2's loss reads back; any other read raises.
     """
 
     def item(tensor: Tensor) -> float:
@@ -56,7 +56,7 @@ def fake_cuda(objects: int) -> Iterator[FakeTensorMode]:
 
 
 def convert(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:
-    """Replaces the parameters and buffers of a model by fake ones, in place; their memory is freed."""
+    """Replaces the parameters and buffers of a model with fake ones, in place; their memory is freed."""
 
     def fake(tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor.data) if device == "cpu" else torch.empty_like(tensor.data, device=device)

@@ -1,5 +1,4 @@
-"""Measures seconds, images per second, memory and launches of training steps on a GPU, next to the modelled times \
-of them.
+"""Measures seconds, images per second, memory and launches of training steps on a GPU, beside the modelled times.
 
     python -m benchmarks.gpu [--cases tiny:1024 base_plus:1024 large:1024] [--minutes 6]
 
@@ -104,7 +103,7 @@ def measured(
     """One row from real steps on `device`.
 
     `cuda_step_seconds` is the median of `steps` steps, each from an idle device to an idle device; `images_per_second`
-    is of as many consecutive steps without synchronisation; `cuda_peak_bytes` is `max_memory_allocated`; `launches`
+    is over as many consecutive steps without synchronisation; `cuda_peak_bytes` is `max_memory_allocated`; `launches`
     and `device_seconds` are the profiler's, of one step. On a CPU memory and launches are None.
     """
     cuda = device.startswith("cuda")

@@ -91,11 +91,11 @@ class Kernels(TorchDispatchMode):
         return result
 
     def total(self, *phases: str) -> int:
-        """Kernels of these phases, of all without a name."""
+        """Kernels of these phases; without a name, of all phases."""
         return sum(count for kernel, count in self.counts.items() if not phases or kernel.phase in phases)
 
     def moved(self, *phases: str) -> int:
-        """Bytes moved in these phases, of all without a name."""
+        """Bytes moved in these phases; without a name, in all phases."""
         return sum(
             count * kernel.moved for kernel, count in self.counts.items() if not phases or kernel.phase in phases
         )
@@ -118,7 +118,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def written(func: Any, args: tuple) -> list[Tensor]:
-    """The tensors among the arguments that an operation writes to, as `_foreach_add_`, which returns none."""
+    """The tensors among the arguments that an operation writes to, such as `_foreach_add_`, which returns none."""
     formal = zip(func._schema.arguments, args)  # not strict: defaults are omitted
     return tensors(
         [value for argument, value in formal if argument.alias_info is not None and argument.alias_info.is_write]

@@ -3,8 +3,8 @@ verified.
 
     python -m benchmarks.large_run [--base sam2.1_hiera_large.pt] [--out runs/large]
 
-Without --base, weights with Meta's key names are made by stock `build_sam2` (random values). Prints and writes, as
-large_run.json, seconds and peak resident memory of each stage. Needs about 7 GB of memory and four minutes.
+Without --base, stock `build_sam2` creates random weights with Meta's key names. Prints seconds and peak resident memory
+of each stage, and writes them to large_run.json. Needs about 7 GB of memory and four minutes.
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli

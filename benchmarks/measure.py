@@ -24,8 +24,8 @@ class Cost(NamedTuple):
 
     Attributes:
         flops: multiply-adds count two; elementwise operations count nothing.
-        saved_bytes: live after the loss is computed and the model's outputs are dropped, beyond the weights, the batch
-            and the optimizer's state: everything that is saved for backward.
+        saved_bytes: everything that is saved for backward: live after the loss is computed and the model's outputs are
+            dropped, beyond the weights, the batch and the optimizer's state.
         hooked_bytes: seen by autograd's saved-tensor hooks (distinct storages, without parameters, buffers and the
             batch): includes tensors saved for parts without a gradient, which are dropped before backward, but not the
             inputs of checkpoints.
@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Tracks every storage that an operation makes, by weak reference, until it is freed.
+    """Tracks every storage that an operation creates, by weak reference, until it is freed.
 
     Args:
         known: tensors that do not count, such as the weights.
@@ -122,18 +122,18 @@ def step_cost(
     loss: Callable[[Any], Tensor],
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[Cost, Kernels]:
-    """Runs a forward pass that fills caches, then one training step that is counted; also gives its kernels by phase
+    """Runs a forward pass that fills caches, then one training step that is counted; also returns its kernels by phase
     and operation.
 
-    Autograd's hooks are counted in the first of them, since hooks extend the life of some tensors.
+    Autograd's hooks count in the first pass, since hooks extend the life of some tensors.
 
     Args:
         model: whose parameters and buffers are the weights.
-        optimizer: of the model, without a state as yet; its weights change.
+        optimizer: of the model, still without state; its steps change the weights.
         batch: the tensors that exist before the step.
         forward: the forward pass; it must keep only its outputs, and do the same at each call.
         loss: of the forward pass's outputs, which are dropped afterwards, as in the Trainer.
-        autocast: makes the context of forward pass and loss.
+        autocast: creates the context of forward pass and loss.
     """
     known = [*model.parameters(), *model.buffers(), *batch]
     with Saved(known) as saved, autocast():
@@ -150,7 +150,7 @@ def step_cost(
         kernels.phase = "backward"
         value.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    optimizer.step()  # makes its state
+    optimizer.step()  # creates its state
     state = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
     kernels.phase = "optimizer"
     with LiveBytes([*known, *state, *gradients]) as live_in_optimizer, kernels:

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(folder: Path, config: str, targets: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Makes base and adapter in `folder`, runs plain and merge in turns, and returns medians and ratios."""
+    """Creates base and adapter in `folder`, runs plain and merge in turns, and returns medians and ratios."""
     base, adapter = folder / "base.pt", folder / "adapter"
     run([sys.executable, "-c", PREPARE, config, base, adapter, *targets])
     (folder / "plain.py").write_text(PLAIN)

@@ -28,10 +28,10 @@ CONFIGS = {
     "base_plus": "configs/sam2.1/sam2.1_hiera_b+.yaml",
     "large": "configs/sam2.1/sam2.1_hiera_l.yaml",
 }
-RANK, ALPHA, DROPOUT, PROMPT_SEED = 8, 16, 0.05, 42  # as in configs/base/severstal.yaml, the last by its seed_value
+RANK, ALPHA, DROPOUT, PROMPT_SEED = 8, 16, 0.05, 42  # as in configs/base/severstal.yaml; the last is its seed_value
 PRESETS = {"plain": "stock", "lean_fast": "fast", "lean_channels": "fast", "lean": "default", "lean_memory": "low"}
 DECODER_TARGETS = [target for target in DEFAULT_TARGETS if target.startswith("sam_mask_decoder")]
-SAMPLING = {  # as in configs/base/severstal.yaml, but always a click first, so that each step does the same
+SAMPLING = {  # as in configs/base/severstal.yaml, but always a click first, so that all steps are alike
     "prob_to_use_pt_input_for_train": 1.0,
     "prob_to_use_pt_input_for_eval": 1.0,
     "prob_to_use_box_input_for_train": 0.0,
@@ -84,17 +84,17 @@ def build(
 ) -> Setup:
     """The setup of one of `METHODS` (or of "plain", "decoder_plain"), randomly initialised from a fixed seed.
 
-    Ours are presets of `activations`; "lean_channels" is "lean_fast" with `dropout_on: channels`; the plain ones are
-    `activations: stock` with the plain layer and the plain loss.
+    This package's are presets of `activations`; "lean_channels" is "lean_fast" with `dropout_on: channels`; the plain
+    ones are `activations: stock` with the plain layer and the plain loss.
 
     Args:
         method: name of the training method.
         size: one of `CONFIGS`.
         resolution: the side of the model's input in pixels.
         dropout: of the adapters.
-        activations: a preset, or an `activations:` block, instead of the method's own.
-        feature_cache: of a decoder-only method of ours, see `FeatureCache`.
-        implementations: of `lora` and of `loss`, instead of a method of ours' own.
+        activations: a preset or an `activations:` block that replaces the method's own.
+        feature_cache: for a decoder-only method of this package, see `FeatureCache`.
+        implementations: of `lora` and `loss`; they replace those of a method of this package.
     """
     targets = DECODER_TARGETS if method.startswith("decoder") else list(DEFAULT_TARGETS)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Pretrains a CNN of `benchmarks.inspection` on the images that made the demo's small SAM 2.
+"""Pretrains a CNN of `benchmarks.inspection` on the images on which the demo's small SAM 2 was trained.
 
 The small SAM 2 learned from scenes of synthetic shapes (`tools/make_demo_base.py`) to segment what a click or a box
 points at. A network without prompts gets the same scenes, turned and recoloured in the same way, at the same input
@@ -25,10 +25,10 @@ BATCH, RATE, EVERY = 16, 1e-3, 100
 def pretrain(network: nn.Module, steps: int, file: Path) -> None:
     """Loads the weights in `file` into a network with one output channel, or trains them and writes the file.
 
-    A training that was stopped goes on from its last hundred steps, in `file` with the suffix `.part`.
+    A stopped training resumes from the last multiple of a hundred steps, in `file` with the suffix `.part`.
 
     Raises:
-        UserError: the file is of another number of steps.
+        UserError: the file is from a training with another number of steps.
     """
     if file.exists():
         saved = torch.load(file, weights_only=True)

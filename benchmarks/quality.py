@@ -4,8 +4,8 @@ and steps for all.
     python -m benchmarks.quality [--data FOLDER] [--steps 300] [--methods lora_r8 full ...]
 
 Trains each method on 1,500 images with SAM 2's Trainer and evaluates it on 300 others, which were used for no decision,
-through the stock predictor. Finished methods (same settings) are not trained again. Needs about 40 minutes on two
-cores. Writes quality.json, quality.md and quality.png into --out.
+through the stock predictor. Finished methods with the same settings are skipped. Needs about 40 minutes on two cores.
+Writes quality.json, quality.md and quality.png into --out.
 """
 
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
@@ -70,8 +70,8 @@ SEED, TRAIN, TEST, VAL = 20, 1500, 300, 60
 
 
 def distinct_images(folder: Path) -> list[str]:
-    """The names of a folder's images in order, one of each group of exact or near duplicates: none may be on both
-    sides."""
+    """The names of a folder's images in order, one of each group of exact or near duplicates, so that none is in two
+    splits."""
     paths = sorted(folder.iterdir())
     hashes, thumbnails, digests = [], [], []
     for path in tqdm(paths, desc="duplicates", unit="image"):
@@ -85,7 +85,7 @@ def distinct_images(folder: Path) -> list[str]:
 
 
 def write_split(data: Path, file: Path) -> None:
-    """1,500 images to train on, 60 for the curves, 300 to report on; drawn once from a fixed seed."""
+    """Writes a split: 1,500 images to train on, 60 for the curves, 300 to report on, drawn from a fixed seed."""
     names = distinct_images(data / "images")
     if len(names) < TRAIN + TEST + VAL:
         raise UserError(
@@ -98,7 +98,7 @@ def write_split(data: Path, file: Path) -> None:
 
 
 def train(run: Path, overrides: Sequence[str], data: Path, split: Path, steps: int) -> None:
-    """One run through SAM 2's launcher, unless the same one is already finished."""
+    """Trains one run with SAM 2's launcher; a finished run with the same settings is skipped."""
     command = [sys.executable, "-m", "sam2_lora_ext.train", "-c", "neu_seg_nano", f"scratch.steps={steps}", *overrides]
     stamp = run / "command.json"
     if (run / "training_summary.json").exists() and stamp.exists() and json.loads(stamp.read_text()) == command[1:]:

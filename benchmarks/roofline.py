@@ -5,7 +5,7 @@
     step   = max(device, host)
 
 It ignores caches (an output that the next kernel reads from L2), fusion, synchronisation, the optimizer's step and the
-data. It is for comparing methods and cards. `python -m benchmarks.gpu` measures on a real card.
+data. It serves to compare methods and cards. `python -m benchmarks.gpu` measures on a real card.
 """
 
 from collections.abc import Mapping

@@ -25,12 +25,12 @@ CARDS_KEY = "modelled_ms"
 
 
 def value(row: dict[str, Any], key: str) -> float | None:
-    """A row's number in a column; of a card the modelled milliseconds."""
+    """A row's number in a column; for a card, the modelled milliseconds."""
     return row.get(CARDS_KEY, {}).get(key, row.get(key))
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds `ratio_to_full` to each row: key -> ratio to full fine-tuning in the same case; for times by rounds."""
+    """Adds `ratio_to_full` to each row: key -> ratio to full fine-tuning in the same case; for times, by round."""
     for row in rows:
         full = next((one for one in rows if one["method"] == "full" and _place(one) == _place(row)), {})
         row["ratio_to_full"] = {

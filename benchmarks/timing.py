@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.measure import run_step
 from benchmarks.methods import build, make_batch
 
-FRESH = 4  # rounds of steps of a process, after a warm-up step
+FRESH = 4  # rounds before a process is restarted, after a warm-up step
 
 
 def step_times(builds: Mapping[str, Mapping[str, Any]], rounds: int, threads: int) -> dict[str, list[float]]:

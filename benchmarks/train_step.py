@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", default=BATCHES, metavar="IMAGESxOBJECTS", help="objects of each image")
     parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES, help="bfloat16: under autocast")
     parser.add_argument(
-        "--timed", nargs="*", default=(), metavar="MODEL:RESOLUTION", help="cases to run on real tensors, or none"
+        "--timed", nargs="*", default=(), metavar="MODEL:RESOLUTION", help="cases to time on real tensors, or none"
     )
     parser.add_argument("--rounds", type=number(COUNT), default=12, help="timed steps of each method")
     parser.add_argument("--threads", type=number(THREADS), default=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Counts waits for the device inside a block, by kind and by the line of code that asked; see `benchmarks.waits`."""
+"""Counts waits for the device inside a block, by kind and by the line of code that waits; see `benchmarks.waits`."""
 
 import sys
 from collections import Counter
@@ -19,12 +19,12 @@ WANTED = 1  # the step that is counted, from 0: in the first the Trainer also lo
 
 
 class Waits(TorchDispatchMode):
-    """`counts` holds the waits inside the block by kind and by the line of code that asked, `file:line function`."""
+    """`counts` holds the waits inside the block by kind and by the line of code that waits, `file:line function`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[tuple[str, str]] = Counter()
-        self._inside = 0  # of a call that is counted as a whole, or not at all
+        self._inside = 0  # depth of calls that are counted as a whole, or not at all
         self._patches = ExitStack()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -74,16 +74,16 @@ class Waits(TorchDispatchMode):
 
 
 def reads_booleans(args: Sequence[Any]) -> bool:
-    """Whether an index or `index_put` looks up where a mask is true; of one value that is put, a GPU fills the mask
-    without."""
+    """Whether an index or `index_put` looks up where a mask is true; a GPU puts a single value into a mask without
+    that."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     masks = any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
     return masks and not (len(args) > 2 and isinstance(args[2], Tensor) and args[2].numel() == 1)
 
 
 def asked_by_engine() -> bool:
-    """Whether C++ code in the backward pass asks: of integers that is DDP with its host-side map of unused
-    parameters."""
+    """Whether C++ code in the backward pass reads the value: with integers that is DDP, whose map of unused parameters
+    is on the host."""
     frame = sys._getframe(2)
     while frame.f_code.co_filename.endswith(("eval_frame.py", "_compile.py")):
         frame = frame.f_back
@@ -107,7 +107,7 @@ class Done(Exception):
 
 
 class Batches:
-    """A data set for the Trainer that hands out the same batch, and counts one of the steps that are made with it."""
+    """A data set for the Trainer that always returns the same batch, and counts one of the steps with it."""
 
     def __init__(self, images: int, objects: int, resolution: int):
         self.batch, self.waits = make_batch(resolution, images, objects), Waits()

@@ -1,20 +1,20 @@
-"""Waits for the device in one training step through the Trainer: what makes the host stop until a GPU has caught up.
+"""Counts waits for the device in one training step of the Trainer, which stop the host until a GPU has caught up.
 
     python -m benchmarks.waits [--methods full lean] [--batches 1x2 8x3]
 
-Counted on the small model on this CPU, float32 with the settings of bfloat16 autocast (CUDA's autocast does nothing
-here; stock's scaler is at work), over the Trainer's whole second step: loading the batch, forward pass, loss, guard,
-meters, backward pass, clipping, optimizer. Stock SAM 2 and PEFT run stock's Trainer without meters, ours runs
-`LoRATrainer`. A wait is
+Counted with the small model on this CPU, in float32 with the settings of bfloat16 autocast (CUDA's autocast does
+nothing here, but SAM 2's gradient scaler runs), over the Trainer's whole second step: loading the batch, forward pass,
+loss, guard, meters, backward pass, clipping, optimizer. Full fine-tuning and PEFT run the stock Trainer without meters,
+this package's methods run `LoRATrainer`. A wait is
 
 - a value read back: `.item()`, `bool()`, `int()` and `float()` of a tensor, `if tensor`, `torch.equal`;
 - an operation whose result's size depends on values: `nonzero`, `masked_select`, `unique`, indexing with booleans;
 - a Python call of `.cpu()`, `.to("cpu")` or `.tolist()`, one each whatever happens inside; `.numpy()` counts nothing,
   since a GPU's tensor needs `.cpu()` first.
 
-Not seen: which tensors would lie on the host anyway, so that their reading is no wait (AdamW's step counters alone are
-known and left out, as are `.to(some_device)`); copies to the device; waits of NCCL and of DDP, which reads its map of
-unused parameters.
+Not detected are tensors that would be on the host anyway, so that reading them is no wait (only AdamW's step counters
+and `.to(some_device)` are excluded), copies to the device, and waits of NCCL and of DDP, which reads its map of unused
+parameters.
 """
 
 from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
@@ -122,7 +122,7 @@ def _trainer(method: str, size: str, resolution: int, folder: str, batch: tuple[
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)  # the Trainer prints its model, and takes the handlers over
+    logging.disable(logging.CRITICAL)  # the Trainer prints its model and replaces the handlers
     try:
         yield
     finally:

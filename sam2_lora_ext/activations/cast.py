@@ -1,7 +1,7 @@
 """Stores frozen weights in the dtype to which autocast would cast them at each use: half the bytes and no casts.
 
-Autocast casts a weight that only matrix products and convolutions read at every use, so results stay bitwise the same.
-Merging and exporting an adapter read the base from its file, not from here.
+Autocast would cast the weights of matrix products and convolutions to the same values, so results stay bitwise equal.
+Merging and exporting an adapter read the base's file, not these weights.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Frozen convolutions that save nothing for backward: the gradient of their input needs the weight alone.
+"""Frozen convolutions that save no activation for backward: the gradient of their input needs only the weight.
 
-Stock saves the input too. SAM 2's two largest feature maps, the neck's at a quarter and an eighth of the image's side,
-are read by frozen 1x1 convolutions only, the image's tokens after the two-way transformer by a
-frozen transposed one, and the masks of the previous step by those of the prompt encoder.
+torch's own convolutions save the input too. In SAM 2, frozen 1x1 convolutions are the only readers of the neck's two
+largest feature maps (a quarter and an eighth of the image's side), a frozen transposed convolution reads the image
+tokens after the two-way transformer, and frozen convolutions of the prompt encoder read the previous step's masks.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class LeanConv2d(nn.Conv2d):
-    """`nn.Conv2d` that saves its input only while its weight is trained; for padding with zeros."""
+    """`nn.Conv2d` that saves its input only while its weight is trained; for zero padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _frozen(self, x, False) if _is_frozen(self, x) else super().forward(x)
@@ -62,7 +62,7 @@ class _FrozenConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # keeps the layout: in another one the product takes three times as long
+        # the same memory layout as x: with another one the product takes three times as long
         x = dy.new_empty_strided(ctx.size, ctx.strides)
         dx, _, dbias = torch.ops.aten.convolution_backward(
             dy, x, weight.to(dy.dtype), [dy.shape[1]], *ctx.how, (True, False, ctx.needs_input_grad[2])

@@ -1,10 +1,10 @@
-"""Features of a frozen image encoder, cached on disk: training the decoder alone then encodes each image once.
+"""Features of a frozen image encoder, cached on disk: training only the decoder then encodes each image once.
 
 A file holds one image's feature maps as the decoder reads them, in the encoder's output dtype. Its name is a hash of
 all that they depend on: the encoder's input pixels (so crop, flips and brightness too), its modules and weights (as
 they are at first use), and autocast's dtype. So runs, ranks and validations may share a folder; but only a bitwise
-identical image is found again. At the size limit nothing more is stored: evicting the oldest file would, in passes
-over a data set larger than the limit, never find any.
+identical image is found again. At the size limit nothing more is stored: if the oldest files were evicted instead,
+passes over a data set larger than the limit would never find any.
 
 Shapes: B images, C H W of a feature map, by level from the largest to the smallest.
 """
@@ -45,8 +45,8 @@ class FeatureCache:
         for part, module in parts.items():
             if trained := [name for name, value in module.named_parameters() if value.requires_grad]:
                 raise UserError(
-                    f"feature_cache needs a frozen image encoder, but {part}.{trained[0]} is trained: set "
-                    "it to null, or adapt the decoder alone as severstal_lora_decoder_cached.yaml does"
+                    f"feature_cache needs a frozen image encoder, but {part}.{trained[0]} is trained: set it to "
+                    "null, or adapt only the decoder, as severstal_lora_decoder_cached.yaml does"
                 )
             # DropPath, dropout
             if any(getattr(inner, "drop_prob", getattr(inner, "p", 0)) for inner in module.modules()):

@@ -1,4 +1,4 @@
-"""Norms and position encodings of maps (B, C, H, W) in fewer operations than stock's."""
+"""Norms and position encodings of maps (B, C, H, W) in fewer operations than SAM 2's."""
 
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam2_utils import LayerNorm2d
@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 
 class LeanLayerNorm2d(LayerNorm2d):
-    """`LayerNorm2d` by torch's own layer norm, same to rounding: one operation instead of nine, saves its input once.
+    """`LayerNorm2d` by torch's own layer norm, equal to rounding: one operation instead of nine, saves its input once.
 
-    Under a CPU's autocast the result has the type of the input, where stock's is float32.
+    Under a CPU's autocast the result has the dtype of the input, while SAM 2's is float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ class LeanLayerNorm2d(LayerNorm2d):
 
 
 class UnreadPositions(PositionEmbeddingSine):
-    """The neck's position encodings: stock computes and copies them for every level but reads those of one.
+    """Skips the neck's position encodings: SAM 2 computes and copies them for every level but reads only one.
 
     `positions` computes that one.
     """

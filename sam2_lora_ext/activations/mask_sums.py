@@ -6,8 +6,8 @@ With g the target (0 or 1), x the logit and z = (1 - 2 g) x, q = sigmoid(z) is t
     overlap  = sum of p g,   drawn = sum of p,  p = sigmoid(x)
     dfocal/dx = (1 - 2 g) w q^gamma (gamma (1 - q) softplus(z) + q) / (H W),   dp/dx = q (1 - q)
 
-SAM 2 upsamples its masks by a factor of four (bilinearly) before the loss. Here they are upsampled inside, in forward
-and again in backward, all maps of a prediction step at once; above `MOST_NUMBERS` a few objects at a time.
+SAM 2 upsamples its masks by a factor of four (bilinearly) before the loss. Here the loss itself upsamples them, in
+forward and again in backward: all maps of a prediction step at once, or above `MOST_NUMBERS` a few objects at a time.
 
 Shapes: O objects, M mask channels, H W pixels of the targets, h w of the logits: H W or smaller.
 """

@@ -35,8 +35,8 @@ class ActivationsConfig:
         decoder: share, 0 to 1, of the prediction steps (prompt encoder, mask decoder) that backward recomputes.
         pool: max-pooling of the trunk saves one byte for each result.
         conv: frozen convolutions save no input.
-        norms: norms over channels as one operation.
-        positions: only the neck's position encodings of the last level, the only ones that are read.
+        norms: norms over channels are one operation.
+        positions: the neck computes position encodings only for the last level, the only one that is read.
         weights: under autocast, frozen weights are stored in its dtype (see `activations.cast`).
     """
 
@@ -92,7 +92,7 @@ def renamed(memory: Mapping[str, Any] | str) -> ActivationsConfig:
     kept = {key: value for key, value in memory.items() if key not in ("operations", "selective")}
     log.warning(
         "trainer.model.memory is called trainer.model.activations now; its `operations` became `norms` and "
-        "`positions`, and `selective` is gone"
+        "`positions`, and `selective` was removed"
     )
     return ActivationsConfig.of({**kept, "norms": operations, "positions": operations})
 
@@ -105,7 +105,7 @@ class CheckpointedBlock(MultiScaleBlock):
 
 
 def make_lean(model: nn.Module, config: ActivationsConfig) -> None:
-    """Swaps classes of modules of a SAM 2, in place, as `config` sets."""
+    """Swaps the classes of modules of a SAM 2 in place, as `config` sets."""
     encoder, prompts, decoder = model.image_encoder, model.sam_prompt_encoder, model.sam_mask_decoder
     if config.pool:
         _swap(encoder.trunk.modules(), {nn.MaxPool2d: LeanMaxPool2d})
@@ -126,7 +126,7 @@ def _swap(modules: Iterable[nn.Module], classes: Mapping[type, type]) -> None:
 
 
 def falls_due(count: int, share: float) -> bool:
-    """Whether element `count` (from 1 on) of a series is in a `share` of it, evenly spaced from the first on."""
+    """Whether element `count` (from 1) of a series is in an evenly spaced `share` of it that begins with the first."""
     return math.ceil(count * share) > math.ceil((count - 1) * share)
 
 

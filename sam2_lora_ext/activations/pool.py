@@ -1,6 +1,6 @@
 """2x2 max-pooling that saves one byte for each result: the index of the largest of its window's four values.
 
-Stock's saves its input and an index of eight bytes for each result. Both compute with torch's own operations.
+torch's saves its input and an index of eight bytes for each result. Both compute with torch's own operations.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class LeanMaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` with kernel and stride 2, for inputs (B, C, H, W) of even height and width; others go to stock."""
+    """`nn.MaxPool2d` that is lean for kernel and stride 2 and inputs (B, C, H, W) of even height and width."""
 
     def forward(self, x: Tensor) -> Tensor:
         square = {self.kernel_size, self.stride} <= {2, (2, 2)} and self.padding == 0 and self.dilation == 1

@@ -1,8 +1,8 @@
-"""Several adapters of one base as one: the weighted sum of their updates. Needs torch only.
+"""Combines several adapters of one base into one: the weighted sum of their updates. Needs torch only.
 
     W + sum_i w_i s_i B_i A_i  =  W + [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
 
-so the combination is an adapter whose rank is the sum of the ranks, with a scaling of 1. A module that one of them
+so the combination is an adapter whose rank is the sum of the ranks, with a scaling of 1. A module that one adapter
 trained in full becomes W + w (W_full - W).
 """
 
@@ -27,13 +27,14 @@ def combine(
 
     Args:
         adapters: at least one; each fits the base.
-        weights: one factor an adapter; None for a single one means 1.
+        weights: one factor for each adapter; None for a single one means 1.
         base: the weights that all of them were trained on.
-        names: of the adapters in messages.
+        names: of the adapters, for messages.
 
     Raises:
-        UserError: the weights are not one finite number other than 0 each; an adapter occurs twice; they were trained
-            on different bases; one is DoRA, which is not a sum; or one changes a module that another trained in full.
+        UserError: there is not one finite weight other than 0 for each adapter; an adapter occurs twice; they were
+            trained on different bases; one is DoRA, which is no sum; or one changes a module that another trained in
+            full.
     """
     if weights is None and len(adapters) > 1:
         raise UserError(
@@ -83,11 +84,11 @@ def _refuse_meaningless(adapters: Sequence[Adapter], names: Sequence[str]) -> No
         for other in range(len(adapters)):
             if index != other and (both := sorted(set(adapter.full) & changed[other])):
                 raise UserError(
-                    f"{name} trained {both[0]} in full, and {names[other]} changes it too: there is no sum "
-                    "of the two, merge one of them"
+                    f"{name} trained {both[0]} in full, and {names[other]} changes it too: the two cannot be summed, "
+                    "merge one of them"
                 )
             if index < other and _same(adapter, adapters[other]):
-                raise UserError(f"{name} and {names[other]} are the same adapter: give it once, with the sum of both")
+                raise UserError(f"{name} and {names[other]} are the same adapter: give it once, with the summed weight")
     bases = [adapter.metadata.get("base_id") for adapter in adapters]
     known = {base: name for base, name in zip(bases, names) if base}
     if len(known) > 1:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def write_adapter_folder(folder: str | Path, write: Callable[[Path], Any], force: bool) -> None:
-    """Replaces an adapter folder by a new one that `write` fills; see `utils.folders.replace_folder`."""
+    """Replaces an adapter folder with a new one that `write` fills; see `utils.folders.replace_folder`."""
     replace_folder(folder, write, PARTS, force=force)
 
 
@@ -42,7 +42,7 @@ def refuse_adapter_folder(out: Path, inputs: Iterable[str | Path], force: bool) 
 
     Args:
         out: missing or an empty folder, or with `force` an adapter folder.
-        inputs: files and folders that are read; `out` may not be, contain or be inside one of them.
+        inputs: files and folders that are read; `out` must not be, contain or be inside one of them.
         force: replace an adapter.
     """
     refuse_inputs(out, inputs)
@@ -82,7 +82,7 @@ def digest_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: 
 def check_digest(
     weights: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: Mapping[str, Any]
 ) -> None:
-    """Compares the digest in a header of ours; PEFT's adapters have no such header.
+    """Checks the digest in this package's header; PEFT's adapters have no such header.
 
     Raises:
         UserError: the files of the folder do not belong together.

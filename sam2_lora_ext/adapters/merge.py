@@ -19,7 +19,7 @@ from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, sha256_of
 
 HALVES = (torch.float16, torch.bfloat16)
-AT_ONCE = 1 << 15  # float64 values of a weight; pieces of more than half a megabyte would be new pages each time
+AT_ONCE = 1 << 15  # float64 values of a weight; pieces above half a megabyte would be allocated anew each time
 
 
 @dataclass
@@ -27,15 +27,15 @@ class Merged:
     """What a merge did, for messages, for the record beside the file and for `compare_merged`.
 
     Attributes:
-        adapter: what was merged: the one adapter, or the combination.
-        sources: of each adapter, the path that was found, its weight in the sum, and its metadata.
-        changed: number of tensors that now differ from the base's, or may.
-        tensors: number of all.
+        adapter: the adapter that was merged, or the combination of several.
+        sources: for each adapter, the path that was found, its weight in the sum, and its metadata.
+        changed: number of tensors that the adapter changes.
+        tensors: number of all tensors.
         dtypes: of the written tensors.
         base_id: `weights_id` of the base.
-        model: name of the stock config that it looks like.
+        model: name of the stock config that the base looks like.
         sha256: of the written file.
-        notes: what could not be checked, or was left out, if anything.
+        notes: sentences on what could not be checked or was left out.
     """
 
     adapter: Adapter
@@ -69,22 +69,22 @@ def merge_files(
     Args:
         base: the weights that the adapters were trained on.
         adapters: one or several, see `find_adapter`.
-        out: the file to make, never one that is read.
-        weights: one factor an adapter, see `combine`; may be left out for a single one.
-        file_format: "pt" for what `build_sam2` loads, or "safetensors"; by default what the name of `out` says.
-        dtype: one of `names.DTYPES`; by default the base's, or float32 where that is a half precision.
+        out: the file to write; it must not be one of the inputs.
+        weights: one factor for each adapter, see `combine`; may be left out for a single one.
+        file_format: "pt" for what `build_sam2` loads, or "safetensors"; by default the suffix of `out` decides.
+        dtype: one of `names.DTYPES`; by default the base's, or float32 if that is a half precision.
         alpha: see `read_adapter`.
         force: replace an existing file.
         progress: show a bar on a terminal.
 
     Raises:
-        UserError: something is missing, damaged, of another model, or would be overwritten; then nothing is written.
+        UserError: a file is missing, damaged, of another model, or would be overwritten; then nothing is written.
     """
     base, out = Path(base), Path(out)
     refuse_existing(out, force)
     file_format = file_format or ("safetensors" if out.suffix == ".safetensors" else "pt")
     if (file_format == "safetensors") != (out.suffix == ".safetensors"):
-        raise UserError(f"{out} would hold {file_format}, but a file is read by its suffix: name it *.{file_format}")
+        raise UserError(f"{out} would hold {file_format}, but readers go by the suffix: name it *.{file_format}")
     given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     refuse_input_files(out, [base, *(file for path in given for file in source_files(find_adapter(path)))])
 
@@ -107,15 +107,15 @@ def merge_to(
     """Merges adapters into a base, and hands the result to `write(state, class_prompts, on_written)`.
 
     Args:
-        base: see `merge_files`, as what is not named here.
+        base: see `merge_files`, also for the arguments that are not listed here.
         write: writes both, and calls `on_written` with the file, open for reading, as `write_weights` does.
 
     Raises:
-        UserError: something is missing, damaged or of another model; then nothing is handed over.
+        UserError: a file is missing, damaged or of another model; then `write` is not called.
     """
     found = [find_adapter(path) for path in adapters]
     state, hashes, left_out = read_weights(base), [], []
-    with ThreadPoolExecutor(1) as other:  # one processor hashes while this one merges, writes and waits for the disk
+    with ThreadPoolExecutor(1) as other:  # it hashes while this thread merges, writes and waits for the disk
         base_id = other.submit(weights_id, state)
         read = [read_adapter(source, alpha, state) for source in found]
         try:
@@ -123,7 +123,7 @@ def merge_to(
                 require_fit(state, part)
             adapter = combine(read, weights, state, list(map(str, adapters)))
             merged = merge_state_dict(state, adapter, getattr(torch, dtype) if dtype else None, progress)
-        finally:  # a wrong base, which explains whatever else did not fit
+        finally:  # also after an error: a wrong base explains any other mismatch
             notes = [check_base(base, state, part, base_id.result()) for part in read]
         prompts = adapter.class_prompts
         if prompts is None and any(part.class_prompts for part in read):
@@ -152,14 +152,14 @@ def write_merged(
     force: bool = True,
     **more: Any,
 ) -> None:
-    """Writes merged weights and their class prompts: in a .pt as an entry of its own, else in a file beside it.
+    """Writes merged weights and their class prompts: in a .pt as a separate entry, else in a file beside it.
 
     Args:
-        out: the file to make.
+        out: the file to write.
         merged: its weights.
         file_format: see `write_weights`.
-        prompts: None where there are none.
-        force: replace existing files; class prompts beside an earlier file go with it.
+        prompts: None if there are none.
+        force: replace existing files, and remove class prompts beside an earlier file.
         more: see `write_weights`.
     """
     if prompts is not None:

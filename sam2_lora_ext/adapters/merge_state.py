@@ -1,4 +1,4 @@
-"""Works an adapter into a state dict of base weights: the sums of a merge. From file to file: `merge.py`."""
+"""Merges an adapter into a state dict of base weights; `merge.py` does so from file to file."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from sam2_lora_ext.lora.layer import block_diagonal, delta_weight, merged_weight
 from sam2_lora_ext.utils.errors import UserError
 
 HALVES = (torch.float16, torch.bfloat16)
-AT_ONCE = 1 << 15  # float64 values of a weight; pieces of more than half a megabyte would be new pages each time
+AT_ONCE = 1 << 15  # float64 values of a weight; pieces above half a megabyte would be allocated anew each time
 
 
 def merge_state_dict(
@@ -22,18 +22,18 @@ def merge_state_dict(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """The base's state dict with the adapter worked in, see `LayerAdapter.merged_weight`; what stays is `base`'s own.
+    """The base's state dict with the adapter merged in, see `LayerAdapter.merged_weight`; other tensors are `base`'s.
 
-    Sums are in float64 and cast once: to the base's dtype, or to float32 where that is a half precision.
+    Sums are in float64 and cast once: to the base's dtype, or to float32 if that is a half precision.
 
     Args:
         base: keys and shapes of a SAM 2 without adapters; not changed.
         adapter: low-rank updates, and modules that replace the base's.
-        dtype: for all floating-point tensors of the result, instead.
+        dtype: of all floating-point tensors of the result, instead.
         progress: show a bar on a terminal.
 
     Raises:
-        UserError: the adapter has modules or shapes that the base has not, or the result is not finite.
+        UserError: the adapter has modules or shapes that the base lacks, or the result is not finite.
     """
     require_fit(base, adapter)
     merged = {}
@@ -52,19 +52,19 @@ def merge_state_dict(
 
 
 def require_fit(base: Mapping[str, Tensor], adapter: Adapter) -> None:
-    """Raises a `UserError` when the base has adapters itself, or the adapter's modules or shapes are not the base's."""
+    """Raises a `UserError` when the base itself has adapters, or the adapter's modules or shapes do not fit it."""
     for key in base:
         if key.endswith(ADAPTER_KEYS):
-            raise UserError(f"the base has adapters itself ({key}): give the weights that its training started from")
+            raise UserError(f"the base itself has adapters ({key}): give the weights that its training started from")
     if words := adapter.misfit(base):
         raise UserError(
-            f"{words} in the base: the adapter is of another model than this base, which looks like "
+            f"{words} in the base: the adapter belongs to another model than this base, which looks like "
             f"{identify(base) or 'no stock SAM 2'}"
         )
 
 
 def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
-    """`layer.merged_weight(weight)` cast to `target`, some rows at a time: no whole matrix is in memory in float64."""
+    """`layer.merged_weight(weight)` cast to `target`, some rows at a time, so that no whole matrix is in float64."""
     a, b = layer.lora_a.double(), block_diagonal(layer.lora_b.double(), layer.parts)
     result = torch.empty_like(weight, dtype=target)
     rows = max(1, AT_ONCE // weight.shape[1])
@@ -77,7 +77,7 @@ def _sum(layer: LayerAdapter, weight: Tensor, target: torch.dtype) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """On two busy processors, starting and joining threads for each of many small sums takes ten times as long."""
+    """Limits torch to one thread: on two busy cores, starting threads for many small sums takes ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -87,13 +87,13 @@ def one_thread() -> Iterator[None]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # one NaN or infinity makes the sum so; only then is each value looked at, for a sum may just be too large
+    # a NaN or infinity makes the sum non-finite, but so can large finite values: only then check each value
     return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def _shown(items: Collection[tuple[str, Tensor]], wanted: bool) -> Iterable[tuple[str, Tensor]]:
     try:
-        from tqdm import tqdm  # here, for merging must work without it
+        from tqdm import tqdm  # merging must work without it
     except ImportError:
         return items
     return tqdm(items, desc="merging", unit="tensor", leave=False, disable=None if wanted else True)

@@ -14,7 +14,7 @@ from sam2_lora_ext.utils.errors import UserError
 
 LONGEST_NAME = 500  # characters; SAM 2's longest has 66
 LONGEST_PATTERN = 500
-MOST_PLACES = 2_000  # of a pattern, repeats written out
+MOST_PLACES = 2_000  # states of a pattern with its repeats expanded
 MOST_STEPS = 10_000_000  # of all names and patterns of one adapter: seconds
 WORD = re.compile(r"(?:[\w.]|\\[^\w\s])*")  # a literal name; a bare dot matches any character
 FIRST, LAST = (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING), (sre.AT_END, sre.AT_END_STRING)
@@ -30,11 +30,11 @@ CATEGORIES: Mapping[Any, Test] = {
 
 
 class NamePatterns:
-    """Values by pattern, by PEFT's rule: the first key that matches the name or its end after a dot.
+    """Values by pattern, with PEFT's rule: the first key that matches the name, or its end after a dot, wins.
 
     Args:
         values: pattern -> value; None for none.
-        where: the file that holds them, for messages.
+        where: the file that contains them, for messages.
 
     Raises:
         UserError: a pattern is not a regular expression, is too large, or has operations that cannot be matched in
@@ -48,7 +48,7 @@ class NamePatterns:
     def value(self, name: str, default: Any) -> Any:
         """The value of a module; `default` where no pattern matches."""
         if len(name) > LONGEST_NAME:
-            raise UserError(f"{self.where} names a module of {len(name):,} characters, too many: it is damaged")
+            raise UserError(f"{self.where} is damaged: it names a module of {len(name):,} characters, too many")
         for key, value, automaton in self.patterns:
             if automaton is None:
                 if re.match(rf"(.*\.)?({key})$", name):
@@ -77,20 +77,20 @@ class NamePatterns:
 
     def _refuse(self, key: str) -> Callable[[str], None]:
         def refuse(cause: str) -> None:
-            advice = "name the modules, or use . * + ? | ( ) [ ] alone"
+            advice = "name the modules, or use only . * + ? | ( ) [ ]"
             raise UserError(f"the pattern {key!r} in {self.where} {cause}: {advice}")
 
         return refuse
 
 
 class Automaton:
-    """A parsed pattern as an automaton: each state has empty transitions to others, or one that tests a character."""
+    """A parsed pattern as an automaton: each state has empty transitions, or one transition that tests a character."""
 
     def __init__(self, parsed: Any, refuse: Callable[[str], None]):
         self.refuse = refuse
         self.free: list[list[int]] = []
         self.first_only: set[int] = set()  # states that are passed only at the beginning of the name: `^`
-        self.last_only: set[int] = set()  # and only at its end: `$`
+        self.last_only: set[int] = set()  # states that are passed only at its end: `$`
         self.ways: list[tuple[Test, int] | None] = []
         self.start = self._place()
         self.end = self._sequence(parsed, self.start)

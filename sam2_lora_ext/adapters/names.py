@@ -3,4 +3,4 @@
 WEIGHT_FORMATS = ("pt", "safetensors")
 DTYPES = ("float32", "float16", "bfloat16")
 LARGEST_ERROR = 0.01
-"""Of a recovered layer, as a share of its change: `unmerge`."""
+"""Largest error of a layer that `unmerge` recovers, as a share of its change."""

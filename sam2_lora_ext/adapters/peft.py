@@ -1,4 +1,4 @@
-"""Adapters on disk, in the format of PEFT: torch and safetensors are all that it takes.
+"""Adapters on disk, in PEFT's format. Needs torch and safetensors only.
 
 A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.safetensors` with the keys
 
@@ -6,11 +6,11 @@ A folder holds `adapter_config.json` (PEFT's `LoraConfig`) and `adapter_model.sa
     base_model.model.<module>.lora_magnitude_vector   (out), with DoRA
     base_model.model.<module>.<parameter>             of a module trained in full (PEFT's `modules_to_save`)
 
-PEFT knows no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
+PEFT has no parts of a fused layer: n adapted parts of rank r are written as one update of rank n·r whose B is
 block-diagonal, which computes the same. The header of the safetensors file has, beside `format`, one entry
 `sam2_lora_ext`: JSON of `Adapter.metadata`, under `fused` the parts and the alpha of such layers, and under `digest`
-what binds the two files to each other (`adapters.folder`). Class prompts lie beside them in a file of their own, which
-PEFT does not look at (`adapters.class_prompts`).
+a hash that binds the two files to each other (`adapters.folder`). Class prompts are in a separate file beside them,
+which PEFT ignores (`adapters.class_prompts`).
 """
 
 import json
@@ -63,7 +63,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
 
     Args:
         adapter: what to write.
-        folder: made, or replaced; what it holds beside an adapter is kept.
+        folder: created or replaced; files in it that are not an adapter's are kept.
         force: replace a folder that is not empty.
 
     Raises:
@@ -117,14 +117,14 @@ def save_adapter(adapter: Adapter, folder: str | Path, *, force: bool = True) ->
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Reads an adapter folder, ours or PEFT's; `path` is the folder or its weight file.
+    """Reads an adapter folder of this package or of PEFT; `path` is the folder or its weight file.
 
-    Layers and modules are those of the tensors' names: PEFT may shorten the lists in its config. A folder that is
-    replaced while it is read is read again.
+    Layers and modules are taken from the tensors' names, since PEFT may shorten the lists in its config. A folder that
+    is replaced while it is read is read again.
 
     Raises:
-        UserError: a file is missing or damaged, the adapter is of a kind that is not LoRA or DoRA on linear layers, its
-            tensors do not fit its config, or its files do not belong together.
+        UserError: a file is missing or damaged, the adapter is not LoRA or DoRA on linear layers, its tensors do not
+            fit its config, or its files do not belong together.
     """
     path = Path(path)
     folder = path.parent if path.name in PARTS or path.is_file() else path
@@ -139,7 +139,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What changes when `replace_folder` puts another folder there; the number alone may come again."""
+    """Inode and time of change, which differ after `replace_folder`; the inode number alone may be reused."""
     try:
         found = folder.stat()
         return found.st_ino, found.st_ctime_ns
@@ -161,7 +161,7 @@ def _read_folder(folder: Path) -> Adapter:
         if not matched:
             full[key.removeprefix(PREFIX)] = tensor
         elif KEYS.get(kind) != tensor.dim():
-            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only LoRA and DoRA are known")
+            raise UserError(f"{weights}: {key!r} is not the A or B of a linear layer: only LoRA and DoRA can be used")
         elif kind == MAGNITUDE and not config.get("use_dora"):
             raise UserError(f"{weights}: {key!r} is DoRA's, but its config does not set use_dora")
         else:
@@ -194,7 +194,7 @@ def _read_folder(folder: Path) -> Adapter:
     metadata = {key: value for key, value in header.items() if key not in (FUSED, DIGEST, TOKENS_DIGEST)}
     prompts = prompts_in_folder(folder, header.get(TOKENS_DIGEST))
     adapter = Adapter(layers, full, full_modules, config.get("lora_dropout") or 0.0, metadata, prompts)
-    check_digest(weights, tensors, config, header)  # last, for it cannot say what is wrong
+    check_digest(weights, tensors, config, header)  # last, since it cannot tell what is wrong
     return adapter
 
 
@@ -215,12 +215,12 @@ def _read_header(weights: Path) -> dict[str, Any]:
 def _layer(
     name: str, tensors: dict[str, Tensor], config: dict[str, Any], fused: dict[str, Any] | None, rank: Any, alpha: Any
 ) -> LayerAdapter:
-    """One layer of a PEFT adapter; `fused` says which parts of its B are not zero, see `save_adapter`."""
+    """One layer of a PEFT adapter; `fused` lists the parts of its B that are not zero, see `save_adapter`."""
     a, b = tensors[A], tensors[B]
     rslora = bool(config.get("use_rslora"))
     if rank != a.shape[0] or a.shape[0] != b.shape[1] or not isinstance(alpha, (int, float)):
         raise UserError(
-            f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)}, its config says rank "
+            f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)}, its config has rank "
             f"{rank} and alpha {alpha}: they do not belong together"
         )
     if not fused:

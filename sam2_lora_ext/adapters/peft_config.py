@@ -1,4 +1,4 @@
-"""What `adapter_config.json`, PEFT's `LoraConfig`, may say of an adapter that can be used: LoRA or DoRA."""
+"""Reads `adapter_config.json` (PEFT's `LoraConfig`), and refuses adapters other than LoRA and DoRA."""
 
 from pathlib import Path
 from types import NoneType
@@ -8,7 +8,7 @@ from sam2_lora_ext.adapters.folder import CONFIG, WEIGHTS
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, read_json
 
-# What a PEFT config may say without changing what the adapter computes; any other setting that is on is refused.
+# Settings that are supported, or that do not change what the adapter computes; any other setting that is on is refused.
 HARMLESS = {
     "alpha_pattern",
     "auto_mapping",
@@ -39,7 +39,7 @@ KINDS = {
     "modules_to_save": (list, NoneType),
     "lora_dropout": (int, float, NoneType),
 }
-# The other ways to begin change the base's weights.
+# The other initialisations change the base's weights.
 OWN_INIT = (True, None, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -47,7 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of the file.
 
     Raises:
-        UserError: it is missing or damaged, or describes an adapter of another kind.
+        UserError: the file is missing or damaged, or describes an adapter of another kind.
     """
     try:
         config = read_json(path, LARGEST_NOTE)

@@ -3,8 +3,8 @@
 <merged file>.json
     command, created    the command line; the time, with its zone
     base                path, bytes, model (stock config), weights_id: SHA-256 of its values, recorded in adapters
-    adapters            of each: path, weight in the sum, files (name -> sha256), its metadata about its base
-    result              path, bytes, sha256 of the file, dtypes, tensors, changed: those not the base's own
+    adapters            for each: path, weight in the sum, files (name -> sha256), its metadata about its base
+    result              path, bytes, sha256 of the file, dtypes, number of tensors, number of changed ones
     versions, git_commit
     verify              with --verify: config and the fields of `Comparison`
 """

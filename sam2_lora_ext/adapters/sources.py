@@ -46,7 +46,7 @@ def find_adapter(path: str | Path) -> Path:
     others = (path / "adapters" / "latest", path / "checkpoints" / "checkpoint.pt")
     hint = " or ".join(str(other) for other in others if other.exists())
     raise UserError(
-        f"{path} is no adapter folder (no {CONFIG}), and no run with adapters/best or adapters/final"
+        f"{path} is neither an adapter folder (with {CONFIG}) nor a run with adapters/best or adapters/final"
         + (f": to use another adapter of it, give {hint}" if hint else ": was it trained up to a validation?")
     )
 
@@ -54,13 +54,13 @@ def find_adapter(path: str | Path) -> Path:
 def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str, Tensor] | None = None) -> Adapter:
     """Reads the adapter that `find_adapter` finds: a PEFT folder, or a checkpoint of the Trainer.
 
-    One that PEFT trained on transformers' `Sam2Model` is renamed to SAM 2's modules.
+    An adapter that PEFT trained on transformers' `Sam2Model` is renamed to SAM 2's modules.
 
     A checkpoint of version 0.1.0 records neither alpha nor parts: they come from `lora.json` in its run's folder.
 
     Args:
         path: see `find_adapter`.
-        alpha: for a checkpoint that does not record it, instead of that of `lora.json`.
+        alpha: for a checkpoint that does not record it; replaces that of `lora.json`.
         base: for a checkpoint of the whole model without `lora.json`, to find its trained parameters.
 
     Raises:
@@ -79,7 +79,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     if not facts and (notes := _notes(path)):
         where = notes[0]
         facts = _read_notes(where)
-        log.warning("%s is of version 0.1.0, which did not record alpha, parts and base: %s is taken", path, where)
+        log.warning("%s is of version 0.1.0, which did not record alpha, parts and base: %s is read", path, where)
     config = None
     try:
         if (facts or where != path) and facts["config"] is not None:
@@ -89,8 +89,8 @@ def read_adapter(path: str | Path, alpha: float | None = None, base: Mapping[str
     metadata = {key: facts[key] for key in ("base_id", "base_path", "model_config") if facts.get(key)}
     if not any(key.endswith(ADAPTER_KEYS) for key in state) and not (config and config.trainable):
         raise UserError(
-            f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (one that trained the whole "
-            "model leaves what build_sam2 loads in its folder weights)"
+            f"{path} holds no LoRA adapter: give the checkpoint of a LoRA run (a run that trained the whole model has "
+            "files for build_sam2 in its folder weights)"
         )
     adapter = adapter_from_state(state, config, alpha, base=base, metadata=metadata)
     adapter.class_prompts = prompts_of_state(state, facts)
@@ -125,7 +125,7 @@ def check_base(
         A note, when the adapter does not record its base.
 
     Raises:
-        UserError: it was another one; the sentence names both.
+        UserError: the adapter was trained on another base; the message names both.
     """
     facts = adapter.metadata
     if not facts.get("base_id"):

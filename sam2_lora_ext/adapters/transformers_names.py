@@ -1,8 +1,8 @@
 """Renames weights and adapters of SAM 2 for Hugging Face transformers' `Sam2Model` and `Sam2VideoModel`, and back.
 
-Both have the same modules (the fused `qkv` of Hiera too), under other names, so that weights and adapters go both ways
-by renaming. The three tensors that differ: their four point embeddings are one matrix (4, C), and their matrix of the
-positional encoding is there twice. The names are those of transformers 5.24. Needs torch only.
+Both libraries have the same modules (the fused `qkv` of Hiera too) under different names, so renaming converts weights
+and adapters in both directions. Two things differ: transformers has the four point embeddings as one matrix (4, C), and
+two copies of the positional encoding's matrix. The names are those of transformers 5.24. Needs torch only.
 """
 
 import re
@@ -19,7 +19,7 @@ from sam2_lora_ext.utils.errors import UserError
 ENDS = (".weight", ".bias")
 POINTS = "sam_prompt_encoder.point_embeddings.{}.weight"  # four of (1, C)
 THEIR_POINTS = "prompt_encoder.point_embed.weight"  # (4, C)
-THEIR_ROOTS = ("vision_encoder.", "mask_decoder.", "prompt_encoder.")  # with which no name of SAM 2's begins
+THEIR_ROOTS = ("vision_encoder.", "mask_decoder.", "prompt_encoder.")  # no name of SAM 2 begins with these
 APART = re.compile(r"vision_encoder\..*\.attn\.(?!qkv$|proj$)\w*(q|k|v|query|key|value)\w*")
 DOWNSAMPLER = re.compile(r"memory_encoder\.mask_downsampler\.(?:encoder|layers)\.(\d+)")
 
@@ -28,7 +28,7 @@ class Names:
     """Renames in one direction; `names[...]` takes a module's or a tensor's name.
 
     Args:
-        theirs: from their names to SAM 2's, instead of the other way.
+        theirs: from transformers' names to SAM 2's, instead of the other way.
         downsamplings: see `name_pairs`.
     """
 
@@ -40,12 +40,12 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str], theirs: bool = False) -> "Names":
-        """Those that fit the names of one model: its mask downsampler may have another number of steps."""
+        """The `Names` for the names of one model, whose mask downsampler may have another number of steps."""
         found = [int(match.group(1)) for name in names if (match := DOWNSAMPLER.match(name))]
         return cls(theirs, (max(found) + 1 if theirs else max(found) // 3) if found else 4)
 
     def get(self, name: str) -> str | None:
-        """The other name; None for one that is not known."""
+        """The other name; None for an unknown name."""
         end = next((end for end in ENDS if name.endswith(end)), "")
         for stem, rest in ((name, ""), (name.removesuffix(end), end)):
             for key, numbers in _with_stars(stem):
@@ -67,14 +67,14 @@ class Names:
         if self.theirs and APART.fullmatch(name.removesuffix(".weight").removesuffix(".bias")):
             raise UserError(
                 f"{name} is no module of SAM 2, whose image encoder has query, key and value fused in one attn.qkv, as "
-                "transformers 5.24 has it: an adapter that has them apart, or fused otherwise, cannot be carried over"
+                "transformers 5.24 has it: an adapter with separate or otherwise fused ones cannot be carried over"
             )
         ours, other = ("transformers' Sam2Model", "SAM 2") if self.theirs else ("SAM 2", "transformers' Sam2VideoModel")
         raise UserError(f"{name} of {ours} has no counterpart in {other}: it cannot be carried over")
 
 
 def speaks_transformers(names: Iterable[str]) -> bool:
-    """Whether names of modules or tensors are transformers' and not SAM 2's; names that both have say nothing."""
+    """Whether names of modules or tensors are transformers' and not SAM 2's; names that both have do not count."""
     ours, theirs = Names(), Names(theirs=True)
     return any(
         name.startswith(THEIR_ROOTS) or ours.get(name) is None and theirs.get(name) is not None for name in names
@@ -122,7 +122,7 @@ def rename_adapter(adapter: Adapter, *, theirs: bool = False) -> Adapter:
     """An adapter for transformers' models from one for SAM 2, or with `theirs` the other way round.
 
     Raises:
-        UserError: it changes a module that the other model has not; the sentence names it.
+        UserError: it changes a module that the other model lacks; the message names it.
     """
     names, rename = Names.of(adapter.full, theirs), state_from_transformers if theirs else state_to_transformers
     layers = {names[name]: layer for name, layer in adapter.layers.items()}

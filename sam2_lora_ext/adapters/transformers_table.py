@@ -1,4 +1,4 @@
-"""Which module of SAM 2 has which name in Hugging Face transformers' `Sam2Model` and `Sam2VideoModel` (5.24)."""
+"""The names of SAM 2's modules in Hugging Face transformers' `Sam2Model` and `Sam2VideoModel` (5.24)."""
 
 from collections.abc import Mapping
 

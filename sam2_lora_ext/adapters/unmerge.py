@@ -1,10 +1,10 @@
-"""Unmerging: recovers an adapter from the difference of a merged file and its base. Needs torch only.
+"""Unmerging: recovers an adapter from the difference between a merged file and its base. Needs torch only.
 
     D = merged - base = U S V^T,   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r^T
 
 B A is the closest matrix of rank r to D (Eckart and Young). By default r is the numerical rank of D: a singular value
 counts when it is above e/2 rms(merged) (sqrt(out) + sqrt(in)), twice the norm of the rounding errors at machine
-precision e. A fused `qkv` becomes an adapter by parts where that takes fewer numbers. Shapes: see `lora/layer.py`.
+precision e. A fused `qkv` is adapted by parts if that takes fewer parameters. Shapes: see `lora/layer.py`.
 """
 
 import math
@@ -31,9 +31,9 @@ class Recovered:
     """An adapter from a merged file.
 
     Attributes:
-        adapter: with a scaling of 1; modules that were trained in full have their values of the file.
+        adapter: with a scaling of 1; modules that were trained in full have the merged file's values.
         errors: by layer, |D - B A| / |D| (Frobenius).
-        max_abs_weight_diff: largest difference of the merged file from the base with this adapter, over its layers.
+        max_abs_weight_diff: largest difference between the merged file and the base with this adapter, over its layers.
     """
 
     adapter: Adapter
@@ -105,7 +105,7 @@ def unmerge(
         shown: wraps the layers in a progress bar.
 
     Raises:
-        UserError: they are of different models, or equal; or something changed that is not low-rank within the bound.
+        UserError: the two are equal or of different models, or a change is not of low rank within the bound.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")
@@ -167,7 +167,7 @@ def _is_linear(key: str, base: Mapping[str, Tensor], changed: list[str]) -> bool
 
 
 def _parts(fused: list[Change]) -> tuple[bool, ...]:
-    """The `parts` of all fused layers, since a config has one value for all: those with fewer parameters."""
+    """The `parts` with fewer parameters, for all fused layers alike, since a config has only one value."""
     if not fused:
         return PLAIN
     touched = tuple(any(flags) for flags in zip(*(change.touched for change in fused)))

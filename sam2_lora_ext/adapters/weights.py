@@ -49,36 +49,38 @@ def read_file(path: str | Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # what torch saved before version 1.6 is no zip file and cannot be mapped
+        # files of torch before 1.6 are not zip files and cannot be memory-mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}): copy or download it again") from error
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}): copy or download it again") from error
     except Exception as error:  # torch.load raises arbitrary exceptions for other bytes
         if "GLOBAL" in str(error) or "TorchScript" in str(error):
             raise UserError(
                 f"{path} holds Python objects, which run code when they are loaded: only files of tensors "
                 "are read, so save its state dict anew"
             ) from error
-        raise UserError(f"{path} is damaged or no file of weights: copy or download it again") from error
+        raise UserError(f"{path} is damaged or not a file of weights: copy or download it again") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: `{"model": {...}}` as SAM 2 and its Trainer save it, without that key, or safetensors.
+    """Reads a state dict: `{"model": {...}}` as SAM 2 and its Trainer save it, a bare one, or safetensors.
 
     Raises:
-        UserError: see `read_file`, or the file holds something else than named tensors.
+        UserError: see `read_file`, or the file contains something other than named tensors.
     """
     content = read_file(path)
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds no state dict but a {type(state).__name__}")
+        raise UserError(f"{path} holds no state dict: it holds a {type(state).__name__}")
     if not state:
         raise UserError(f"{path} holds no weights: its state dict is empty")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path} holds no state dict: {str(key)!r} is no tensor but a {type(value).__name__}")
+            raise UserError(
+                f"{path} holds no state dict: the key {str(key)!r} has a {type(value).__name__}, expected named tensors"
+            )
         if value.layout is not torch.strided or value.is_quantized or value.is_complex():
             raise UserError(f"{path} holds {key} as a sparse, quantized or complex tensor, which no SAM 2 has")
     return dict(state)
@@ -103,7 +105,7 @@ def write_weights(
         metadata: for the header of a safetensors file.
         force: replace an existing file.
         on_written: called with the file, open for reading, when it is complete but not yet flushed to the disk.
-        beside: further entries of a .pt next to "model", which stock ignores.
+        beside: further entries of a .pt next to "model", which stock SAM 2 ignores.
 
     Raises:
         UserError: the file exists and `force` is off, or the system refuses, for example because the disk is full.

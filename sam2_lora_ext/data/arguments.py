@@ -1,4 +1,4 @@
-"""The arguments of all tools that read data: a training config with overrides, a run, or a folder and its reading."""
+"""Command-line arguments of the tools that read data: a training config with overrides, a run, or a data folder."""
 
 import argparse
 from dataclasses import replace
@@ -26,30 +26,30 @@ def add_source(parser: Any, positional: bool) -> None:
     """
     add = parser.add_argument
     if positional:
-        add("words", nargs="*", metavar="DATA", help=f"{DATA}; with -c instead key=value, {OVERRIDE}")
-        which = "of a config or run whose training and validation read different data (%(default)s)"
+        add("words", nargs="*", metavar="DATA", help=f"{DATA}; with -c: key=value, {OVERRIDE}")
+        which = "the data of a config or run: training or validation (default: %(default)s)"
         add("--phase", choices=("train", "val"), default="train", help=which)
     else:
         add("words", nargs="*", metavar="key=value", help=OVERRIDE)
         add("--data", type=Path, metavar="PATH", help=DATA)
     add_config(parser)
     add("--images", type=Path, metavar="DIR", help="the image folder, unless it is in the folder of the annotations")
-    names = "class names from 1 on, or by number: 255=defect,.. (default: those of the format, or Severstal's four)"
+    names = "class names, numbered from 1, or with numbers: 255=defect,.. (default: the format's, or Severstal's four)"
     add("--classes", type=classes, metavar="A,B,..|N=A,..", help=names)
-    add("--colors", type=colors, metavar="N=R/G/B,..", help="of coloured label images: 1=250/50/83,2=51/221/255")
-    add("--size", type=size, metavar="WxH|any", help="of every image, for a Kaggle csv (default: 1600x256)")
+    add("--colors", type=colors, metavar="N=R/G/B,..", help="class colours of label images: 1=250/50/83,2=51/221/255")
+    add("--size", type=size, metavar="WxH|any", help="size of every image of a Kaggle csv (default: 1600x256)")
     add("--split-folder", metavar="NAME", help="one split of a Supervisely project, such as train")
     add_pixels(parser)
 
 
 def add_config(parser: Any) -> None:
     """Adds the training config, whose overrides are the positional `words`."""
-    described = "a training config: its data, as training would read it"
+    described = "a training config, whose data is read as in training"
     parser.add_argument("-c", "--training-config", metavar="CONFIG", help=described)
 
 
 def add_pixels(parser: Any) -> None:
-    """Adds how images are decoded."""
+    """Adds the options for decoding images."""
     add = parser.add_argument
     add("--bits", type=number(BITS), metavar="N", help="depth of images of more than 8 bits a channel (default: 16)")
     add("--as-stored", action="store_true", help="do not turn images upright by their EXIF orientation")
@@ -60,11 +60,11 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None
 
     Args:
         args: with the arguments of `add_source`.
-        phase: of a config or run: "train" or "val".
+        phase: the data of a config or run to read: "train" or "val".
         like: see `guessed`.
 
     Raises:
-        UserError: they contradict each other, or the data cannot be determined.
+        UserError: the arguments contradict each other, or the data cannot be determined.
     """
     from sam2_lora_ext.data.guess_format import guessed
     from sam2_lora_ext.data.source import from_config, from_run
@@ -75,9 +75,9 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None
         if not args.training_config and words:
             data = Path(words.pop(0))
     if words and not args.training_config:
-        raise UserError(f"{words[0]!r} is one too many: key=value belongs to a training config, which -c names")
+        raise UserError(f"{words[0]!r} is one too many: key=value overrides a training config, so add -c CONFIG")
     if wrong := next((word for word in words if "=" not in word and not word.startswith("~")), None):
-        raise UserError(f"with -c CONFIG the data is the config's: {wrong!r} is no key=value")
+        raise UserError(f"with -c CONFIG the data is the config's: {wrong!r} is not key=value; leave it out")
     if args.training_config and data is not None:
         raise UserError(f"-c {args.training_config} and {data} both name the data: give one of them")
     turned = {"exif": False} if args.as_stored else {}
@@ -86,7 +86,7 @@ def source_of(args: argparse.Namespace, phase: str = "val", like: "Source | None
         for name in ("classes", "colors", "size", "images", "split_folder"):
             if getattr(args, name) is not None:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} is for a folder whose format is guessed: a config or a run defines it")
+                raise UserError(f"--{option} is only for a data folder: leave it out, the config or run defines it")
         if args.training_config:
             return replace(from_config(args.training_config, words, phase, **turned), **more)
         return replace(from_run(data, phase, **turned), **more)
@@ -111,7 +111,7 @@ def source_of_model(args: argparse.Namespace, weights: Path) -> "Source | None":
     from sam2_lora_ext.data.source import from_config, from_run
 
     if args.words and not args.training_config:
-        raise UserError(f"{args.words[0]!r} is one too many: key=value belongs to a training config, which -c names")
+        raise UserError(f"{args.words[0]!r} is one too many: key=value overrides a training config, so add -c CONFIG")
     if args.training_config and args.run:
         raise UserError(f"-c {args.training_config} and --run {args.run} exclude each other: give one of them")
     if args.training_config:

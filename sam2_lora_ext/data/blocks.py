@@ -1,4 +1,4 @@
-"""The data set blocks of a training config: finds them, their crops and their readers, and describes these."""
+"""Finds the data set blocks of a training config, their crops and their readers."""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -37,14 +37,16 @@ def crop_width(transforms: Any) -> int | None:
 
 
 def build_reader(config: Mapping[str, Any], origin: str) -> Reader:
-    """The reader of a config; since a record is untrusted, only classes with `records` are called, with plain values.
+    """Builds the reader of a config.
+
+    Records are untrusted, so only classes with a `records` method are called, and only with plain values.
 
     Args:
         config: `_target_` and the reader's arguments.
-        origin: of the config, for messages.
+        origin: where the config comes from, for messages.
 
     Raises:
-        UserError: there is no such class, it is not a reader, or does not take these arguments; or the data is wrong.
+        UserError: the class does not exist, is not a reader or does not take these arguments; or the data is wrong.
     """
     module, _, name = str(config["_target_"]).rpartition(".")
     arguments = {key: value for key, value in config.items() if key != "_target_"}
@@ -54,7 +56,7 @@ def build_reader(config: Mapping[str, Any], origin: str) -> Reader:
             raise TypeError(f"{config['_target_']} is not a reader")
         return kind(**arguments)
     except (ImportError, TypeError) as error:
-        raise UserError(f"the reader of {origin} cannot be made ({error}): name the data by its folder") from error
+        raise UserError(f"the reader of {origin} cannot be built ({error}): name the data by its folder") from error
 
 
 def describe(reader: Mapping[str, Any]) -> str:

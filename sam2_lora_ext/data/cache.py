@@ -1,7 +1,7 @@
 """Cache of the index on disk, so that the next start does not read the data again.
 
 The key is a hash of the reader's settings, the content of its annotation files, and name, size and time of each image
-(reading a gigabyte of pixels would take longer than building the index). A damaged file is built again.
+(reading a gigabyte of pixels would take longer than building the index). A damaged cache file is rebuilt.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from sam2_lora_ext.data.records import OnInvalid, Problem, Reader
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import read_bytes, write_atomic
 
-VERSION = 2  # of the arrays' layout and of the checks; raise it when either changes
+VERSION = 2  # of the arrays' layout and of the checks; increase it when either changes
 log = logging.getLogger(__name__)
 
 
 def cached_index(
     reader: Reader, on_invalid: OnInvalid = "error", cache_dir: str | Path | None = None
 ) -> AnnotationIndex:
-    """`build_index`, or the stored result of an earlier call on the same files; only a full success is stored.
+    """`build_index`, or the stored result of an earlier call on the same files.
 
     Args:
         reader: the annotation format.
@@ -97,7 +97,7 @@ def load_index(path: Path) -> AnnotationIndex:
 
 
 def _plain(value: Any) -> Any:
-    """A field of an index other than an array, as a JSON value: a dict as its items, since its keys are numbers."""
+    """A field that is not an array, as a JSON value: a dict becomes a list of items, since its keys are numbers."""
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, tuple):

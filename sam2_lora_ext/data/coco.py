@@ -14,13 +14,13 @@ from sam2_lora_ext.utils.errors import UserError
 
 
 class COCOReader:
-    """Reads the images that a COCO file lists; an annotation is an instance. Other files are reported as not read.
+    """Reads the images that a COCO file lists; an annotation is an instance. Other files are reported as unread.
 
     Args:
         image_dir: the folder that `file_name` is relative to.
         json: the annotations.
-        classes: class names (a list, or a table with numbers) or their count: a category is the class of its name; None
-            takes the file's categories: their ids as class numbers, or their order if an id cannot be one.
+        classes: class names (a list, or a table with numbers) or their count; categories are matched by name. None
+            takes the file's categories, with their ids as class numbers, or their order if an id cannot be one.
         crowd: whether annotations with `iscrowd` are used; an image with an unused one is never clean.
         full_check: decode every image instead of checking its header and end.
         exif: turn images upright by their orientation tag; False reads them as stored.
@@ -70,11 +70,11 @@ class COCOReader:
                 if (alike := as_text.get(_text(entry.get("image_id")))) is not None:
                     records[alike].complete = False
                     name = records[alike].name
-                    said += f", but {name} has {alike!r}: write both alike"
+                    said += f", but {name} has {alike!r}: write both the same way"
                     yield Problem(str(self.json), row, "image id", said, name)
                 else:
                     doubt = True
-                    said += ", so none without an annotation counts as clean; add the image or remove the annotation"
+                    said += ", so images without annotations are not clean; add the image or remove the annotation"
                     yield Problem(str(self.json), row, "image missing", said)
                 continue
             record = records[image_id]
@@ -94,7 +94,7 @@ class COCOReader:
                 record.complete = False
         if odd:
             yield Note(
-                f"{self.json}: {odd} polygons have an area or bbox that is not that of their pixels, the first is "
+                f"{self.json}: the area or bbox of {odd} polygons differs from that of their pixels, first in "
                 f"annotation {odd_row}; the pixels are used"
             )
         twice = [number for record in records.values() for number in record.ids if number >= 0]
@@ -117,7 +117,7 @@ class COCOReader:
                     raise InvalidData("duplicate row", f"image {row} has no id (id {entry.get('id')!r})")
                 name = self._finder.find(entry.get("file_name"))
                 if image_id in first:
-                    raise InvalidData("duplicate row", f"image {row} has the id {image_id} of {first[image_id]} too")
+                    raise InvalidData("duplicate row", f"image {row} has the same id {image_id} as {first[image_id]}")
                 first[image_id] = name
                 if name in names:
                     if names[name] in records:
@@ -128,12 +128,12 @@ class COCOReader:
                 if (entry.get("height", height), entry.get("width", width)) != (height, width):
                     raise InvalidData(
                         "image size",
-                        f"{name} is {width}x{height}, but the table says "
+                        f"{name} is {width}x{height}, but the JSON gives "
                         f"{entry.get('width')}x{entry.get('height')}; they must be equal"
                         + turning(self.image_dir / name, exif=self.exif),
                     )
                 record = ImageRecord(name, height, width, special=special, source_id=source_id(image_id))
-                if times[image_id] > 1:  # the image of the annotations is unknown
+                if times[image_id] > 1:  # its annotations could belong to either image
                     lost.add(image_id)
                     record.complete = False
                     yield record
@@ -147,7 +147,7 @@ class COCOReader:
         """Adds the mask of an annotation; returns whether a polygon's area or bbox differs from its pixels.
 
         Raises:
-            InvalidData: it cannot be used.
+            InvalidData: the annotation cannot be used.
         """
         category = _key(entry.get("category_id"))
         if category not in self._numbers:
@@ -181,7 +181,7 @@ def _key(value: Any) -> int | str | None:
 
 
 def _text(value: Any) -> str:
-    """An id as text, a whole float as its integer."""
+    """An id as text; a whole float is written as an integer."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

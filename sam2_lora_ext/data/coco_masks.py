@@ -12,14 +12,14 @@ from pycocotools import mask as mask_utils
 from sam2_lora_ext.data.records import InvalidData
 from sam2_lora_ext.data.rle import encode_mask, from_coco_counts, parse_coco_text
 
-LONGEST = 4_000_000  # length in pixels of all polygons of a mask: pycocotools needs 60 bytes for each, and crashes
+LONGEST = 4_000_000  # total outline of a mask's polygons in pixels: pycocotools takes 60 bytes a pixel, and crashes
 
 
 def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Runs of polygons (list of [x, y, x, y, ...]) or of an RLE (`counts` as list or compressed text).
 
     Raises:
-        InvalidData: neither of these, the wrong size, or no pixel.
+        InvalidData: it is neither, has the wrong size, or contains no pixel.
     """
     try:
         if isinstance(segmentation, dict):
@@ -37,7 +37,7 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
             ):
                 raise InvalidData("polygon", "each of its polygons must be at least three finite x, y pairs")
             if not sum(map(_outline, polygons)) < LONGEST:
-                raise InvalidData("polygon", f"its polygons are {LONGEST} pixels around or more; are they in pixels?")
+                raise InvalidData("polygon", f"its outlines are {LONGEST} pixels or longer; are they in pixels?")
             shapes = mask_utils.frPyObjects([polygon.tolist() for polygon in polygons], height, width)
             runs = encode_mask(mask_utils.decode(mask_utils.merge(shapes)))
     except InvalidData:
@@ -50,7 +50,7 @@ def read_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def disagreement(entry: dict[str, Any], runs: np.ndarray, height: int) -> str | None:
-    """A clause on how an annotation's `area` or `bbox` differs from its pixels; None if it does not, or has neither.
+    """Describes how an annotation's `area` or `bbox` differs from its pixels; None if neither does.
 
     For an RLE the area must be exact and the box within 1 px. A polygon's area is that of its outline, so it may differ
     by half the length of the outline, and its box by 2 px.
@@ -76,13 +76,13 @@ def disagreement(entry: dict[str, Any], runs: np.ndarray, height: int) -> str | 
 def box_of(runs: np.ndarray, height: int) -> tuple[int, int, int, int]:
     """The box around column-major runs, at least one."""
     first, last = runs[:, 0], runs[:, 0] + runs[:, 1] - 1
-    whole = (first // height != last // height).any()  # a run that goes on in the next column spans all rows
+    whole = (first // height != last // height).any()  # the box of a run that continues in the next column has all rows
     y0, y1 = (0, height) if whole else (int((first % height).min()), int((last % height).max()) + 1)
     return int(first[0] // height), y0, int(last[-1] // height) + 1, y1
 
 
 def _outline(polygon: np.ndarray) -> float:
-    """The length of the closed path from the origin along a polygon [x, y, x, y, ...] in columns or rows."""
+    """The Chebyshev length of the closed path from the origin along a polygon [x, y, x, y, ...]."""
     corners = np.concatenate([[(0, 0)], polygon.reshape(-1, 2), [(0, 0)]])
     return float(np.abs(np.diff(corners, axis=0)).max(axis=1).sum())
 

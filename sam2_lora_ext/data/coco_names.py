@@ -18,20 +18,20 @@ def number_categories(
     classes: int | Sequence[str] | dict[int, str] | None,
     where: str | Path,
 ) -> tuple[dict[int, str], dict[int, int]]:
-    """Class numbers by name.
+    """Assigns class numbers to the categories of a file.
 
     Args:
         categories: of the file, with `id` and `name`.
         used: category ids of its annotations.
-        classes: names with numbers, see `class_table`: a category is the class of its name, whatever its order in the
-            file. None: the ids are the numbers if all are in 1..32767, else their order.
+        classes: names with numbers, see `class_table`; categories are matched by name. With None, the class numbers are
+            the ids if all are in 1..32767, else their order.
         where: the file, for messages.
 
     Returns:
         class number -> name, and category id -> class number; an unused category may have none.
 
     Raises:
-        UserError: an id or a used name twice, or a category that is used and not in `classes`.
+        UserError: an id or a used name occurs twice, or a used category is not in `classes`.
     """
     names: dict[int, str] = {}
     for entry in categories:
@@ -67,7 +67,7 @@ def number_categories(
 
 
 class ImageFinder:
-    """Finds the path below a folder of the image of a `file_name`.
+    """Finds the image of a `file_name` in a folder.
 
     Args:
         folder: the image folder.
@@ -82,9 +82,9 @@ class ImageFinder:
         return NearNames(os.listdir(self.folder) if self.folder.is_dir() else ())
 
     def find(self, name: Any) -> str:
-        """The path below the folder.
+        """The image's path, relative to the folder.
 
-        A backslash separates folders, as on Windows; leading folders that repeat the end of the folder's own path are
+        A backslash separates folders, as on Windows; leading folders that repeat the end of the image folder's path are
         removed.
 
         Raises:

@@ -1,7 +1,7 @@
 """SAM 2's `collate_fn` with images normalised directly into the batch.
 
-At 1024 px an image is 12 MB, and stock copies it three times before it reaches the Trainer's process: frames are
-stacked, then videos, then the batch is moved into shared memory. Here it is written there once.
+At 1024 px an image is 12 MB, and SAM 2 copies it three times before it reaches the Trainer's process: it stacks frames,
+then videos, then moves the batch into shared memory. This function writes it there once.
 Legend: B videos, T frames, S side of the model's input.
 """
 
@@ -19,11 +19,11 @@ from sam2_lora_ext.data.pixels import MEAN, STD, level_table, write_normalised
 def collate_fn(
     batch: list[VideoDatapoint], dict_key: str, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
 ) -> BatchedVideoDatapoint:
-    """The same batch as stock's for the same samples.
+    """Builds the same batch as SAM 2's `collate_fn` from the same samples.
 
     Args:
         batch: B samples of T frames, with images uint8 [S, S, 3] (`ModelInput(normalise=False)`); samples with float
-            images are passed to stock's unchanged.
+            images are passed to SAM 2's unchanged.
         dict_key: selects the loss and meters of this batch.
         mean: of R, G, B in 0..1; SAM 2's by default.
         std: of R, G, B in 0..1.
@@ -47,7 +47,7 @@ def collate_fn(
 
 
 def mappable(*shape: int) -> torch.Tensor:
-    """An empty float32 tensor; in a worker in shared memory, as in torch's `default_collate`."""
+    """An uninitialised float32 tensor; workers allocate it in shared memory, as torch's `default_collate` does."""
     if get_worker_info() is None:
         return torch.empty(shape)
     return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape)), 0, shape)

@@ -1,7 +1,7 @@
 """8-connected components of many masks at once, computed on their runs without decoding pixels.
 
-Two column segments touch when they are in neighbouring columns and their rows overlap or differ by one; the graph of
-these contacts is solved by scipy's connected components. Legend: M masks, R runs, S segments (runs cut at column ends),
+Two column segments touch when they are in neighbouring columns and their rows overlap or differ by one; scipy finds the
+connected components of the graph of these contacts. Legend: M masks, R runs, S segments (runs cut at column ends),
 C components, K runs of all components.
 """
 
@@ -38,7 +38,7 @@ def find_components(
     """Components of M masks.
 
     Args:
-        runs: [R, 2] of (start, length) of all masks, column-major, ascending and apart within each mask.
+        runs: [R, 2] of (start, length) of all masks, column-major, ascending and not adjacent within each mask.
         run_offsets: [M + 1]; mask m has the runs `runs[run_offsets[m]:run_offsets[m + 1]]`.
         heights: [M] rows of each mask's image.
         widths: [M] columns of each mask's image.
@@ -111,7 +111,7 @@ def _split_columns(runs: np.ndarray, owner: np.ndarray, heights: np.ndarray) -> 
 def _label(
     owner: np.ndarray, column: np.ndarray, top: np.ndarray, bottom: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
-    """A label for each segment, equal exactly within a component."""
+    """A label for each segment; two segments have the same label exactly if they are in one component."""
     # one number line for all masks: a spare column between masks and spare rows between columns separate them
     spare = int(heights.max(initial=0)) + 3
     key = (column + (np.cumsum(widths + 2) - widths)[owner]) * spare

@@ -1,6 +1,6 @@
 """Steel strips for SAM 2's `VOSDataset`: an item is a strip (one frame, or windows along it) and its defects.
 
-Everything is checked when the data set is built, since after an error in training `VOSDataset` draws another video.
+All checks run when the data set is built, since `VOSDataset` hides errors in training: it draws another video.
 """
 
 import logging
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 class SeverstalRawDataset(VOSRawDataset):
     """Strips with their annotated objects.
 
-    In training an item is an image with all its objects (the sampler picks some), and `clean_share` of the samples are
-    clean, each time another clean image or part. In evaluation every object and every clean
-    image is in exactly one item, always in the same order; `video_id` is the image's row in the index, so
-    (video_id, object_id) names an object.
+    In training an item is an image with all its objects (the sampler picks some); a share `clean_share` of the samples
+    is clean, and each of them draws a clean image or part. In evaluation every object and every clean image is in
+    exactly one item, always in the same order; `video_id` is the image's row in the index, so (video_id, object_id)
+    identifies an object.
 
     Args:
         reader: the annotation format, e.g. `sam2_lora_ext.data.kaggle.KaggleReader`.
-        training: the behaviour above.
+        training: selects one of the two behaviours above.
         objects: "instances", "components", "classes", "all", or None for the format's default; see `make_objects`.
-        min_area: fewest pixels of an object; smaller ones are left out (which does not make their image clean).
+        min_area: smallest area of an object in pixels; smaller ones are left out, but their image is not clean.
         include_clean: whether clean images are used.
         clean_share: training only: the share of clean samples, 0 <= share < 1; None takes each clean image once.
-        clean_part_width: training only: also defect-free parts of defective strips of at least this width in columns
-            count as clean; None takes only entire clean images.
+        clean_part_width: training only: defect-free parts of defective strips count as clean too if they have at least
+            this width in columns; None takes only entire clean images.
         split_file: a csv with the columns image and split, or without `split` a text file with one name per line;
             None takes all images, or with `split` those in the folders of that split (Supervisely's `train_split/img`).
         split: the split or splits to take; `!fold0` takes all others.
@@ -49,7 +49,7 @@ class SeverstalRawDataset(VOSRawDataset):
         group_width: evaluation only: objects of one item span at most this number of columns, for `FixedStripCrop`.
         windows: `{width, stride, num_frames}`: the strip as a video, see `Windows`; None makes it one frame.
         on_invalid: "error" or "skip".
-        bits: depth of images with more than 8 bits a channel, 8..16, see `units`; some images are checked at once.
+        bits: depth of images with more than 8 bits a channel, 8..16, see `units`; a few are checked at the start.
         cache_dir: folder for the index, so that the next start does not read the data again; None: no cache.
 
     Raises:
@@ -121,8 +121,8 @@ class SeverstalRawDataset(VOSRawDataset):
         self.items = Items.of(rows)
         if not len(self):
             raise UserError(
-                f"{source} leaves no sample: {len(images)} images, {int(keep.sum())} objects of at least "
-                f"{min_area} px in all, include_clean: {include_clean}"
+                f"{source} has no sample: {len(images)} images, in all {int(keep.sum())} objects of at least "
+                f"{min_area} px, include_clean: {include_clean}"
             )
         clean = self._clean_slots + sum(not len(row.objects) for row in rows)
         log.info(
@@ -186,15 +186,15 @@ def _check_clean(
     """Refuses arguments about clean samples that contradict each other or have no effect."""
     if share is not None and not (training and 0 <= share < 1):
         raise UserError(
-            f"clean_share must be at least 0, below 1, and for training (in evaluation every clean image takes part "
-            f"once, or none with include_clean: false), got {share}"
+            f"clean_share must be at least 0, below 1, and for training (evaluation uses every clean image once, or "
+            f"none with include_clean: false), got {share}"
         )
     if share and not include_clean and part_width is None:
         raise UserError(f"clean_share is {share} but include_clean is false and there is no clean_part_width")
     if part_width is not None and (not share or part_width < 1):
         raise UserError(f"clean_part_width is at least 1 and needs a clean_share above 0, got {part_width} and {share}")
     if part_width is not None and windows is not None:
-        raise UserError("clean_part_width does not go with windows: a part may be too narrow for a clip")
+        raise UserError("clean_part_width cannot be combined with windows: a part may be too narrow for a clip")
 
 
 def _check_evaluation(

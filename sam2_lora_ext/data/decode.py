@@ -1,6 +1,6 @@
-"""Decodes an image file as viewers show it: of limited size, one page only, turned by its orientation tag.
+"""Decodes an image file as viewers show it: one page of limited size, turned by its orientation tag.
 
-PIL decodes; the checksums of PNG and TIFF, which PIL ignores, are verified before. PIL keeps only the high bytes of
+PIL decodes; the checksums of PNG and TIFF, which PIL ignores, are verified first. PIL keeps only the high bytes of
 colour images with 16 bits a channel, so OpenCV decodes these too.
 Legend: H W height and width in pixels.
 """
@@ -36,11 +36,11 @@ class ImageError(InvalidData):
 
 @contextmanager
 def opened(source: Source) -> Iterator[Image.Image]:
-    """The image with its header read, nothing decoded; PIL's limit of size is replaced by ours meanwhile.
+    """Opens an image and reads its header only; inside the `with`, our size limit replaces PIL's.
 
     Raises:
-        ImageError: it cannot be opened, is too large, has several pages or an unsupported mode; also for any error
-            raised inside of the `with`.
+        ImageError: it cannot be opened, is too large, has several pages or an unsupported mode; any other error inside
+            the `with` becomes an `ImageError` too.
         UserError: the limit is not a number.
     """
     limit = most_pixels()
@@ -58,7 +58,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
 
 
 def _file(source: Source) -> BinaryIO:
-    """The opened file, since PIL maps some TIFFs into memory when it gets a path, and then turns them wrongly."""
+    """Opens the file here, since PIL memory-maps some TIFFs when it gets a path, and then turns them wrongly."""
     if isinstance(source, io.BytesIO):
         return io.BytesIO(source.getvalue())
     try:
@@ -84,25 +84,25 @@ def _check_header(image: Image.Image, limit: int) -> None:
         raise ImageError(
             "image too large",
             f"the image has {width}x{height} = {width * height:,} pixels, more than the limit of {limit:,}; cut it and "
-            f"its annotations into tiles, or raise the environment variable {LIMIT} if the memory suffices",
+            f"its annotations into tiles, or raise the environment variable {LIMIT} if there is enough memory",
         )
     if (count := pages(image)) > 1:
         raise ImageError(
-            "several pages", f"the file holds {count} pages, but only one would be read; save each as a file"
+            "several pages", f"the file has {count} pages, but only one would be read; save each page as a file"
         )
     if image.mode not in DEEP_MODES | FLAT_MODES:
-        raise ImageError("image mode", f"the image has the mode {image.mode}, which cannot be shown; save it as RGB")
+        raise ImageError("image mode", f"the image has the unsupported mode {image.mode}; save it as RGB")
     if image.format == "TIFF":
         tiff.check_tags(image)
         if image.mode in DEEP_MODES and image.tag_v2[tiff.PHOTOMETRIC] == 0:  # PIL inverts only fewer bits
-            raise ImageError("image mode", "in this TIFF 0 is white, at more than 8 bits; save it with 0 as black")
+            raise ImageError("image mode", "this TIFF of more than 8 bits stores white as 0; save it with black as 0")
 
 
 def pages(image: Image.Image) -> int:
-    """The images in a file; 1 where all after the first are previews or masks of it.
+    """The number of images in a file; 1 when all others are previews or masks of the first.
 
-    A TIFF marks such pages. In the JPEGs of cameras (MPO) all others are previews, depth or gain maps of the first,
-    which every program reads.
+    A TIFF marks such pages. In the JPEGs of cameras (MPO) the others are always previews, depth or gain maps, and every
+    program reads the first.
     """
     count = getattr(image, "n_frames", 1)
     if count == 1 or image.format == "MPO":
@@ -145,7 +145,7 @@ def decode(
         source: the file, or its content.
         exif: turn it upright by its orientation tag; False leaves it as stored.
         take: converts the decoded image to the array [H, W] or [H, W, 3].
-        whole: all 16 bits of colours that have them (uint16); False takes the high bytes.
+        whole: returns all 16 bits of 16-bit colours (uint16); False returns the high bytes.
 
     Raises:
         ImageError: it is damaged or cannot be used, see `opened`.
@@ -190,15 +190,15 @@ def explain(error: Exception, source: Source) -> ImageError:
     if isinstance(error, UnidentifiedImageError):
         return _unknown(source)
     if isinstance(error, MemoryError):
-        return ImageError("image too large", "the memory does not suffice for the image; cut it into tiles")
+        return ImageError("image too large", "there is not enough memory for the image; cut it into tiles")
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, OSError):
         if error.errno == errno.ENOENT:
-            return ImageError("image missing", "the image does not exist (or is a link to nothing); add it")
+            return ImageError("image missing", "the image does not exist (or is a broken link); add it")
         if error.errno == errno.ELOOP:
             return ImageError("link loop", "the image is a symbolic link that leads to itself; remove it")
         if error.errno in (errno.EACCES, errno.EPERM):
-            return ImageError("no permission", "the image may not be read; change its permissions")
+            return ImageError("no permission", "there is no permission to read the image; change its permissions")
         if error.errno is not None:  # PIL's own errors have none
             return ImageError("image unreadable", f"the image cannot be opened ({text}); check its path and the disk")
     return ImageError("image damaged", f"the image cannot be decoded ({text}); fetch it again")

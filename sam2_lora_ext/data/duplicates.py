@@ -8,7 +8,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-BITS_APART = 40  # of 256: a saved-again JPEG differs in a few
+BITS_APART = 40  # of 256: a re-saved JPEG differs in a few
 GREY_APART = 3.0  # mean difference of two thumbnails, of 255
 FLAT = 2.0  # standard deviation of a thumbnail below which an image has no features to compare
 CHUNK = 256
@@ -28,8 +28,8 @@ def difference_hash(image: Image.Image) -> np.ndarray:
 def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     """int64 [K, 2]: pairs whose hashes differ in few bits and whose thumbnails differ little.
 
-    Of images joined by chains of such pairs, only the pairs of a spanning tree are given: K < N. So N copies of one
-    image cost N comparisons and not N^2.
+    Images joined by chains of such pairs contribute only a spanning tree of pairs, so K < N, and N copies of one image
+    cost N comparisons instead of N^2.
 
     Args:
         hashes: bool [N, 256].

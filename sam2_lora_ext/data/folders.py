@@ -1,4 +1,4 @@
-"""Writes a data set's folder atomically, and never over the inputs."""
+"""Writes a data set's folder atomically, and never overwrites the inputs."""
 
 import os
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def refuse_folder(out: Path, force: bool) -> None:
         raise UserError(EXISTS.format(out))
     strangers = sorted(entry.name for entry in out.iterdir() if entry.name not in PARTS) if out.is_dir() else []
     if strangers or not out.is_dir():
-        found = f"holds {strangers[0]!r}, which is not one of its parts" if strangers else "is a file"
+        found = f"contains {strangers[0]!r}, which is not part of one" if strangers else "is a file"
         raise UserError(f"--force replaces a data set, but {out} {found}; choose another folder")
 
 
@@ -43,7 +43,7 @@ def write_folder(out: str | Path, write: Callable[[Path], Any], force: bool = Fa
         force: replace an empty folder, or a data set of this package with all its images.
 
     Raises:
-        UserError: `out` exists and `force` is off, it holds something else, or the system refuses.
+        UserError: `out` exists and `force` is off, it contains something else, or the system refuses.
     """
     refuse_folder(Path(out), force)
     replace_folder(out, write, PARTS, force=force)

@@ -1,4 +1,4 @@
-"""Guesses the reader of a path, for tools whose user names a folder and no format."""
+"""Guesses the format of a data set from its files, for tools whose user names only a folder."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -49,11 +49,11 @@ def guessed(
         images: see `guess_format`.
         split: of a Supervisely project.
         given: arguments of the reader: classes, size, colors, exif. Only Kaggle's csv uses a size.
-        like: a run's source: its class table, and for the same format its other settings, where `given` has none.
+        like: a run's source, which provides the class table and, for the same format, the settings that `given` lacks.
         **more: fields of the source, such as bits.
 
     Raises:
-        UserError: no format fits, or several do, or there are colors for another format.
+        UserError: no format or several formats fit, or there are colors for another format.
     """
     kind, places = guess_format(path, images, split)
     settings = {key: value for key, value in (given or {}).items() if value is not None or key == "size"}
@@ -84,13 +84,13 @@ def guess_format(
     """The reader's class for a data set on disk, and its arguments with the paths of the data.
 
     Args:
-        path: a Kaggle csv, a COCO JSON, or a folder: with such a file, with Supervisely's `img` and `ann` (or splits
-            that have them), or with images and a folder of label images.
+        path: a Kaggle csv, a COCO JSON, or a folder that contains such a file, Supervisely's `img` and `ann` (or splits
+            with these), or images and a folder of label images.
         images: the image folder, unless it is in the folder of the annotations.
         split: of a Supervisely project.
 
     Raises:
-        UserError: no format fits, or several do.
+        UserError: no format or several formats fit.
     """
     path = Path(path)
     if path.is_file():
@@ -131,7 +131,7 @@ def guess_format(
 
 
 def image_folder(parent: Path, *others: Path) -> Path:
-    """The folder of the images in `parent`, which also has an annotation file or folder (`others`)."""
+    """The image folder in `parent`; `others` are its annotation folders."""
     named = [parent / name for name in ("train_images", "images", "img", "imgs") if (parent / name).is_dir()]
     if named:
         return named[0]

@@ -1,7 +1,7 @@
 """Object identifiers that encode the defect class, since a SAM 2 batch holds integers only.
 
 `object_id = class_id * OBJECTS_PER_CLASS + component`. Class 0 is a clean sample: an empty mask on clean steel.
-The object of a class prompt is all of a class in an image: its identifier has `CLASS_PROMPT` added, and `CORRECTED` too
+The object of a class prompt is a class in a whole image: its identifier has `CLASS_PROMPT` added, and `CORRECTED` too
 if correction clicks follow the prompt. These two encode the kind of prompt, not the class.
 """
 
@@ -27,7 +27,7 @@ def class_of(object_ids: Integers) -> Integers:
 
 
 def class_prompt_id(class_id: int, corrected: bool = False) -> int:
-    """The identifier of all of a class in an image, whose prompt is the class's tokens."""
+    """The identifier of the object of a class prompt: the class in a whole image."""
     return object_id(class_id, 0) + CLASS_PROMPT + (CORRECTED if corrected else 0)
 
 

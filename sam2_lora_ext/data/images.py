@@ -35,7 +35,7 @@ def list_images(folder: str | Path) -> list[str]:
     """Sorted names of the image files (and links) directly in a folder, without hidden ones such as `._x.jpg`.
 
     Raises:
-        UserError: no such folder, no permission, or no image in it.
+        UserError: the folder cannot be listed, or contains no image.
     """
     try:
         with os.scandir(folder) as entries:
@@ -137,9 +137,9 @@ def turning(*paths: str | Path, exif: bool = True) -> str:
         except ImageError:
             continue
         if tag != 1:
-            done = "which was not followed (dataset.exif: false)"
+            done = "which was ignored (dataset.exif: false)"
             if exif:
-                done = "by which it was turned; if annotations were drawn on it as stored, set dataset.exif: false"
+                done = "and was turned; if annotations were drawn on the stored pixels, set dataset.exif: false"
             return f" ({os.path.basename(path)} has the EXIF orientation tag {tag}, {done})"
     return ""
 

@@ -34,8 +34,8 @@ DIGESTED = {  # array -> its dtype in the digest
 
 @dataclass
 class AnnotationIndex:
-    """Images sorted by name; image i has the masks `mask_offsets[i]..mask_offsets[i + 1]`, mask m the runs
-    `runs[run_offsets[m]:run_offsets[m + 1]]`."""
+    """The annotations of a data set. Images are sorted by name; image i has the masks
+    `mask_offsets[i]..mask_offsets[i + 1]`, and mask m has the runs `runs[run_offsets[m]:run_offsets[m + 1]]`."""
 
     image_dir: str
     class_names: dict[int, str]
@@ -115,7 +115,7 @@ class AnnotationIndex:
         return digest.hexdigest()
 
     def subset(self, images: np.ndarray) -> "AnnotationIndex":
-        """The index of these images alone, without problems."""
+        """The index of only these images, without problems."""
         records = []
         for image in images:
             low, high = self.mask_offsets[image : image + 2]
@@ -190,14 +190,14 @@ def collect(reader: Reader, progress: bool = False) -> AnnotationIndex:
 
 
 def build_index(reader: Reader, on_invalid: OnInvalid = "error", progress: bool = False) -> AnnotationIndex:
-    """`collect` with checks: no problems, or with `on_invalid` "skip" at least one usable image.
+    """Calls `collect` and refuses problems, or with `on_invalid` "skip" an index without a usable image.
 
     Raises:
-        UserError: problems with "error" (all of them in one message), or nothing usable.
+        UserError: there are problems and `on_invalid` is "error" (one message lists them), or no image is usable.
     """
     index = collect(reader, progress)
     if index.problems and on_invalid == "skip" and not len(index):
-        raise UserError(f"nothing of {reader.image_dir} is left: {listed(index.problems)}")
+        raise UserError(f"no usable image of {reader.image_dir} is left: {listed(index.problems)}")
     settle(index.problems, on_invalid, reader.image_dir)
     if not len(index):
         raise UserError(f"{reader.image_dir} has no image; check the path")

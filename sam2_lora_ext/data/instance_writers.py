@@ -1,7 +1,7 @@
-"""Writes an index as COCO or Supervisely: an entry for each instance, or else for each 8-connected component.
+"""Writes an index as COCO or Supervisely: an entry for each instance, or for each component if there are no instances.
 
-From COCO to COCO, annotations keep their ids, areas, boxes and iscrowd, images and categories their ids. New numbers
-replace ids that are not integers from 0 or are repeated, and category ids that would change class numbers when read.
+Converting COCO to COCO keeps the ids, areas, boxes and iscrowd of annotations, and the ids of images and categories.
+New ids replace those that are negative, not integers or repeated, and category ids that would change class numbers.
 """
 
 import json
@@ -23,7 +23,7 @@ COLORS = ("#E6194B", "#3CB44B", "#FFE119", "#0082C8", "#F58231", "#911EB4")
 
 
 def write_supervisely(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
-    """`meta.json`, `train/img/` and `train/ann/`, an entry for each object; one with an id keeps it."""
+    """Writes `meta.json`, `train/img/` and `train/ann/` with an entry for each object; existing ids are kept."""
     objects = make_objects(index)
     classes = [
         {
@@ -58,7 +58,7 @@ def write_supervisely(index: AnnotationIndex, names: list[str], folder: Path, pr
 
 
 def write_coco(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
-    """`images/` and `annotations.json`, a compressed RLE for each object; `area` and `bbox` are those of its pixels."""
+    """Writes `images/` and `annotations.json` with a compressed RLE for each object, and its `area` and `bbox`."""
     objects = make_objects(index)
     crowd = index.mask_crowd if objects.mode == "instances" else np.zeros(len(objects), dtype=bool)
     ids, image_ids, categories = _ids(objects.annotation), _ids(index.image_id), _category_ids(index)
@@ -88,7 +88,7 @@ def write_coco(index: AnnotationIndex, names: list[str], folder: Path, progress:
 
 
 def _ids(source: np.ndarray) -> list[int]:
-    """An id for each entry: the source's own if it has one that no earlier entry has, else the next free one."""
+    """An id for each entry: its own if it has one that no earlier entry has, else the next free one."""
     taken: set[int] = set()
     result: list[int | None] = []
     for number in source.tolist():
@@ -103,7 +103,7 @@ def _ids(source: np.ndarray) -> list[int]:
 
 
 def _category_ids(index: AnnotationIndex) -> dict[int, int]:
-    """Class number -> category id: the source's own if every class has one and they give the same class numbers."""
+    """Class number -> category id: those of the source if every class has one and they give the same class numbers."""
     ids = {number: index.class_source.get(number, -1) for number in index.class_names}
     if min(ids.values()) >= 0 and len(set(ids.values())) == len(ids):
         categories = [{"id": ids[number], "name": name} for number, name in index.class_names.items()]

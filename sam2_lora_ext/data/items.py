@@ -97,7 +97,7 @@ def _split_rows(lines: Iterator[list[str]], path: str | Path) -> list[tuple[str,
     header = [field.strip() for field in next(lines, [])]
     if header.count("image") != 1 or header.count("split") != 1:
         raise UserError(
-            f"the split file {path} must have the columns image and split, it has {', '.join(header) or 'none'}"
+            f"the split file {path} must have the columns image and split, but has {', '.join(header) or 'none'}"
         )
     rows = []
     for fields in lines:
@@ -118,7 +118,7 @@ def select_images(index: AnnotationIndex, names: list[str] | None, where: str | 
     Names of images that were left out as invalid are skipped.
 
     Raises:
-        UserError: the data lacks a name.
+        UserError: the data has no image of one of these names.
     """
     if names is None:
         return np.arange(len(index))
@@ -128,7 +128,7 @@ def select_images(index: AnnotationIndex, names: list[str] | None, where: str | 
     if unknown:
         raise UserError(
             f"{where} names {len(unknown)} images that {index.image_dir} does not have, the first is "
-            f"{unknown[0]!r}; make the split again or correct the folder"
+            f"{unknown[0]!r}; create the split again or correct the folder"
         )
     chosen = np.array(sorted(position[name] for name in names if name in position), dtype=np.int64)
     if not len(chosen):
@@ -137,7 +137,7 @@ def select_images(index: AnnotationIndex, names: list[str] | None, where: str | 
 
 
 def clean_part(index: AnnotationIndex, image: int, width: int) -> tuple[int, int] | None:
-    """The widest [start, stop) of columns without a mask, `MARGIN` away from any; None if narrower than `width`."""
+    """The widest [start, stop) of columns at least `MARGIN` away from any mask; None if narrower than `width`."""
     height, columns = index.sizes[image]
     runs = [runs for _, runs in index.masks(image)]
     if not runs:

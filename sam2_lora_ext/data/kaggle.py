@@ -1,8 +1,8 @@
 """Kaggle's Severstal tables, new (`ImageId,ClassId,EncodedPixels`) and old (`ImageId_ClassId,EncodedPixels`).
 
-An image of the folder without a mask in the table is clean, unless an unreadable row may be one of its rows. In an old
-table with explicit rows for empty masks, an image must have all its rows. The field of an empty mask may be empty, NaN,
--1, `0 0` or `1 1`. Several rows of one image and class are united if they do not overlap.
+An image without a mask in the table is clean, unless an unreadable row may belong to it. If an old table has rows for
+empty masks, every image must have a row for each class. The field of an empty mask may be empty, NaN, -1, `0 0` or
+`1 1`. Several rows of one image and class are united if they do not overlap.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,11 +107,11 @@ class _Rows:
         self.doubt = False  # any image may have lost a row
 
     def spoil(self, row: BadRow) -> Problem:
-        """Records a row that cannot be used: its image is incomplete, or all images are if it names none."""
+        """Records an unusable row: its image becomes incomplete, or if it names none, all images do."""
         images = sorted({name.strip() for name in row.names} & self.names)
         images = images or next(filter(None, map(self.near.find, row.names)), [])
         self.doubt = self.doubt or row.doubt or not images
-        self._not_whole(images or self.before)  # without a name it may be the end of the row before, torn off
+        self._not_whole(images or self.before)  # a row without a name may be the torn-off end of the previous one
         where = f"; its image is {shorten(images)}" if images else "; no image without a good row counts as clean"
         return Problem(self.csv, row.line, row.cause, row.sentence + where, images[0] if images else None)
 
@@ -127,7 +127,7 @@ class _Rows:
             return Problem(self.csv, row.line, cause, sentence, name)
         if images := self.near.find(name):
             self._not_whole(images)
-            sentence = f"the row names {name}, the folder has {shorten(images)}: correct the id"
+            sentence = f"the row names {name}, but the folder has {shorten(images)}: correct the id"
             return Problem(self.csv, row.line, "image id", sentence, images[0])
         if name in self.missing:
             return None
@@ -147,7 +147,7 @@ class _Rows:
         record, name = self.records[row.name], row.name
         absent = is_absent(row.rle)
         number = None
-        if not (absent and is_absent(row.class_text)):  # else a clean image with an explicit row
+        if not (absent and is_absent(row.class_text)):  # such a row states that its image is clean
             number = _class_number(row.class_text)
             if number not in self.class_names:
                 known = describe_classes(self.class_names)
@@ -155,7 +155,7 @@ class _Rows:
         earlier = self.seen.setdefault((name, number), [])
         what = f"{name} {'without a class' if number is None else f'class {number}'}"
         if earlier and (absent or not len(earlier[0][1])):
-            return "duplicate row", f"{what} is in row {earlier[0][0]} already; keep one of them"
+            return "duplicate row", f"{what} is already in row {earlier[0][0]}; keep one of them"
         try:
             runs = NO_RUNS if absent else parse_rle(row.rle, record.height, record.width)
         except RLEError as error:
@@ -195,8 +195,8 @@ class _Rows:
                     self.csv,
                     None,
                     "row missing",
-                    f"{name} has no row for class {', '.join(map(str, sorted(lacking)))}, but the table has rows where "
-                    "there is no mask; add the rows, or fetch the table again if it is cut off",
+                    f"{name} has no row for class {', '.join(map(str, sorted(lacking)))}, but the table has rows for "
+                    "empty masks; add the rows, or fetch the table again if it is cut off",
                     name,
                 )
             elif self.doubt and (lacking or expected is None) and not (name in cleared and not record.masks):

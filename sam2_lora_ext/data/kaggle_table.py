@@ -1,7 +1,7 @@
 """Reads the rows of Kaggle's csv, new and old, one at a time, and reports rows that cannot be read.
 
-Columns are found by name. An open quote may swallow rows, so reading ends at a syntax error or a field with a line
-break; a last row without a line break at its end may be cut off.
+Columns are found by name. An unclosed quote may swallow rows, so reading ends at a syntax error or a field with a line
+break; a last row without a final line break may be cut off.
 """
 
 import csv
@@ -37,7 +37,7 @@ class BadRow:
     line: int
     cause: str
     sentence: str
-    names: tuple[str, ...] = ()  # its texts that may name its image, the likeliest first
+    names: tuple[str, ...] = ()  # texts of the row that may be its image's name, likeliest first
     doubt: bool = False  # whether other images may have lost rows with it
 
 
@@ -50,7 +50,7 @@ class KaggleTable:
 
     def __init__(self, path: Path):
         self.path = path
-        self.old = False  # one column `image_class`; known once `rows` has begun
+        self.old = False  # one column `image_class`; set when `rows` starts
 
     def rows(self) -> Iterator[Row | BadRow]:
         """The rows in order, without blank ones.
@@ -79,7 +79,7 @@ class KaggleTable:
                 fields = next(lines, None)
             except csv.Error as error:
                 yield BadRow(
-                    line, "csv syntax", f"the table cannot be read on from here ({error}); is it cut off?", doubt=True
+                    line, "csv syntax", f"the table cannot be read from here on ({error}); is it cut off?", doubt=True
                 )
                 return
             if fields is None:
@@ -88,8 +88,8 @@ class KaggleTable:
                 yield BadRow(
                     line,
                     "csv syntax",
-                    f"a field goes on over the line's end to line {lines.line_num}, so a quote is missing and rows may "
-                    "be swallowed; correct the quotes (nothing after it is read)",
+                    f"a field continues to line {lines.line_num}, so a quote is missing and rows may be swallowed; "
+                    "correct the quotes (nothing after it is read)",
                     doubt=True,
                 )
                 return
@@ -130,7 +130,7 @@ class KaggleTable:
         elif isinstance(before, BadRow):
             yield replace(before, doubt=True)
         elif before is None:
-            yield BadRow(1, "row cut", "the table ends inside its header's line; fetch it again")
+            yield BadRow(1, "row cut", "the table ends inside its header; fetch it again")
         else:
             sentence = (
                 "the last row has no line break at its end, so the file may be cut off inside it; fetch it again, or "

@@ -1,4 +1,4 @@
-"""Label images: one per image with the same stem, the class in each pixel (grey value, palette index or colour)."""
+"""Reads label images: one per image, with the same stem, and the class of each pixel (grey value, index or colour)."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +96,7 @@ class LabelPNGReader:
             if stem not in labels:
                 known = near.find(name)
                 advice = "add it (all zeros for a clean image)"
-                advice = f"it has {shorten(known)}: give both one name" if known else advice
+                advice = f"it has {shorten(known)}: give both the same name" if known else advice
                 yield Problem(
                     str(self.image_dir / name),
                     None,
@@ -163,7 +163,7 @@ class LabelPNGReader:
                 None,
                 "unknown class",
                 f"the label has the value {shown}, but the classes are "
-                f"{describe_classes(self.class_names)}, and 0 is none",
+                f"{describe_classes(self.class_names)}, and 0 is background",
                 record.name,
             )
 
@@ -176,7 +176,7 @@ def read_label(path: Path, color: bool = False, exif: bool = True) -> np.ndarray
     """
     probe(path, exif=exif)
     if color and mode_and_tag(path)[0].endswith(";16"):  # PIL keeps only their high bytes, which are usually 0
-        raise ImageError("label mode", "the label has 16 bits a channel; save it with 8, as its colors are")
+        raise ImageError("label mode", "the label has 16 bits a channel; save it with 8, like its colors")
     return decode(path, exif, _colours if color else _numbers, whole=False)
 
 

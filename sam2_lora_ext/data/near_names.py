@@ -1,4 +1,4 @@
-"""Suggests images for an id that names none exactly: another case, suffix or folder, or a stem cut off."""
+"""Suggests images for an id without an exact match, which may differ in case, suffix or folder."""
 
 import re
 import unicodedata
@@ -8,7 +8,7 @@ from sam2_lora_ext.data.images import SUFFIXES
 
 
 class NearNames:
-    """Looks ids up by stem and without regard to case.
+    """Looks up ids by stem, ignoring case.
 
     Args:
         names: of the images.
@@ -21,7 +21,7 @@ class NearNames:
                 self._images.setdefault(key, []).append(name)
 
     def find(self, text: str) -> list[str]:
-        """The images that `text` may name, sorted; empty for text without a name."""
+        """The images that `text` may mean, sorted; empty for text without a name."""
         return sorted({name for key in _keys(text) for name in self._images.get(key, ())})
 
 

@@ -55,7 +55,7 @@ def resolve_mode(index: AnnotationIndex, mode: ObjectMode | None) -> ObjectMode:
     """The definition of an object: None means instances if the format has them, else components.
 
     Raises:
-        UserError: no such mode, or instances of a format without them.
+        UserError: the mode is unknown, or it is instances and the format has none.
     """
     if mode is None:
         return "instances" if index.instances else "components"
@@ -74,9 +74,10 @@ def make_objects(index: AnnotationIndex, mode: ObjectMode | None = None) -> Obje
 
     Args:
         index: the annotations.
-        mode: "instances": each annotation of the file is an object, in parts or touching another; "components": each
-            8-connected component of a class is an object; "classes": each class of an image is one; "all": the
-            union of all defects of an image is one object, of a single class 1, "defect"; None: see `resolve_mode`.
+        mode: "instances": each annotation of the file is an object, even if it has several parts or touches another;
+            "components": each 8-connected component of a class is an object; "classes": each class of an image is one;
+            "all": the union of all defects of an image is one object, of a single class 1, "defect"; None: see
+            `resolve_mode`.
     """
     mode = resolve_mode(index, mode)
     if mode == "instances":
@@ -109,8 +110,8 @@ def components_note(index: AnnotationIndex) -> str | None:
     if not joined and not split:
         return None
     return (
-        f"objects: components joins {joined} of {len(index.mask_class)} annotations with another one of their class "
-        f"that they touch, and splits {split} that have several parts; objects: instances keeps them"
+        f"objects: components joins {joined} of {len(index.mask_class)} annotations with a touching one of their class "
+        f"and splits {split} that have several parts; objects: instances keeps them"
     )
 
 

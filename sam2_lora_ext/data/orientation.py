@@ -35,13 +35,13 @@ def orientation(image: Image.Image) -> int:
             exif = Image.Exif()
             exif.load(_late_exif(image) if image.format == "PNG" else image.info.get("exif", b""))
             tag = exif.get(ORIENTATION, 1)
-    except Exception:  # as `cv2.imread` and viewers do
+    except Exception:  # `cv2.imread` and viewers ignore a damaged tag too
         return 1
     return tag if tag in TURNS else 1
 
 
 def _late_exif(image: Image.Image) -> bytes:
-    """EXIF of a PNG, also after the pixels, where PIL would have to decode them first."""
+    """EXIF of a PNG, even if it follows the pixels, which PIL would have to decode first."""
     file = image.fp
     place, where = file.tell(), 8
     try:

@@ -34,9 +34,9 @@ class PhasedDataset(TorchTrainMixedDataset):
         steps: length of the training in optimizer steps; give this or `epochs`.
         epochs: length of the training in passes over the data.
         seed: of the permutations.
-        collate_fn: makes a batch of samples.
+        collate_fn: builds a batch from samples.
         worker_init_fn: as in `DataLoader`.
-        class_steps: selects the steps that train class prompts, and their samples; None or a share of 0: no step does.
+        class_steps: selects the class steps and their samples; with None or a share of 0 there are none.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         return MixedDataLoader([loader], self.dataset_prob)
 
     def _samples(self, phase: int, ids: list[int]) -> Dataset:
-        """This rank's samples of a phase; those of a step are of one kind, on all ranks."""
+        """This rank's samples of a phase; all samples of a step are of the same kind, on all ranks."""
         if self.class_steps is None:
             return Subset(self._inner, ids)
         first, batch = phase * self.steps_per_phase, self.batch_sizes[0]
@@ -176,7 +176,7 @@ class PhasedDataset(TorchTrainMixedDataset):
         """The samples of one pass in their order."""
         dataset = self.datasets[0]
         self._set_dataset_epoch(dataset, number)
-        # one integer of both, far apart: neighbouring seeds must not share passes
+        # seeds are far apart in the combined integer, so that neighbouring ones share no passes
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number))
         if isinstance(dataset, RepeatFactorWrapper):
             order = dataset.epoch_ids[order]

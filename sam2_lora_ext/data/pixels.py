@@ -47,9 +47,10 @@ class RandomBrightnessContrast:
 
 
 class ModelInput:
-    """The last step, for `RandomResizeAPI`, `ToTensorAPI` and `NormalizeAPI` in one: squash, tensor, normalise.
+    """The last transform: squashes, converts to tensors and normalises, for `RandomResizeAPI`, `ToTensorAPI` and
+    `NormalizeAPI` in one.
 
-    A mask that would be empty after resizing keeps every pixel that it touches: no object becomes a negative example.
+    A mask that would be empty after resizing gets every pixel that it touches, so no object becomes a negative example.
 
     Args:
         size: S.
@@ -86,7 +87,7 @@ def level_table(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> np.
 
 
 def write_normalised(image: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
-    """uint8 [S, S, 3] into `out` float32 [3, S, S] by table, bit for bit (v / 255 - mean) / std."""
+    """Writes uint8 [S, S, 3] into `out` float32 [3, S, S] by table: bitwise equal to (v / 255 - mean) / std."""
     for channel, plane in enumerate(cv2.split(image)):
         cv2.LUT(plane, table[channel], dst=out[channel])
 
@@ -121,8 +122,8 @@ def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _aligned(first: int, last: int, length: int, size: int) -> tuple[int, int, int, int]:
-    """A part of [0, length) around [first, last) that starts and ends on whole output pixels, with room for the filter:
-    (start, stop) before and (start, stop) after `length` is resized to `size`."""
+    """A part of [0, length) around [first, last) with room for the filter, aligned with output pixels: (start, stop)
+    before and (start, stop) after `length` is resized to `size`."""
     blocks = math.gcd(length, size)
     before, after = length // blocks, size // blocks
     room = 2 * math.ceil(max(1.0, length / size)) + 1

@@ -26,8 +26,8 @@ class ImageRecord:
     height: int
     width: int
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (class from 1, runs int32 [R, 2])
-    special: bool = False  # only `images.read_rgb` reads it right: more than 8 bits a channel, float, turned
-    complete: bool = True  # False: a mask of it was dropped, so it must not count as clean
+    special: bool = False  # only `images.read_rgb` reads it correctly: more than 8 bits a channel, float, turned
+    complete: bool = True  # False: one of its masks was dropped, so it must not count as clean
     ids: list[int] = field(default_factory=list)  # the file's annotation id of each mask, -1: none; [] without ids
     crowd: list[bool] = field(default_factory=list)  # COCO's iscrowd of each mask; [] where the format has none
     source_id: int = -1  # the file's image id, -1 where it has none
@@ -112,13 +112,13 @@ def class_table(classes: int | Sequence[str] | dict[int, str] | None) -> dict[in
     try:
         table = {int(number): str(name) for number, name in classes.items()}
     except (TypeError, ValueError) as error:
-        raise UserError(f"classes are numbers with their names, got {dict(classes)}") from error
+        raise UserError(f"classes must be numbers with names, got {dict(classes)}") from error
     if not table or min(table) < 1 or max(table) > MOST_CLASSES:
         raise UserError(
             f"classes are numbered from 1 (0 is a clean image) to at most {MOST_CLASSES}, got {table or 'none'}"
         )
     if any(not is_text(name) for name in table.values()):
-        raise UserError(f"a class name must be text, got {list(table.values())!r}; correct it where it comes from")
+        raise UserError(f"a class name must be text, got {list(table.values())!r}; correct it at its source")
     if len(set(table.values())) < len(table):
         raise UserError(f"class names must differ, got {', '.join(table.values())}")
     return table
@@ -165,7 +165,7 @@ def compare_class_tables(a: dict[int, str], b: dict[int, str], where_a: str, whe
 
 
 def compare_datasets(phases: Mapping[str, Sequence[Any]]) -> None:
-    """`compare_class_tables` over all data sets of ours (others have no `class_names`), by the name of their phase."""
+    """Calls `compare_class_tables` for all pairs of this package's data sets; others have no `class_names`."""
     tables = [
         (phase, dataset.class_names, dataset.index.image_dir)
         for phase, datasets in phases.items()
@@ -177,7 +177,7 @@ def compare_datasets(phases: Mapping[str, Sequence[Any]]) -> None:
 
 
 def settle(problems: Sequence[Problem], on_invalid: OnInvalid, where: str | Path) -> None:
-    """Reports all problems: in one error (beyond `LISTED` it names their list), or with `skip` in one line of the log.
+    """Reports all problems: in one error with at most `LISTED` lines, or with "skip" in one line of the log.
 
     Raises:
         UserError: there are problems and `on_invalid` is "error".

@@ -55,7 +55,7 @@ def parse_rle(text: str, height: int, width: int) -> np.ndarray:
         )
     if not _INTEGERS.fullmatch(text.strip()):
         raise RLEError("RLE not integers", f"the RLE must be integers with spaces between them, got {_shorten(text)!r}")
-    numbers = np.fromstring(text, dtype=np.int64, sep=" ")  # the text mode, which stays; huge numbers saturate
+    numbers = np.fromstring(text, dtype=np.int64, sep=" ")  # text mode is not deprecated; huge numbers saturate
     if len(numbers) % 2:
         raise RLEError(
             "RLE odd",
@@ -82,15 +82,15 @@ def parse_rle(text: str, height: int, width: int) -> np.ndarray:
         position = int(np.argmax(steps < 0)) + 2
         raise RLEError(
             "RLE order",
-            f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, before the pair "
-            f"in front of it at {runs[position - 2, 0] + 1}; starts must ascend",
+            f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, before the previous pair at "
+            f"{runs[position - 2, 0] + 1}; starts must ascend",
         )
     if (steps < runs[:-1, 1]).any():
         position = int(np.argmax(steps < runs[:-1, 1])) + 2
         raise RLEError(
             "RLE overlap",
-            f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, inside the run "
-            f"in front of it ({runs[position - 2, 0] + 1} {runs[position - 2, 1]})",
+            f"pair {position} of the RLE starts at {runs[position - 1, 0] + 1}, inside the previous run "
+            f"({runs[position - 2, 0] + 1} {runs[position - 2, 1]})",
         )
     return join_runs(runs)
 
@@ -138,7 +138,7 @@ def encode_mask(mask: np.ndarray) -> np.ndarray:
 def decode_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask of some runs: uint8 [H, W] of 0 and 1 (in Fortran order, a view of the column-major pixels)."""
     pixels = np.zeros(height * width, dtype=np.uint8)
-    view = pixels.data  # writing through it takes a third of the time of numpy
+    view = pixels.data  # assigning bytes to it takes a third of the time of numpy slices
     for start, length in runs.tolist():
         view[start : start + length] = b"\1" * length
     return pixels.reshape(width, height).T
@@ -184,7 +184,7 @@ def parse_coco_text(text: str) -> list[int]:
     ends = np.flatnonzero((codes & 32) == 0)
     lengths = np.diff(ends, prepend=-1)
     if (codes < 0).any() or (codes > 63).any() or len(codes) != lengths.sum() or lengths.max(initial=0) > 7:
-        raise RLEError("RLE not COCO", f"its RLE is no compressed COCO text, got {_shorten(text)!r}")
+        raise RLEError("RLE not COCO", f"its RLE is not compressed COCO text, got {_shorten(text)!r}")
     place = np.arange(len(codes)) - np.repeat(ends - lengths + 1, lengths)
     numbers = np.add.reduceat((codes & 31) << (5 * place), ends - lengths + 1) if len(ends) else ends
     numbers -= ((codes[ends] & 16) > 0).astype(np.int64) << (5 * lengths)

@@ -14,8 +14,8 @@ class ObjectSampler(VOSSampler):
     """Samples for training (some objects, drawn with `random`) or evaluation (all of them, in their order).
 
     In training every object in the first frame is equally likely to be selected, whatever its size, and the order is
-    random; the first frame is any that shows an object, so that there is one to prompt. A clean object is kept although
-    its mask is empty.
+    random; the first frame is drawn from those that show an object, so that there is one to prompt. A clean object is
+    kept although its mask is empty.
 
     Args:
         num_frames: consecutive frames of a sample; None takes all.
@@ -36,7 +36,7 @@ class ObjectSampler(VOSSampler):
             raise UserError(f"num_frames and max_num_objects are at least 1, got {num_frames} and {max_num_objects}")
         if not training and (max_num_objects is not None or reverse_time_prob):
             raise UserError(
-                "an evaluation sampler takes all objects forwards; bound them with the data set's max_objects"
+                "an evaluation sampler takes all objects forwards; limit them with the data set's max_objects"
             )
         self.num_frames = num_frames
         self.max_num_objects = max_num_objects

@@ -32,9 +32,9 @@ class PixelFacts:
     thumbnails: list[np.ndarray] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     turned: int = 0  # images with an orientation tag
-    deep: int = 0  # images with integers of more than 8 bits a channel, and the largest of these
-    largest: int = 0
-    bits: int = 16  # the depth as which they were read
+    deep: int = 0  # images with integers of more than 8 bits a channel
+    largest: int = 0  # the largest value of these
+    bits: int = 16  # the depth with which they were read
 
     def units(self) -> list[str]:
         """Warnings about the values."""
@@ -53,7 +53,7 @@ class PixelFacts:
 
 
 def look_at_pixels(index: AnnotationIndex, progress: bool = True, bits: int = 16) -> PixelFacts:
-    """Decodes every image once; one that cannot be decoded is a problem and not a duplicate.
+    """Decodes every image once; an image that cannot be decoded is a problem and never a duplicate.
 
     Args:
         index: the images.

@@ -54,7 +54,7 @@ def choose(index: AnnotationIndex, count: int = SHEET) -> list[int]:
     waiting: dict[str, list[int]] = {}
     for image, classes in enumerate(class_sets(index)):
         waiting.setdefault(combination(classes), []).append(image)
-    for images in waiting.values():  # evenly spaced, since neighbours in name order are often similar
+    for images in waiting.values():  # in the order of a hash, since neighbours in name order are often similar
         images.sort(key=lambda image: zlib.crc32(index.name(image).encode("utf-8", "surrogateescape")))
     turns = itertools.chain.from_iterable(itertools.zip_longest(*(waiting[label] for label in sorted(waiting))))
     return sorted(itertools.islice((image for image in turns if image is not None), count))
@@ -74,7 +74,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
         ("modes", _counts(summary["modes"])),
         ("with an orientation tag", summary["turned"]),
         ("units", "; ".join(summary["units"]) or "nothing odd"),
-        ("unexposed columns", f"mean {summary['black_share']['mean']:.1%}, most {summary['black_share']['max']:.1%}"),
+        ("unexposed columns", f"mean {summary['black_share']['mean']:.1%}, max {summary['black_share']['max']:.1%}"),
         (
             "duplicates",
             f"{len(summary['duplicates']['exact'])} groups exactly the same "
@@ -108,7 +108,7 @@ def render(index: AnnotationIndex, summary: Mapping[str, Any], bits: int = 16) -
 <table>{facts}</table>
 <h2>Classes</h2>
 <table>
-<tr><th>class</th><th>masks</th><th>objects</th><th>object area in pixels: least, median, most</th></tr>
+<tr><th>class</th><th>masks</th><th>objects</th><th>object area in pixels: smallest, median, largest</th></tr>
 {classes}</table>
 <h2>Combinations</h2>
 <table>{mixes}</table>

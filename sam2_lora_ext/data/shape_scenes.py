@@ -1,4 +1,4 @@
-"""Scenes of synthetic shapes as batches of SAM 2, from which `tools/make_demo_base.py` trains the demo's base.
+"""Scenes of synthetic shapes as SAM 2 batches, on which `tools/make_demo_base.py` trains the demo's base.
 
 Legend: T frames, B images, O objects, H = W = SIZE pixels.
 """
@@ -46,7 +46,7 @@ def turn(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def collate(rng: np.random.Generator | None, scenes: list[Scene], objects_per_image: int) -> BatchedVideoDatapoint:
-    """SAM 2's batch from scenes with the same number of frames; without `rng` nothing is drawn and all objects are
+    """SAM 2's batch of scenes with the same number of frames; without `rng` nothing is random and all objects are
     taken."""
     images, where, masks, identifiers = [], [], [], []
     for b, scene in enumerate(scenes):

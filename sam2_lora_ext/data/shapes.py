@@ -123,7 +123,7 @@ def sample(rng: np.random.Generator, size: int = 128, max_objects: int = 5) -> t
 
 
 def clip(rng: np.random.Generator, frames: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """A short clip: a window that moves over a larger still, as a line-scan camera sees a strip.
+    """A short clip: a window that moves over a larger image, as a line-scan camera sees a strip.
 
     Returns:
         Images uint8 [T, H, W, 3] and masks bool [T, O, H, W]; every object is visible in the first frame.

@@ -33,16 +33,16 @@ class Source:
     """A data set and all its settings.
 
     Args:
-        origin: of this description, in words, such as "the validation data of the run runs/r8".
+        origin: where this description comes from, such as "the validation data of the run runs/r8".
         data: format and paths, in words.
         places: the reader's arguments with the paths of the data.
-        make_reader: makes the reader, one for all copies of this source; raises `UserError` if the data is missing.
+        make_reader: builds the reader, one for all copies of this source; raises `UserError` if the data is missing.
         settings: the reader's other arguments: classes, colors, size, exif ...
         format: name of the reader's class.
         phase: of a config or run: "train" or "val"; None for data that was guessed.
         bits: depth of images with more than 8 bits a channel.
         objects: definition of an object; None takes the data set's default.
-        min_area: fewest pixels of an object.
+        min_area: smallest area of an object in pixels.
         include_clean: whether clean images are used.
         on_invalid: "error" or "skip".
         split_file: csv of splits; None takes all images, or the split folders.
@@ -106,7 +106,7 @@ class Source:
         return found(self) == found(other)
 
     def class_names(self) -> dict[int, str] | None:
-        """Class number -> name; for missing data those of the settings, None if only the data has them."""
+        """Class number -> name; if the data is missing, from the settings; None if only the data has them."""
         try:
             return self.make_reader().class_names
         except UserError:
@@ -165,14 +165,14 @@ def from_config(name: str, overrides: Sequence[str] = (), phase: str = "val", **
 
 
 def from_run(run: str | Path, phase: str = "val", **reader: Any) -> Source:
-    """The data of a run, by its own record; `run` is the run's folder or something inside it, see `find_run`.
+    """The data of a run, from the run's record; `run` is its folder or a path inside it, see `find_run`.
 
     Raises:
         UserError: there is no run, or its record is damaged or has no data set of this package.
     """
     folder = find_run(run)
     if folder is None:
-        raise UserError(f"{run} is neither a run nor inside one: a run has a {NAME}, of version 0.1.0 {OLD_NAME}")
+        raise UserError(f"{run} is neither a run nor inside one: a run has a {NAME}, or {OLD_NAME} in version 0.1.0")
     trainer = trainer_of(folder)
     return from_trainer(trainer, phase, f"the run {folder}", started_in(folder, trainer), **reader)
 
@@ -182,8 +182,8 @@ def from_trainer(
 ) -> Source:
     """The data of a `trainer` section; see `from_config`, `from_run`.
 
-    Crop and resolution are those of validation in both phases, since they define the model's view. A relative path is
-    resolved from `root`, or if there is no such file from the working directory.
+    Crop and resolution are those of validation in both phases, since they define what the model sees. A relative path
+    is resolved from `root`, or if there is no such file, from the working directory.
     """
 
     def at(path: str | None) -> str | None:
@@ -196,7 +196,7 @@ def from_trainer(
         raise UserError(
             f"trainer.data.{phase} of {origin} has {len(blocks)} data sets"
             + (" of another kind than SeverstalRawDataset" if len(blocks) == 1 else "")
-            + ", but a tool reads one that has a reader: name the data by its folder instead"
+            + ", but tools need exactly one, with a reader: name the data by its folder instead"
         )
     block = blocks[0][0]
     seen, transforms = next(iter(raw_blocks(data.get("val"))), blocks[0])
@@ -209,8 +209,8 @@ def from_trainer(
     def make_reader() -> Reader:
         if gone := next((file for file in places.values() if not Path(file).exists()), None):
             raise UserError(
-                f"{origin} reads {gone}, which is missing (from {Path.cwd()}): start from the folder that training "
-                "starts in, or name the data by its folder"
+                f"{origin} reads {gone}, which is missing (from {Path.cwd()}): start in the folder that training "
+                "was started in, or name the data by its folder"
             )
         return build_reader(config, origin)
 

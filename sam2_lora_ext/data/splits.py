@@ -44,9 +44,9 @@ def stratified_split(
     """A split for each image.
 
     Groups of duplicates stay together. All groups are sorted by class combination (those with the same rarest class are
-    adjacent), within it by a hash of the seed and their names; in this order each goes to the split that is furthest
-    behind its share. So every combination has the shares to within a group or two, rare combinations count as their
-    rarest class, and no split is empty.
+    adjacent), and within a combination by a hash of the seed and their names; in this order each goes to the split that
+    is furthest behind its share. So the shares hold for every combination to within a group or two, rare combinations
+    count as their rarest class, and no split is empty.
 
     Args:
         names: of N images.
@@ -56,7 +56,7 @@ def stratified_split(
         seed: of the order.
 
     Raises:
-        UserError: fewer groups than splits.
+        UserError: there are fewer groups than splits.
     """
     members: dict[int, list[int]] = {}
     for image, group in enumerate(groups):
@@ -64,7 +64,7 @@ def stratified_split(
     if len(members) < len(shares):
         raise UserError(
             f"{len(names)} images in {len(members)} groups of duplicates cannot be split into {len(shares)} parts; "
-            "make fewer parts, or ignore the duplicates"
+            "use fewer parts, or ignore the duplicates"
         )
     frequency = Counter(c for present in classes for c in present)
 
@@ -91,7 +91,7 @@ def given_splits(names: Sequence[str]) -> list[str]:
     """The split of each image whose data came in split folders: `train_split/img/X.jpg` -> `train`.
 
     Raises:
-        UserError: a name without such a folder.
+        UserError: a name has no such folder.
     """
     folders = [PurePosixPath(name).parts[0] if name.count("/") >= 2 else "" for name in names]
     if not all(folders):

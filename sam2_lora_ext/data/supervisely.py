@@ -108,7 +108,7 @@ class SuperviselyReader:
                 if (name := path.name.removesuffix(".json")) not in known:
                     sentence = f"there is no image {name} in {folder / 'img'}; "
                     if images := near.find(name):
-                        sentence += f"it has {shorten(images)}: name the annotation {images[0]}.json if it is its own"
+                        sentence += f"it has {shorten(images)}: name the file {images[0]}.json if it belongs to it"
                     else:
                         sentence += "add it or remove the annotation"
                     yield Problem(str(path), None, "image missing", sentence)

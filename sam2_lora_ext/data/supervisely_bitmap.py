@@ -23,7 +23,7 @@ def place_bitmap(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
     """The mask bool [height, width] of one object, clipped to the image.
 
     Raises:
-        BitmapError: another geometry, invalid base64, not a PNG, or no pixel inside the image.
+        BitmapError: it has another geometry, is invalid base64 or no PNG, or has no pixel inside the image.
     """
     if "bitmap" not in entry:
         raise BitmapError(
@@ -59,7 +59,7 @@ def decode_bitmap(data: str) -> np.ndarray:
             if not unpack.eof or unpack.unused_data:
                 raise zlib.error("its compressed data is cut off or too long")
     except zlib.error as error:
-        raise BitmapError("bitmap damaged", f"its bitmap is not a PNG, zlib-compressed or not ({error})") from error
+        raise BitmapError("bitmap damaged", f"its bitmap is no PNG, neither plain nor compressed ({error})") from error
     try:
         return decode(io.BytesIO(raw), exif=False, take=_shape)
     except ImageError as error:
@@ -68,7 +68,7 @@ def decode_bitmap(data: str) -> np.ndarray:
 
 
 def _shape(image: Image.Image) -> np.ndarray:
-    """bool [h, w]: pixels that are not transparent, or if none is transparent those that are not black."""
+    """bool [h, w]: the pixels that are not transparent, or if none is transparent, those that are not black."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         pixels = np.asarray(image.convert("RGBA"))
         opaque = pixels[..., 3] > 0

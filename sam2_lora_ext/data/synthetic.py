@@ -140,7 +140,7 @@ def strip(rng: np.random.Generator, clean: bool = False) -> tuple[np.ndarray, di
 def write_strips(
     folder: str | Path, count: int, seed: int = 42, clean_share: float = 0.3, progress: bool = True
 ) -> Path:
-    """Writes `count` strips as `train_images/*.jpg` and `train.csv` (new Kaggle format), the same for a seed.
+    """Writes `count` strips as `train_images/*.jpg` and `train.csv` (new Kaggle format); the seed determines them.
 
     Args:
         folder: created if missing; must not have a `train.csv` or an image yet.
@@ -153,7 +153,7 @@ def write_strips(
         The path of the csv, which is written last.
 
     Raises:
-        UserError: the folder already holds a set.
+        UserError: the folder already contains a set.
     """
     folder = Path(folder)
     table = folder / "train.csv"

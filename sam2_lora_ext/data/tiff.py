@@ -1,4 +1,4 @@
-"""Checks that a TIFF's tags are consistent with each other and its pixels: decoders leave missing parts black.
+"""Checks that a TIFF's tags are consistent with each other and with its pixels: decoders leave missing parts black.
 
 Legend: H W height and width in pixels as stored.
 """
@@ -51,7 +51,7 @@ def check_sums(image: Tiff) -> None:
 
     Raises:
         zlib.error: a checksum or the stream is wrong.
-        ValueError: its data is longer or shorter than its size needs.
+        ValueError: the data is longer or shorter than the image's size requires.
     """
     if image.tag_v2.get(COMPRESSION, RAW) not in DEFLATE:
         return
@@ -78,7 +78,7 @@ def _layout(image: Tiff) -> tuple[int, int, int, int]:
 
 
 def _check_bytes(image: Tiff, found: int, pieces: int) -> None:
-    """Refuses pixels of fewer bytes than an image's size needs, or more than complete strips or tiles hold."""
+    """Refuses pixels of fewer bytes than an image's size needs, or more than its complete strips or tiles have."""
     across, rows, layers, row = _layout(image)
     needed = row * across * stored_size(image)[1] * layers
     if not needed <= found <= row * rows * pieces:

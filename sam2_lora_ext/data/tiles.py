@@ -1,7 +1,8 @@
-"""Cuts strips into overlapping tiles, and stitches a model's outputs of the tiles.
+"""Cuts strips into overlapping tiles, and stitches a model's outputs for the tiles.
 
 A strip squashed to a square loses detail along its length; tiles keep it. Where tiles overlap, logits are averaged with
-weights that fall off towards the ends of a tile: smooth seams. Legend: N tiles, H W strip, w tile width in pixels.
+weights that fall off towards the ends of a tile, so seams are smooth. Legend: N tiles, H W strip, w tile width in
+pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     Args:
         length: W of the strip.
         tile: w of a tile; at least `length` gives one tile of the whole strip.
-        overlap: columns that neighbours share at least, 0 <= overlap < tile.
+        overlap: minimum number of columns that neighbours share, 0 <= overlap < tile.
     """
     if tile < 1 or not 0 <= overlap < tile:
         raise UserError(
@@ -36,21 +37,21 @@ def cut(strip: Tensor, starts: Sequence[int], tile: int) -> Tensor:
 
 
 def stitch(tiles: Tensor, starts: Sequence[int], length: int) -> Tensor:
-    """The weighted mean of tiles where they overlap.
+    """Joins the tiles of a strip; where they overlap, takes their weighted mean.
 
     out[..., x] = sum_n v_n(x) tiles[n, ..., x - start_n] / sum_n v_n(x), with v_n(x) the distance of column x from the
-    nearer end of tile n, at least 1 at the end itself.
+    nearer end of tile n, which is 1 for the outermost column.
 
     Args:
         tiles: logits [N, ..., H, w].
-        starts: first column of each.
+        starts: first column of each tile.
         length: W.
 
     Returns:
         logits [..., H, W], float32 (float64 for float64 tiles).
 
     Raises:
-        UserError: a column that no tile covers.
+        UserError: a column is in no tile.
     """
     width = tiles.shape[-1]
     dtype = torch.promote_types(tiles.dtype, torch.float32)
@@ -71,13 +72,13 @@ def stitch(tiles: Tensor, starts: Sequence[int], length: int) -> Tensor:
 def predict_strip(
     model: Callable[[Tensor], Tensor], strip: Tensor, tile: int, overlap: int, batch_size: int = 1
 ) -> Tensor:
-    """Logits of a strip from a model for tiles.
+    """Logits of a whole strip from a model that takes tiles.
 
     Args:
         model: images [n, C, H, w] -> logits [n, ..., H, w].
         strip: image [C, H, W].
         tile: w.
-        overlap: columns that neighbours share at least.
+        overlap: minimum number of columns that neighbours share.
         batch_size: largest number of tiles in one call.
 
     Returns:

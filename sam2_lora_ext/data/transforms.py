@@ -1,7 +1,7 @@
 """Crops and flips of strips, for SAM 2's `VideoDatapoint` and with the interface of its own transforms.
 
-Each draws once (with `random`) for all frames. Pixels are PIL images here, masks uint8 [H, W]; x counts columns and y
-rows from the top left. Legend: H W height and width in pixels.
+Each transform draws once (with `random`) for all frames. Frames are PIL images and masks uint8 [H, W]; x counts columns
+and y rows from the top left. Legend: H W height and width in pixels.
 """
 
 import random
@@ -20,15 +20,15 @@ from sam2_lora_ext.utils.errors import UserError
 class RandomStripCrop:
     """Cuts a random window around one of the objects, chosen at random.
 
-    The window contains the object if it fits, else a pixel of it drawn uniformly. Other objects are dropped when they
+    The window contains the object if it fits, else a uniformly drawn pixel of it. Other objects are dropped when they
     have no pixel in the first frame: an object outside the window must not become a negative example. A clean object
-    keeps its empty mask; its window is at least half exposed steel.
+    keeps its empty mask; at least half of its window is exposed steel.
 
     Args:
         width: W of the window; a narrower strip is not cropped. None takes the full width.
         height: H of the window; None takes the full height.
-        grid: the window begins at a multiple of this number of columns, or at the last position, so that few windows
-            recur, for a cache of features. An object that fits into no such window is cut. None allows every position.
+        grid: the window begins at a multiple of this number of columns, or at the last position, so that a feature
+            cache gets few different windows. An object that fits into no such window is cut. None allows every one.
     """
 
     def __init__(self, width: int | None, height: int | None = None, grid: int | None = None):
@@ -37,7 +37,7 @@ class RandomStripCrop:
         self.grid = 1 if grid is None else _positive("grid", grid)
         if self.width is not None and self.grid > self.width:
             raise UserError(
-                f"a crop of {self.width} columns at every {self.grid} would leave columns out: lower the grid"
+                f"crops of {self.width} columns at multiples of {self.grid} would leave columns out: lower the grid"
             )
 
     def __call__(self, datapoint: VideoDatapoint, **kwargs) -> VideoDatapoint:
@@ -55,7 +55,7 @@ class RandomStripCrop:
         return crop(datapoint, y, x, *window)
 
     def _sound_corner(self, datapoint: VideoDatapoint, window: tuple[int, int]) -> tuple[int, int]:
-        """(y, x) of a random window at least half of which is exposed; of any window where there is none."""
+        """(y, x) of a random window that is at least half exposed, or if there is none, of any window."""
         height, width = datapoint.size
         y = random.randint(0, height - window[0])
         lit = np.asarray(datapoint.frames[0].data.convert("L"))[y : y + window[0]] > DARK
@@ -68,8 +68,8 @@ class RandomStripCrop:
 class FixedStripCrop:
     """Cuts a window around the objects, the same each time, for evaluation.
 
-    The window is centred on the box around all objects; if they do not fit, it is where most of their pixels are. A
-    clean strip is cut at its exposed middle.
+    The window is centred on the box around all objects; if they do not fit, it covers most of their pixels. On a clean
+    strip it is centred on the exposed part.
 
     Args:
         width: W of the window; None does not crop.
@@ -98,7 +98,7 @@ class FixedStripCrop:
         if len(datapoint.frames[0].objects) < before:
             raise UserError(
                 f"a crop of {self.width} columns does not show all objects of video {datapoint.video_id}; set "
-                f"the data set's group_width: {self.width}, so that evaluation counts each"
+                f"the data set's group_width: {self.width}, so that evaluation counts all of them"
             )
         return datapoint
 
@@ -146,7 +146,7 @@ def places(window: int, length: int, grid: int) -> list[int]:
 
 
 def draw_start(first: int, last: int, pixel: int, window: int, length: int, grid: int = 1) -> int:
-    """A random start of a window within [0, length) that contains [first, last], or if none does, `pixel`."""
+    """A random start of a window within [0, length) that contains [first, last], or if none can, `pixel`."""
     starts = places(window, length, grid)
     whole = [start for start in starts if last - window < start <= first]
     return random.choice(whole or [start for start in starts if pixel - window < start <= pixel])

@@ -15,7 +15,7 @@ from sam2_lora_ext.settings.data import BITS
 from sam2_lora_ext.utils.errors import UserError
 
 DEPTHS = (8, 10, 12, 14, 16)  # of sensors
-LOOKED_AT = 64  # images that are checked when training starts
+LOOKED_AT = 64  # images to check when training starts
 
 
 def check_bits(bits: Any) -> int:
@@ -82,7 +82,7 @@ def look_at_units(paths: Sequence[str], bits: int, exif: bool = True, most: int 
     Args:
         paths: images of an index that are special.
         bits: the configured depth.
-        exif: as in reading them.
+        exif: whether to turn images upright.
         most: number of images to decode, evenly spaced.
 
     Raises:

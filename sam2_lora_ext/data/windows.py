@@ -16,7 +16,7 @@ class Windows:
 
     Args:
         width: columns of a window.
-        stride: columns that it moves from frame to frame; less than `width`, so that windows overlap.
+        stride: columns by which it moves from frame to frame; less than `width`, so that windows overlap.
         num_frames: T, the frames of a clip.
     """
 
@@ -62,19 +62,19 @@ class Windows:
         return [windows[position] for position in walk(first, self.num_frames, len(windows), 1)]
 
     def best_window(self, runs: np.ndarray, height: int, columns: int) -> int:
-        """The leftmost fixed window that shows most pixels of an object: its clip begins there."""
+        """The fixed window with the most pixels of an object (the leftmost of equals), where its clip begins."""
         return int(np.argmax([crop_columns(runs, height, *window)[:, 1].sum() for window in self.fixed(columns)]))
 
 
 def fits(first: int, count: int, length: int) -> bool:
-    """Whether `count` steps from `first` stay within [0, length) in at least one direction."""
+    """Whether `count` positions from `first` on are within [0, length) in at least one direction."""
     return first + count <= length or first - count + 1 >= 0
 
 
 def walk(first: int, count: int, length: int, step: int) -> list[int]:
     """`count` neighbouring positions of [0, length) from `first` on.
 
-    In the direction `step` (1 or -1) if that fits, else in the other; if neither does, it turns back at the end.
+    They run in the direction `step` (1 or -1) if that fits, else in the other; if neither fits, they turn at the end.
     """
     for way in (step, -step):
         if 0 <= first + way * (count - 1) < length:

@@ -28,7 +28,7 @@ Write = Callable[[AnnotationIndex, list[str], Path, bool], None]
 
 
 def write_kaggle(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
-    """`train_images/` and `train.csv`, a row for each mask."""
+    """Writes `train_images/` and `train.csv`, a row for each mask."""
     masks = make_objects(index, "classes")
     rows = [
         (names[image], class_id, format_rle(masks.runs_of(position))) for image, class_id, position in places(masks)
@@ -37,7 +37,7 @@ def write_kaggle(index: AnnotationIndex, names: list[str], folder: Path, progres
 
 
 def write_kaggle_old(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
-    """`train_images/` and `train.csv` with a row for each image and class, empty where there is no mask."""
+    """Writes `train_images/` and `train.csv` with a row for each image and class, empty where there is no mask."""
     masks = make_objects(index, "classes")
     texts = {(image, class_id): format_rle(masks.runs_of(position)) for image, class_id, position in places(masks)}
     _table(
@@ -52,15 +52,15 @@ def write_kaggle_old(index: AnnotationIndex, names: list[str], folder: Path, pro
 
 
 def write_label_png(index: AnnotationIndex, names: list[str], folder: Path, progress: bool) -> None:
-    """`images/` and `annotations/`: the class number as grey value.
+    """Writes `images/` and `annotations/` with the class number as grey value.
 
     Raises:
-        UserError: classes overlap, are above 255, or two images have one stem: label images cannot represent these.
+        UserError: classes overlap or are above 255, or two images have the same stem: label images cannot store these.
     """
     if max(index.class_names) > 255:
-        raise UserError(f"a label image holds classes up to 255, the data has class {max(index.class_names)}")
+        raise UserError(f"a label image stores classes up to 255, the data has class {max(index.class_names)}")
     if len({Path(name).stem for name in names}) < len(names):
-        raise UserError("two images differ in their suffix alone, so they would share a label image; rename one")
+        raise UserError("two images differ only in their suffix, so they would share a label image; rename one")
     for image, name in enumerate(progress_bar(names, progress)):
         height, width = index.sizes[image].tolist()
         label = np.zeros((height, width), dtype=np.uint8)
@@ -69,14 +69,14 @@ def write_label_png(index: AnnotationIndex, names: list[str], folder: Path, prog
             other = label[mask & (label != 0) & (label != class_id)]
             if len(other):
                 raise UserError(
-                    f"classes {class_id} and {int(other[0])} overlap in {name}, which a label image cannot hold; "
+                    f"classes {class_id} and {int(other[0])} overlap in {name}, which a label image cannot store; "
                     "choose another format"
                 )
             label[mask] = class_id
         Image.fromarray(label).save(folder / "annotations" / f"{Path(name).stem}.png")
 
 
-BY_CLASS = ("kaggle", "kaggle_old", "label_png")  # formats that hold one mask for a class of an image
+BY_CLASS = ("kaggle", "kaggle_old", "label_png")  # formats with one mask for each class of an image
 WRITERS: dict[str, tuple[Write, str, tuple[str, ...]]] = {  # writer, image folder, further folders
     "kaggle": (write_kaggle, "train_images", ()),
     "kaggle_old": (write_kaggle_old, "train_images", ()),
@@ -94,22 +94,22 @@ def convert(
     progress: bool = True,
     inputs: Sequence[str | Path] = (),
 ) -> int:
-    """Writes a data set; the image files are copied as they are.
+    """Writes a data set; the image files are copied unchanged.
 
     Args:
-        index: to write; images that lost an invalid mask are left out, since they would seem complete. COCO and
-            Supervisely keep its annotations; the log lists losses of other formats.
+        index: the annotations; images that lost an invalid mask are left out, since they would seem complete. COCO and
+            Supervisely keep all annotations; the log lists what other formats lose.
         kind: a key of `WRITERS`.
         out: the folder to write.
         force: replace it if it exists; see `write_folder`.
         progress: show a bar.
-        inputs: the sources of the index besides its images; `out` may not contain or be inside any of them.
+        inputs: the index's source files and folders besides its images; `out` must be outside all of them.
 
     Returns:
         The number of images of the index that are left out.
 
     Raises:
-        UserError: no image is left, two have one name, or the format cannot hold the masks.
+        UserError: no image is left, two have the same name, or the format cannot store the masks.
     """
     write, image_folder, others = WRITERS[kind]
     refuse_inputs(Path(out), [index.image_dir, *inputs, *map(index.path, range(len(index)))])
@@ -123,7 +123,7 @@ def convert(
     if kind in BY_CLASS and (sentence := joined(index, kind)):
         log.warning("%s", sentence)
     if kind != "coco" and index.mask_crowd.any():
-        log.warning("%s has no iscrowd: %d annotations lose that mark", kind, index.mask_crowd.sum())
+        log.warning("%s has no iscrowd: %d annotations lose that flag", kind, index.mask_crowd.sum())
     names = [PurePosixPath(name).name for name in index.names()]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -149,14 +149,14 @@ def convert(
 
 
 def joined(index: AnnotationIndex, kind: str) -> str | None:
-    """A sentence on the annotations that a format with one mask for each class of an image joins; None if none."""
+    """A sentence on the annotations that a format with one mask per class of an image joins; None if it joins none."""
     pairs = index.mask_image().astype(np.int64) * (max(index.class_names) + 1) + index.mask_class
     counts = np.unique(pairs, return_counts=True)[1]
     if not index.instances or not (counts > 1).any():
         return None
     return (
         f"{kind} has one mask for each class of an image: {int(counts[counts > 1].sum())} of {len(pairs)} annotations "
-        f"are joined with another one, {len(counts)} masks are written"
+        f"are joined with another one, so {len(counts)} masks are written"
     )
 
 

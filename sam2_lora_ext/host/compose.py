@@ -50,7 +50,7 @@ def locate(name: str) -> tuple[str, Path | None]:
 
 
 def compose(name: str, overrides: Sequence[str]) -> "DictConfig":
-    """Composes a config from SAM 2's, this project's and the user's folders, as in the launcher, and checks it.
+    """Composes a config from SAM 2's, this project's and the user's folders, as the launcher does, and checks it.
 
     Its values are checked against the table of settings.
 
@@ -123,7 +123,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _likely_key(name: str, error: Exception) -> str:
-    """` (did you mean ...?)` for an override whose key the config does not have, if one is like it."""
+    """` (did you mean ...?)` for an override whose key the config lacks, if a similar key exists."""
     import hydra
     from hydra.errors import HydraException
 
@@ -153,4 +153,4 @@ def _choices(name: str) -> str:
     stem = Path(name).name.removesuffix(".yaml")
     likeness = {config: difflib.SequenceMatcher(None, stem, Path(config).stem).ratio() for config in known}
     ordered = sorted(known, key=lambda config: -likeness[config])
-    return f"known are: {', '.join(ordered)}" if ordered else "and none are installed"
+    return f"known configs are: {', '.join(ordered)}" if ordered else "no configs are installed"

@@ -23,13 +23,13 @@ INSTALL_SAM2 = (
 
 
 def config_root() -> Path:
-    """The folder that holds `configs/`: the package in an installed wheel, else the checkout's root."""
+    """The folder that contains `configs/`: the package in an installed wheel, else the checkout's root."""
     package = Path(__file__).resolve().parents[1]
     return package if (package / "configs").is_dir() else package.parent
 
 
 def sam2_root() -> Path | None:
-    """The folder of the installed `sam2` package, which holds SAM 2's own `configs/`; None without one."""
+    """The folder of the installed `sam2` package, with SAM 2's own `configs/`; None if it is not installed."""
     spec = importlib.util.find_spec("sam2")
     return Path(spec.origin).parent if spec and spec.origin else None
 
@@ -66,7 +66,7 @@ def import_launcher() -> ModuleType:
 
 
 def _yaml_names(root: Path, pattern: str) -> list[str]:
-    """Files under `root`, without the inference files: those begin with the model, for `build_sam2`."""
+    """Config files under `root`, except inference files: these have a top-level `model`, for `build_sam2`."""
     return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if _trains(path))
 
 

@@ -45,13 +45,13 @@ class HostMemMeter(MemMeter):
 
 
 def log_redacted_environment() -> None:
-    """Logs the environment as stock does, without the values of variables with names of secrets."""
+    """Logs the environment as the stock Trainer does, without the values of variables that look like secrets."""
     lines = [f"{name}={redact(name, os.environ[name])}" for name in sorted(os.environ)]
     logging.info("Logging ENV_VARIABLES\n" + "\n".join(lines))
 
 
 def redact(name: str, value: str) -> str:
-    """The value of a variable for the log: without secrets, recognised by the name, and without passwords in URLs."""
+    """A variable's value for the log: no secrets, which are recognised by the name, and no passwords in URLs."""
     return "<redacted>" if SECRET.search(name) else URL_PASSWORD.sub(r"\1<redacted>@", value)
 
 
@@ -105,9 +105,10 @@ def at_work(accelerator: str) -> Iterator[None]:
 
 
 def system_refusal(error: BaseException) -> str | None:
-    """A sentence for an error of the disk or its rights anywhere in SAM 2's code; None for other errors."""
+    """A sentence for a disk or permission error anywhere in SAM 2's code; None for other errors."""
     if not isinstance(error, OSError) or error.errno not in REFUSALS:
         return None
     return (
-        f"cannot write {error.filename or 'the run'}: {error.strerror}; check the folder, its rights and the free disk"
+        f"cannot write {error.filename or 'the run'}: {error.strerror}; check the folder, its permissions and the free "
+        "disk space"
     )

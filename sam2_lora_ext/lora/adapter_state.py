@@ -30,10 +30,10 @@ class Adapter:
         layers: module name -> its low-rank update.
         full: state dict key -> value, of the modules trained in full.
         full_modules: names of these modules.
-        dropout: of the input of A, for further training.
+        dropout: probability of dropping an input of A in further training.
         metadata: JSON values. `base_id` (see `weights_id`), `base_path` and `model_config` (a stock config's name)
             identify the base; `step`, `metrics` and the like are informative only.
-        class_prompts: learned tokens that were trained with it, or None.
+        class_prompts: the class prompts that were trained with the adapter, or None.
 
     Raises:
         UserError: it is empty, or a tensor has an impossible name or shape, or holds NaN or infinity.
@@ -72,12 +72,14 @@ class Adapter:
                     f"B {list(b.shape)}, expected one number for each output of a layer adapted as one"
                 )
             if not all(tensor.is_floating_point() for tensor in layer.tensors.values()):
-                raise UserError(f"the adapter of {name} is not of floating point")
+                raise UserError(f"the adapter of {name} has values that are not of floating point")
             if not (math.isfinite(layer.scaling) and all(tensor.isfinite().all() for tensor in layer.tensors.values())):
                 raise UserError(f"the adapter of {name} holds NaN or infinity: its training diverged, use another one")
         kinds = {layer.magnitude is None: name for name, layer in self.layers.items()}
         if len(kinds) == 2:
-            raise UserError(f"{kinds[False]} has a magnitude (DoRA) and {kinds[True]} has none: all must or none")
+            raise UserError(
+                f"{kinds[False]} has a magnitude (DoRA), {kinds[True]} has none: all layers or none must have one"
+            )
         for key, value in self.full.items():
             if not any(key.startswith(f"{module}.") for module in self.full_modules):
                 raise UserError(f"the adapter holds {key}, which is in none of its modules trained in full")
@@ -94,7 +96,7 @@ class Adapter:
         tokens = {name for name, module in model.named_modules() if isinstance(module, ClassTokens)}
         modules = [name for name in full_modules(model) if name not in tokens]
         if modules == [""]:
-            raise UserError("every parameter of the model is trained: its checkpoint is the model, there is no adapter")
+            raise UserError("every parameter of the model is trained, so there is no adapter: use its checkpoint")
         full = {
             key: copied(value)
             for module in modules
@@ -151,7 +153,9 @@ class Adapter:
         )
         for name, layer in self.layers.items():
             if layer.parts != config.parts_of(name):
-                raise UserError(f"{name} is adapted in the parts {layer.parts}, unlike others: no config allows it")
+                raise UserError(
+                    f"{name} is adapted in the parts {layer.parts}, unlike other layers: no config can express this"
+                )
         return config
 
 

@@ -1,4 +1,4 @@
-"""`LoRALinear` with its own backward pass: of the large tensors only the dropped input and its mask are saved for it.
+"""`LoRALinear` with its own backward pass, for which it saves only two large tensors: dropped input and dropout mask.
 
     y = W x + b + B' A D x,          B' = s B,   D x = native_dropout(x)
     dB' = dy (A D x)^T,   dA = B'^T dy (D x)^T,   dx = W^T dy + D A^T B'^T dy
@@ -52,7 +52,7 @@ class LoRAFunction(torch.autograd.Function):
 class LeanLoRALinear(LoRALinear):
     """`LoRALinear` with the same results and less saved for backward; parameters and state dict keys are the same.
 
-    Where the weight itself is trained, it computes as the plain layer. Second derivatives are not available.
+    If the weight itself is trained, it computes like the plain layer. Second derivatives are not available.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class LoRAConfig:
         alpha_pattern: glob -> alpha of the adapted layers that it matches.
         qkv_parts: of layers named `qkv`, adapt only these, e.g. ["q", "v"]; None adapts the fused layer as one.
         trainable: globs of modules that are trained in full besides the adapters, e.g. "*.norm1".
-        freeze_a: train B alone and leave A as it was drawn (LoRA-FA, arXiv 2308.03303): lean layers then save no input.
+        freeze_a: train only B and keep the initial A (LoRA-FA, arXiv 2308.03303): lean layers then save no input.
         variant: "lora", "dora" (arXiv 2402.09353) or "pissa" (arXiv 2404.02948), see `variants.py`.
         implementation: how the update is computed: "plain", or "lean": same results, less saved for backward.
     """
@@ -98,7 +98,7 @@ class LoRAConfig:
         """The config itself, or one made from a mapping such as Hydra's.
 
         Raises:
-            UserError: the value is no mapping, holds a key that is not a field, or a field has a wrong value.
+            UserError: the value is no mapping, has a key that is not a field, or a field has a wrong value.
         """
         if isinstance(config, cls):
             return config

@@ -29,9 +29,9 @@ def adapter_from_state(
     Args:
         state: keys `<module>.lora_a`, `<module>.lora_b` (of a variant, see `TENSORS`), keys of modules trained in
             full, and optionally all others.
-        config: of the training. Without it no layer counts as fused, and the keys that differ from `base` count as
-            trained in full; in a checkpoint of a part of the model, all other keys do.
-        alpha: instead of the config's.
+        config: the config of the training. Without it no layer counts as fused, and the keys that differ from `base`
+            count as trained in full; in a checkpoint without the frozen weights, all other keys do.
+        alpha: replaces the config's.
         base: the weights that training started from.
         metadata: see `Adapter`.
 
@@ -58,7 +58,7 @@ def _tensors(name: str, state: Mapping[str, Tensor], config: LoRAConfig | None) 
     found = {key.removeprefix(f"{name}.") for key in state if key.startswith(f"{name}.lora_")}
     kind = config.variant if config else "dora" if "lora_m" in found else "pissa" if "lora_a0" in found else "lora"
     if missing := [key for key in TENSORS[kind] if key not in found]:
-        raise UserError(f"the checkpoint holds {name}.lora_a without its {missing[0]}: it is not whole")
+        raise UserError(f"the checkpoint holds {name}.lora_a without its {missing[0]}: it is incomplete")
     return {key: copied(state[f"{name}.{key}"]) for key in TENSORS[kind]}
 
 
@@ -66,7 +66,7 @@ def _modules_meant(keys: Iterable[str], trainable: list[str]) -> list[str]:
     names = dict.fromkeys(name for key in keys for name in reversed(list(above(key))))
     for glob in trainable:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise UserError(f"the checkpoint holds nothing that lora.trainable's {glob!r} matches: it is not whole")
+            raise UserError(f"the checkpoint holds nothing that lora.trainable's {glob!r} matches: it is incomplete")
     return outermost([name for name in names if any(fnmatchcase(name, glob) for glob in trainable)])
 
 

@@ -27,19 +27,19 @@ class Target(NamedTuple):
 
 
 def above(name: str) -> Iterator[str]:
-    """The names of the modules that hold `name`, the innermost first."""
+    """The names of the modules that contain `name`, the innermost first."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
 
 
 def outermost(names: list[str]) -> list[str]:
-    """The outermost names: without those inside another one."""
+    """The outermost names, without those inside another one."""
     return [name for name in names if not any(outer in names for outer in above(name))]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The adapted layers with their full names, in the model's order; known by type, not by name."""
+    """The adapted layers with their full names, in the model's order; recognised by type, not by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
@@ -47,9 +47,9 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
     """The layers that `config.targets` selects, in the model's order; changes nothing.
 
     Raises:
-        UserError: a glob matches nothing, or something that is not an `nn.Linear`, or a layer that has an adapter
-            already, or a layer inside a module that is trained in full; or the outputs do not divide into q, k and v;
-            or the rank of PiSSA is larger than the number of singular values of a weight.
+        UserError: a glob matches nothing, something that is not an `nn.Linear`, a layer that already has an adapter, or
+            a layer inside a module that is trained in full; or the outputs do not divide into q, k and v; or the rank
+            of PiSSA is larger than the number of singular values of a weight.
     """
     config = LoRAConfig.of(config)
     modules = {name: module for name, module in model.named_modules() if name}
@@ -69,7 +69,7 @@ def find_targets(model: nn.Module, config: Config) -> list[Target]:
         for name in names:
             if f"{name}.".startswith(f"{outer}."):
                 raise UserError(
-                    f"{name} cannot have an adapter, for {outer} is trained in full: "
+                    f"{name} cannot have an adapter, since {outer} is trained in full: "
                     "take it out of lora.targets or of lora.trainable"
                 )
     for where in ("rank_pattern", "alpha_pattern"):

@@ -131,7 +131,7 @@ class LoRALinear(nn.Linear):
         return merged_weight(self.weight.to(delta.dtype), delta)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Names of the tensors that this layer adds to the base's keys in a state dict."""
+        """The tensors that this layer adds to the base's keys in a state dict, by name."""
         return {key: value for key, value in self.state_dict().items() if key not in ("weight", "bias")}
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:

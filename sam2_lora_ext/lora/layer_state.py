@@ -27,7 +27,7 @@ class LayerAdapter:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], alpha: float, rslora: bool, parts: tuple[bool, ...]) -> "LayerAdapter":
-        """From the tensors that the layer has in a state dict, by their names there.
+        """Builds it from the tensors that the layer has in a state dict, by their names there.
 
         PiSSA becomes plain LoRA of twice the rank and the same scaling, since the base keeps its initial B0 A0.
         """
@@ -60,7 +60,7 @@ class LayerAdapter:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def alpha_for(self, rslora: bool) -> float:
-        """The alpha that gives the same scaling with the other kind of `rslora`."""
+        """The alpha that gives the same scaling with this `rslora`."""
         return self.alpha if rslora == self.rslora else self.scaling / lora_scaling(self.rank, 1.0, rslora)
 
     def delta_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:

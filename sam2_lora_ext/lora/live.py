@@ -30,7 +30,7 @@ class Table:
 
     Attributes:
         base: module name -> the base's module, for every module that an adapter replaces.
-        parents: module name -> the base's module that holds it.
+        parents: module name -> the base's module that contains it.
         adapters: adapter's name -> module name -> the module used there while the adapter is active.
         active: the name of the active adapter, or None.
         base_id: `weights_id` of the base, when it is known.
@@ -43,7 +43,7 @@ class Table:
     base_id: str | None = None
 
     def find(self, name: str) -> dict[str, nn.Module]:
-        """The modules of an adapter; a `UserError` lists the known names when this one is unknown."""
+        """The modules of an adapter; for an unknown name a `UserError` lists the known ones."""
         if name not in self.adapters:
             names = ", ".join(map(repr, self.adapters))
             raise UserError(f"there is no adapter {name!r}: {f'there are {names}' if names else 'none was added'}")
@@ -71,8 +71,8 @@ def put_adapter(model: nn.Module, name: str, adapter: Adapter, others: Mapping[s
 
     Args:
         model: the base, with a table or without.
-        name: of the adapter in the table.
-        adapter: to add.
+        name: the adapter's name in the table.
+        adapter: the adapter to add.
         others: module name -> a further module that replaces the base's while the adapter is active.
 
     Raises:
@@ -102,13 +102,13 @@ def put_adapter(model: nn.Module, name: str, adapter: Adapter, others: Mapping[s
             )
         parents = {place: model.get_submodule(place.rpartition(".")[0]) for place in base}
     table.adapters[name] = modules
-    # a module before those inside it, so that these are moved to its device after it
+    # outer modules first, so that inner ones are moved to the device after them
     table.base = dict(sorted((table.base | base).items(), key=lambda entry: entry[0].count(".")))
     table.parents |= parents
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Activates one adapter and deactivates any other, or with None all; in place, in about a millisecond.
+    """Activates one adapter and deactivates any other; None deactivates all. In place, in about a millisecond.
 
     A predictor keeps the features that it computed before: call `set_image` or `init_state` again. Do not call this
     while another thread uses the model.
@@ -152,7 +152,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: Model) -> Iterator[Model]:
-    """Within the block the base alone is active; afterwards the adapter that was active before it."""
+    """Within the block only the base is active; afterwards the previously active adapter is again."""
     before = active_adapter(model)
     set_adapter(model, None)
     try:
@@ -163,7 +163,7 @@ def disable_adapters(model: Model) -> Iterator[Model]:
 
 @torch.no_grad()
 def live_layer(base: nn.Linear, layer: LayerAdapter, dropout: float) -> LoRALinear:
-    """A layer that adds the adapter to `base` and shares its parameters; frozen where these are."""
+    """A layer that adds the adapter to `base` and shares its parameters; frozen if these are."""
     kind = LoRALinear if layer.magnitude is None else DoRALinear
     live = kind(base, layer.rank, layer.alpha, dropout, layer.parts, layer.rslora)
     for key, parameter in live.adapter_parameters().items():
@@ -183,7 +183,7 @@ def trained_copy(base: nn.Module, values: Mapping[str, torch.Tensor]) -> nn.Modu
 
 
 def follow(module: nn.Module, present: nn.Module) -> None:
-    """Moves a module to the mode, device and dtype of the one that it replaces: these may have changed."""
+    """Gives a module the mode, device and dtype of the one that it replaces, since these may have changed."""
     if module.training != present.training:
         module.train(present.training)
     own, wanted = _probe(module), _probe(present)
@@ -192,7 +192,7 @@ def follow(module: nn.Module, present: nn.Module) -> None:
 
 
 def _probe(module: nn.Module) -> nn.Parameter:
-    """A parameter that only this module has, if any; for linear layers without the slow search."""
+    """A parameter that only this module has, if any; linear layers skip the slow search."""
     if isinstance(module, nn.Linear):
         return module.lora_a if isinstance(module, LoRALinear) else module.weight
     return next(module.parameters())

@@ -5,7 +5,7 @@
     PiSSA   y = W x + b + s (B A - B0 A0) dropout(x)
             B A is initialised to B0 A0, where s B0 A0 are the r largest singular values of W with their vectors
 
-PiSSA's paper trains s B A and replaces the base's weight by the residual W - s B0 A0. The sum above is the same and
+PiSSA's paper trains s B A and replaces the base's weight with the residual W - s B0 A0. The sum above is the same and
 leaves W unchanged: its file still loads strictly, and an export is plain LoRA of rank 2r with the factors [A; A0] and
 [B, -B0].
 
@@ -46,7 +46,7 @@ class BeginsWithBase(LoRALinear):
 
 
 class DoRALinear(BeginsWithBase):
-    """Separate direction and magnitude: `lora_m` is the length of each row of the weight. Starts bitwise equal."""
+    """Separate direction and magnitude (`lora_m`, the length of each row); the first output is bitwise the base's."""
 
     mark = "lora_m"
 
@@ -78,7 +78,7 @@ class DoRALinear(BeginsWithBase):
 
 
 class PiSSALinear(BeginsWithBase):
-    """Starts with the largest singular values and vectors of the weight, or of each adapted part, instead of zero."""
+    """B A is initialised with the largest singular values of the weight, or of each adapted part, instead of zero."""
 
     mark = "lora_a0"
 

@@ -1,4 +1,4 @@
-"""Numbers on a command line: their ranges are checked before any work begins."""
+"""Checks the ranges of numbers on a command line before any work begins."""
 
 import argparse
 from collections.abc import Callable

@@ -40,7 +40,7 @@ def check(config: Mapping[str, Any], whole: bool = True) -> None:
 
 
 def check_literals(config: Mapping[str, Any]) -> None:
-    """Checks a user's values before interpolations use them, whose errors would not name the setting.
+    """Checks a user's values before interpolations use them, since errors of interpolations do not name the setting.
 
     Raises:
         UserError: a value is out of its range or has a wrong type.
@@ -68,11 +68,11 @@ def check_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def check_class_ids(losses: Mapping[str, Any], datasets: Iterable[Any]) -> None:
-    """Checks the class weights of the losses against the classes of the data, after it was read.
+    """Checks the class weights of the losses against the classes of the data, once it has been read.
 
     Args:
-        losses: of the Trainer; those without `class_weights` are skipped.
-        datasets: raw data sets; those without `class_names` are of other packages.
+        losses: the Trainer's; those without `class_weights` are skipped.
+        datasets: raw data sets; those of other packages have no `class_names` and are skipped.
 
     Raises:
         UserError: a weight is given to a class that no data set has.
@@ -83,7 +83,7 @@ def check_class_ids(losses: Mapping[str, Any], datasets: Iterable[Any]) -> None:
         strange = sorted(set(getattr(loss, "class_weights", None) or ()) - set(known)) if tables else []
         if strange:
             raise UserError(
-                f"trainer.loss.{key}.class_weights weights class {strange[0]}, which the data does not have: it has "
+                f"trainer.loss.{key}.class_weights has a weight for class {strange[0]}, but the data only has "
                 f"{', '.join(f'{number} ({name})' for number, name in sorted(known.items()))}"
             )
 

@@ -19,12 +19,15 @@ SHARES = {name: SHARE.called(f"{NAME}.{name}") for name in ("share", "correction
 def no_gaps(section: Mapping[str, Any]) -> str | None:
     """Windows at a grid must cover all columns."""
     if section.get("width") is not None and (section.get("grid") or 1) > section["width"]:
-        return f"windows of {section['width']} columns at every {section['grid']} would leave some out; lower the grid"
+        return (
+            f"windows of {section['width']} columns at multiples of {section['grid']} would leave columns out; "
+            "lower the grid"
+        )
     return None
 
 
 def overlapping(section: Mapping[str, Any]) -> str | None:
-    """The overlap of tiles is smaller than their width."""
+    """The overlap of tiles must be smaller than their width."""
     if section["tile_width"] is not None and section["overlap"] >= section["tile_width"]:
         return f"tiles of {section['tile_width']} columns must overlap by less than that, got {section['overlap']}"
     return None

@@ -1,6 +1,6 @@
-"""The rows of what samples, cuts and batches the data: `dataset` and `vos`, and the classes they name.
+"""The rows of `dataset` and `vos`, and of the classes that sample, crop and batch the data.
 
-Legend of the sentences: pixels and columns are those of the stored image.
+Pixels and columns in messages are those of the stored image.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from sam2_lora_ext.settings.kinds import Flag, Number, Text, Whole, one_of
 PIXELS = 1_000_000  # of a side: more than any decoder takes
 PATH = Text()
 SHARE = Number(0, 1)
-SEED = Whole(0, 2**31 - 1)  # numpy takes 32 bits, of which stock's Trainer uses the upper ones for phases
+SEED = Whole(0, 2**31 - 1)  # numpy takes 32 bits, and SAM 2's Trainer uses the upper ones for phases
 OBJECTS = Nullable(one_of("instances", "components", "classes", "all")).called("dataset.objects")
 ON_INVALID = one_of("error", "skip").called("dataset.on_invalid")
 BITS = Whole(8, 16).called("dataset.bits")
@@ -38,7 +38,7 @@ SPREADS = ListOf(Number(0, 1e3, above=True), least=3, most=3)
 
 
 def one_length(section: Mapping[str, Any]) -> str | None:
-    """The length of a training is given once."""
+    """The length of a training is set once."""
     steps, epochs = section.get("steps"), section.get("epochs")
     if (steps is None) == (epochs is None):
         return f"give the length of the training as steps or as epochs, got steps: {steps}, epochs: {epochs}"
@@ -46,17 +46,17 @@ def one_length(section: Mapping[str, Any]) -> str | None:
 
 
 def overlapping(section: Mapping[str, Any]) -> str | None:
-    """Windows of a clip overlap."""
+    """Windows of a clip must overlap."""
     if section["stride"] >= section["width"]:
         return f"windows must overlap, but the stride {section['stride']} is not below the width {section['width']}"
     return None
 
 
 def clean_parts(section: Mapping[str, Any]) -> str | None:
-    """Settings about clean samples and groups that would do nothing, or contradict each other."""
+    """Settings of clean samples and groups must have an effect and not contradict each other."""
     share, width, training = section.get("clean_share"), section.get("clean_part_width"), section.get("training", True)
     if not training and share is not None:
-        return f"clean_share is for training (in evaluation every clean image takes part once), got {share}"
+        return f"clean_share is for training (evaluation uses every clean image once), got {share}"
     if share and section.get("include_clean", True) is False and width is None:
         return f"clean_share is {share}, but include_clean is false and there is no clean_part_width"
     if width is not None and (not share or section.get("windows") is not None):
@@ -69,16 +69,19 @@ def clean_parts(section: Mapping[str, Any]) -> str | None:
 
 
 def whole_strips(section: Mapping[str, Any]) -> str | None:
-    """A crop at every so many columns must leave none out."""
+    """Crops at a grid must cover all columns."""
     if section.get("width") is not None and (section.get("grid") or 1) > section["width"]:
-        return f"a crop of {section['width']} columns at every {section['grid']} would leave some out; lower the grid"
+        return (
+            f"crops of {section['width']} columns at multiples of {section['grid']} would leave columns out; "
+            "lower the grid"
+        )
     return None
 
 
 def evaluates_all(section: Mapping[str, Any]) -> str | None:
     """An evaluation's sampler takes all objects forwards."""
     if section.get("training", True) is False and (section.get("max_num_objects") or section.get("reverse_time_prob")):
-        return "an evaluation takes all objects forwards; bound them with the data set's max_objects"
+        return "an evaluation takes all objects forwards; limit them with the data set's max_objects"
     return None
 
 

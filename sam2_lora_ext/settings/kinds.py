@@ -131,7 +131,7 @@ class Text(Kind):
 
     @property
     def says(self) -> str:
-        return f"a text of {0 if self.empty else 1} to {self.longest} characters without line breaks and ${{"
+        return f"a text of {0 if self.empty else 1} to {self.longest} characters without line breaks or ${{"
 
     def takes(self, value: Any) -> bool:
         if type(value) is not str or not (self.empty or value.strip()) or len(value) > self.longest:

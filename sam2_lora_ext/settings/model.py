@@ -14,7 +14,7 @@ WEIGHT = Number(0, 1e6)  # of a term of the loss, or of a class
 
 
 def something_to_train(section: Mapping[str, Any]) -> str | None:
-    """At least one of adapters and modules trained in full; DoRA adapts a fused qkv as one."""
+    """Something is trained (adapters, or modules in full); DoRA adapts a fused qkv as one."""
     if section.get("targets") == [] and not section.get("trainable"):
         return "targets and trainable are both empty, so there is nothing to train"
     if section.get("variant") == "dora" and section.get("qkv_parts") is not None:
@@ -34,7 +34,7 @@ def some_weight(section: Mapping[str, Any]) -> str | None:
 
 
 def corrects_prompted(section: Mapping[str, Any]) -> str | None:
-    """Stock corrects the prompted frames first, then others."""
+    """SAM 2 corrects the prompted frames first, so at least these must be corrected."""
     for phase in ("train", "eval"):
         prompted = section.get(f"num_init_cond_frames_for_{phase}", 1)
         corrected = section.get(f"num_frames_to_correct_for_{phase}", 1)

@@ -1,4 +1,4 @@
-"""The rows of the optimizer, its schedules, and what clips its gradients."""
+"""The rows of the optimizer, its schedules and gradient clipping."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ RATE = Number(0, 100)  # a learning rate or a weight decay somewhere in its sche
 
 
 def whole_schedule(section: Mapping[str, Any]) -> str | None:
-    """The parts of a schedule fill it."""
+    """The parts of a schedule cover the whole training."""
     lengths, count = section["lengths"], len(section["schedulers"])
     scaling = section.get("interval_scaling")
     if len(lengths) != count or isinstance(scaling, list) and len(scaling) != count:

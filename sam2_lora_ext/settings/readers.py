@@ -12,7 +12,7 @@ READER = {"classes": CLASSES, "full_check": FULL_CHECK, "exif": EXIF}
 
 
 def distinct_names(section: Mapping[str, Any]) -> str | None:
-    """Each class has a name of its own."""
+    """Each class has a different name."""
     classes = section.get("classes")
     names = list(classes.values()) if isinstance(classes, Mapping) else classes if isinstance(classes, list) else [""]
     if not names or len(set(names)) < len(names):
@@ -21,7 +21,7 @@ def distinct_names(section: Mapping[str, Any]) -> str | None:
 
 
 def distinct_colours(section: Mapping[str, Any]) -> str | None:
-    """Each class has a colour of its own; black is no class."""
+    """Each class has a different colour, and none is black."""
     colours, classes = section.get("colors"), section.get("classes")
     if colours is None:
         return None

@@ -1,4 +1,4 @@
-"""The rows of the Trainer: ours, stock's, and the loggers and weights that configs give it."""
+"""The rows of the Trainer (this package's and SAM 2's), its loggers and the loading of its weights."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ LEVEL = one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def seed_fits(section: Mapping[str, Any]) -> str | None:
-    """Stock seeds numpy, which takes 32 bits, with (seed + rank) * max_epochs."""
+    """SAM 2's Trainer seeds numpy, which takes 32 bits, with (seed + rank) * max_epochs."""
     seed, epochs = section.get("seed_value", 123), section.get("max_epochs") or 1
     if (seed + 1024) * epochs >= 2**32:
         return f"seed_value times max_epochs must stay below 2^32, got {seed} and {epochs}"
@@ -21,19 +21,19 @@ def seed_fits(section: Mapping[str, Any]) -> str | None:
 
 
 def trains_on_something(section: Mapping[str, Any]) -> str | None:
-    """What a mode reads is there."""
+    """Everything that the mode needs is set."""
     mode, data = section.get("mode", "train"), section["data"]
     if mode != "val":
         missing = [name for name in ("optim", "loss") if not section.get(name)]
         if missing or not data.get("train"):
-            return f"{(*missing, 'data.train')[0]} must be set to train"
+            return f"{(*missing, 'data.train')[0]} must be set for training"
     if mode != "train_only" and not data.get("val"):
-        return "data.val must be set to validate; set mode: train_only to train without validation"
+        return "data.val must be set for validation; set mode: train_only to train without validation"
     return None
 
 
 def parts_of(tree: Any, ending: str) -> Iterator[Mapping[str, Any]]:
-    """All parts in a section whose `_target_` ends so."""
+    """All parts in a section whose `_target_` ends with `ending`."""
     if isinstance(tree, Mapping):
         if str(tree.get("_target_", "")).endswith(ending):
             yield tree
@@ -45,17 +45,17 @@ def parts_of(tree: Any, ending: str) -> Iterator[Mapping[str, Any]]:
 
 
 def one_resolution(section: Mapping[str, Any]) -> str | None:
-    """The images are made as large as the model takes them."""
+    """Images are resized to the model's input size."""
     size = section["model"].get("image_size")
     for part in parts_of(section["data"], "pixels.ModelInput"):
         if size is not None and part["size"] != size:
-            made = f"the data is made {part['size']} pixels large"
-            return f"model.image_size is {size}, but {made}; set scratch.resolution alone"
+            made = f"the data is resized to {part['size']} pixels"
+            return f"model.image_size is {size}, but {made}; set only scratch.resolution"
     return None
 
 
 def frames_suffice(section: Mapping[str, Any]) -> str | None:
-    """A clip has the frames that are prompted and corrected; stock takes one of each for a single frame."""
+    """A clip has at least as many frames as are corrected; a single image is corrected on its only frame."""
     for phase, suffix in (("train", "train"), ("val", "eval")):
         wanted = section["model"].get(f"num_frames_to_correct_for_{suffix}", 1)
         for part in parts_of(section["data"].get(phase), "sampler.ObjectSampler"):

@@ -1,6 +1,6 @@
-"""The table of all settings: the sections of a config, and by their `_target_` the parts that Hydra makes of it.
+"""The table of all settings: the sections of a config, and by `_target_` the objects that Hydra builds from it.
 
-The rows stand with what they are about: `readers.py`, `data.py`, `class_data.py`, `model.py`, `stock.py`, `optim.py`.
+The rows are in `readers.py`, `data.py`, `class_data.py`, `model.py`, `stock.py` and `optim.py`.
 """
 
 from sam2_lora_ext.settings import class_data, data, model, optim, readers, stock
@@ -44,7 +44,7 @@ LAUNCHER = Section(
 
 
 def ports(section) -> str | None:
-    """A range has its ends in order."""
+    """The range of ports is not empty."""
     low, high = section.get("port_range", (1, 1))
     return f"port_range begins with {low}, above its end {high}" if low > high else None
 
@@ -70,7 +70,7 @@ SUBMITIT = Section(
     required=("port_range",),
     rules=(ports,),
 )
-SECTIONS = {  # in this order: the name that a user knows comes first
+SECTIONS = {  # in this order, so that an error has the name that a user knows
     "scratch": SCRATCH,
     "dataset": DATASET,
     "lora": Nullable(model.LORA),
@@ -79,4 +79,4 @@ SECTIONS = {  # in this order: the name that a user knows comes first
     "submitit": SUBMITIT,
 }
 USERS = ("scratch", "dataset", "vos")
-"""Sections whose other keys are a user's own where something in the config reads them."""
+"""Sections in which a user may add keys, if something in the config reads them."""

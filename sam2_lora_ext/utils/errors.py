@@ -1,4 +1,4 @@
-"""The error type for users, and the exit of a command line with it."""
+"""The error type for users' mistakes, and how a command line exits with it."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 LISTED = 20  # largest number of choices in a message
-LONGEST = 20_000  # characters of a message: a list of problems may be long, a hostile value endless
+LONGEST = 20_000  # characters of a message: a list of problems may be long, and a hostile value endless
 
 
 class UserError(ValueError):
@@ -46,19 +46,19 @@ def system_sentence(error: BaseException | None) -> str | None:
     while error is not None and id(error) not in seen:
         if isinstance(error, MemoryError):
             cause = f": {error}" if str(error) else ""
-            return f"memory does not suffice{cause}; give smaller inputs, or use a larger machine"
+            return f"there is not enough memory{cause}; give smaller inputs, or use a larger machine"
         if isinstance(error, OSError) and error.filename is not None:
             name = str(error.filename)
             name = name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
             cause = error.strerror or type(error).__name__
-            return f"cannot use {name!r}: {cause}; check the name, the folder and its rights"
+            return f"cannot use {name!r}: {cause}; check the name, the folder and its permissions"
         seen.add(id(error))
         error = error.__cause__  # an error raised while another one was handled may be a bug of ours
     return None
 
 
 def catch_interrupts() -> None:
-    """From here on, Ctrl-C ends the program with one sentence and exit code 130.
+    """Makes Ctrl-C end the program with one sentence and exit code 130.
 
     A command line calls this in its first lines when it is run as a program, since its imports take seconds. Libraries
     turn an interrupt during their import into other errors, so until `run_cli`, and in later imports, the signal itself

@@ -17,18 +17,18 @@ PIECE = 1 << 20  # bytes that are read at a time
 LARGEST_NOTE = 1 << 26
 """Size limit in bytes of this package's files (records of a run, configs, adapter_config.json)."""
 EXISTS = "{} exists already: choose another name, or give --force to replace it"
-REFUSED = "cannot write {}: {}; check the folder, its rights and the free disk"
+REFUSED = "cannot write {}: {}; check the folder, its permissions and the free disk space"
 
 
 def refuse_existing(path: str | Path, force: bool) -> None:
-    """Raises a `UserError` when `path` exists and may not be replaced: with `force`, when it is not a file."""
+    """Raises a `UserError` when `path` exists and may not be replaced; with `force`, only files may."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
         return
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "link" if stat.S_ISLNK(mode) else "device or pipe"
-        raise UserError(f"{path} is a {kind}, and only a file is ever replaced: choose another name")
+        raise UserError(f"{path} is a {kind}, and only files can be replaced: choose another name")
     if not force:
         raise UserError(EXISTS.format(path))
 
@@ -128,7 +128,7 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
-    """The text of a regular UTF-8 file, with or without a byte order mark, line ends as they are.
+    """The text of a regular UTF-8 file, with or without a byte order mark; line ends are unchanged.
 
     Raises:
         UserError: as `open_regular`, or the content is not UTF-8.

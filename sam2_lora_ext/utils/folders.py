@@ -14,7 +14,7 @@ from sam2_lora_ext.utils.files import EXISTS, REFUSED
 def replace_folder(
     folder: str | Path, write: Callable[[Path], Any], parts: Collection[str], *, force: bool = True
 ) -> None:
-    """Calls `write(temporary)` with a new empty folder next to `folder`, then replaces `folder` by it.
+    """Calls `write(temporary)` with a new empty folder next to `folder`, then replaces `folder` with it.
 
     Args:
         folder: the folder to write.
@@ -30,7 +30,7 @@ def replace_folder(
     temporary, old = folder.with_name(f".{folder.name}.{os.getpid()}.tmp"), _old(folder)
     try:
         settle_folder(folder, parts)
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same number
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same id
         temporary.mkdir(parents=True)
         write(temporary)
         if force and folder.exists():
@@ -51,7 +51,7 @@ def replace_folder(
 
 
 def existing_folder(folder: Path) -> Path:
-    """The folder with the content of a folder of `replace_folder`: itself, or the old one after a kill."""
+    """The folder that has the content: `folder` itself, or the old one after a kill of `replace_folder`."""
     old = _old(folder)
     return old if old.is_dir() and not folder.exists() else folder
 

@@ -13,7 +13,7 @@ PACKAGES = ("torch", "torchvision", "hydra-core", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of what a result depends on; SAM 2 is called `sam2`, or `SAM-2` in Meta's checkout."""
+    """The versions that a result depends on; SAM 2's package is `sam2`, or `SAM-2` from Meta's checkout."""
     found: dict[str, str | None] = {"python": platform.python_version(), "sam2_lora_ext": sam2_lora_ext.__version__}
     for name in PACKAGES:
         found[name] = _version(name)

@@ -68,7 +68,7 @@ def test_layers_that_are_not_linear_are_refused(tmp_path):
         ({"peft_type": None}, "of the kind None"),
         ({"something_new": {"a": 1}}, "sets something_new to {'a': 1}: only LoRA and DoRA"),
         ({"fan_in_fan_out": True}, "sets fan_in_fan_out to True"),
-        ({"r": 4}, "its config says rank 4"),
+        ({"r": 4}, "its config has rank 4"),
         ({"target_parameters": ["x"]}, "sets target_parameters"),
         ({"layer_replication": [[0, 1]]}, "sets layer_replication"),
         ({"rank_pattern": [1]}, r"sets rank_pattern to \[1\], which PEFT never does"),
@@ -111,7 +111,7 @@ def test_a_config_that_is_no_json_object(folder, content):
         ({f"{KEY}.lora_B.weight": None}, f"{QKV} has lora_A but no lora_B"),
         ({f"{KEY}.lora_B.weight": torch.ones(72, 6)}, "its header does not fit"),  # where k is, it must be zero
         ({f"{KEY}.lora_B.weight": torch.ones(70, 6)}, "its header does not fit"),
-        ({f"{KEY}.lora_B.weight": torch.ones(72, 5)}, r"has A \[6, 24\] and B \[72, 5\], its config says rank 6"),
+        ({f"{KEY}.lora_B.weight": torch.ones(72, 5)}, r"has A \[6, 24\] and B \[72, 5\], its config has rank 6"),
         ({f"{KEY}.lora_A.weight": torch.full((6, 24), float("nan"))}, f"adapter of {QKV} holds NaN"),
         ({f"{KEY}.lora_magnitude_vector": torch.ones(72)}, "lora_magnitude_vector' is DoRA's, but its config"),
         ({f"{KEY}.lora_magnitude_vector": torch.ones(72, 1)}, "lora_magnitude_vector' is not the A or B"),

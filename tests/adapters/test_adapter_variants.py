@@ -135,7 +135,7 @@ def test_taken_from_a_checkpoint(config):
             assert adapter.layers[name].scaling == layer.scaling
             assert all(torch.equal(value, adapter.layers[name].tensors[key]) for key, value in layer.tensors.items())
     mark = {"dora": "lora_m", "pissa": "lora_a0"}[config["variant"]]
-    with pytest.raises(UserError, match=f"without its {mark}: it is not whole"):
+    with pytest.raises(UserError, match=f"without its {mark}: it is incomplete"):
         without = {key: value for key, value in state.items() if not key.endswith(mark)}
         adapter_from_state(without, LoRAConfig.of(config))
 
@@ -191,7 +191,7 @@ def test_models_and_adapters_that_do_not_fit():
     ):
         with pytest.raises(UserError, match=words):
             Adapter({"x": broken})
-    with pytest.raises(UserError, match="y has a magnitude .* and x has none: all must or none"):
+    with pytest.raises(UserError, match="y has a magnitude .*, x has none: all layers or none must"):
         Adapter({"x": LayerAdapter(a, b, 1), "y": LayerAdapter(a, b, 1, magnitude=m)})
     dora = Adapter.from_model(trained({"variant": "dora", "rank": 3}))
     with pytest.raises(UserError, match="the adapter is DoRA, the model has a LoRALinear"):

@@ -109,7 +109,7 @@ def test_what_does_not_fit_the_base_is_named():
         ({"b.weight": torch.zeros(3, 2)}, adapter_of(a=layer), r"a.weight of shape \[3, 2\], which does not exist in"),
         ({"a.weight": torch.zeros(2, 3)}, adapter_of(a=layer), r"a.weight of shape \[3, 2\], which is \[2, 3\] in the"),
         (fits, Adapter({}, {"a.bias": torch.ones(3)}, ["a"]), r"a.bias of shape \[3\], which does not exist"),
-        ({**fits, "a.lora_a": torch.ones(1, 2)}, adapter_of(a=layer), "the base has adapters itself"),
+        ({**fits, "a.lora_a": torch.ones(1, 2)}, adapter_of(a=layer), "the base itself has adapters"),
         ({"a.weight": torch.full((3, 2), float("nan"))}, adapter_of(a=layer), "a.weight would not be finite"),
         ({**fits, "c": torch.tensor([float("inf")])}, adapter_of(a=layer), "c would not be finite"),
     ):

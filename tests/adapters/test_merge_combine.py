@@ -131,7 +131,7 @@ def test_what_has_no_sum_is_refused():
         ([plain, other], [1.0], "--weights has 1 numbers for 2 adapters"),
         ([plain, other], [1.0, float("nan")], "the weight of n1 is nan: give a finite number"),
         ([plain, other], [0.0, 1.0], "the weight of n0 is 0"),
-        ([plain, plain], [0.5, 0.5], "n0 and n1 are the same adapter: give it once, with the sum"),
+        ([plain, plain], [0.5, 0.5], "n0 and n1 are the same adapter: give it once, with the summed weight"),
         ([plain, dora], [0.5, 0.5], "n1 is DoRA, whose magnitudes cannot be summed"),
         ([dora], [0.5], "n0 is DoRA"),
         ([head, Adapter({}, {"h.weight": torch.ones(1)}, ["h"])], [0.5, 0.5], "n0 trained h.weight in full, and n1 "),

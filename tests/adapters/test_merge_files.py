@@ -59,7 +59,7 @@ def test_which_adapter_a_path_means(run):
     final.rename(run / "adapters" / "was final")
     with pytest.raises(
         UserError,
-        match="no run with adapters/best or adapters/final: to use another adapter of it, give .*latest or .*check",
+        match="nor a run with adapters/best or adapters/final: to use another adapter of it, give .*latest or .*check",
     ):
         find_adapter(run)
     with pytest.raises(UserError, match="was it trained up to a validation"):
@@ -151,7 +151,7 @@ def test_outputs_that_are_refused(run, tmp_path):
     for out, options, words in (
         ("m.pt", {}, "m.pt exists already: choose another name, or give --force"),
         ("base.pt", {"force": True}, "base.pt is the same file as .*base.pt, which is read"),
-        ("run", {"force": True}, "run is a folder, and only a file"),
+        ("run", {"force": True}, "run is a folder, and only files"),
         ("x.pt", {"file_format": "safetensors"}, r"x.pt would hold safetensors, .* name it \*.safetensors"),
         ("x.safetensors", {"file_format": "pt"}, r"x.safetensors would hold pt"),
         ("m.pt/x.pt", {}, "cannot write .*m.pt/x.pt"),

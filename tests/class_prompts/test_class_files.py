@@ -75,7 +75,7 @@ def test_the_model_is_known_without_its_tokens():
     assert weights_id(plain.state_dict()) == adapter.metadata["base_id"]
     assert not any("class_tokens" in name for name in (*adapter.full, *adapter.full_modules, *adapter.layers))
     assert {"sam_mask_decoder.pred_obj_score_head", "sam_mask_decoder.obj_score_token"} == set(adapter.full_modules)
-    with pytest.raises(UserError, match="the base has adapters itself"):
+    with pytest.raises(UserError, match="the base itself has adapters"):
         require_fit(plain.state_dict(), adapter)
     assert torch.equal(adapter.class_prompts.tokens, find_tokens(model).tokens)
     assert adapter.class_prompts.crop == 96 and adapter.class_prompts.resolution == 128

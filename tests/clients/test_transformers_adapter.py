@@ -144,7 +144,7 @@ def theirs(folder: Path, module: str, rows: int = 72, columns: int = 24) -> Path
     "module, words",
     [
         (QKV.replace("qkv", "q_proj"), "query, key and value fused in one attn.qkv"),
-        (QKV.replace("qkv", "kv"), "attn.kv is no module of SAM 2.*or fused otherwise"),
+        (QKV.replace("qkv", "kv"), "attn.kv is no module of SAM 2.*or otherwise fused"),
         (QKV.replace("attn.qkv", "attn.rel_pos"), "rel_pos of transformers' Sam2Model has no counterpart in SAM 2"),
         ("vision_encoder.backbone.layers.0.attn.qkv", "layers.0.attn.qkv .*has no counterpart|is no module of SAM 2"),
         ("mask_decoder.transformer.layers.0.self_attn.out_proj", "has no counterpart in SAM 2"),

@@ -153,7 +153,7 @@ def test_a_failed_conversion_keeps_the_old_result_and_the_input(tmp_path, monkey
         run("convert", folder, "--to", "kaggle", "--out", out, "--force", *SIZE)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (out / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="'thesis.tex', which is not one of its parts"):
+    with pytest.raises(UserError, match="'thesis.tex', which is not part of one"):
         run("convert", folder, "--to", "kaggle", "--out", out, "--force", *SIZE)
     assert (out / "thesis.tex").exists()
 

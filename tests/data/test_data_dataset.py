@@ -141,7 +141,7 @@ def test_sixteen_bit_images_pass_through_stock(tmp_path):
     [
         ({"objects": "blobs"}, "instances, components, classes, all or null"),
         ({"min_area": 0}, "min_area"),
-        ({"min_area": 99999, "include_clean": False}, "leaves no sample"),
+        ({"min_area": 99999, "include_clean": False}, "has no sample"),
         ({"split": "train"}, "split file"),
         ({"split_file": "gone.csv", "split": "x"}, "gone.csv"),
         ({"clean_share": 1.0}, "clean_share"),

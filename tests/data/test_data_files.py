@@ -79,7 +79,7 @@ def test_several_pages_are_a_problem_with_their_number(tmp_path, part, cause, su
     pages[0].save(tmp_path / part / f"a{suffix}", save_all=True, append_images=pages[1:])
     problem = problem_of(tmp_path)
     assert problem.cause == cause and problem.file.endswith(f"{part}/a{suffix}")
-    assert "holds 3 pages, but only one would be read" in problem.sentence
+    assert "has 3 pages, but only one would be read" in problem.sentence
 
 
 def test_previews_are_no_pages(tmp_path):

@@ -148,8 +148,8 @@ def test_conversion_says_what_it_joins(tmp_path, caplog, kind):
     coco(tmp_path / "c")
     with caplog.at_level(logging.WARNING):
         run("convert", tmp_path / "c", "--to", kind, "--out", tmp_path / "o", "--quiet")
-    assert "4 of 5 annotations are joined with another one, 3 masks are written" in caplog.text
-    assert "1 annotations lose that mark" in caplog.text  # iscrowd
+    assert "4 of 5 annotations are joined with another one, so 3 masks are written" in caplog.text
+    assert "1 annotations lose that flag" in caplog.text  # iscrowd
     index = build_index(guess_reader(tmp_path / "o", size=(HEIGHT, WIDTH), classes=["pit", "scratch"]))
     assert make_objects(index, "classes").areas.tolist() == [200, 120, 40]
 

@@ -111,7 +111,7 @@ def test_a_run_whose_data_cannot_be_read_is_a_sentence(tmp_path):
     assert source.class_names() == {1: "defect_1", 2: "defect_2", 3: "defect_3", 4: "defect_4"}
     write_kaggle(tmp_path / "k")
     for place, target in enumerate(("os.system", "no.such.Reader", "sam2_lora_ext.data.coco.COCOReader")):
-        with pytest.raises(UserError, match="the reader of the run .* cannot be made"):
+        with pytest.raises(UserError, match="the reader of the run .* cannot be built"):
             from_run(write_run(tmp_path / str(place), [{**kaggle(tmp_path / "k"), "_target_": target}])).make_reader()
     for place, readers in enumerate(([], [kaggle(tmp_path)] * 2)):
         with pytest.raises(UserError, match=f"has {len(readers)} data sets"):
@@ -208,7 +208,7 @@ def test_texts_of_options():
         ([], "name the data"),
         (["{k}", "a=1"], "is one too many"),
         (["-c", "demo", "{k}"], "the data is the config's"),
-        (["{r}", "--classes", "a"], "--classes is for a folder whose format is guessed"),
+        (["{r}", "--classes", "a"], "--classes is only for a data folder"),
         (["{k}", "--colors", "1=1/2/3", "--size", "200x40"], "colors are for label images"),
     ],
 )

@@ -65,7 +65,7 @@ def test_an_id_that_nearly_names_an_image(tmp_path, named):
     (folder / "train.csv").write_text(f"ImageId,ClassId,EncodedPixels\n{named},3,1 5\n")
     index = build_index(reader(folder), "skip")
     assert state(index) == {"k0.jpg": "clean", "k2.jpg": "clean"} and index.unknown == ("k1.jpg",)
-    assert f"the row names {named}, the folder has k1.jpg: correct the id" in index.problems[0].sentence
+    assert f"the row names {named}, but the folder has k1.jpg: correct the id" in index.problems[0].sentence
 
 
 def old_table(folder, rows, absent=""):
@@ -144,7 +144,7 @@ def test_supervisely_siblings(tmp_path):
     assert index.unknown == ("c.jpg", "e.jpg") and not index.clean().any()
     causes = {problem.cause: problem.sentence for problem in index.problems}
     assert set(causes) == {"annotation missing", "key twice", "image missing"}
-    assert "it has c.jpg: name the annotation c.jpg.json" in causes["image missing"]
+    assert "it has c.jpg: name the file c.jpg.json" in causes["image missing"]
 
 
 def test_label_siblings(tmp_path):

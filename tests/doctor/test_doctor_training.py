@@ -60,7 +60,7 @@ def test_a_glob_of_the_initializer_that_hits_nothing(place):
 def test_a_setting_out_of_its_range(place):
     """By the table of settings, before anything is built."""
     only(find("scratch.lr=-1e-3"), "scratch.lr must be a number above 0")
-    only(find("trainer.loss.severstal.class_weights={9: 2.0}"), "weights class 9, which the data does not have")
+    only(find("trainer.loss.severstal.class_weights={9: 2.0}"), "has a weight for class 9, but the data only has")
 
 
 # ---- planted in the data --------------------------------------------------------------------------------------------

@@ -193,8 +193,8 @@ def test_shipped_configs_pass(name):
         ("scratch.steps='8'", "environment variable becomes a number with"),
         ("+scratch.learning_rate=1", "scratch has no setting 'learning_rate': There are"),
         ("trainer.mode=foo", "trainer.mode must be one of train, train_only, val, got 'foo'"),
-        ("~trainer.optim", "trainer: optim must be set to train"),
-        ("trainer.data.train=null", "trainer: data.train must be set to train"),
+        ("~trainer.optim", "trainer: optim must be set for training"),
+        ("trainer.data.train=null", "trainer: data.train must be set for training"),
         ("trainer.data.val=null", "data.val must be set .* train_only"),
         ("+scratch.foo=1", "scratch has no setting 'foo': There are"),
         ("trainer.metrics_every=nan", "trainer.metrics_every must be a whole number of at least 1, got nan"),
@@ -206,7 +206,7 @@ def test_shipped_configs_pass(name):
         ("+trainer.max_epoch=3", "trainer has no setting 'max_epoch', did you mean 'max_epochs'"),
         ("trainer.export.merged=1", "trainer.export.merged must be true or false, got 1"),
         ("+trainer.early_stop.patiense=3", "'patiense', did you mean 'patience'"),
-        ("trainer.model.image_size=96", "scratch.resolution alone"),
+        ("trainer.model.image_size=96", "only scratch.resolution"),
         ("+trainer.model.imagesize=96", "did you mean 'image_size'"),
         ("trainer.model.num_correction_pt_per_frame=0", "at least 1|from 1 to 100"),
         ("trainer.model.prob_to_use_pt_input_for_train=1.5", "at most 1, got 1.5"),
@@ -280,7 +280,7 @@ def sentence_of(env: dict[str, str], *overrides: str) -> str:
 def test_a_weight_for_a_class_that_the_data_does_not_have(tmp_path, nano_base, strips):
     env = environment(nano_base, strips, tmp_path / "run")
     said = sentence_of(env, "trainer.loss.severstal.class_weights={9: 2.0}")
-    assert "class_weights weights class 9, which the data does not have: it has 0 (clean strips), 1 (" in said
+    assert "class_weights has a weight for class 9, but the data only has 0 (clean strips), 1 (" in said
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_a_users_file_comes_before_a_stock_file_of_its_name(tmp_path, monkeypatc
 def test_an_unknown_config_lists_the_known_ones_closest_first(run_python, tmp_path):
     done = run_python(["-m", "sam2_lora_ext.train", "-c", "sam21_hiera_b+_MOSE_finetun"], cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    message, listed = done.stderr.strip().split("known are: ")
+    message, listed = done.stderr.strip().split("known configs are: ")
     assert message.startswith("error: there is no config 'sam21_hiera_b+_MOSE_finetun'") and "\n" not in message
     assert listed.split(", ") == [STOCK, *[name for name in listed.split(", ") if name != STOCK]]
     assert set(listed.split(", ")) == set(known_configs())
@@ -182,7 +182,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path, monkeypatch, text, said):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "./", "configs", "configs/"])
 def test_a_folder_is_no_config(name):
-    with pytest.raises(UserError, match="known are"):
+    with pytest.raises(UserError, match="known configs are"):
         locate(name)
 
 

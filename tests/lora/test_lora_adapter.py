@@ -222,7 +222,7 @@ def test_shapes_and_modules_of_another_model(trained):
 
 def test_fused_layers_that_differ_have_no_config():
     mixed = Adapter({"a.qkv": layer(parts=(False, True, False)), "b.qkv": layer(b=torch.ones(6, 2))})
-    with pytest.raises(UserError, match=r"is adapted in the parts .*, unlike others"):
+    with pytest.raises(UserError, match=r"is adapted in the parts .*, unlike other layers"):
         mixed.config()
 
 

@@ -183,7 +183,10 @@ class OwnLinear(nn.Linear):
         ({"targets": ["own"]}, "matches own, which is a OwnLinear"),
         ({"targets": [QKV], "trainable": ["nothing"]}, "lora.trainable: 'nothing' matches nothing"),
         ({"targets": [QKV], "trainable": ["*.act"]}, "image_encoder.trunk.blocks.0.mlp.act, a GELU without parameters"),
-        ({"targets": [QKV], "trainable": ["image_encoder"]}, "0.attn.qkv cannot have an adapter, for image_encoder is"),
+        (
+            {"targets": [QKV], "trainable": ["image_encoder"]},
+            "0.attn.qkv cannot have an adapter, since image_encoder is",
+        ),
         ({"targets": [QKV], "trainable": [QKV]}, "blocks.0.attn.qkv cannot have an adapter"),
         ({"targets": [QKV], "rank_pattern": {"*.q_proj": 4}}, r"rank_pattern: '\*.q_proj' matches nothing"),
         ({"targets": [QKV], "alpha_pattern": {"*.proj": 4}}, r"alpha_pattern: '\*.proj' matches nothing"),

@@ -202,7 +202,7 @@ def test_mistakes_are_sentences(run, tmp_path, page):
         tool.main([str(run)])
     with pytest.raises(UserError, match="make it with tools/evaluate.py"):
         tool.main([str(run), "--evaluation", str(tmp_path), "--out", str(tmp_path / "x.html")])
-    with pytest.raises(UserError, match="is a folder, and only a file is ever replaced"):
+    with pytest.raises(UserError, match="is a folder, and only files can be replaced"):
         tool.main([str(run), "--out", str(tmp_path), "--force"])
     broken = tmp_path / "broken"
     shutil.copytree(run, broken, ignore=shutil.ignore_patterns("checkpoints"))

@@ -39,7 +39,7 @@ def test_only_a_regular_file_is_replaced(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
     for name, kind in {"folder": "folder", "link": "link", "dangling": "link", "pipe": "device or pipe"}.items():
-        with pytest.raises(UserError, match=f"{name} is a {kind}, and only a file is ever replaced"):
+        with pytest.raises(UserError, match=f"{name} is a {kind}, and only files can be replaced"):
             write_json(tmp_path / name, 1)
         with pytest.raises(UserError, match=f"is a {kind}"):
             refuse_existing(tmp_path / name, force=False)
