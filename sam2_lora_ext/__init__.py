@@ -15,7 +15,7 @@ _SERVING = (
 
 
 def __getattr__(name: str) -> object:
-    """The functions of `serving.py`, imported on first access, since this package is also used without torch."""
+    """The functions of `deploy.serving`, imported on first access, since this package is also used without torch."""
     if name not in _SERVING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sam2_lora_ext.deploy import serving
