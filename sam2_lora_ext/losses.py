@@ -97,8 +97,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         )
 
     def selected_terms(self, masks: Tensor, targets: Tensor, ious: Tensor, num_objects: float) -> dict[str, Tensor]:
-        """The lean terms [O] of one prediction step, for the channel that stock selects; only that channel gets a
-        gradient.
+        """The lean terms [O] of one prediction step, for the channel that stock selects; only it gets a gradient.
 
         Args:
             masks: logits [O M h w], as large as the targets or smaller.
