@@ -106,7 +106,7 @@ def test_the_mask_generation_pipeline_takes_the_folder(nano, offline):
         (["--format", "pt", "--image-size", "64"], "--image-size is only for a folder"),
         (["--out", "{nano}/model"], "model exists already: choose another name, or give --force"),
         (["--out", "{nano}", "--force"], "holds"),
-        (["--out", "{out}/full", "--force"], "replaces a model of transformers"),
+        (["--out", "{out}/full", "--force"], "replaces a transformers model"),
         (["--image-size", "100"], "must be"),
         (["--verify", TINY], "look like configs/sam2_nano.yaml"),
     ],
