@@ -180,7 +180,7 @@ class Training:
 
     @staticmethod
     def place_with_defect(dataset: Any) -> int:
-        """The index of the first sample with a defect in a wrapper of a `video_dataset`; 0 if none of `TRIES` has one."""
+        """The index of the first sample with a defect in a wrapper of a `video_dataset`; 0 if `TRIES` have none."""
         inner = getattr(dataset, "video_dataset", None)
         known = getattr(inner, "classes_of", lambda index: {1})
         return next((index for index in range(min(len(inner or dataset), TRIES)) if known(index)), 0)

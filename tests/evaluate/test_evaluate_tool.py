@@ -190,7 +190,7 @@ def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp
         (["--compare", "{base}", "{base}", "--data", "{strips}"], "a unique name"),
         (
             ["--checkpoint", "{base}", "--data", "{strips}", "--submission-prompt", "3clicks"],
-            "--submission-prompt is one of",
+            "--submission-prompt must be one of",
         ),
         (
             ["--checkpoint", "{base}", "--config", "configs/sam2.1/sam2.1_hiera_t.yaml", "--data", "{strips}"],
