@@ -33,7 +33,7 @@ BLACK_LEVEL = -1.85
 
 
 class LoRASAM2Train(SAM2Train):
-    """`SAM2Train` that freezes the base, trains adapters, and adds what losses and meters need to the outputs.
+    """`SAM2Train` that freezes the base, trains adapters, and adds targets and classes to its outputs.
 
     Args:
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).

@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import csv
@@ -63,7 +63,7 @@ def clear(folder: Path) -> None:
 
 
 def write_data(folder: Path, strips: int, seed: int) -> None:
-    """Writes synthetic strips in Kaggle's layout and split.csv: every fifth validates, a fifth more are for test."""
+    """Writes synthetic strips in Kaggle's layout, and split.csv: every fifth strip is val, a fifth more are test."""
     from sam2_lora_ext.data.splits import write_split
     from sam2_lora_ext.data.synthetic import write_strips
 

@@ -24,7 +24,7 @@ def open_source(args: argparse.Namespace) -> Source:
     """The data that the arguments name, in all splits; prints its description."""
     source = source_of(args)
     if source is None:
-        raise UserError("no data is named: give a folder, csv, json or run, or -c CONFIG for a training config's data")
+        raise UserError("name the data: a folder, csv, json or run, or -c CONFIG for the data of a training config")
     print(f"reading {source.data} ({source.origin})")
     if source.other_data:
         other = "val" if args.phase == "train" else "train"

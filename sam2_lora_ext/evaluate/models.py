@@ -81,7 +81,7 @@ def candidate(text: str, base: Path | None = None, config: str | None = None, sp
     known = Path(facts["base_path"]) if facts.get("base_path") else None
     found = next((file for file in (base, known, spare) if file is not None and (file == base or file.exists())), None)
     if found is None or not found.exists():
-        wanted = base or known or "which it does not name"
+        wanted = base or known or "not recorded"
         raise UserError(f"{path} is an adapter, but its base ({wanted}) is missing: give it with --checkpoint")
     return Candidate(name, found, find_adapter(path), config, run=run)
 

@@ -22,7 +22,7 @@ class Protocol:
         crop: columns of the window around the objects, as in the run's own validation; None for whole images.
         automatic: points per side for automatic masks; None omits them.
         thresholds: minimum predicted IoU and minimum stability of an automatic mask.
-        same_clicks: all models get the later clicks too from the errors of the first model.
+        same_clicks: later clicks are the same for all models too, and correct the errors of the first model.
         image_size: side of the model's input in pixels; None takes the config's.
         seed: seed of box shifts and clean clicks.
     """

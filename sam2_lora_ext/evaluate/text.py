@@ -30,7 +30,7 @@ def describe(record: Mapping[str, Any]) -> str:
     if record["differences"]:
         changes = list(record["differences"].items())
         parts += [
-            f"Paired differences from {record['reference']} (* where the interval excludes 0):\n",
+            f"Differences from {record['reference']} on the same objects (* where the interval excludes 0):\n",
             text_table(changes, headline(protocol) | other_differences(record), signed=True),
         ]
     parts += ["Dice and boundary F:\n", text_table(columns, details(protocol))]

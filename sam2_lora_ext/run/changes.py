@@ -98,7 +98,7 @@ def changes(before: Record, after: Record) -> list[Change]:
 
 
 def unrecorded(before: Record, after: Record) -> list[str]:
-    """Names of the entries that only the earlier record lacks."""
+    """Names of the entries that the earlier record lacks and the later one has."""
     return [key for key, (old, new) in _facts(before, after).items() if old is None and new is not None]
 
 

@@ -65,7 +65,7 @@ def read_run_config(run: Path, *, warn: bool = True) -> dict[str, Any]:
         return {**unknown, **_read(run / NAME)}
     old = next((run / name for name in (f".{OLD_NAME}", OLD_NAME) if (run / name).is_file()), None)
     if old is None:
-        raise UserError(f"{run} has no {NAME} and no {OLD_NAME}: give the folder of a run of LoRATrainer")
+        raise UserError(f"{run} holds no {NAME} and no {OLD_NAME}: give the folder of a run of LoRATrainer")
     if warn:
         log.warning(
             "%s is a run of version 0.1.0, which did not record its Trainer's arguments, its ranks and the content of "

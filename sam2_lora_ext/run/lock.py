@@ -32,7 +32,7 @@ def keep_configs(folder: Path, configs: Mapping[str, bytes]) -> None:
 
 
 def restore_configs(folder: Path) -> None:
-    """Restores the config files that the launcher of a start replaced which was refused or trained nothing."""
+    """Restores the config files that the launcher replaced, after a start that was refused or did not train."""
     with contextlib.suppress(UserError, OSError):
         kept = {name: (folder / f".{name}").read_bytes() for name in CONFIGS if (folder / f".{name}").is_file()}
         keep_configs(folder, kept)

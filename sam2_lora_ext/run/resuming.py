@@ -1,4 +1,4 @@
-"""SAM 2's Trainer with our loading of the base, our checks before a resume and our writing of checkpoints."""
+"""SAM 2's Trainer that identifies its base, checks a checkpoint before a resume, and writes checkpoints atomically."""
 
 from pathlib import Path
 from typing import Any
