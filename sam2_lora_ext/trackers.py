@@ -165,7 +165,7 @@ def make_wandb_logger(
     params: Mapping[str, Any] | None = None,
     **writer: Any,
 ) -> TrackedLogger:
-    """For `trainer.logging.tensorboard_writer._target_`.
+    """The W&B logger for `trainer.logging.tensorboard_writer._target_`.
 
     Args:
         log_dir: TensorBoard's folder; W&B's files go into it too.
@@ -188,7 +188,7 @@ def make_mlflow_logger(
     params: Mapping[str, Any] | None = None,
     **writer: Any,
 ) -> TrackedLogger:
-    """For `trainer.logging.tensorboard_writer._target_`.
+    """The MLflow logger for `trainer.logging.tensorboard_writer._target_`.
 
     Args:
         log_dir: TensorBoard's folder; MLflow's store is in it too, unless `uri` is set.

@@ -7,7 +7,7 @@ Exit codes, with one rank or several: 0 on success, 2 on a user's mistake, 143 a
 first signal lets the current step finish and `latest` be written; a second one ends the run at once.
 """
 
-if __name__ == "__main__":  # from here on Ctrl-C ends with one sentence
+if __name__ == "__main__":  # from here on, Ctrl-C ends the process with one sentence
     from sam2_lora_ext.utils.errors import catch_interrupts
 
     catch_interrupts()
@@ -87,7 +87,7 @@ def _starts_ranks(args: argparse.Namespace, config: Any) -> bool:
 
 
 def _code_of_rank(error: Any) -> int:
-    """The exit code of a rank that has reported its error; for a killed one, 128 + the signal, after a message."""
+    """The exit code of a failed rank; for a killed rank, prints a message and returns 128 + the signal."""
     if error.exit_code >= 0:
         return error.exit_code
     hint = " (the system does this when memory runs out)" if error.signal_name == "SIGKILL" else ""

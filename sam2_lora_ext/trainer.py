@@ -200,7 +200,7 @@ class LoRATrainer(ResumingTrainer):
         return outs
 
     def _step(self, batch: Any, model: torch.nn.Module, phase: str) -> tuple:
-        """Stock's step; before it a signal can end the run, after it a loss that is not finite does, on all ranks."""
+        """Stock's step; on all ranks, a signal ends the run before it and a loss that is not finite after it."""
         if self.guard.stop_signal:
             self.guard.check_weights(self.trained, self.steps[Phase.TRAIN])
             # checkpoint.pt stays at the end of the last phase: a resume from inside a phase would repeat its steps
@@ -213,7 +213,7 @@ class LoRATrainer(ResumingTrainer):
         return result
 
     def _run_step(self, *args: Any, **kwargs: Any) -> None:
-        """Stock's; its exception about a loss that is not finite becomes a `UserError`."""
+        """Runs stock's step; its exception about a loss that is not finite becomes a `UserError`."""
         try:
             super()._run_step(*args, **kwargs)
         except FloatingPointError as error:

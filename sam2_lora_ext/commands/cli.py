@@ -4,7 +4,7 @@ A command is a module with `parser()` and `main(argv)`; neither imports torch be
 `--help` is fast.
 """
 
-if __name__ == "__main__":  # from here on Ctrl-C ends with one sentence
+if __name__ == "__main__":  # from here on, Ctrl-C ends the process with one sentence
     from sam2_lora_ext.utils.errors import catch_interrupts
 
     catch_interrupts()

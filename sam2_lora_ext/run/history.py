@@ -51,7 +51,7 @@ class History:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The best validation; None while none has a value that is a number."""
+        """The best validation; None before the first validation without NaN."""
         index = self.rule.best(self._values)
         return None if index is None else self.entries[index]
 

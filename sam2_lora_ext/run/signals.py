@@ -54,7 +54,7 @@ class Interrupt:
 
 
 class Forward:
-    """In the process that started several ranks: forwards SIGTERM and Ctrl-C to them and waits for their end.
+    """Forwards SIGTERM and Ctrl-C to the ranks that this process started, and waits for their end.
 
     Existing handlers are kept: the ranks ignore a signal that is ignored here.
 
