@@ -68,7 +68,7 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
     said = f"{phase}: {len(dataset)} samples from {len(dataset.images)} images, with {names}; {clean} clean"
     yield green(AREA, f"{said}; {dataset.index.image_dir}")
     if skipped := dataset.index.problems:
-        said = f"{phase}: {len(skipped)} entries are skipped, the first is: {skipped[0]}"
+        said = f"{phase}: {len(skipped)} entries are skipped, the first is {skipped[0]}"
         yield yellow(AREA, said, "python tools/prepare_data.py scan DATA lists all")
     for sentence in remarks(dataset.index):
         yield yellow(AREA, f"{phase}: {sentence}", "python tools/prepare_data.py scan DATA lists all")
@@ -93,7 +93,7 @@ def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
         except UserError as error:
             damaged.append(str(error))
     if damaged:
-        said = f"{phase}: {len(damaged)} of {len(chosen)} decoded images are damaged, the first is: {damaged[0]}"
+        said = f"{phase}: {len(damaged)} of {len(chosen)} decoded images are damaged, the first is {damaged[0]}"
         yield red(AREA, said, "python tools/prepare_data.py scan DATA lists all")
         return
     speed = 1000 * (time.perf_counter() - began) / len(chosen)
