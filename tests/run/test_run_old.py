@@ -62,7 +62,7 @@ def test_checkpoints_and_adapters_load_and_merge(name, place, caplog):
         caplog.clear()
         result = merge_files(place / "nano.pt", source, place / f"{number}.pt")
         [line] = warnings(caplog)
-        assert "is a run of version 0.1.0, which did not record" in line and str(source) in line
+        assert "is of version 0.1.0, which did not record" in line and str(source) in line
         assert not result.notes, "the base is known"
         assert {layer.scaling for layer in result.adapter.layers.values()} == {SCALES[name]}
         merged.append(torch.load(place / f"{number}.pt", weights_only=True)["model"])
