@@ -38,7 +38,7 @@ Cell = float | int | str | None
 
 
 def metric_columns(meter_keys: Sequence[str]) -> list[str]:
-    """The columns of metrics.csv: the base ones (`iou` and `dice` at the first prompt), then a meter's, each once."""
+    """The columns of metrics.csv: `BASE_COLUMNS` (`iou` and `dice` at the first prompt), then the other meter keys."""
     return list(dict.fromkeys([*BASE_COLUMNS, *meter_keys]))
 
 
@@ -92,13 +92,13 @@ class CSVFile:
             return []
         if lines[0] != self.columns:
             raise UserError(
-                f"{self.path} has the columns {', '.join(lines[0])} where this run writes {', '.join(self.columns)}: "
+                f"{self.path} has the columns {', '.join(lines[0])}, but this run writes {', '.join(self.columns)}: "
                 "resume with the settings of its run, or move it away"
             )
         for number, line in enumerate(lines[1:], start=2):
             if len(line) != len(self.columns):
                 raise UserError(
-                    f"{self.path}, row {number}, has {len(line)} cells where the header has {len(self.columns)}: "
+                    f"{self.path}, row {number}, has {len(line)} cells, but the header has {len(self.columns)}: "
                     "fix or delete that row"
                 )
         return [dict(zip(self.columns, line, strict=True)) for line in lines[1:]]
@@ -127,7 +127,7 @@ class MetricsCSV(CSVFile):
             The number of rows dropped.
 
         Raises:
-            UserError: a row without a whole number as its step or epoch.
+            UserError: the step or epoch of a row is not a whole number.
         """
 
         def keep(row: dict[str, str]) -> bool:
@@ -174,7 +174,7 @@ class ScalarsLogger:
 
 
 def make_csv_logger(log_dir: str, csv_path: str, **writer: Any) -> ScalarsLogger:
-    """For `trainer.logging.tensorboard_writer._target_`, instead of stock's `make_tensorboard_logger`.
+    """The logger for `trainer.logging.tensorboard_writer._target_`, instead of stock's `make_tensorboard_logger`.
 
     Args:
         log_dir: TensorBoard's folder.

@@ -28,7 +28,7 @@ Terms = dict[str, Tensor]
 
 
 class MaskTerms(NamedTuple):
-    """Focal, Dice and IoU loss of one click step, each [O M], of one object each: not divided by their number."""
+    """Focal, Dice and IoU loss of one click step, [O M] each, not divided by the number of objects."""
 
     focal: Tensor
     dice: Tensor
@@ -38,23 +38,23 @@ class MaskTerms(NamedTuple):
 class SeverstalLoss(MultiStepMultiMasksAndIous):
     """Stock `MultiStepMultiMasksAndIous` with class weights; with the defaults its values are stock's to the bit.
 
-    An object of class c adds `class_weights[c]` times its stock loss, all terms alike; the divisor stays stock's number
-    of objects, so weights scale the loss. The Tversky term is taken on the channel that stock selects (least focal +
-    Dice) and, like the other mask terms, not for an absent object. Steps by class prompts: see `class_prompts.loss`.
+    An object of class c adds `class_weights[c]` times its stock loss, in all terms; the divisor stays stock's number of
+    objects, so weights scale the loss. The Tversky term is computed on the channel that stock selects (least focal +
+    Dice) and, like the other mask terms, not for an absent object. For class steps see `class_prompts.loss`.
 
     The forward pass reads `class_ids` (int64 [O]) of each frame's outputs when some weight differs from 1, and writes
     `object_losses` there: each term and `core_loss` as detached float [O], class weights included, summed over the
-    click steps and not divided by the number of objects. Their mean over O is the frame's loss on one rank (by class
-    prompts, that of mask terms over the present objects).
+    click steps and not divided by the number of objects. Their mean over O is the frame's loss on one rank (in class
+    steps, mask terms are averaged over the present objects).
 
     Args:
-        weight_dict: `loss_mask`, `loss_dice`, `loss_iou`, and as wanted `loss_class`, `loss_tversky` (0 or absent:
+        weight_dict: `loss_mask`, `loss_dice`, `loss_iou`, and optionally `loss_class`, `loss_tversky` (0 or absent:
             the Tversky term is neither computed nor reported).
-        class_weights: class -> weight, at least 0; class 0 is a clean sample. A class that is not named weighs 1.
+        class_weights: class -> weight, at least 0; class 0 is a clean sample. Other classes have weight 1.
         tversky_alpha, tversky_beta, tversky_gamma: see `focal_tversky`.
-        absent_focal: weight of the focal term of classes that are absent, in steps by class prompts.
-        implementation: "plain" calls stock's functions; "lean" computes the same to rounding from sums of its own (see
-            `activations.mask_sums`), of all masks at once, and keeps nothing for backward but the logits.
+        absent_focal: weight of the focal term of absent classes, in class steps.
+        implementation: "plain" calls stock's functions; "lean" computes the same up to rounding from
+            `activations.mask_sums`, for all masks at once, and saves only the logits for backward.
         stock: the other arguments of `MultiStepMultiMasksAndIous`.
 
     Raises:
@@ -97,14 +97,13 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         )
 
     def selected_terms(self, masks: Tensor, targets: Tensor, ious: Tensor, num_objects: float) -> dict[str, Tensor]:
-        """The lean terms of one prediction step, each [O]: of the channel that stock selects, which alone has a
-        gradient.
+        """The lean terms [O] of one prediction step, for the channel that stock selects; only it gets a gradient.
 
         Args:
-            masks: logits [O M h w], of the targets' size or smaller.
+            masks: logits [O M h w], as large as the targets or smaller.
             targets: [O 1 H W], 0 or 1 in any type.
             ious: predicted IoU [O M].
-            num_objects: stock's divisor, which decides between channels that are nearly equal.
+            num_objects: stock's divisor; rounding after this division can decide between nearly equal channels.
         """
         rule = self.focal_alpha, self.focal_gamma
         several = masks.shape[1] > 1
@@ -115,7 +114,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         iou = error.abs() if self.iou_use_l1_loss else error.square()
         if several:
             best = self._best_channel(MaskTerms(sums.focal, _dice(sums, area), iou), num_objects)
-            chosen = best[:, None] == torch.arange(masks.shape[1], device=best.device)  # O M; one_hot may wait
+            chosen = best[:, None] == torch.arange(masks.shape[1], device=best.device)  # O M; one_hot may synchronise
             sums = mask_sums((masks * chosen[..., None, None]).sum(1, keepdim=True), targets, *rule)
             iou = iou.mean(1, keepdim=True) if self.supervise_all_iou else (iou * chosen).sum(1, keepdim=True)
         terms = {"loss_mask": sums.focal, "loss_dice": _dice(sums, area), "loss_iou": iou}
@@ -132,7 +131,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         """The object-score loss [O] of score logits [O 1], or zeros when the scores are not trained."""
         if not self.pred_obj_scores:
             return torch.zeros_like(present)
-        shape = (-1, 1, 1, 1)  # as one-pixel masks, for which the stock function returns each object's loss
+        shape = (-1, 1, 1, 1)  # for one-pixel masks the stock function returns the loss of each object
         alpha, gamma = self.focal_alpha_obj_score, self.focal_gamma_obj_score
         return sigmoid_focal_loss(
             score_logits.view(shape), present.view(shape), 1, alpha, gamma, loss_on_multimask=True
@@ -154,7 +153,9 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         """The losses of one frame (targets [O H W]), divided by `num_objects`; stock's `forward` adds up the frames."""
         targets = targets.unsqueeze(1)
         found = targets.flatten(1).any(1).float()
-        present = found if self.pred_obj_scores else torch.ones_like(found)  # stock: without scores all count
+        present = (
+            found if self.pred_obj_scores else torch.ones_like(found)
+        )  # as stock: without scores every object counts
         weights = self.object_weights(outputs, found)
         names = [name for name in self.names if name != "loss_class"]
         factors, by_class = dict.fromkeys(names, present * weights), bool(outputs.get("class_prompt"))
@@ -173,7 +174,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
     def _lean_terms(
         self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, factors: Terms, weights: Tensor
     ) -> tuple[Terms, Terms]:
-        """Each term as a sum over objects and steps, divided, and [O] of each object without a gradient."""
+        """The terms summed over objects and steps and divided by `num_objects`; and per object [O], detached."""
         masks = outputs[SMALL_MASKS if SMALL_MASKS in outputs else STEP_OUTPUTS[0]]
         ious, scores = (outputs[key] for key in STEP_OUTPUTS[1:])
         steps = [
@@ -192,7 +193,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
     def _plain_terms(
         self, outputs: dict, targets: Tensor, num_objects: float, found: Tensor, factors: Terms, weights: Tensor
     ) -> tuple[Terms, Terms]:
-        """As `_lean_terms`, by stock's functions and in stock's order of sums."""
+        """Like `_lean_terms`, with stock's functions and stock's order of summation."""
         targets = targets.float()
         losses = dict.fromkeys(self.names, 0)
         rows = {name: torch.zeros_like(found) for name in self.names}
@@ -212,7 +213,7 @@ class SeverstalLoss(MultiStepMultiMasksAndIous):
         return losses, rows
 
     def _best_channel(self, terms: MaskTerms, num_objects: float) -> Tensor:
-        """The channel [O] with the least focal + Dice loss; divided first, as stock does, so that ties fall alike."""
+        """The channel [O] with the least focal + Dice loss; divides first, as stock does, so that ties break alike."""
         focal = terms.focal / num_objects * self.weight_dict["loss_mask"]
         return torch.argmin(focal + terms.dice / num_objects * self.weight_dict["loss_dice"], dim=-1)
 
@@ -229,7 +230,7 @@ def _dice(sums: MaskSums, area: Tensor) -> Tensor:
 
 
 def _checked_terms(weight_dict: Mapping[str, float]) -> dict[str, float]:
-    """A copy (stock adds a key to what it is given), without a Tversky term of weight 0."""
+    """A checked copy without a Tversky term of weight 0; stock adds a key to the dict it receives."""
     for name in weight_dict:
         if name not in CHOICES:
             raise UserError(f"unknown loss term {name!r} in weight_dict: choose from {', '.join(CHOICES)}")

@@ -24,15 +24,15 @@ LOSS_NAMES = ("core_loss", "loss_mask", "loss_dice", "loss_iou", "loss_class", "
 
 @dataclass(frozen=True)
 class Rows:
-    """The record of each object in each frame: on the device until a value is computed, then on the CPU."""
+    """One row per object and frame: on the device until a value is computed, then on the CPU."""
 
     ids: Tensor  # [N 3] int64: video, object, frame
     tracked: Tensor  # [N] bool: not the clip's first frame
     steps: Tensor  # [N] int64: prompt steps of this row, at most S
     counts: Tensor  # [N S 3] int64: intersection, prediction, target; zeros past `steps`
     scores: Tensor  # [N] float64: object-score logit at the first step
-    last_scores: Tensor  # [N] float64: and at the last
-    losses: Tensor  # [N L] float64: as named by `loss_names`
+    last_scores: Tensor  # [N] float64: object-score logit at the last step
+    losses: Tensor  # [N L] float64: columns named by `loss_names`
     loss_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Rows:
 
     @staticmethod
     def concatenate(parts: "Sequence[Rows]") -> "Rows":
-        """All rows of at least one part, with `counts` padded to the largest S."""
+        """All rows of `parts` (at least one), with `counts` padded to the largest S."""
         parts = [part for part in parts if len(part)] or parts[:1]
         names = {part.loss_names for part in parts}
         if len(names) > 1:
@@ -52,31 +52,32 @@ class Rows:
         return Rows(**tensors, loss_names=names.pop())
 
     def on_host(self) -> "Rows":
-        """The same on the CPU."""
+        """A copy on the CPU."""
         return replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "loss_names"})
 
     def unique(self) -> "Rows":
-        """Sorted by identifier, the first row of each: samplers pad with repeated samples."""
+        """The first row of each identifier, sorted: samplers pad with repeated samples."""
         first = torch.from_numpy(np.unique(self.ids.numpy(), axis=0, return_index=True)[1])
         return replace(self, **{f.name: getattr(self, f.name)[first] for f in fields(self) if f.name != "loss_names"})
 
 
 class SegmentationMeter:
-    """IoU, Dice, object-score accuracy and loss by the contract of SAM 2's Trainer, exact over ranks.
+    """IoU, Dice, object-score accuracy and loss as a meter of SAM 2's Trainer, exact over ranks.
 
-    Batches of class prompts are ignored: `class_prompts.meter` is for them.
+    Batches with class prompts are ignored; `class_prompts.meter` measures them.
 
     Rows are identified by `(video, object, frame)` and counted once despite the sampler's padding; areas are
-    integers and sums correctly rounded, so the values do not depend on the number of ranks. Without any row the result
-    is `{}`; a key without any value (an absent class, no clean sample) is left out.
+    integers and sums are correctly rounded, so the values do not depend on the number of ranks. Without rows the
+    result is `{}`; a key without a value (an absent class, no clean sample) is left out.
 
     Keys, all Python floats (means over objects; a mask is `logit > 0`; both masks empty counts 1.0):
-        `iou_1click`, `dice_1click`, and so with `2clicks`, `4clicks`, `8clicks` and the last step, as far as the steps
-            go: defects (not clean objects) in the first frame of each clip. With `prompt="box"` the first step is
-            `iou_box`, the later ones `iou_box_1click`, ... .
+        `iou_1click`, `dice_1click`, likewise `2clicks`, `4clicks`, `8clicks` and the last step, if there are as many:
+            defects (not clean objects) in the first frame of each clip. With `prompt="box"` the first step is
+            `iou_box`, the later ones are `iou_box_1click`, ... .
         `iou_tracked`, `dice_tracked`: defects in later frames, at their first step (before any correction there),
-            averaged over object and frame. An object that left the frame has an empty target: 1.0 if none is drawn.
-        `<those>_class_<c>`: the same over the defects of class c.
+            averaged over object and frame. An object that left the frame has an empty target: 1.0 if the predicted
+            mask is empty too.
+        `<each of these>_class_<c>`: the same over the defects of class c.
         `clean_accuracy`: share of clean objects whose object score predicts "absent" (logit <= 0) at the first step;
             `clean_accuracy_last` at the last. `defect_accuracy`: share of defects whose score predicts "present".
         `objects`, `clean`: number of defects and clean objects (in first frames).
@@ -85,7 +86,7 @@ class SegmentationMeter:
 
     Args:
         classes: the classes with separate keys; others count in the overall means only.
-        prompt: of the first step; it only affects the names of the keys.
+        prompt: the prompt of the first step; it only affects the names of the keys.
         losses: report the loss too. Switch it off when the plain Trainer saves best checkpoints by this meter.
         distinct: count an object once even if it is repeated (validation); False counts each time (training).
     """
@@ -100,7 +101,7 @@ class SegmentationMeter:
         if prompt not in ("click", "box"):
             raise UserError(f"the meter's prompt is {prompt!r}: choose 'click' or 'box'")
         if CLEAN in classes:
-            raise UserError(f"the meter's classes hold {CLEAN}, but clean samples are always reported: leave it out")
+            raise UserError(f"the meter's classes include {CLEAN}, but clean samples are always reported: remove it")
         self.classes = tuple(classes)
         self.prompt = prompt
         self.losses = losses
@@ -118,7 +119,7 @@ class SegmentationMeter:
 
         Args:
             find_stages: T dicts of `LoRASAM2Train`'s outputs: `multistep_pred_masks_high_res` [O S H W],
-                `multistep_object_score_logits` (S times [O 1]), `gt_masks` bool [O 1 H W], perhaps `object_losses`.
+                `multistep_object_score_logits` (S times [O 1]), `gt_masks` bool [O 1 H W], optionally `object_losses`.
             find_metadatas: has `unique_objects_identifier` [T O 3].
         """
         for index, (outputs, ids) in enumerate(zip(find_stages, find_metadatas.unique_objects_identifier, strict=True)):
@@ -129,12 +130,12 @@ class SegmentationMeter:
             self._new.append(_rows_of_frame(outputs, ids, tracked=index > 0, with_losses=self.losses))
 
     def compute(self) -> dict[str, float]:
-        """The values over this rank's rows, for the progress display: no communication."""
+        """The values over this rank's rows, for the progress display; ranks do not communicate."""
         self._compact()
         return self._summary(self._parts)
 
     def compute_synced(self) -> dict[str, float]:
-        """The values over the rows of all ranks, the same on each; every rank must call it."""
+        """The values over the rows of all ranks, equal on each; every rank must call it."""
         self._compact()
         gathered = [self._parts]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -148,7 +149,7 @@ class SegmentationMeter:
         return new > old
 
     def keys(self, steps: int, tracked: bool = False) -> list[str]:
-        """All possible keys for `steps` prompt steps, in order: for the columns of a table."""
+        """All possible keys for `steps` prompt steps, in order, for the columns of a table."""
         names = [f"{metric}_{self._step_name(step)}" for step in self._reported(steps) for metric in ("iou", "dice")]
         names += ["iou_tracked", "dice_tracked"] if tracked else []
         keys = [key for name in names for key in (name, *(f"{name}_class_{c}" for c in self.classes))]
@@ -156,7 +157,7 @@ class SegmentationMeter:
         return keys + ([_loss_key(name) for name in LOSS_NAMES] if self.losses else [])
 
     def _compact(self) -> None:
-        """Merges the parts into one, so that repeated calls are cheap; only this waits for the device."""
+        """Merges the parts into one, so that repeated calls are cheap; no other method waits for the device."""
         if self._new:
             self._parts = [Rows.concatenate([*self._parts, Rows.concatenate(self._new).on_host()])]
             self._new = []

@@ -1,4 +1,4 @@
-"""SAM 2's training model with LoRA inside, prompts for clean strips, and the targets beside each output.
+"""SAM 2's training model with LoRA, prompts for clean strips, and the targets in its outputs.
 
 Legend: T frames, O objects, H W pixels of the model's square input.
 """
@@ -33,19 +33,19 @@ BLACK_LEVEL = -1.85
 
 
 class LoRASAM2Train(SAM2Train):
-    """`SAM2Train` that freezes the base, trains adapters, and tells losses and meters what they need.
+    """`SAM2Train` that freezes the base, trains adapters, and adds targets and classes to its outputs.
 
     Args:
         lora: the `LoRAConfig` as a mapping; None trains every parameter (the full fine-tuning baseline).
-        activations: what a step keeps for backward: the name of one of `activations.policy.PRESETS`, or an
+        activations: what a step saves for backward: the name of one of `activations.policy.PRESETS`, or an
             `ActivationsConfig` as a mapping. With its `weights`, the first forward pass under autocast casts frozen
-            weights in place, for good.
-        prompt_seed: draw the training clicks of each object from (prompt_seed, step, video, object), the step as a
-            number of `rng`, which all ranks share, and not from the global generator of its rank: so they do not depend
-            on what else is in the batch nor on the rank. None: from the global generator, as stock.
-        class_prompts: learned tokens for classes, see `class_prompts.steps.new_tokens`; None: clicks and boxes alone.
+            weights in place, permanently.
+        prompt_seed: draw the training clicks of each object from (prompt_seed, step, video, object), so that they
+            depend neither on the rest of the batch nor on the rank. The step is a number drawn from `rng`, which all
+            ranks share. None: from the rank's global generator, as stock does.
+        class_prompts: learned tokens for classes, see `class_prompts.steps.new_tokens`; None: clicks and boxes only.
         feature_cache: `folder` and `max_gb` of a `FeatureCache`, for training with a frozen image encoder.
-        memory: what `activations` was called in version 0.1.
+        memory: the name of `activations` in version 0.1.
         **kwargs: everything that `SAM2Train` takes.
     """
 
@@ -65,14 +65,14 @@ class LoRASAM2Train(SAM2Train):
         make_lean(self, self.activations)
         self.weights_dtype: torch.dtype | None = None  # of the frozen weights, once they are cast
         self.prompt_seed = prompt_seed
-        self.predictions = 0  # of the forward pass that is running, or of the last one
-        self.prompts: PromptSampler | None = None  # of the forward pass that is running
+        self.predictions = 0  # prediction steps of the current or last forward pass
+        self.prompts: PromptSampler | None = None  # of the current forward pass
         self.prompted_by_points = True  # in the last forward pass
         if lora is not None:
             build_lora_model(self, lora)
         if class_prompts is not None:
             install_class_prompts(self, *new_tokens(class_prompts, self.sam_prompt_embed_dim, prompt_seed or 0))
-        self.class_step: ClassStep | None = None  # of the last forward pass; backward computes some of it again
+        self.class_step: ClassStep | None = None  # of the last forward pass; recomputation in backward reads it
         self.feature_cache: FeatureCache | None = None
         if feature_cache is not None:
             decoder = self.sam_mask_decoder
@@ -81,7 +81,7 @@ class LoRASAM2Train(SAM2Train):
 
     def forward(self, input: BatchedVideoDatapoint) -> list[dict[str, Any]]:
         """Stock's forward; each frame's outputs also carry `gt_masks` bool [O, 1, H, W], `class_ids` int64 [O] and
-        `class_prompt`, whether the prompts were class prompts."""
+        `class_prompt` (whether the prompts were class prompts)."""
         self.hold_weights(input.img_batch.device.type)
         tokens = getattr(self.sam_prompt_encoder, TOKENS, None)
         self.class_step = ClassStep.of(input.metadata.unique_objects_identifier[..., 1], tokens)
@@ -95,7 +95,7 @@ class LoRASAM2Train(SAM2Train):
             frame["gt_masks"] = input.masks[t].unsqueeze(1)
             frame["class_ids"] = class_ids[t]
             frame["class_prompt"] = self.class_step is not None
-            # the large masks of a mask prompt are the prompt, not its small ones enlarged
+            # with a mask prompt, the high-resolution masks are the prompt itself, not the enlarged small masks
             if not self.prompted_by_points:
                 frame.pop(SMALL_MASKS)
         return outputs
@@ -103,23 +103,23 @@ class LoRASAM2Train(SAM2Train):
     def hold_weights(self, kind: str) -> None:
         """Casts the frozen weights of an adapted model, the first time that autocast is on for devices of this kind.
 
-        Without adapters the model itself is what a run exports, so its weights stay.
+        Without adapters a run exports the model itself, so its weights are not cast.
         """
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if self.weights_dtype is None and dtype is not None and self.activations.weights and any(lora_layers(self)):
-            cast_frozen(self, dtype)  # here, for by now the base is loaded
+            cast_frozen(self, dtype)  # not in __init__, where the base is not loaded yet
             self.weights_dtype = dtype
         if self.weights_dtype not in (None, dtype):
             raise UserError(
-                f"the frozen weights are held in {self.weights_dtype} since a step under autocast, "
-                f"and this one is {'without' if dtype is None else f'under {dtype}'}: "
-                "build the model anew, or set activations.weights to false"
+                f"the frozen weights were cast to {self.weights_dtype} in an earlier step under autocast, "
+                f"but this step runs {'without' if dtype is None else f'under {dtype}'} autocast: "
+                "build the model again, or set activations.weights to false"
             )
 
     def forward_image(self, img_batch: Tensor) -> dict[str, Any]:
-        """Stock's image features; of the position encodings those of the last level alone, where `activations` says so.
+        """Stock's image features; `activations` can limit the position encodings to those of the last level.
 
-        The others, which nobody reads, have no channels then. Stock gathers 256 for each object and position.
+        The other levels are never read; they have no channels then, where stock gathers 256 per object and position.
         """
         encoding = self.image_encoder.neck.position_encoding
         if type(encoding) is not UnreadPositions and self.feature_cache is None:
@@ -134,7 +134,7 @@ class LoRASAM2Train(SAM2Train):
         return {"vision_features": maps[-1], "vision_pos_enc": [*unread, position], "backbone_fpn": maps}
 
     def prepare_prompt_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Stock's choice of the first prompts; the clicks after it are corrections."""
+        """Stock's choice of the first prompts; all later clicks are corrections."""
         prepared = super().prepare_prompt_inputs(*args, **kwargs)
         self.prompts.correcting = True
         self.prompted_by_points = prepared["use_pt_input"]
@@ -143,17 +143,17 @@ class LoRASAM2Train(SAM2Train):
         return prepared
 
     def track_step(self, *args: Any, num_frames: int, run_mem_encoder: bool = True, **kwargs: Any) -> dict[str, Any]:
-        """Stock's step; the memory of a single frame is read by nobody, so it is not encoded."""
+        """Stock's step; the memory of a single frame is never read, so it is not encoded."""
         return super().track_step(
             *args, num_frames=num_frames, run_mem_encoder=run_mem_encoder and num_frames > 1, **kwargs
         )
 
     def _use_multimask(self, *args: Any) -> bool:
-        """Stock's choice; a class prompt has a single mask, whatever its number of tokens."""
+        """Stock's choice, except that a class prompt always has a single mask, whatever its number of tokens."""
         return self.class_step is None and super()._use_multimask(*args)
 
     def _forward_sam_heads(self, *args: Any, **kwargs: Any) -> tuple:
-        """Stock's prediction step, keeping for backward what `activations` says."""
+        """Stock's prediction step, recomputed in backward where `activations` sets it."""
         heads = super()._forward_sam_heads
         if self.class_step is not None:
             heads = partial(raw_heads, self, heads)
@@ -170,11 +170,11 @@ class LoRASAM2Train(SAM2Train):
         first = None
         if self.class_step is not None:
             first = self.class_step.prompt
-            if self.class_step.corrected:  # else nothing is clicked
+            if self.class_step.corrected:  # otherwise there are no clicks
                 sound = steel_without_objects(sound, input.masks[0], images)
         seeded = self.training and self.prompt_seed is not None
-        # A click is new each time in training and the same each time in validation.
-        rng = self.rng if seeded else deepcopy(self.rng)  # stock's numbers stay its own
+        # Clicks differ from step to step in training and are always the same in validation.
+        rng = self.rng if seeded else deepcopy(self.rng)  # the copy leaves stock's own draws unchanged
         step = int(rng.integers(2**31)) if self.training else 0
         keys = mixed(mixed(video + derive_seed(self.prompt_seed or 0, step)) + identifier)
         return PromptSampler(empty, sound, keys, seeded=seeded, exact_boxes=not self.training, first=first)

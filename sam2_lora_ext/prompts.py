@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sam2_lora_ext.run.seeding import mixed
 
-TRIES = 2**12  # random pixels of the frame that are tried for a click, before the pixels of its region are counted
+TRIES = 2**12  # random pixels of the frame tried for a click before a pixel is chosen by its index in the region
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as a signed integer
 
 
@@ -28,13 +28,13 @@ class PromptSampler:
     All objects are sampled at once on their device, without synchronisation.
 
     Args:
-        empty: bool [O], whether an object has no pixels: clean samples, and absent classes.
+        empty: bool [O], whether an object has no pixels (clean samples and absent classes).
         sound: bool [O, H, W], pixels on which a clean object may be clicked.
         keys: int64 [O], the start of each object's own random numbers, independent of batch and rank.
         seeded: whether clicks on defects use these numbers too, instead of the global generator as in stock.
         exact_boxes: boxes without the stock jitter of 10 % (for validation).
-        first: coordinates [O, P, 2] and labels [O, P] of prompts before the clicks; then even the first click of an
-            object without pixels is negative.
+        first: coordinates [O, P, 2] and labels [O, P] of prompts before the clicks; with them, even the first click
+            of an object without pixels is negative.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PromptSampler:
             host.get_next_point, host.sample_box_points = saved
 
     def next_point(self, gt_masks: Tensor, pred_masks: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
-        """One click per object: by stock's rule for defects, by ours for clean objects.
+        """One click per object: by stock's rule for defects, on clean steel for clean objects.
 
         Args:
             gt_masks: bool [O, 1, H, W].
@@ -113,7 +113,7 @@ class PromptSampler:
         """Stock's uniform rule from each object's own numbers: a pixel of the error region, else of the background.
 
         For a clean object the background is its clean steel, and its first click is positive. For a mask that fills the
-        frame and has no error it is any pixel, positive; stock's is (0, 0), negative.
+        frame and has no error, the click is positive, on any pixel; stock's is negative, at (0, 0).
         """
         wrong = gt_masks if pred_masks is None else gt_masks ^ pred_masks
         background = torch.where(_like(self.empty, self.sound), self.sound, ~gt_masks[:, 0])
@@ -132,20 +132,20 @@ class PromptSampler:
 
 
 def _like(flags: Tensor, other: Tensor) -> Tensor:
-    """Flags [O] for the values of `other` [O, ...]."""
+    """Flags [O], shaped to broadcast over `other` [O, ...]."""
     return flags.view(-1, *[1] * (other.dim() - 1))
 
 
 def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:
-    """A pixel (x, y) int64 [O, 2] of each object's region: uniform if the numbers are.
+    """A pixel (x, y) int64 [O, 2] of each object's region, drawn uniformly if `numbers` are uniform.
 
-    It is the first of the frame's pixels `numbers[:, 1:]` that is inside the region, so a pixel at its edge that flips
-    by rounding hardly ever changes it; if none is inside, the region's pixel `numbers[:, 0]`. All are modulo the number
-    of pixels. No value is read back, so a GPU is not synchronised.
+    `numbers[:, 1:]` index the frame's pixels, and the first pixel inside the region is chosen, so that an edge pixel
+    that flips by rounding hardly ever changes the choice. If none is inside, `numbers[:, 0]` indexes the region's
+    pixels. Indices are taken modulo the number of pixels. No value is read back, so a GPU is not synchronised.
 
     Args:
         numbers: int64 [O, N], not negative.
-        regions: bool [O, H, W] each; an object's is the first that is not empty, else the whole frame.
+        regions: bool [O, H, W] each; an object's region is the first that is not empty, else the whole frame.
     """
     choices = torch.stack([*regions, torch.ones_like(regions[0])])  # R O H W
     filled = choices.view(torch.uint8).flatten(2).amax(2)  # R O; `any` is slow on a CPU
@@ -161,8 +161,8 @@ def drawn_pixels(numbers: Tensor, *regions: Tensor) -> Tensor:
 
 
 def pixels_in_order(numbers: Tensor, regions: Tensor) -> Tensor:
-    """The pixels (x, y) int64 [O, 2] with the indices `numbers` [O], modulo their count, of regions bool [O, H, W] that
-    are not empty, row by row."""
+    """The pixels (x, y) int64 [O, 2] with the row-major indices `numbers` [O] in non-empty regions bool [O, H, W];
+    indices are taken modulo the region's number of pixels."""
     objects, in_row = torch.arange(len(regions), device=regions.device), regions.sum(2)  # O H
     up_to = in_row.cumsum(1)
     position = numbers % up_to[:, -1]

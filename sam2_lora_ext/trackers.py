@@ -3,8 +3,8 @@
     trainer.logging.tensorboard_writer._target_=sam2_lora_ext.trackers.make_wandb_logger
     +trainer.logging.tensorboard_writer.project=steel
 
-or, in a user's config, `defaults: [/configs/severstal_lora, /configs/base/wandb, _self_]`. Only rank 0 tracks. Values
-keep the Trainer's number of the optimizer step or epoch.
+or, in a user's config, `defaults: [/configs/severstal_lora, /configs/base/wandb, _self_]`. Only rank 0 logs. Values
+keep the Trainer's step or epoch number.
 """
 
 import atexit
@@ -46,9 +46,9 @@ class WandbTracker:
     """A run of Weights & Biases; a resumed training continues it.
 
     Args:
-        folder: of `wandb/`; its hash identifies the run.
-        project: of W&B.
-        name: of the run; by default the folder above `folder`.
+        folder: the parent of `wandb/`; the hash of its path identifies the run.
+        project: W&B's project.
+        name: the run's name; by default the name of the folder above `folder`.
         mode: "online", "offline" (send it later with `wandb sync`) or "disabled".
         entity: team or user.
     """
@@ -57,7 +57,7 @@ class WandbTracker:
         self, folder: Path, project: str, name: str | None = None, mode: str = "offline", entity: str | None = None
     ):
         if mode not in MODES:
-            raise UserError(f"the mode of Weights & Biases is one of {', '.join(MODES)}, got {mode!r}")
+            raise UserError(f"the mode of Weights & Biases must be one of {', '.join(MODES)}, got {mode!r}")
         wandb = _optional("wandb", "wandb")
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,10 @@ class MlflowTracker:
     """A run of MLflow; a resumed training continues it.
 
     Args:
-        folder: of `mlflow_run.txt` with the run's identity.
-        experiment: of MLflow.
+        folder: receives `mlflow_run.txt` with the run's identity.
+        experiment: MLflow's experiment.
         uri: tracking server or store; by default `sqlite:///<folder>/mlflow.db`, which needs no server.
-        name: of the run; by default the folder above `folder`.
+        name: the run's name; by default the name of the folder above `folder`.
     """
 
     def __init__(self, folder: Path, experiment: str, uri: str | None = None, name: str | None = None):
@@ -149,7 +149,7 @@ class TrackedLogger:
         self.tensorboard.flush()
 
     def close(self) -> None:
-        """Ends both, once."""
+        """Closes TensorBoard and the tracker; further calls do nothing more."""
         self.tensorboard.close()
         tracker, self.tracker = self.tracker, None
         if tracker is not None:
@@ -165,7 +165,7 @@ def make_wandb_logger(
     params: Mapping[str, Any] | None = None,
     **writer: Any,
 ) -> TrackedLogger:
-    """For `trainer.logging.tensorboard_writer._target_`.
+    """The W&B logger for `trainer.logging.tensorboard_writer._target_`.
 
     Args:
         log_dir: TensorBoard's folder; W&B's files go into it too.
@@ -188,7 +188,7 @@ def make_mlflow_logger(
     params: Mapping[str, Any] | None = None,
     **writer: Any,
 ) -> TrackedLogger:
-    """For `trainer.logging.tensorboard_writer._target_`.
+    """The MLflow logger for `trainer.logging.tensorboard_writer._target_`.
 
     Args:
         log_dir: TensorBoard's folder; MLflow's store is in it too, unless `uri` is set.

@@ -3,11 +3,11 @@
 The launcher (`training.train`) has no overrides. This command line composes the config with them, then runs the
 launcher's own `main` with that config instead of its own; ranks and cluster jobs use it too.
 
-Exit codes, with one rank or several: 0; 2 on a user's mistake; 143 after SIGTERM and 130 after Ctrl-C,
-when the current step is finished and `latest` is written (on a first signal; a second one ends everything at once).
+Exit codes, with one rank or several: 0 on success, 2 on a user's mistake, 143 after SIGTERM, 130 after Ctrl-C. The
+first signal lets the current step finish and `latest` be written; a second one ends the run at once.
 """
 
-if __name__ == "__main__":  # from here on Ctrl-C ends with one sentence
+if __name__ == "__main__":  # from here on, Ctrl-C ends the process with one sentence
     from sam2_lora_ext.utils.errors import catch_interrupts
 
     catch_interrupts()
@@ -38,7 +38,7 @@ configs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Composes, checks and either prints or trains; see `--help`."""
+    """Composes and checks the config, then prints it or trains; see `--help`."""
     args = parse(argv)
     launcher = import_launcher()
     args.config, folder = locate(args.config)
@@ -87,7 +87,7 @@ def _starts_ranks(args: argparse.Namespace, config: Any) -> bool:
 
 
 def _code_of_rank(error: Any) -> int:
-    """The exit code of a rank that has reported its error; for a killed one, 128 + the signal, after a message."""
+    """The exit code of a failed rank; for a killed rank, prints a message and returns 128 + the signal."""
     if error.exit_code >= 0:
         return error.exit_code
     hint = " (the system does this when memory runs out)" if error.signal_name == "SIGKILL" else ""
@@ -100,7 +100,7 @@ def _code_of_rank(error: Any) -> int:
 
 
 def _of_the_launcher(error: OSError, run_dir: str) -> bool:
-    """Whether an error is about the launcher's first files: opening names them, a full disk does not."""
+    """Whether an error is about the launcher's first files; a full disk raises an error without a file name."""
     full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     return full or str(error.filename).startswith(run_dir)
 
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="trainer.resume_with_changes=true: continue "
         "a run although settings that affect its result have changed; its record "
-        "says which",
+        "lists them",
     )
     slurm = options.add_argument_group("options of SAM 2's launcher")
     slurm.add_argument("--use-cluster", type=int, choices=(0, 1), help="1: submit (SLURM); 0: run here")

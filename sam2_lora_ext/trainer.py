@@ -1,10 +1,10 @@
-"""SAM 2's Trainer with what LoRA on steel needs: a CPU, early stopping, adapters on disk, whole rows of metrics.
+"""SAM 2's Trainer with CPU training, early stopping, adapters on disk and complete rows of metrics.
 
 Thin on purpose: the training step, the validation pass, DDP, AMP, logging and checkpoints are stock's.
 An "epoch" of the Trainer is a phase here: the steps between two validations.
 
 A run that reaches its last phase or stops early writes `best` (at its validation), `final`, then the summary. SIGTERM
-or Ctrl-C finish the step on all ranks and write `latest`; `final` and the summary would lie about a run that can go on.
+or Ctrl-C finish the step on all ranks and write `latest` only, since `final` and the summary mark a finished run.
 """
 
 from collections.abc import Mapping
@@ -35,19 +35,19 @@ WINDOW = "window"  # the name of the meter over the training steps since the las
 
 
 class LoRATrainer(ResumingTrainer):
-    """The stock Trainer and these hooks.
+    """The stock Trainer, extended by hooks.
 
     Args:
-        run_dir: where adapters, metrics and summaries go: `${launcher.experiment_log_dir}`.
+        run_dir: the folder of adapters, metrics and summaries: `${launcher.experiment_log_dir}`.
         model_config: the stock inference config of the base, such as configs/sam2.1/sam2.1_hiera_l.yaml.
-        monitor: the validation metric that decides about `best` and early stopping.
+        monitor: the validation metric for `best` and early stopping.
         monitor_mode: "max" or "min".
         early_stop: `patience` and `min_delta`; None trains to the end.
         metrics_every: training steps between two rows of logs/metrics.csv.
         export: `merged` and `flat_files`, both off by default; see `run.folder`.
-        keep_previous: 1 keeps the checkpoint before the last one, which takes over when the last one is damaged.
-        resume_with_changes: resume though settings that change the result are not what they were, and record that.
-        max_epochs: number of phases; may be left out where the training data is a `PhasedDataset`, which knows it.
+        keep_previous: 1 also keeps the second-to-last checkpoint, for a resume when the last one is damaged.
+        resume_with_changes: resume although settings that affect the result have changed, and record the changes.
+        max_epochs: number of phases; not needed when the training data is a `PhasedDataset`, which sets it.
         **stock: everything that `training.trainer.Trainer` takes.
     """
 
@@ -70,7 +70,7 @@ class LoRATrainer(ResumingTrainer):
     ):
         received = {name: value for name, value in locals().items() if name not in ("self", "stock", "__class__")}
         received |= stock
-        self.run_dir = Path(str(run_dir))  # is checked below
+        self.run_dir = Path(str(run_dir))  # checked below
         self.start = RunStart(self.run_dir, type(self), received)
         self.model_config, self.keep_previous = model_config, bool(keep_previous)
         self.seed_value, self.accelerator, self.metrics_every = seed_value, accelerator, metrics_every
@@ -103,10 +103,10 @@ class LoRATrainer(ResumingTrainer):
         check_rates(self.optim_conf.options if self.optim_conf else None, self.model)
         if any(not parameter.requires_grad for parameter in self.model.parameters()):
             self.checkpoint_conf.skip_saving_parameters = left_out(self.model)
-        # The base is read again on resume: for what the checkpoint leaves out, and to know that it is the same one.
+        # The base is loaded again on resume: the checkpoint lacks the frozen weights, and the base may have changed.
         self.checkpoint_conf.initialize_after_preemption = True
         if self.scaler.is_enabled() and self.optim_conf.amp.amp_dtype == "bfloat16":
-            self.scaler = torch.amp.GradScaler(enabled=False)  # it has float32's range: only a growing scale overflows
+            self.scaler = torch.amp.GradScaler(enabled=False)  # bfloat16 has float32's range: scaling only overflows
         for key in self.loss:
             self.meters.setdefault(Phase.TRAIN, {}).setdefault(key, {})[WINDOW] = self.window
         self.user_gradient_logger, self.gradient_logger = self.gradient_logger, self._after_gradients
@@ -142,7 +142,7 @@ class LoRATrainer(ResumingTrainer):
         self.history = self.record.history
 
     def run(self) -> None:
-        """Trains to the end, to early stopping, or not at all if that was done before; `mode: val` validates once."""
+        """Trains to the end or to early stopping, unless the run is finished; `mode: val` validates once."""
         try:
             with at_work(self.accelerator), self.guard:
                 if self.mode == "val":
@@ -184,7 +184,7 @@ class LoRATrainer(ResumingTrainer):
         self.epoch -= 1  # as stock leaves it
 
     def run_val(self) -> None:
-        """Stock's validation, drawing the same prompts each time."""
+        """Stock's validation, with the same prompts each time."""
         self._reseed(Phase.VAL, 0)
         super().run_val()
 
@@ -196,10 +196,10 @@ class LoRATrainer(ResumingTrainer):
         return outs
 
     def _step(self, batch: Any, model: torch.nn.Module, phase: str) -> tuple:
-        """Stock's step; between two of them a signal ends the run, and a loss that is not finite does on all ranks."""
+        """Stock's step; on all ranks, a signal ends the run before it and a loss that is not finite after it."""
         if self.guard.stop_signal:
             self.guard.check_weights(self.trained, self.steps[Phase.TRAIN])
-            # checkpoint.pt stays at the last phase's end: one from inside a phase would make its steps twice
+            # checkpoint.pt stays at the end of the last phase: a resume from inside a phase would repeat its steps
             self.record.export("latest", self.steps[Phase.TRAIN])
             self.guard.exit(self.steps[Phase.TRAIN])
         result = super()._step(batch, model, phase)
@@ -209,14 +209,14 @@ class LoRATrainer(ResumingTrainer):
         return result
 
     def _run_step(self, *args: Any, **kwargs: Any) -> None:
-        """Stock's, whose refusal of a loss that is not finite becomes a sentence."""
+        """Runs stock's step; its exception about a loss that is not finite becomes a `UserError`."""
         try:
             super()._run_step(*args, **kwargs)
         except FloatingPointError as error:
             raise UserError(self.guard.diagnosis()) from error
 
     def _after_gradients(self, model: torch.nn.Module, rank: int, where: float) -> None:
-        """The Trainer's gradient hook: the step's rate is set, its gradients are clipped, nothing is applied yet."""
+        """The Trainer's gradient hook, after the rate is set and gradients are clipped, before the update."""
         step = self.steps[Phase.TRAIN]
         self.guard.check_gradients(self.trained, scaled=self.scaler.is_enabled())
         if self.user_gradient_logger is not None:
@@ -231,7 +231,7 @@ class LoRATrainer(ResumingTrainer):
         return self.history.stop_reason if self.mode == "train" else None
 
     def _reseed(self, phase: str, epoch: int) -> None:
-        """Makes what follows depend on seed, phase and rank only: a resumed run equals one that never stopped."""
+        """Seeds from seed, phase, epoch and rank only, so that a resumed run equals an uninterrupted one."""
         seed_everything(self.seed_value, phase, epoch, self.distributed_rank)
         # the same on all ranks, as in stock
         unwrap_ddp_if_wrapped(self.model).rng = np.random.default_rng(derive_seed(self.seed_value, phase, epoch))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""The whole product once, on a CPU, in a few minutes: synthetic strips, training, adapter, merge, proof, pictures.
+"""Runs the whole product on a CPU in a few minutes: synthetic strips, training, adapter, merge, proof, pictures.
 
     make demo            (or: python tools/demo.py [--out runs/demo])
 
-Trains clicks with SAM 2's unmodified launcher, then class prompts on top, which inspect strips without a click.
-Everything it writes is below --out, which it clears first.
+Trains with clicks by SAM 2's unmodified launcher, then trains class prompts, which inspect strips without clicks.
+All output goes to --out, which is cleared first.
 """
 
 import os
@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import csv
@@ -37,9 +37,9 @@ from sam2_lora_ext.utils.files import write_json
 CONFIG = "configs/sam2_nano.yaml"
 BASE = ROOT / "assets/sam2_nano.pt"
 CROP = 256  # columns of a strip in view, as in configs/demo.yaml
-MARK = ".sam2_lora_demo"  # tells our folder from a user's own
+MARK = ".sam2_lora_demo"  # file that marks a folder of the demo, which may be cleared
 CLASS_STEPS = os.getenv("SAM2_LORA_DEMO_STEPS", "150")
-# Every step by class prompts, so that a minute is enough: clicks, which are learned by now, are not kept up.
+# All steps are class steps, so that a minute is enough; clicks, which are already learned, are not trained further.
 CLASSES = (
     "-m",
     "sam2_lora_ext.train",
@@ -53,7 +53,7 @@ COLUMNS = ("iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks"
 
 
 def clear(folder: Path) -> None:
-    """Empties the demo's folder; refuses one that the demo did not make."""
+    """Empties the demo's folder; refuses a folder that the demo did not create."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).exists():
             raise UserError(f"{folder} is not empty and not from an earlier demo: choose another --out")
@@ -63,7 +63,7 @@ def clear(folder: Path) -> None:
 
 
 def write_data(folder: Path, strips: int, seed: int) -> None:
-    """Synthetic strips in Kaggle's layout and split.csv: every fifth strip validates, a fifth more is for the test."""
+    """Writes synthetic strips in Kaggle's layout, and split.csv: every fifth strip is val, a fifth more are test."""
     from sam2_lora_ext.data.splits import write_split
     from sam2_lora_ext.data.synthetic import write_strips
 
@@ -124,7 +124,7 @@ def tool(*arguments: str | Path) -> None:
     command = [sys.executable, *map(str, arguments)]
     print("$ python " + " ".join(map(str, arguments)), flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
-        raise UserError(f"{arguments[0]} failed; see what it printed above")
+        raise UserError(f"{arguments[0]} failed: see its output above")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=number(SEED), default=42)
     args = parser.parse_args(argv)
-    import_launcher()  # one sentence now rather than a traceback later
+    import_launcher()  # checks early that SAM 2 can be imported
     import torch
     from sam2.build_sam import build_sam2
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sam2_lora_ext.lora.adapter_state import attach_adapter
 
     if not BASE.exists():
-        raise UserError(f"there is no {BASE}: restore it from the repository, or make it with tools/make_demo_base.py")
+        raise UserError(f"there is no {BASE}: restore it from the repository, or run tools/make_demo_base.py")
     out = args.out.resolve()
     clear(out)
     data = out / "data"
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show(summary: dict, count: int) -> None:
-    """Prints what clicks reach."""
+    """Prints the metrics by model, the trained parameters and the differences of the merge."""
     print(f"\n{count} validation samples, means over defects")
     print(f"{'':8}" + "".join(f"{name:>14}" for name in COLUMNS))
     for name in ("base", "lora", "merged"):

@@ -3,8 +3,8 @@
 
     python tools/make_demo_base.py --out assets/sam2_nano.pt
 
-Takes about 75 minutes on one core. Deterministic for a seed and a number of threads. It can be stopped at any time:
-the same command goes on from the last checkpoint in --work. Legend: O objects.
+Takes about 75 minutes on one core, and is deterministic for a seed and a number of threads. After an interruption the
+same command continues from the last checkpoint in --work. Legend: O objects.
 """
 
 import os
@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 if __name__ == "__main__":
-    catch_interrupts()  # before the imports that take long
+    catch_interrupts()  # before the slow imports
 
 import argparse
 import json
@@ -41,8 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def corrections(progress: float) -> int:
-    """Correction clicks in training: few while the masks are still poor, all seven at the end, few while polishing
-    (> 1)."""
+    """The number of correction clicks in training: one while masks are poor, seven at the end, one while polishing
+    (progress > 1)."""
     return 1 if progress < 0.55 or progress >= 1 else 3 if progress < 0.9 else 7
 
 
@@ -56,7 +56,7 @@ def learning_rate(lr: float, step: int, steps: int, polish: int) -> float:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, scenes: list[Scene]) -> dict[str, float]:
-    """Mean IoU over all objects of held-out images at 1 and 8 clicks and with an exact box, and the clean accuracy."""
+    """The mean IoU over objects of held-out images at 1 and 8 clicks and with an exact box, and the clean accuracy."""
     model.eval()
     model.num_correction_pt_per_frame = 7
     sums: dict[str, list[float]] = {"iou_1click": [], "iou_8clicks": [], "iou_box": [], "clean_accuracy": []}
@@ -84,7 +84,7 @@ def build(config: Path, seed: int) -> torch.nn.Module:
     model = OmegaConf.load(config).model
     model._target_ = "sam2_lora_ext.model.LoRASAM2Train"
     model = instantiate(model, prob_to_use_pt_input_for_train=0.7, num_frames_to_correct_for_eval=1)
-    # An object score below 0 replaces the mask by -1024, without a gradient: start from "an object is here".
+    # An object score below 0 replaces the mask by -1024, without a gradient, so the score starts above 0.
     torch.nn.init.constant_(model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 2.0)
     return model
 
@@ -103,15 +103,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--polish",
         type=number(Whole(0, 10**9)),
         default=2000,
-        help="steps after that, with few clicks, at a restarted rate",
+        help="further steps with few clicks and a restarted learning rate",
     )
-    parser.add_argument("--batch", type=number(Whole(1, 100_000)), default=16, help="images a step")
-    parser.add_argument("--objects", type=number(Whole(1, 1000)), default=2, help="objects an image, at most")
+    parser.add_argument("--batch", type=number(Whole(1, 100_000)), default=16, help="images per step")
+    parser.add_argument("--objects", type=number(Whole(1, 1000)), default=2, help="largest number of objects per image")
     parser.add_argument(
         "--scenes",
         type=number(Whole(10, 10**7)),
         default=12000,
-        help="different training images; clips are a tenth as many",
+        help="number of different training images; a tenth as many clips are added",
     )
     parser.add_argument("--lr", type=number(Number(0, 100, above=True)), default=8e-4)
     parser.add_argument("--seed", type=number(SEED), default=42)
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr
     )
-    # Focal loss from scratch collapses to empty masks (measured), so plain cross-entropy: gamma 0, no alpha.
+    # Focal loss from scratch collapses to empty masks (measured), so this is plain cross-entropy: gamma 0, no alpha.
     loss_of = MultiStepMultiMasksAndIous(
         {"loss_mask": 10, "loss_dice": 1, "loss_iou": 1, "loss_class": 1},
         focal_alpha=-1,
@@ -146,12 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         saved = torch.load(checkpoint, weights_only=True)
         if saved["facts"] != facts:
             raise UserError(
-                f"{checkpoint} is from other settings ({saved['facts']}): use them again, or another --work"
+                f"{checkpoint} was written with other settings ({saved['facts']}): use them, or choose another --work"
             )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average, first = saved["average"], saved["step"]
-        print(f"going on from step {first} of {checkpoint}")
+        print(f"continuing from step {first} of {checkpoint}")
 
     stills = make_pool(args.scenes, 1, args.seed, clean_share=0.1)
     clips = make_pool(args.scenes // 10, 3, args.seed, clean_share=0.05)
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep = min(0.9985, (1 + step) / (10 + step))
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, 1 - keep) if value.is_floating_point() else average[name].copy_(value)
-        seen = min(loss.item(), 20.0)  # one object that the score denies would hide all others in the average
+        seen = min(loss.item(), 20.0)  # one object with the score "absent" would dominate the average
         running = seen if step == first else 0.98 * running + 0.02 * seen
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         done = step + 1

@@ -1,1 +1,1 @@
-"""Ablations: grids of overrides, their runs, the check that a folder holds such a run."""
+"""Ablations: grids of overrides, their runs, the comparison of a folder's run with the grid."""

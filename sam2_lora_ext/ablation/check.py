@@ -1,4 +1,4 @@
-"""Checks that a member's folder has a run of the same settings, by the rule of a resume (`run.changes`)."""
+"""Checks that the run in a member's folder has the same settings, by the rules of a resume (`run.changes`)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ class MemberCheck:
     """Compares members with the runs in their folders; shared data and bases are read once.
 
     Args:
-        config: the name of their config, as `locate` returns it.
-        overrides: of all members.
-        ranks: processes of each member.
+        config: the name of the members' config, as `locate` returns it.
+        overrides: the overrides of all members.
+        ranks: number of processes of each member.
     """
 
     def __init__(self, config: str, overrides: Sequence[str], ranks: int):
@@ -36,7 +36,7 @@ class MemberCheck:
         """Whether the member is finished.
 
         Raises:
-            UserError: its folder holds a run of other settings, and `trainer.resume_with_changes` is off.
+            UserError: its folder has a run with other settings, and `trainer.resume_with_changes` is off.
         """
         folder, done = member.folder, is_finished(member.folder)
         if not done and not (folder / "checkpoints/checkpoint.pt").exists():
@@ -45,7 +45,7 @@ class MemberCheck:
         try:
             trainer = compose(self.config, overrides).trainer
         except UserError:
-            return False  # the member itself reports it when it is run
+            return False  # the member's own run reports the error
         now = {"trainer": run_config.plain(trainer), "ranks": self.ranks, "data": self._data(trainer)}
         before = record_of(folder, now, {})
         if before is None:
@@ -53,8 +53,8 @@ class MemberCheck:
         found = [*changes(before, now), *self._base(before, trainer)]
         if found and not trainer.get("resume_with_changes"):
             raise UserError(
-                f"{folder} holds a member of other settings: {'; '.join(map(str, found))}. Choose another --out, or "
-                "add trainer.resume_with_changes=true to train it on with these"
+                f"{folder} has a member with other settings: {'; '.join(map(str, found))}. Choose another --out, or "
+                "add trainer.resume_with_changes=true to continue it with the new settings"
             )
         return done and not found
 
@@ -66,7 +66,7 @@ class MemberCheck:
         if key not in self._digests:
             try:
                 self._digests[key] = data_digest(instantiate(section))
-            except Exception:  # any error of missing data: then its paths are compared
+            except Exception:  # any error of missing data; then paths are compared instead of content
                 self._digests[key] = None
         return self._digests[key]
 

@@ -1,4 +1,4 @@
-"""Ablations: the members of a grid of overrides, their results, and a table and a plot of all.
+"""Builds the members of a grid of overrides, collects their results, and writes a table and a plot of them.
 
 A member is a separate run in its own folder, so it resumes like any run and is finished when its summary exists.
 """
@@ -38,7 +38,7 @@ class Member:
 
     @property
     def overrides(self) -> list[str]:
-        """For Hydra."""
+        """The overrides in Hydra's grammar."""
         return [f"{key}={value}" for key, value in self.values.items()]
 
 
@@ -53,7 +53,7 @@ def parse_grid(axes: Sequence[str]) -> dict[str, list[str]]:
         key, equals, text = axis.partition("=")
         values = [value.strip() for value in _split(text)]
         if not equals or not re.fullmatch(r"\+{0,2}[\w.@/-]+", key) or not all(values):
-            raise UserError(f"--grid takes key=value,value ..., got {axis!r}")
+            raise UserError(f"--grid must be key=value,value ..., got {axis!r}")
         if key in grid or len(set(values)) < len(values):
             raise UserError(f"--grid names {key} or one of its values twice: {axis!r}")
         grid[key] = values
@@ -61,7 +61,7 @@ def parse_grid(axes: Sequence[str]) -> dict[str, list[str]]:
 
 
 def members_of(grid: dict[str, list[str]], out: Path) -> list[Member]:
-    """All combinations of a grid's values, each with a folder below `out` named after them."""
+    """All combinations of a grid's values, each with a folder below `out` named after its values."""
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -71,13 +71,13 @@ def members_of(grid: dict[str, list[str]], out: Path) -> list[Member]:
 
 
 def note_settings(members: Sequence[Member], common: Sequence[str]) -> None:
-    """Writes a description for people into each member's folder."""
+    """Writes each member's settings into its folder, for people to read."""
     for member in members:
         write_json(member.folder / MEMBER, {"values": member.values, "common": list(common)})
 
 
 def label_of(values: dict[str, str]) -> str:
-    """A folder's name for key -> value, the same in every grid; with a hash if the values are too long."""
+    """A folder's name for key -> value, the same in every grid; shortened with a hash if necessary."""
     whole = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
     label = re.sub(r"[^\w.-]+", "-", whole).strip("-")
     if label == whole and len(label) <= 80:
@@ -86,7 +86,7 @@ def label_of(values: dict[str, str]) -> str:
 
 
 def metrics_of(config: Any) -> tuple[list[str], str | None, str]:
-    """The metrics of a composed config's validation, its monitored metric, and whether its "max" or "min" is best."""
+    """The metrics of a composed config's validation, the monitored metric, and its mode, "max" or "min"."""
     from hydra.utils import instantiate
 
     trainer = config.trainer
@@ -110,8 +110,8 @@ def collect(members: Sequence[Member], failures: dict[str, str], metric: str = M
     """One row per member: its values, `status`, trained parameters and best validation (by the monitored metric).
 
     Args:
-        members: of the grid.
-        failures: folder name -> reason, of members that failed now.
+        members: the grid's members.
+        failures: folder name -> reason, for members that failed this time.
         metric: an additional column.
     """
     rows = []
@@ -131,7 +131,7 @@ def collect(members: Sequence[Member], failures: dict[str, str], metric: str = M
         elif reason := failures.get(member.folder.name):
             row["reason"] = reason
         elif entries := validations(member.folder):
-            row |= {"status": "unfinished", "reason": f"validated last at step {entries[-1]['step']}"}
+            row |= {"status": "unfinished", "reason": f"last validation at step {entries[-1]['step']}"}
         else:
             row["reason"] = "not run"
         rows.append(row)
@@ -139,14 +139,14 @@ def collect(members: Sequence[Member], failures: dict[str, str], metric: str = M
 
 
 def best_of(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") -> dict[str, Any] | None:
-    """The finished member with the highest metric ("max") or the lowest ("min"); of equal ones the smallest."""
+    """The finished member with the highest ("max") or lowest ("min") metric; of equal ones the smallest."""
     known = [row for row in rows if row.get(metric) is not None]
     sign = 1 if mode == "max" else -1
     return max(known, key=lambda row: (sign * row[metric], -row["params_trained"]), default=None)
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows under the union of their columns."""
+    """The rows as CSV with the union of their columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
@@ -156,7 +156,7 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def to_markdown(rows: Sequence[dict[str, Any]], metric: str, mode: str = "max") -> str:
-    """A table of the members, numbered as in the plot, the best in bold."""
+    """A Markdown table of the members, numbered as in the plot, with the best in bold."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("member", "reason")]
     best = best_of(rows, metric, mode)
     lines = ["| " + " | ".join(["#", *columns]) + " |", "|" + " --- |" * (len(columns) + 1)]
@@ -210,7 +210,7 @@ def plot(members: Sequence[Member], rows: Sequence[dict[str, Any]], metric: str,
 
 
 def _split(text: str) -> list[str]:
-    """Splits at the commas outside of brackets and quotes."""
+    """Splits at commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
         if quote:

@@ -1,4 +1,4 @@
-"""Runs the members of an ablation, each in its own process: one after another here, or as a Slurm job array."""
+"""Runs the members of an ablation, each in its own process: one after another, or as a Slurm job array."""
 
 import argparse
 import contextlib
@@ -17,19 +17,19 @@ from tqdm import tqdm
 from sam2_lora_ext.ablation.grid import LOG, Member, reason_of_failure
 from sam2_lora_ext.utils.errors import UserError
 
-# It ignores the first and requeues on the second. Slurm sends them to all processes of a job, the training among them.
+# submitit ignores the first and requeues on the second. Slurm sends them to all processes of a job, also to training.
 OF_SUBMITIT = (signal.SIGTERM, signal.SIGUSR2)
 PATIENCE = 300.0  # seconds for a member's current step after a signal, before it is killed
 
 
 class Task:
-    """Trains one member in its own process; the function that submitit sends to the cluster."""
+    """Trains one member in its own process; submitit sends this object to the cluster."""
 
     def __init__(self, command: list[str], folder: Path):
         self.command, self.folder = command, folder
 
     def __call__(self) -> int:
-        """The exit code of the training, which ignores submitit's signals; it ends when this process ends."""
+        """Trains and returns the exit code; the training ignores submitit's signals and ends with this process."""
         with self.start(preexec_fn=_ignore) as process:
             try:
                 return process.wait()
@@ -38,7 +38,7 @@ class Task:
                 raise
 
     def start(self, **options: Any) -> subprocess.Popen[bytes]:
-        """Starts the training, whose output goes to the member's log; `options` are those of `Popen`."""
+        """Starts the training with its output in the member's log; `options` are those of `Popen`."""
         foreign = ("SLURM_", "SUBMITIT_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         with open(self.folder / LOG, "a") as log:
@@ -47,14 +47,14 @@ class Task:
             )
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":  # noqa: F821
-        """submitit calls this before it requeues; the run resumes by itself."""
+        """Called by submitit before it requeues the job; the run resumes by itself."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
 
 def attend(task: Task) -> int:
-    """Runs a member; forwards SIGINT and SIGTERM to it, so that it finishes its step, and ends after it."""
+    """Runs a member; forwards SIGINT and SIGTERM so that it finishes its step, and then ends too."""
     got: list[tuple[int, float]] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -66,7 +66,7 @@ def attend(task: Task) -> int:
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         started.append(task.start(start_new_session=True))  # gets a terminal's Ctrl-C only from this process
-        if got:  # while it was started
+        if got:  # a signal came while the process was starting
             started[0].send_signal(got[0][0])
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -74,7 +74,7 @@ def attend(task: Task) -> int:
                 break
             waited = time.monotonic() - got[0][1] if got else 0
             if waited > PATIENCE:
-                started[0].send_signal(got[0][0])  # the second one ends it at once
+                started[0].send_signal(got[0][0])  # a second signal ends it at once
             if waited > 1.2 * PATIENCE:
                 os.killpg(started[0].pid, signal.SIGKILL)
     finally:
@@ -86,7 +86,7 @@ def attend(task: Task) -> int:
 
 
 def run_here(tasks: dict[Member, Task], failures: dict[str, str]) -> None:
-    """One after another."""
+    """Runs the members one after another."""
     with tqdm(tasks.items(), unit="member") as bar:
         for member, task in bar:
             bar.set_postfix_str(member.name)
@@ -98,15 +98,15 @@ def run_here(tasks: dict[Member, Task], failures: dict[str, str]) -> None:
 
 
 def run_on_slurm(tasks: dict[Member, Task], failures: dict[str, str], args: argparse.Namespace) -> None:
-    """As a job array; waits for its end.
+    """Runs the members as a Slurm job array and waits for its end.
 
     Raises:
-        UserError: there is no Slurm here, or it refuses the jobs.
+        UserError: there is no Slurm on this machine, or it refuses the jobs.
     """
     import submitit
 
     if shutil.which("sbatch") is None:
-        raise UserError("--slurm needs Slurm's commands, but there is no sbatch here: leave it out, or use the cluster")
+        raise UserError("--slurm needs sbatch, which this machine lacks: leave --slurm out, or use the cluster")
     executor = submitit.SlurmExecutor(folder=args.out / "submitit_logs")
     options = {name: value for name, value in (("account", args.account), ("qos", args.qos)) if value}
     executor.update_parameters(
@@ -139,19 +139,19 @@ def await_jobs(array: str, jobs: dict[Member, Any], failures: dict[str, str]) ->
     waiting = dict(jobs)
     with tqdm(total=len(jobs), unit="member") as bar:
         while waiting:
-            gone = not in_queue(array)  # queried first: a job writes its result before it ends
+            gone = not in_queue(array)  # queried before the results, since a job writes its result before it ends
             time.sleep(2)
             for member, job in list(waiting.items()):
                 if job.paths.result_pickle.exists():
                     try:
                         code = job.result()
-                    except Exception as error:  # any error of the cluster; the other jobs continue
+                    except Exception as error:  # any error of the cluster must not stop the other jobs
                         failures[member.folder.name] = " ".join(str(error).split())[-500:]
                     else:
                         if code:
                             failures[member.folder.name] = reason_of_failure(member, code)
                 elif gone:
-                    failures[member.folder.name] = f"its job ended without a result, see {job.paths.stderr}"
+                    failures[member.folder.name] = f"the job ended without a result, see {job.paths.stderr}"
                 else:
                     continue
                 del waiting[member]
@@ -161,7 +161,7 @@ def await_jobs(array: str, jobs: dict[Member, Any], failures: dict[str, str]) ->
 
 
 def in_queue(array: str) -> bool:
-    """Whether Slurm still has jobs of this array, by `squeue`: `sacct` needs accounting, which many clusters lack."""
+    """Whether `squeue` still lists jobs of this array; `sacct` needs accounting, which many clusters lack."""
     shown = subprocess.run(["squeue", "--noheader", "--format=%i", f"--jobs={array}"], capture_output=True, text=True)
     return bool(shown.stdout.strip()) or (shown.returncode != 0 and "Invalid job id" not in shown.stderr)
 

@@ -1,1 +1,1 @@
-"""The command lines: `sam2-lora NAME`, and the same as scripts in `tools/`."""
+"""The command lines `sam2-lora NAME`, which are also scripts in `tools/`."""

@@ -1,10 +1,10 @@
-"""`sam2-lora NAME ...`: every command line of this package under one name.
+"""`sam2-lora NAME ...` runs every command of this package.
 
 A command is a module with `parser()` and `main(argv)`; neither imports torch before the options are parsed, so that
 `--help` is fast.
 """
 
-if __name__ == "__main__":  # from here on Ctrl-C ends with one sentence
+if __name__ == "__main__":  # from here on, Ctrl-C ends the process with one sentence
     from sam2_lora_ext.utils.errors import catch_interrupts
 
     catch_interrupts()
@@ -18,14 +18,14 @@ from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
 
 COMMANDS = {  # name -> module and description
     "train": ("sam2_lora_ext.train", "train adapters with SAM 2's own launcher and Trainer"),
-    "doctor": ("sam2_lora_ext.commands.doctor", "check within a minute that a training will work"),
+    "doctor": ("sam2_lora_ext.commands.doctor", "check in about a minute that a training will work"),
     "data": ("sam2_lora_ext.commands.data", "scan, split, convert or synthesise a data set"),
     "ablate": ("sam2_lora_ext.commands.ablate", "train a grid of settings and compare them"),
-    "evaluate": ("sam2_lora_ext.commands.evaluate", "measure models on the same objects, with intervals"),
+    "evaluate": ("sam2_lora_ext.commands.evaluate", "evaluate models on the same objects, with intervals"),
     "fit-decision": ("sam2_lora_ext.commands.fit_decision", "fit the thresholds of class prompts on validation strips"),
     "inspect": ("sam2_lora_ext.commands.inspect", "inspect strips without a click: masks, tables, pre-labels"),
     "evaluate-inspection": ("sam2_lora_ext.commands.evaluate_inspection", "evaluate an inspection on annotated strips"),
-    "report": ("sam2_lora_ext.commands.report", "write an HTML report on runs"),
+    "report": ("sam2_lora_ext.commands.report", "write an HTML report about runs"),
     "merge": ("sam2_lora_ext.commands.merge", "merge adapters into weights that stock SAM 2 loads"),
     "unmerge": ("sam2_lora_ext.commands.unmerge", "recover the adapter of a merged file"),
     "export-adapter": ("sam2_lora_ext.commands.export_adapter", "export a run or a checkpoint as a PEFT folder"),
@@ -37,7 +37,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options before a command's name."""
+    """The parser of the options without a command."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
     options = argparse.ArgumentParser(
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         usage="sam2-lora COMMAND ...",
     )
     options.add_argument(
-        "--print-completion", choices=SHELLS, metavar="SHELL", help=f"a completion script for {', '.join(SHELLS)}"
+        "--print-completion", choices=SHELLS, metavar="SHELL", help=f"print a completion script for {', '.join(SHELLS)}"
     )
     return options
 

@@ -1,7 +1,7 @@
 """Scans steel-defect data, splits it, converts it between formats, or makes synthetic strips.
 
-The data is that of a training config (-c CONFIG key=value ...), of a run, or a folder, whose format is guessed from its
-files: Kaggle's csv (new and old), Supervisely folders, label images, COCO. All of it is read, whatever its split.
+The data is that of a training config (-c CONFIG key=value ...), of a run, or of a folder, whose format is derived from
+its files: Kaggle's csv (new and old), Supervisely folders, label images, COCO. All splits are read.
 """
 
 import argparse
@@ -18,7 +18,7 @@ EXAMPLES = """\
 examples:
   python tools/prepare_data.py scan data/severstal --out runs/scan        # scan.json and scan.html
   python tools/prepare_data.py scan -c severstal_lora dataset.bits=12 --out runs/scan     # what training would read
-  python tools/prepare_data.py scan runs/severstal_lora --out runs/scan                   # what that run was trained on
+  python tools/prepare_data.py scan runs/severstal_lora --out runs/scan                   # the data of that run
   python tools/prepare_data.py scan data/binary --classes 255=defect --out runs/scan      # label images of 0 and 255
   python tools/prepare_data.py scan data/cvat --colors 1=250/50/83,2=51/221/255 --classes pit,crack --out runs/scan
   python tools/prepare_data.py split data/severstal --out data/severstal/split.csv
@@ -32,19 +32,19 @@ COMMANDS = {  # help of each command: one line, and in full
     "scan": (
         "statistics and problems of a data set",
         "Reads a whole data set and writes scan.json and scan.html: counts by class and combination, object sizes, "
-        "clean share, sizes and modes, unexposed share, exact and near duplicates of images, every problem, and a "
-        "sheet of overlays. Problems do not stop it.",
+        "clean share, image sizes and modes, unexposed share, exact and near duplicates, all problems, and a sheet of "
+        "overlays. Problems do not stop the scan.",
     ),
     "split": (
         "train, val and test, or folds, as a csv",
-        "Writes a csv with the columns image and split, which training reads as its split_file. Every combination of "
-        "classes is spread by the shares, duplicates and near duplicates stay together, and a seed gives the same "
+        "Writes a csv with the columns image and split, which training reads as its split_file. The split is "
+        "stratified by combination of classes, duplicates and near duplicates stay together, and a seed gives the same "
         "split on any machine.",
     ),
     "convert": (
         "a data set in another format",
-        "Writes a data set in another format, its images copied unchanged. Read back, it has the same masks; what "
-        "the format cannot hold is refused. Images that lost a mask with --on-invalid skip are left out.",
+        "Writes a data set in another format and copies its images unchanged. The masks stay exactly the same; masks "
+        "that the format cannot represent are refused. Images that lost a mask by --on-invalid skip are left out.",
     ),
     "synth": (
         "synthetic strips",
@@ -54,7 +54,7 @@ COMMANDS = {  # help of each command: one line, and in full
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """The parser of the commands and their options."""
     options = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,18 +82,20 @@ def parser() -> argparse.ArgumentParser:
     ways.add_argument("--folds", type=folds, metavar="K", help="K equal folds named fold0, fold1, ... instead")
     ways.add_argument("--as-given", action="store_true", help="keep the split folders of a Supervisely project")
     seed = number(SEED)
-    split.add_argument("--seed", type=seed, default=42, metavar="N", help="of the split (%(default)s)")
+    split.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the split (%(default)s)")
     split.add_argument(
-        "--ignore-duplicates", action="store_true", help="do not search for duplicates: fast, since pixels are not read"
+        "--ignore-duplicates", action="store_true", help="do not search for duplicates; fast, since pixels are not read"
     )
     to = command("convert", "the folder for the new data set", "convert_data")
     add_on_invalid(to)
     to.add_argument("--to", choices=OUTPUT_FORMATS, required=True, metavar="FORMAT", help=", ".join(OUTPUT_FORMATS))
     synth = command("synth", "the folder for the strips", "synthesise", reads=False)
     share = number(Number(0, 1))
-    synth.add_argument("--count", type=number(COUNT), default=100, metavar="N", help="how many strips (%(default)s)")
+    synth.add_argument("--count", type=number(COUNT), default=100, metavar="N", help="number of strips (%(default)s)")
     synth.add_argument("--seed", type=seed, default=42, metavar="N", help="strip i depends on N and i (%(default)s)")
-    synth.add_argument("--clean-share", type=share, default=0.3, metavar="X", help="without a defect (%(default)s)")
+    synth.add_argument(
+        "--clean-share", type=share, default=0.3, metavar="X", help="share of clean strips (%(default)s)"
+    )
     return options
 
 
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def add_on_invalid(parser: argparse.ArgumentParser) -> None:
-    """The option for problems in the data."""
+    """Adds the option for problems in the data."""
     parser.add_argument(
         "--on-invalid",
         choices=("error", "skip"),

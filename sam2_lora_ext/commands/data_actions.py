@@ -1,4 +1,4 @@
-"""The actions of `sam2-lora data`: scan, split, convert, synth. Each takes the parsed options."""
+"""The actions of `sam2-lora data` (scan, split, convert, synth), which take the parsed options."""
 
 import argparse
 from collections import Counter
@@ -21,10 +21,10 @@ from sam2_lora_ext.utils.folders import refuse_inputs
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """All data that the arguments name; prints its description."""
+    """The data that the arguments name, in all splits; prints its description."""
     source = source_of(args)
     if source is None:
-        raise UserError("name the data: a folder, a csv, a json or a run, or -c CONFIG for that of a training config")
+        raise UserError("name the data: a folder, csv, json or run, or -c CONFIG for the data of a training config")
     print(f"reading {source.data} ({source.origin})")
     if source.other_data:
         other = "val" if args.phase == "train" else "train"
@@ -41,7 +41,7 @@ def scan_data(args: argparse.Namespace) -> None:
     for name in ("scan.json", "scan.html"):
         refuse_input_files(args.out / name, [*reader.inputs(), *reader.files()])
     summary, index = scan(reader, not args.quiet, source.bits)
-    # a bad file name is shown, not fatal
+    # file names that are not UTF-8 are shown with escapes
     page = render(index, summary, source.bits).encode("utf-8", "backslashreplace")
     write_json(args.out / "scan.json", summary, force=args.force)
     write_atomic(args.out / "scan.html", lambda path: path.write_bytes(page), force=args.force)
@@ -59,7 +59,7 @@ def scan_data(args: argparse.Namespace) -> None:
 
 
 def split_data(args: argparse.Namespace) -> None:
-    """Writes the csv that the data set takes as `split_file`."""
+    """Writes the csv that the data set reads as `split_file`."""
     refuse_existing(args.out, args.force)
     shares = fold_shares(args.folds) if args.folds is not None else parse_shares(args.shares)
     source = open_source(args)
@@ -97,11 +97,11 @@ def convert_data(args: argparse.Namespace) -> None:
     left_out = convert(index, args.to, args.out, args.force, progress=not args.quiet, inputs=reader.inputs())
     print(
         f"{len(index) - left_out} images written to {args.out} as {args.to}"
-        + (f"; {left_out} left out because a mask of theirs is invalid" if left_out else "")
+        + (f"; {left_out} left out because of an invalid mask" if left_out else "")
         + (f"; {len(index.unknown)} left out as unknown" if index.unknown else "")
     )
     if args.to.startswith("kaggle") and (index.sizes != SIZE).any():
-        print(f"not all are {SIZE[1]}x{SIZE[0]}: read them with --size any (dataset.readers.kaggle.size=null)")
+        print(f"not all images are {SIZE[1]}x{SIZE[0]}: read them with --size any (dataset.readers.kaggle.size=null)")
 
 
 def synthesise(args: argparse.Namespace) -> None:

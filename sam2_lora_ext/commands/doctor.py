@@ -1,6 +1,6 @@
-"""Checks within a minute that a training will work: environment, config, checkpoint, data, one real step, disk.
+"""Checks in about a minute that a training will work: environment, config, checkpoint, data, one real step, disk.
 
-Green lines are fine, yellow ones are warnings, red ones will not work and name the fix. Exit code 1 with a red one.
+Green lines are passed checks, yellow lines warnings, red lines errors with their fix. A red line gives exit code 1.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from sam2_lora_ext.doctor.findings import show, to_json
 
 EXAMPLES = """\
 examples:
-  python tools/doctor.py                                                  # the environment alone
-  python tools/doctor.py -c severstal_lora lora.rank=16                   # a training as it would be started
+  python tools/doctor.py                                                  # only the environment
+  python tools/doctor.py -c severstal_lora lora.rank=16                   # a training with its overrides
   python tools/doctor.py -c demo --json > doctor.json
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,12 +33,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--no-step", action="store_true", help="skip the real step (a large model needs minutes on a CPU)"
     )
-    options.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    options.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the findings; 1 when one is red."""
+    """Prints the findings; returns 1 if one is red."""
     options = parser()
     args = options.parse_intermixed_args(argv)
     if args.overrides and not args.config:
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
     else:
         counts = result["counts"]
-        print(f"\n{counts['green']} fine, {counts['yellow']} to look at, {counts['red']} that will not work")
+        print(f"\n{counts['green']} passed, {counts['yellow']} warnings, {counts['red']} errors")
     return 0 if result["ok"] else 1
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses output, warnings and logs of libraries."""
+    """Suppresses the output, warnings and logs of libraries."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

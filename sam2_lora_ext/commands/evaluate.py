@@ -1,11 +1,11 @@
 """Evaluates models under production conditions: stock predictors, simulated clicks and boxes, 95 % intervals.
 
 Reports IoU and Dice at 1, 2, 4, 8 clicks, with the exact box and with boxes shifted by 5, 10, 20 %, clicks to an IoU
-of 0.80 and 0.90, boundary F, all by class and size too; false alarms on clean images; Kaggle's mean Dice and
+of 0.80 and 0.90, and boundary F, also by class and size; false alarms on clean images; Kaggle's mean Dice and
 submission.csv. Several models are evaluated on the same objects, and their differences are paired.
 
-By default a run is evaluated as it was trained: on its validation data, at its crop, resolution and bits. The results
-list every difference from that.
+By default a run is evaluated as it was trained: on its validation data, with its crop, resolution and bits. The results
+list every difference from these conditions.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CLICKS = (1, 2, 4, 8)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     return evaluate_parser(__doc__)
 
 
@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     if args.submission_prompt not in protocol.prompts:
-        raise UserError(f"--submission-prompt is one of {', '.join(protocol.prompts)}, got {args.submission_prompt!r}")
+        raise UserError(
+            f"--submission-prompt must be one of {', '.join(protocol.prompts)}, got {args.submission_prompt!r}"
+        )
     samples, said = prepare(wanted, conditions, args.out, args.limit, args.force)
     print(shown("\n".join(conditions_lines(said))), flush=True)
     record = compare(

@@ -1,7 +1,7 @@
 """Writes an adapter folder in PEFT's format from a training run, a checkpoint of SAM 2's Trainer, or another folder.
 
-The result is for SAM 2 itself, or with --for transformers for Hugging Face's Sam2Model, whose modules have other names;
-an adapter that was trained on that model is renamed back.
+The adapter's modules are named as in SAM 2, or with --for transformers as in Hugging Face's Sam2Model; the names of an
+adapter trained on Sam2Model are converted back.
 """
 
 import argparse
@@ -14,9 +14,9 @@ EXAMPLES = """\
 examples:
   the best adapter of a run:
     python tools/export_adapter.py runs/my_run my_adapter
-  a run that was stopped early, or a run of SAM 2's own Trainer; records the base:
+  an unfinished run, or a run of SAM 2's own Trainer; records the base:
     python tools/export_adapter.py runs/my_run/checkpoints/checkpoint.pt my_adapter --base sam2.1_hiera_tiny.pt
-  for transformers' Sam2Model, and from an adapter that was trained there, for SAM 2:
+  for transformers' Sam2Model, and back from an adapter that was trained on it:
     python tools/export_adapter.py runs/my_run my_hf_adapter --for transformers
     python tools/export_adapter.py their_adapter my_adapter --base sam2.1_hiera_tiny.pt
 
@@ -26,7 +26,7 @@ or on transformers' model: PeftModel.from_pretrained(Sam2Model.from_pretrained(.
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,19 +41,19 @@ def parser() -> argparse.ArgumentParser:
         "--base",
         type=Path,
         metavar="FILE",
-        help="the weights that training started from: checked, or recorded if the run did not",
+        help="the weights that training started from; checked, or recorded if the run did not record them",
     )
     options.add_argument(
         "--alpha",
         type=number(ALPHA),
-        help="only for a checkpoint.pt that does not record it, and whose run has no lora.json",
+        help="only for a checkpoint.pt that does not record alpha and whose run has no lora.json",
     )
     options.add_argument(
         "--for",
         dest="target",
         choices=("sam2", "transformers"),
         default="sam2",
-        help="naming of the modules (default: sam2)",
+        help="model whose module names the adapter uses (default: sam2)",
     )
     options.add_argument("--force", action="store_true", help="replace an adapter in OUT")
     return options

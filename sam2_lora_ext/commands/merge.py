@@ -1,6 +1,6 @@
 """Merges LoRA adapters into SAM 2's weights, so that stock SAM 2 loads the result without this package.
 
-The merge itself needs torch and safetensors only; --verify builds stock SAM 2 and compares masks.
+Merging needs torch and safetensors only; --verify builds stock SAM 2 and compares masks.
 """
 
 import argparse
@@ -26,7 +26,7 @@ examples:
   the best adapter of a run, verified on stock SAM 2:
     python tools/merge_lora.py --base checkpoints/sam2.1_hiera_large.pt --adapter runs/my_run \\
         --out merged.pt --verify configs/sam2.1/sam2.1_hiera_l.yaml --image strip.jpg
-  an adapter folder (ours or PEFT's), written in half precision, with its effect on masks:
+  an adapter folder (ours or PEFT's), merged in half precision; prints the effect on masks:
     python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter my_adapter --out merged.pt --dtype bfloat16 \\
         --verify configs/sam2.1/sam2.1_hiera_t.yaml
   a checkpoint of SAM 2's Trainer:
@@ -36,14 +36,14 @@ examples:
   a folder that Hugging Face transformers loads (Sam2Model, Sam2VideoModel, Sam2Processor), with a model card:
     python tools/merge_lora.py --base sam2.1_hiera_tiny.pt --adapter runs/my_run --format transformers --out steel-sam2
 
-The merged file then works everywhere in place of the base:
+The merged file replaces the base everywhere:
     build_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "merged.pt")
-merged.pt.json records its inputs with SHA-256 sums. tools/unmerge_lora.py is the inverse.
+merged.pt.json records the inputs with SHA-256 sums. tools/unmerge_lora.py reverses a merge.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         type=number(Number(-1e6, 1e6)),
         nargs="+",
         metavar="W",
-        help="factor of each adapter's update in the sum (default for a single one: 1)",
+        help="factor of each adapter's update in the sum (default for a single adapter: 1)",
     )
     options.add_argument(
         "--out",
@@ -79,13 +79,13 @@ def parser() -> argparse.ArgumentParser:
         "--image-size",
         type=number(RESOLUTION),
         metavar="S",
-        help="with --format transformers: pixels of a side of the model's input (default: the run's)",
+        help="with --format transformers: side of the model's input in pixels (default: the run's)",
     )
-    options.add_argument("--dtype", choices=DTYPES, help="default: that of the base, or float32 if that is a half")
+    options.add_argument("--dtype", choices=DTYPES, help="default: the base's, or float32 if that is a half type")
     options.add_argument(
         "--alpha",
         type=number(ALPHA),
-        help="only for a checkpoint.pt that does not record it, and whose run has no lora.json",
+        help="only for a checkpoint.pt that does not record alpha and whose run has no lora.json",
     )
     options.add_argument(
         "--verify",
@@ -150,12 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def verify(args: argparse.Namespace, merged: "Merged", facts: dict[str, Any]) -> None:
-    """Compares the written file with base and unmerged adapter, records the result, and fails beyond the bound."""
+    """Compares the written file with base and unmerged adapter and records the result; fails beyond the bound."""
     from sam2_lora_ext.adapters.record import record_path, with_proof
     from sam2_lora_ext.deploy.verify import compare_merged
 
     made = "transformers' Sam2Model" if args.out.is_dir() else "stock SAM 2"
-    print(f"verify   {made} from {args.out}, and stock SAM 2 from {args.base} with the live adapter ...", flush=True)
+    print(f"verify   {made} from {args.out} against stock SAM 2 from {args.base} with the adapter ...", flush=True)
     result = compare_merged(args.out, args.base, merged.adapter, args.verify, args.image)
     write_json(record_path(args.out), with_proof(facts, args.verify, asdict(result)))
     print(f"weights  differ by at most {result.max_abs_weight_diff:.3g}")
@@ -166,11 +166,11 @@ def verify(args: argparse.Namespace, merged: "Merged", facts: dict[str, Any]) ->
     half = [name for name in merged.dtypes if name in ("float16", "bfloat16")]
     print(
         f"masks    {result.flipped:.4%} of the pixels differ, IoU at least {result.lowest_iou:.4f}, on average "
-        f"{result.mean_iou:.4f}{f': what {half[0]} costs' if half else ''}"
+        f"{result.mean_iou:.4f}{f': the effect of {half[0]}' if half else ''}"
     )
     if not result.passed:
         raise UserError(
-            f"{args.out} is not the adapter's model: its mask logits differ by "
-            f"{result.max_abs_logit_diff:.3g}, and {result.bound:.3g} is allowed"
+            f"{args.out} does not match base and adapter: its mask logits differ by "
+            f"{result.max_abs_logit_diff:.3g}, but only {result.bound:.3g} is allowed"
         )
     print("verified")

@@ -1,7 +1,7 @@
-"""Writes one HTML report on runs: facts, curves, tables, pictures, changes by layer, commands.
+"""Writes one HTML report about runs: facts, curves, tables, pictures, updates by layer, commands.
 
 The page needs no network and no other file. It includes an evaluation in RUN_DIR/evaluation (tools/evaluate.py --out)
-and an inspection in RUN_DIR/inspection (tools/evaluate_inspection.py --out). Data, crop and resolution are those of the
+and an inspection in RUN_DIR/inspection (tools/evaluate_inspection.py --out). Data, crop and resolution come from the
 run's record.
 """
 
@@ -21,7 +21,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from sam2_lora_ext.report.inspection import read_inspection
         from sam2_lora_ext.report.page import render
     except ModuleNotFoundError as error:
-        raise UserError(f"the report needs what training needs ({error}): pip install -e '.[sam2]'") from error
+        raise UserError(f"the report needs the packages of training ({error}): pip install -e '.[sam2]'") from error
     runs = read_runs(args.runs)
     found = [path / "evaluation" for path in args.runs if (path / "evaluation/evaluation.json").exists()]
     folders = args.evaluation or found
@@ -79,6 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_by_report(folder: Path) -> list[Path]:
-    """The files of a run or an evaluation, without pages of a report."""
+    """The files of a run or an evaluation except report pages."""
     files = folder.rglob("*") if folder.is_dir() else [folder]
     return [file for file in files if file.suffix != ".html" and file.is_file()]

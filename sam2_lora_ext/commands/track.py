@@ -1,8 +1,8 @@
-"""Tracks one defect along a strip with SAM 2's own video predictor: a click in one window, its mask in all others.
+"""Tracks one defect along a strip with SAM 2's own video predictor, from a click in one window to all other windows.
 
-The strip is cut into overlapping windows that move to both sides of the click, as `configs/severstal_lora_video.yaml`
-trains it; their masks are stitched back to the strip and drawn into a picture. Windows, bits, orientation and
-resolution are those of the run that contains the weights or of --run, or of a training config (-c).
+The strip is cut into overlapping windows, tracked to both sides of the click, as in the training of
+`configs/severstal_lora_video.yaml`; their masks are stitched and drawn into a picture. Windows, bits, orientation and
+resolution come from the run that contains the weights, from --run, or from a training config (-c).
 """
 
 import argparse
@@ -21,11 +21,11 @@ examples:
   python tools/track_strip.py --checkpoint steel.pt -c severstal_lora_video dataset.bits=12 --image strip.png \\
       --click 640,120 --out tracked.png
 """
-WIDTH = 512  # columns of a window, by default
+WIDTH = 512  # default columns of a window
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--config", metavar="NAME", help="the stock config (default: identified from the weights)")
     options.add_argument("--image", type=Path, required=True, metavar="FILE", help="the strip")
     options.add_argument(
-        "--click", required=True, metavar="X,Y", help="a pixel of the defect, from the strip's top left"
+        "--click", required=True, metavar="X,Y", help="a pixel of the defect, counted from the strip's top left"
     )
     options.add_argument(
         "--run", type=Path, metavar="RUN", help="the run of the weights (default: the run that contains --checkpoint)"
@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--stride", type=count, metavar="N", help="columns between windows (default: the run's, else half the width)"
     )
-    options.add_argument("--image-size", type=size, metavar="PIXELS", help="of the model's input (default: the run's)")
+    options.add_argument(
+        "--image-size", type=size, metavar="PIXELS", help="side of the model's input (default: the run's)"
+    )
     options.add_argument("--device", metavar="NAME", help="cpu, cuda ... (default: cuda if there is one, else cpu)")
     options.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
     options.add_argument("--force", action="store_true", help="replace an existing picture")
@@ -83,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(click) != 2 or not (0 <= click[0] < strip.shape[1] and 0 <= click[1] < strip.shape[0]):
             raise ValueError
     except ValueError as error:
-        raise UserError(f"--click is x,y inside the strip, got {args.click!r}") from error
+        raise UserError(f"--click must be x,y inside the strip, got {args.click!r}") from error
     if not args.checkpoint.is_file():
-        raise UserError(f"there is no file {args.checkpoint}; give merged weights with --checkpoint")
+        raise UserError(f"there is no file {args.checkpoint}: give merged weights with --checkpoint")
     width = min(args.width or (source and source.crop) or WIDTH, strip.shape[1])
     own = None if source is None or args.width else source.stride
     stride = args.stride or own or max(width // 2, 1)
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_device(args.device)
     config = args.config or identify(read_weights(args.checkpoint))
     if config is None:
-        raise UserError(f"{args.checkpoint} looks like no stock SAM 2: name its config with --config")
+        raise UserError(f"{args.checkpoint} fits no stock SAM 2 config: name its config with --config")
     check_inputs(config)
     overrides = [f"++model.image_size={size}"] if size else []
     predictor = build_sam2_video_predictor(config, device=args.device, hydra_overrides_extra=overrides)
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_atomic(args.out, lambda path: picture.save(path, format="PNG"), force=args.force)
     columns = np.flatnonzero(mask.any(axis=0))
     origin = f" (from {source.origin})" if source is not None else ""
-    print(f"windows of {width} columns at every {stride}, {bits} bits{origin}")
+    print(f"windows of {width} columns, one every {stride}, {bits} bits{origin}")
     print(
         f"{len(windows)} windows, {int(mask.sum())} pixels found"
         + (f" in columns {columns[0]}..{columns[-1]}" if len(columns) else "")

@@ -12,26 +12,28 @@ from sam2_lora_ext.settings.kinds import Number
 
 EXAMPLES = """\
 examples:
-  the adapter of a merged file, at the rank that it has:
+  the adapter of a merged file, at its own rank:
     python tools/unmerge_lora.py --base sam2.1_hiera_large.pt --merged merged.pt --out adapter
-  norms or a head were trained in full in addition to the adapter:
+  norms or a head trained in full in addition to the adapter:
     python tools/unmerge_lora.py --base sam2.1_hiera_tiny.pt --merged merged.pt --out adapter --full
   a smaller adapter than the merged one, with a large allowed error:
     python tools/unmerge_lora.py --base sam2.1_hiera_tiny.pt --merged merged.pt --out adapter --rank 4 --bound 0.9
 
-The folder can be used by merge_lora.py, for further training, and by PEFT. Its scaling is 1 (alpha equals the rank).
+The folder works with merge_lora.py, further training and PEFT. Its scaling is 1 (alpha equals the rank).
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the command line."""
     options = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--base", type=Path, required=True, metavar="FILE", help="the weights that were merged into")
-    options.add_argument("--merged", type=Path, required=True, metavar="FILE", help="the result, in any precision")
+    options.add_argument("--base", type=Path, required=True, metavar="FILE", help="the base of the merge")
+    options.add_argument("--merged", type=Path, required=True, metavar="FILE", help="the merged file, in any precision")
     options.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
-    options.add_argument("--rank", type=number(RANK), metavar="R", help="of every layer (default: the numerical rank)")
+    options.add_argument(
+        "--rank", type=number(RANK), metavar="R", help="rank of every layer (default: the numerical rank)"
+    )
     options.add_argument(
         "--bound",
         type=number(Number(0, 1)),
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Recovers, writes the adapter folder, and prints a summary."""
+    """Recovers the adapter, writes its folder, and prints a summary."""
     args = parser().parse_args(argv)
     from sam2_lora_ext.adapters.class_prompts import load_class_prompts
     from sam2_lora_ext.adapters.folder import refuse_adapter_folder
@@ -69,19 +71,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"written  {args.out}: {len(ranks)} LoRA layers"
         + (f" of rank {ranks[0]} to {ranks[-1]}" if ranks else "")
-        + f", {len(adapter.full_modules)} modules kept whole"
+        + f", {len(adapter.full_modules)} modules trained in full"
     )
     if found.errors:
         worst = max(found.errors, key=found.errors.__getitem__)
         print(
             f"error    {median(found.errors.values()):.3g} of a layer's change, at most {found.errors[worst]:.3g} in "
-            f"{worst} ({args.bound:g} is allowed in addition to rounding errors)"
+            f"{worst} ({args.bound:g} is allowed besides rounding errors)"
         )
         print(f"weights  base and adapter differ from {args.merged} by at most {found.max_abs_weight_diff:.3g}")
 
 
 def bar(changes: Iterable[Any]) -> Iterable[Any]:
-    """The layers with a progress bar on a terminal, where tqdm is installed."""
+    """The layers with a progress bar, if tqdm is installed and the output is a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:

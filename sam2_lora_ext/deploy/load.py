@@ -1,4 +1,4 @@
-"""Stock SAM 2 with switchable adapters, for SAM 2's own predictors. SAM 2 is imported only when a model is built.
+"""Builds stock SAM 2 with switchable adapters, for SAM 2's own predictors. Imports SAM 2 only to build a model.
 
 adapters = {"line 1": "runs/line1", "line 2": "runs/line2"}
 model = load_sam2("configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt", adapters)
@@ -44,17 +44,17 @@ def load_sam2(
 
     Args:
         config: name of a stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
-        base: the base's weight file (.pt, .safetensors), or any merged one.
-        adapter: a run folder, an adapter folder, a Trainer's checkpoint or an `Adapter`, with the name "default"; or
-            several by name, the first of which becomes active. None: the base alone, adapters may be added later.
+        base: the weight file of the base (.pt, .safetensors), which may be a merged file.
+        adapter: a run folder, an adapter folder, a Trainer's checkpoint or an `Adapter`, which gets the name "default";
+            or several by name, the first of which becomes active. None: the base only; adapters may be added later.
         video: build a `SAM2VideoPredictor`, which is a model and a predictor.
-        image_size: pixels of a side of the model's input instead of the config's.
-        device: by default the GPU when there is one, else the CPU.
+        image_size: side of the model's input in pixels, instead of the config's.
+        device: by default the GPU if there is one, else the CPU.
         apply_postprocessing: see `build_sam2`.
         hydra_overrides_extra: see `build_sam2`.
 
     Raises:
-        UserError: a file is missing or damaged, base and config differ in the model, or an adapter is of another base.
+        UserError: a file is missing or damaged, the base does not fit the config, or an adapter has another base.
     """
     from sam2.build_sam import build_sam2, build_sam2_video_predictor
 
@@ -66,7 +66,7 @@ def load_sam2(
         config, device="cpu", apply_postprocessing=apply_postprocessing, hydra_overrides_extra=overrides
     )
     load_strictly(model, base)
-    table_of(model).base_id = weights_id(model.state_dict())  # while the values are those of the file
+    table_of(model).base_id = weights_id(model.state_dict())  # before adapters change the values
     adapters = adapter if isinstance(adapter, Mapping) else {} if adapter is None else {"default": adapter}
     for name, source in adapters.items():
         add_adapter(model, name, source, base_path=base)
@@ -77,16 +77,16 @@ def load_sam2(
 
 
 def add_adapter(model: nn.Module, name: str, adapter: Source, *, base_path: str | Path = "the model's") -> None:
-    """Prepares one more adapter for `set_adapter`, with its class prompts if any; the active adapter does not change.
+    """Adds an adapter for `set_adapter`, with its class prompts if any; the active adapter does not change.
 
     Args:
-        model: of `load_sam2`, or any SAM 2 without adapters.
-        name: of the adapter.
+        model: from `load_sam2`, or any SAM 2 without adapters.
+        name: the adapter's name.
         adapter: see `load_sam2`.
         base_path: file of the model's base, for messages.
 
     Raises:
-        UserError: the name is in use, there is no such adapter, or it is of another base.
+        UserError: the name is in use, there is no such adapter, or the adapter has another base.
     """
     with disable_adapters(model):
         state = model.state_dict()

@@ -1,7 +1,7 @@
-"""The README.md of a model folder, which Hugging Face calls a model card: base, adapters, data, metrics, licence.
+"""Writes the model card, the README.md of a Hugging Face folder: base, adapters, data, metrics, licence.
 
-All facts are from the merge and from the records of the adapters' runs; missing ones are marked as unknown. Only the
-last part of a path is written, since a card is meant to be published.
+All facts come from the merge and the records of the adapters' runs; missing ones are marked as unknown. Only the last
+part of a path is written, since a card is meant to be published.
 """
 
 import math
@@ -50,8 +50,8 @@ VIDEO = "\n`Sam2VideoModel` and `Sam2VideoProcessor` load the same folder for tr
 LICENCE = """\
 ## Licence
 
-Meta's SAM 2 and its weights are under the Apache License 2.0; `license` above is for a model made from them. The terms
-of use of the data are not recorded: check them before you publish this model.
+Meta's SAM 2 and its weights are under the Apache License 2.0, hence the `license` above. The terms of use of the data
+are not recorded: check them before you publish this model.
 """
 
 
@@ -62,7 +62,7 @@ def model_card(merged: Merged, base: Path, folder: str, *, video: bool) -> str:
         merged: the merge, with the adapters' metadata.
         base: the file of the base's weights.
         folder: name of the model's folder.
-        video: whether the weights of the memory are in it.
+        video: whether the folder contains the weights of the memory.
     """
     stem = PurePath(merged.model or "").stem
     size = next((name for end, name in HUB.items() if stem.endswith(end)), None)
@@ -120,7 +120,7 @@ def _data(run: Path | None) -> Iterator[str]:
     """The training data of the run; without a run, a sentence that it is unknown."""
     yield from ("## Data", "")
     if run is None:
-        yield "The adapter was given without its run: its training data is unknown."
+        yield "The adapter does not belong to a run folder: its training data is unknown."
         return
     digests, source = read_run_config(run, warn=False)["data"], None
     for phase in ("train", "val"):
@@ -128,7 +128,7 @@ def _data(run: Path | None) -> Iterator[str]:
         try:
             source = from_run(run, phase)
         except UserError:
-            yield f"- {word}: not known, for the run's record has no data set that tools read"
+            yield f"- {word}: unknown, since the run's record names no data set that the tools can read"
             continue
         places = ", ".join(f"`{PurePath(place).name}`" for place in source.places.values())
         split = f", split {source.split} of `{PurePath(source.split_file).name}`" if source.split_file else ""
@@ -137,7 +137,7 @@ def _data(run: Path | None) -> Iterator[str]:
         yield f"- {word}: {READER_NAMES.get(source.format, source.format)}, {places}{split}{digest}"
     if source is not None:
         yield (
-            f"- the model saw {f'windows of {source.crop} columns' if source.crop else 'whole images'} at "
+            f"- model input: {f'windows of {source.crop} columns' if source.crop else 'whole images'} at "
             f"{source.resolution} x {source.resolution} pixels"
         )
     summary = _note(run / SUMMARY)
@@ -149,7 +149,7 @@ def _data(run: Path | None) -> Iterator[str]:
 
 
 def _metrics(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
-    """The validation that the adapter was exported with."""
+    """The metrics of the validation at which the adapter was exported."""
     yield from (f"## Metrics of `{path.name}`", "")
     metrics = facts.get("metrics")
     rows = (
@@ -165,8 +165,8 @@ def _metrics(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
         yield "The adapter records no validation."
         return
     yield from (
-        "On the run's validation data, with the prompts of training; `tools/evaluate.py` measures with "
-        "predictors and gives intervals.",
+        "On the run's validation data, with the prompts of training; `tools/evaluate.py` measures with the stock "
+        "predictors and computes intervals.",
         "",
         "| metric | value |",
         "|---|---|",
@@ -180,7 +180,7 @@ def _metrics(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _note(file: Path) -> dict[str, Any]:
-    """A JSON record of a run; empty if it is missing or damaged, since a card does not require it."""
+    """A JSON record of a run; empty if it is missing or damaged, since a card can do without it."""
     try:
         content = read_json(file, LARGEST_NOTE)
     except UserError:

@@ -25,8 +25,8 @@ from sam2_lora_ext.utils.files import refuse_existing, refuse_input_files, write
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FACTS = "export.json"
-BOUND = 1e-4  # share of the largest logit: other kernels sum in another order, about 1e-6 for each of dozens of layers
-TIMED, ENOUGH = 5, 10.0  # number of runs after a warm-up run, and the seconds after which no further one starts
+BOUND = 1e-4  # share of the largest logit; kernels differ in order of summation, about 1e-6 per layer
+TIMED, ENOUGH = 5, 10.0  # number of timed runs after a warm-up run; no further run starts after so many seconds
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Proof:
     Attributes:
         max_abs_logit_diff: largest difference of a mask logit, over all prompts and mask outputs.
         max_abs_logit: largest logit, for scale.
-        flipped: share of mask pixels that changed side.
+        flipped: share of mask pixels whose logit changed sign.
         bound: largest allowed `max_abs_logit_diff`.
         seconds: median by half ("image_encoder"; "mask_decoder" for one click) and runtime ("pytorch", "onnxruntime").
     """
@@ -65,13 +65,15 @@ def require_packages() -> None:
 def check_output(folder: Path, force: bool, inputs: Iterable[Path] = (), layout: str = "plain") -> None:
     """Raises a `UserError` when the files cannot be written: they exist and `force` is off, or they are `inputs`.
 
-    A config file of a labelling tool never remains with a pair that its runner cannot run.
+    It also refuses a folder with a labelling tool's config file of another layout, which would not fit the new files.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: --out names the folder of the ONNX files")
+        raise UserError(f"{folder} is a file: give --out the folder for the ONNX files")
     for name in configs_of_others(LAYOUTS[layout]):
         if (folder / name).exists():
-            raise UserError(f"{folder / name} belongs to a pair of another layout: choose another folder than {folder}")
+            raise UserError(
+                f"{folder / name} belongs to ONNX files of another layout: choose a folder other than {folder}"
+            )
     for name in (*(f"{half}.onnx" for half in PAIR), FACTS, *LAYOUTS[layout].configs):
         refuse_existing(folder / name, force)
         refuse_input_files(folder / name, inputs)
@@ -95,15 +97,15 @@ def export(
     Args:
         model: a stock SAM 2 on the CPU, see `build_stock`.
         folder: created if missing.
-        pixels: the image of the comparison, RGB in [0, 1] (1, 3, S, S); used for nothing else.
+        pixels: the image of the comparison, RGB in [0, 1] (1, 3, S, S).
         facts: further entries of export.json.
         force: replace existing files.
         report: called with a line about each stage.
         layout: a key of `LAYOUTS`.
-        name: of the model in a labelling tool.
+        name: the model's name in a labelling tool.
 
     Raises:
-        UserError: a package is missing, a file exists, the masks differ by more than the bound, or the system refuses.
+        UserError: a package is missing, a file exists or cannot be written, or the masks differ by more than the bound.
     """
     folder = Path(folder)
     require_packages()
@@ -122,7 +124,7 @@ def export(
             if not proof.passed:
                 raise UserError(
                     "the ONNX files differ from the model: their mask logits differ by "
-                    f"{proof.max_abs_logit_diff:.3g}, and {proof.bound:.3g} is allowed; none was written"
+                    f"{proof.max_abs_logit_diff:.3g}, but only {proof.bound:.3g} is allowed; nothing was written"
                 )
             folder.mkdir(exist_ok=True)
             for file in (f"{half}.onnx" for half in PAIR):
@@ -149,7 +151,7 @@ def export(
 
 
 def prove(model: nn.Module, folder: Path, pixels: Tensor, layout: str = "plain") -> Proof:
-    """Runs all `PROMPTS` through the files, each alone and those of one point together, against stock SAM 2."""
+    """Compares the files with stock SAM 2 on all `PROMPTS`, each alone, and those of one point as a batch."""
     size, chosen = pixels.shape[-1], LAYOUTS[layout]
     encoder, decoder = (session(folder / f"{name}.onnx") for name in PAIR)
     image = dict(zip(chosen.inputs["image_encoder"], (chosen.image(pixels),)))
@@ -207,7 +209,7 @@ def session(path: Path) -> Any:
 
 
 def _write(half: nn.Module, layout: Layout, name: str, inputs: tuple[Tensor, ...], path: Path) -> None:
-    """Traces one half into one file; the numbers of prompts and of points stay open."""
+    """Traces one half into one file; the numbers of prompts and points are dynamic."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the exporter about its own names and internals
         torch.onnx.export(

@@ -1,6 +1,6 @@
-"""Inputs, outputs and their order in the two ONNX files, for user code or for labelling tools.
+"""Defines the inputs and outputs of the two ONNX files and their order, for user code or labelling tools.
 
-Legend: S pixels of a side of the input · B prompts · N points of each.
+Legend: S side of the input in pixels · B prompts · N points per prompt.
 
 `plain` is for user code; see `onnx_models.py`. `samexporter` is the interface of samexporter's runner for SAM 2, which
 AnyLabeling and X-AnyLabeling include too: they identify inputs and outputs by position and not by name, scale points to
@@ -22,21 +22,21 @@ from sam2_lora_ext.deploy.stock import normalised
 
 FEATURES = ("image_embed", "high_res_feats_0", "high_res_feats_1")
 PAIR = ("image_encoder", "mask_decoder")  # the files' names, without .onnx
-MANY = 1 << 16  # prompts, or points of one, in a call
+MANY = 1 << 16  # largest number of prompts, and of points per prompt, in a call
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One pair of files.
+    """The interface of one pair of files.
 
     Attributes:
         halves: the modules, by file.
-        inputs: names in order, by file.
-        outputs: the same.
-        image: RGB in [0, 1] (1, 3, S, S) as the encoder takes it.
-        prompt: points (B, N, 2), labels (B, N) and S as the decoder takes them, in the order of its inputs.
-        masks: stock's mask outputs (of four) that the decoder returns.
-        configs: name -> text of a tool's config file, from the model's name and S.
+        inputs: names of the inputs in order, by file.
+        outputs: names of the outputs in order, by file.
+        image: RGB in [0, 1] (1, 3, S, S) -> the encoder's input.
+        prompt: points (B, N, 2), labels (B, N) and S -> the decoder's inputs, in order.
+        masks: which of stock's four mask outputs the decoder returns.
+        configs: file name -> function from the model's name and S to the text of a tool's config file.
     """
 
     halves: dict[str, Callable[[nn.Module], nn.Module]]
@@ -58,10 +58,10 @@ class Layout:
         return {"image_encoder": (self.image(pixels),), "mask_decoder": (*map(features.get, FEATURES), *prompt)}
 
     def open_sizes(self, name: str) -> list[dict[int, Any] | None]:
-        """The dynamic axes of each input of a half: prompts, points of a prompt, flags of prompts."""
+        """The dynamic axes of each input of a half: prompts, points per prompt, flags of prompts."""
         from torch.export import Dim
 
-        # torch.export treats traced sizes of 0 and 1 as constants, so the examples have others
+        # torch.export treats traced sizes of 0 and 1 as constants, so the examples have larger sizes
         prompts, points, flags = (Dim(axis, min=1, max=MANY) for axis in ("prompts", "points", "flags"))
         point = {0: prompts, 1: points}
         axes = {"point_coords": point, "point_labels": point, "mask_input": {0: prompts}, "has_mask_input": {0: flags}}
@@ -69,12 +69,12 @@ class Layout:
 
 
 def config_text(kind: str, with_size: bool, name: str, size: int) -> str:
-    """The YAML with which a labelling tool loads the pair as a custom model.
+    """The YAML config of the pair as a custom model of a labelling tool.
 
     Args:
-        kind: the tool's name of the type of the model.
-        with_size: AnyLabeling needs the size too.
-        name: shown in the tool's list.
+        kind: the tool's name for this type of model.
+        with_size: write the size too, which AnyLabeling needs.
+        name: the name in the tool's list.
         size: S.
     """
     encoder, decoder = (f"{half}.onnx" for half in PAIR)
@@ -94,7 +94,7 @@ def _plain_prompt(coords: Tensor, labels: Tensor, size: int) -> tuple[Tensor, ..
 
 
 def _labelling_prompt(coords: Tensor, labels: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Labels as floats, and no mask."""
+    """Points, labels as floats, and an unused mask."""
     prompts = len(coords)
     return coords, labels.float(), torch.zeros(prompts, 1, size // 4, size // 4), torch.zeros(prompts)
 
@@ -132,5 +132,5 @@ LAYOUTS = {
 
 
 def configs_of_others(layout: Layout) -> Iterable[str]:
-    """Config files of other layouts that this one does not have."""
+    """The names of config files that only other layouts write."""
     return sorted({name for other in LAYOUTS.values() for name in other.configs} - set(layout.configs))

@@ -1,6 +1,6 @@
 """The two halves of a stock SAM 2 for ONNX files: the image encoder, and the prompt encoder with mask decoder.
 
-Legend: S pixels of a side of the input · D width of the features · B prompts · N points of each ·
+Legend: S side of the input in pixels · D width of the features · B prompts · N points per prompt ·
 C = 4 mask outputs.
 
     pixels (1, 3, S, S), RGB in [0, 1]                       -> image_embed (1, D, S/16, S/16)
@@ -9,9 +9,9 @@ C = 4 mask outputs.
     these three, point_coords (B, N, 2), point_labels (B, N) -> masks (B, C, S/4, S/4), iou_predictions (B, C),
                                                                 object_score (B, 1)
 
-`point_coords` are x before y in pixels of the squashed input; `point_labels` int64: 1 on the object, 0 outside, 2 and
-3 the top left and bottom right corner of a box, -1 for none. `masks` are logits: output 0 is the single mask, 1 to 3
-are those of multimask, and `iou_predictions` is the predicted IoU of each.
+`point_coords` are x before y in pixels of the resized input; `point_labels` are int64: 1 on the object, 0 outside, 2
+and 3 the top left and bottom right corner of a box, -1 padding. `masks` are logits: output 0 is the single mask, 1 to 3
+are the multimask outputs, and `iou_predictions` is the predicted IoU of each.
 
 The halves for labelling tools omit steps of their runners: see `LabellingImageHalf` and `LabellingPromptHalf`.
 """
@@ -23,7 +23,7 @@ from sam2_lora_ext.deploy.stock import normalised
 
 
 class ImageHalf(nn.Module):
-    """Normalisation, the image encoder, and the decoder's projections of its fine features."""
+    """Normalisation, the image encoder, and the decoder's projections of the high-resolution features."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ImageHalf(nn.Module):
 
 
 class PromptHalf(nn.Module):
-    """Prompt encoder and mask decoder, for any number of prompts on one image; boxes are points, as in predictors."""
+    """Prompt encoder and mask decoder for any number of prompts on one image; boxes are points, as in predictors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -86,10 +86,10 @@ class LabellingImageHalf(ImageHalf):
 
 
 class LabellingPromptHalf(PromptHalf):
-    """`PromptHalf` with a mask as a further prompt; returns the three multimask outputs, of which runners use the best.
+    """`PromptHalf` with a mask as a further prompt; returns the multimask outputs, and runners show the best of them.
 
     The features, point_coords (B, N, 2), point_labels (B, N) as floats, mask_input (B, 1, S/4, S/4) logits,
-    has_mask_input (B) or (1): 1 where `mask_input` counts, 0 where not -> masks (B, 3, S/4, S/4), iou_predictions
+    has_mask_input (B) or (1), 1 to use `mask_input` and 0 to ignore it -> masks (B, 3, S/4, S/4), iou_predictions
     (B, 3).
     """
 
@@ -106,7 +106,7 @@ class LabellingPromptHalf(PromptHalf):
         sparse, dense = self.prompts(points=(coords, labels), boxes=None, masks=mask)
         none = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
         last = torch.arange(given.shape[0])[-1:]
-        given = given[torch.minimum(torch.arange(coords.shape[0]), last)]  # some runners give one flag for all prompts
+        given = given[torch.minimum(torch.arange(coords.shape[0]), last)]  # some runners pass one flag for all prompts
         dense = torch.where(given.reshape(-1, 1, 1, 1) > 0, dense, none)
         masks, iou, _ = self.answer(embed, fine, middle, sparse, dense)
         return masks[:, 1:], iou[:, 1:]

@@ -1,4 +1,4 @@
-"""Adapts SAM 2's own predictors to a model with another input size than 1024. Imports nothing of SAM 2."""
+"""Adapts SAM 2's own predictors to a model with an input size other than 1024. Does not import SAM 2."""
 
 from typing import Any, TypeVar
 
@@ -9,14 +9,14 @@ Predictor = TypeVar("Predictor")
 
 
 def fit_predictor(predictor: Predictor) -> Predictor:
-    """Sets the sizes of the feature maps to those of the model's input, in place; stock has those of 1024 pixels.
+    """Sets the predictor's feature map sizes for the model's input size, in place; stock's are for 1024 pixels.
 
     Args:
         predictor: a `SAM2ImagePredictor`, or a `SAM2AutomaticMaskGenerator`, which contains one. A
             `SAM2VideoPredictor` does not need this.
 
     Raises:
-        UserError: it is neither.
+        UserError: the predictor is neither of them.
     """
     inner: Any = getattr(predictor, "predictor", predictor)
     if not hasattr(inner, "_bb_feat_sizes"):

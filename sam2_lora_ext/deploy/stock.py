@@ -1,6 +1,6 @@
-"""Stock SAM 2 on one image: built from its config and a weight file, its input, its mask logits. Needs sam2.
+"""Builds stock SAM 2 from its config and a weight file, and computes mask logits on one image. Needs sam2.
 
-Legend: B prompts · N points of a prompt · C = 4 mask outputs, the single one and multimask's three ·
+Legend: B prompts · N points per prompt · C = 4 mask outputs, the single mask and the three multimask outputs ·
 H W input pixels.
 """
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sam2_lora_ext.adapters.weights import explain_mismatch, read_weights
 from sam2_lora_ext.utils.errors import UserError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of SAM 2's input
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalisation of SAM 2's input
 POSITIVE, NEGATIVE, TOP_LEFT, BOTTOM_RIGHT = 1, 0, 2, 3  # SAM 2's labels of points and of the corners of a box
 PROMPTS = [  # (x, y) as shares of the image, with labels
     ([(0.50, 0.50)], [POSITIVE]),
@@ -27,7 +27,7 @@ PROMPTS = [  # (x, y) as shares of the image, with labels
 
 
 def check_inputs(config: str, image: str | Path | None = None) -> None:
-    """Checks the inputs of `build_stock` and `read_image` early.
+    """Checks the inputs of `build_stock` and `read_image` before the slow work.
 
     Raises:
         UserError: there is no such config, it is not an inference config, or the image cannot be read.
@@ -42,7 +42,7 @@ def check_inputs(config: str, image: str | Path | None = None) -> None:
     except MissingConfigException as error:
         raise UserError(f"there is no config {config!r}: {stock}") from error
     if not known:
-        raise UserError(f"{config} is not an inference config (it has no key model at its top): {stock}")
+        raise UserError(f"{config} is not an inference config (it has no top-level key model): {stock}")
     if image is not None:
         read_image(image, 8)
 
@@ -53,7 +53,7 @@ def build_stock(config: str, weights: str | Path | None = None, image_size: int 
     Args:
         config: name of a stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
         weights: file to load; by default the weights remain random.
-        image_size: pixels of a side of the input, instead of the config's.
+        image_size: side of the input in pixels, instead of the config's.
 
     Raises:
         UserError: there is no such config, or the weights do not fit it.
@@ -76,7 +76,7 @@ def build_stock(config: str, weights: str | Path | None = None, image_size: int 
 
 
 def load_strictly(model: nn.Module, weights: str | Path) -> None:
-    """Loads a weight file of exactly the model's keys; raises `UserError` with the likely config otherwise."""
+    """Loads a weight file with exactly the model's keys; otherwise raises a `UserError` with the likely config."""
     state = read_weights(weights)
     if mismatch := explain_mismatch(state, model.state_dict()):
         raise UserError(f"{weights}: {mismatch}")
@@ -84,17 +84,17 @@ def load_strictly(model: nn.Module, weights: str | Path) -> None:
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
-    """An image file as SAM 2's input (1, 3, H, W), squashed to `size` x `size` and normalised."""
+    """An image file as SAM 2's input (1, 3, H, W), resized to `size` x `size` and normalised."""
     return normalised(read_pixels(path, size))
 
 
 def noise_image(size: int) -> Tensor:
-    """Smooth noise as SAM 2's input (1, 3, H, W), the same for each call."""
+    """Smooth noise as SAM 2's input (1, 3, H, W), the same in each call."""
     return normalised(noise_pixels(size))
 
 
 def read_pixels(path: str | Path, size: int) -> Tensor:
-    """An image file as RGB in [0, 1], (1, 3, H, W), upright, squashed to `size` x `size`."""
+    """An image file as RGB in [0, 1], (1, 3, H, W), upright, resized to `size` x `size`."""
     import numpy as np
     from PIL import Image
 
@@ -109,7 +109,7 @@ def read_pixels(path: str | Path, size: int) -> Tensor:
 
 
 def noise_pixels(size: int) -> Tensor:
-    """Smooth noise as RGB in [0, 1], (1, 3, H, W), the same for each call."""
+    """Smooth noise as RGB in [0, 1], (1, 3, H, W), the same in each call."""
     coarse = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
 

@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 
 TINT = (0, 180, 255)
-SURE = 10.0  # logits are clamped here: a window without the object has -1024, which would dominate the average
-GAP = 5  # white columns between the windows of the picture
+SURE = 10.0  # bound of the logits; SAM 2 returns -1024 for a window without the object, which would dominate averages
+GAP = 5  # white columns between the windows in the picture
 
 
 def track(
     predictor: Any, strip: np.ndarray, windows: Sequence[tuple[int, int]], click: tuple[int, int]
 ) -> torch.Tensor:
-    """Logits float32 [N, H, w] of the clicked object in each of N windows, within -`SURE`..`SURE`.
+    """Logits float32 [N, H, w] of the clicked object in each of N windows, clamped to -`SURE`..`SURE`.
 
     Args:
         predictor: a `SAM2VideoPredictor`.
         strip: uint8 [H, W, 3].
-        windows: [start, stop) columns, from left to right, all of one width.
+        windows: [start, stop) columns, from left to right, all of the same width.
         click: (x, y) on the strip.
     """
     holding = [position for position, (start, stop) in enumerate(windows) if start <= click[0] < stop]
@@ -47,20 +47,20 @@ def draw(
     windows: Sequence[tuple[int, int]],
     tiles: np.ndarray,
 ) -> Image.Image:
-    """The strip; below it the strip with the mask tinted and the click as a cross; below that the masks of the windows.
+    """Draws the strip, below it the strip with the tinted mask and the click as a cross, then the windows' masks.
 
     Args:
         strip: uint8 [H, W, 3].
         mask: bool [H, W].
         click: (x, y).
-        windows: [start, stop) columns of N windows of one width w.
+        windows: [start, stop) columns of N windows of the same width w.
         tiles: bool [N, H, w].
     """
     height, width = mask.shape
     shown = tint(strip, mask)
     x, y = click
     shown[y, max(x - 6, 0) : x + 7] = shown[max(y - 6, 0) : y + 7, x] = (255, 40, 40)
-    step = width / len(windows)  # columns of the picture for each window, GAP of them white
+    step = width / len(windows)  # columns per window in the picture, including GAP white ones
     small = max(1, round(step) - GAP), max(1, round(height * (step - GAP) / (windows[0][1] - windows[0][0])))
     picture = Image.new("RGB", (width, 2 * height + GAP + small[1]), (255, 255, 255))
     picture.paste(Image.fromarray(np.concatenate([strip, shown])))
@@ -71,7 +71,7 @@ def draw(
 
 
 def tint(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A copy of uint8 [H, W, 3] with the mask bool [H, W] in colour."""
+    """A copy of uint8 [H, W, 3] with the mask bool [H, W] tinted."""
     shown = pixels.copy()
     shown[mask] = (shown[mask] * 0.5 + np.array(TINT) * 0.5).astype(np.uint8)
     return shown

@@ -1,8 +1,8 @@
-"""The architecture of a SAM 2 as transformers' `Sam2Config` and `Sam2VideoConfig` take it, from its weights' shapes.
+"""Derives the arguments of transformers' `Sam2Config` and `Sam2VideoConfig` from the shapes of SAM 2's weights.
 
 `ARCHITECTURES` has the settings that shapes do not determine (windows, global attention, heads), by size. Torch only.
 
-Legend: C width of the features (256) · M width of the memory (64) · S pixels of a side of the input.
+Legend: C width of the features (256) · M width of the memory (64) · S side of the input in pixels.
 """
 
 import math
@@ -26,9 +26,9 @@ class Architecture(NamedTuple):
     """The settings that the shapes of the weights do not determine.
 
     Attributes:
-        windows: side of the attention's windows, by stage.
+        windows: side of the attention windows, by stage.
         global_blocks: indices of the blocks with global attention.
-        heads: of the first stage; each later stage has twice as many as the previous one.
+        heads: number of heads in the first stage; each later stage has twice as many as the previous one.
         image_size: S of the stock config.
     """
 
@@ -38,7 +38,7 @@ class Architecture(NamedTuple):
     image_size: int = 1024
 
 
-ARCHITECTURES = {  # end of the stock config's name; SAM 2.0 and 2.1 are alike
+ARCHITECTURES = {  # end of the stock config's name -> settings, equal for SAM 2.0 and 2.1
     "hiera_t": Architecture((8, 4, 14, 7), (5, 7, 9), 1),
     "hiera_s": Architecture((8, 4, 14, 7), (7, 10, 13), 1),
     "hiera_b+": Architecture((8, 4, 14, 7), (12, 16, 20), 2),
@@ -48,19 +48,19 @@ ARCHITECTURES = {  # end of the stock config's name; SAM 2.0 and 2.1 are alike
 
 
 def image_config(state: Mapping[str, Tensor], image_size: int | None = None) -> dict[str, Any]:
-    """The arguments of `Sam2Config`, the first three of `Sam2VideoConfig`, for a SAM 2 with these weights.
+    """The arguments of `Sam2Config` (also the first three of `Sam2VideoConfig`) for a SAM 2 with these weights.
 
     Args:
-        state: of a whole model, see `identify`.
-        image_size: S, if the model is used at another size than its stock config's; a multiple of 32.
+        state: the state dict of a whole model, see `identify`.
+        image_size: S, if it differs from the stock config's; a multiple of 32.
 
     Raises:
-        UserError: the weights are of no known size, or `image_size` is not a multiple of 32.
+        UserError: the weights have no known size, or `image_size` is not a multiple of 32.
     """
     known = _architecture(state)
     size = known.image_size if image_size is None else image_size
     if size < 32 or size % 32:
-        raise UserError(f"an input of {size} pixels a side does not fit SAM 2: give a multiple of 32")
+        raise UserError(f"SAM 2 cannot use an input with a side of {size} pixels: give a multiple of 32")
     return {
         "vision_config": {"model_type": "sam2_vision_model", **_vision(state, known, size)},
         "prompt_encoder_config": {
@@ -87,8 +87,8 @@ def _architecture(state: Mapping[str, Tensor]) -> Architecture:
     name = identify(state)
     if name is None:
         raise UserError(
-            "the weights are of no stock size of SAM 2 or 2.1, and their shapes alone do not determine the windows and "
-            "heads that transformers' config needs: merge into a .pt file instead"
+            "the weights have no stock size of SAM 2 or 2.1, and their shapes alone do not determine the windows and "
+            "heads for transformers' config: merge into a .pt file instead"
         )
     return next(known for end, known in ARCHITECTURES.items() if Path(name).stem.endswith(end))
 
@@ -133,7 +133,7 @@ def _memory(state: Mapping[str, Tensor], size: int) -> dict[str, Any]:
     """The arguments that only `Sam2VideoModel` uses."""
     width = _rows(state, "memory_attention.layers.0.self_attn.q_proj")
     out, into, kernel, _ = state[DOWN.format(0)].shape
-    stride = math.isqrt(out // into)  # channels grow as the area shrinks
+    stride = math.isqrt(out // into)  # channels grow by the factor by which the area shrinks
     steps = max(int(key.split(".")[3]) for key in state if key.startswith("memory_encoder.mask_downsampler.")) // 3
     fuser = "memory_encoder.fuser.layers.{}"
     fused, _, fuser_kernel, _ = state[f"{fuser.format(0)}.dwconv.weight"].shape

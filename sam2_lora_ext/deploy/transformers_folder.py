@@ -1,13 +1,13 @@
-"""A merged SAM 2 as a folder that Hugging Face transformers loads, with nothing of this package. Needs transformers.
+"""Writes a merged SAM 2 as a folder that Hugging Face transformers loads without this package. Needs transformers.
 
     FOLDER/
-      config.json            of `Sam2VideoModel`, which `Sam2Model` and the pipelines read too
-      processor_config.json  of `Sam2VideoProcessor`, which `Sam2Processor` reads too
-      model.safetensors      all weights, with those of the memory, which `Sam2Model` ignores
+      config.json            for `Sam2VideoModel`; `Sam2Model` and the pipelines read it too
+      processor_config.json  for `Sam2VideoProcessor`; `Sam2Processor` reads it too
+      model.safetensors      all weights, including those of the memory, which `Sam2Model` ignores
       README.md              the model card, see `model_card`
 
-`Sam2VideoModel` can have a memory of 64 channels only: the folder of another model (the small one of
-configs/sam2_nano.yaml has 16) is of `Sam2Model` and `Sam2Processor`, without the weights of the memory.
+`Sam2VideoModel` supports only a memory of 64 channels: the folder of another model (configs/sam2_nano.yaml has 16) is
+for `Sam2Model` and `Sam2Processor`, without the weights of the memory.
 """
 
 import os
@@ -43,7 +43,7 @@ def require_transformers() -> None:
         from transformers import Sam2VideoModel  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"a folder for transformers is written with that library ({error}): pip install 'transformers>=5.24'"
+            f"writing a folder for transformers needs that library ({error}): pip install 'transformers>=5.24'"
         ) from error
 
 
@@ -52,8 +52,8 @@ def refuse_model_folder(out: Path, inputs: Iterable[str | Path], force: bool) ->
 
     Args:
         out: missing or an empty folder, or with `force` a folder of this kind.
-        inputs: files and folders that are read; `out` may not be, contain or be inside one of them.
-        force: replace a model.
+        inputs: files and folders that are read; `out` must not be one of them, contain one or be inside one.
+        force: replace an existing model folder.
     """
     refuse_inputs(out, inputs)
     there = existing_folder(out.resolve())
@@ -62,7 +62,7 @@ def refuse_model_folder(out: Path, inputs: Iterable[str | Path], force: bool) ->
     if not force:
         raise UserError(EXISTS.format(out))
     if not all((there / name).is_file() for name in (CONFIG, WEIGHTS)):
-        raise UserError(f"--force replaces a model of transformers, but {out} is not one: choose another folder")
+        raise UserError(f"--force replaces a transformers model, but {out} is not one: choose another folder")
 
 
 def write_model_folder(
@@ -74,17 +74,18 @@ def write_model_folder(
     force: bool = False,
     **options: Any,
 ) -> Merged:
-    """Merges adapters into a base and writes the result as a folder, as one unit.
+    """Merges adapters into a base and writes the result as a folder, completely or not at all.
 
     Args:
-        base: see `merge_files`, as `adapters`.
+        base: see `merge_files`.
+        adapters: see `merge_files`.
         out: the folder to write.
-        image_size: pixels of a side of the model's input; by default that of the adapters' runs, else the stock one.
+        image_size: side of the model's input in pixels; by default that of the adapters' runs, else the stock one.
         force: replace a folder of this kind.
         **options: see `merge_to`.
 
     Raises:
-        UserError: something is missing, damaged, of another model, of no known size, or would be overwritten.
+        UserError: an input is missing, damaged, of another model or of no known size, or `out` would be overwritten.
     """
     require_transformers()
     refuse_model_folder(out, [base, *adapters], force)
@@ -96,7 +97,7 @@ def write_model_folder(
     def write(temporary: Path) -> None:
         def save(merged: Mapping[str, Tensor], prompts: Any, on_written: Any) -> None:
             if prompts is not None:
-                dropped.append("class prompts are left out: Sam2Model has only clicks and boxes")
+                dropped.append("class prompts are left out: Sam2Model supports only clicks and boxes")
             config = make_config(merged, size)
             state = their_state(merged, config)
             config.save_pretrained(temporary)
@@ -114,7 +115,7 @@ def write_model_folder(
 
 
 def trained_size(adapters: Iterable[str | Path]) -> int | None:
-    """Pixels of a side of the input that the adapters' runs trained at; None if no run records it.
+    """Side of the input in pixels at which the adapters' runs trained; None if no run records it.
 
     Raises:
         UserError: the runs differ.
@@ -128,7 +129,7 @@ def trained_size(adapters: Iterable[str | Path]) -> int | None:
 
 
 def make_config(state: Mapping[str, Tensor], image_size: int | None = None) -> "Sam2VideoConfig | Sam2Config":
-    """transformers' config of a state dict of SAM 2; see `video_config`."""
+    """transformers' config for a state dict of SAM 2; see `video_config`."""
     from transformers import Sam2Config, Sam2VideoConfig
 
     if memory_width(state) == MEMORY_WIDTH:
@@ -142,7 +143,7 @@ def make_config(state: Mapping[str, Tensor], image_size: int | None = None) -> "
 
 
 def make_processor(config: "Sam2VideoConfig | Sam2Config") -> "Sam2VideoProcessor | Sam2Processor":
-    """The processor of images, videos and prompts: squashes to S x S, and normalises as SAM 2 does."""
+    """The processor of images, videos and prompts: resizes to S x S and normalises as SAM 2 does."""
     from transformers import Sam2ImageProcessor, Sam2Processor, Sam2VideoProcessor, Sam2VideoVideoProcessor
 
     side = config.prompt_encoder_config.image_size
@@ -154,10 +155,10 @@ def make_processor(config: "Sam2VideoConfig | Sam2Config") -> "Sam2VideoProcesso
 
 
 def their_state(state: Mapping[str, Tensor], config: "Sam2VideoConfig | Sam2Config") -> dict[str, Tensor]:
-    """A state dict of SAM 2 as that of the model of this config.
+    """Converts a state dict of SAM 2 to that of the transformers model of this config.
 
     Raises:
-        UserError: the installed transformers has other modules than version 5.24.
+        UserError: the modules of the installed transformers differ from those of version 5.24.
     """
     import transformers
 
@@ -169,25 +170,25 @@ def their_state(state: Mapping[str, Tensor], config: "Sam2VideoConfig | Sam2Conf
     for key in (*wanted, *([] if config.model_type == "sam2" else renamed)):
         if key not in wanted or key not in renamed or wanted[key].shape != renamed[key].shape:
             raise UserError(
-                f"transformers {transformers.__version__} has another {kind.__name__} than this version of "
+                f"transformers {transformers.__version__} defines another {kind.__name__} than this version of "
                 f"sam2_lora_ext writes ({key}): install transformers 5.24"
             )
     return {key: renamed[key] for key in wanted}
 
 
 def left_out(state: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> list[str]:
-    """A note with the tensors of SAM 2 that are not in a folder; empty if all are."""
+    """A note about the tensors of SAM 2 that are not in a folder; empty if all are."""
     missing = sorted({key.split(".")[0] for key in state.keys() - state_from_transformers(written).keys()})
     if not missing:
         return []
     return [
-        f"left out: {', '.join(missing)}, since transformers' Sam2VideoModel has a memory of {MEMORY_WIDTH} channels "
-        f"only and this model's has {memory_width(state)}: the folder is for Sam2Model"
+        f"left out: {', '.join(missing)}, since transformers' Sam2VideoModel supports only a memory of {MEMORY_WIDTH} "
+        f"channels and this model's memory has {memory_width(state)}: the folder is for Sam2Model"
     ]
 
 
 def folder_size(folder: Path) -> int:
-    """Pixels of a side of the input of the model in a folder."""
+    """Side of the input in pixels of the model in a folder."""
     return read_json(folder / CONFIG, LARGEST_NOTE)["prompt_encoder_config"]["image_size"]
 
 
@@ -195,7 +196,7 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     """The weights in a folder as a state dict of SAM 2.
 
     Raises:
-        UserError: there are none, or they are not those of a `Sam2VideoModel`.
+        UserError: there are none, or they do not belong to a `Sam2VideoModel`.
     """
     return state_from_transformers(read_weights(folder / WEIGHTS))
 
@@ -204,7 +205,7 @@ def folder_logits(folder: Path, image: Tensor) -> Tensor:
     """`mask_logits` of the `Sam2Model` in a folder: for `PROMPTS` on one image, at low resolution, (B, 4, S/4, S/4).
 
     Args:
-        folder: see above.
+        folder: the model's folder.
         image: SAM 2's input (1, 3, S, S).
     """
     from transformers import Sam2Model
@@ -215,7 +216,7 @@ def folder_logits(folder: Path, image: Tensor) -> Tensor:
 
 
 def model_logits(model: Any, image: Tensor) -> Tensor:
-    """`folder_logits` of a `Sam2Model` that is loaded, also inside a PEFT model."""
+    """`folder_logits` of a loaded `Sam2Model`, which may be inside a PEFT model."""
     outputs, size = [], image.shape[-1]
     with torch.no_grad():
         for points, labels in PROMPTS:

@@ -13,20 +13,20 @@ from sam2_lora_ext.deploy.transformers_folder import folder_logits, folder_size,
 from sam2_lora_ext.lora import attach_adapter, lora_layers
 
 LOGIT_BOUND = 1e-4
-HALF_BOUNDS = {torch.float16: 0.01, torch.bfloat16: 0.08}  # share of the largest logit: about ten times the usual
+HALF_BOUNDS = {torch.float16: 0.01, torch.bfloat16: 0.08}  # share of the largest logit; about ten times the usual error
 
 
 @dataclass
 class Comparison:
-    """The comparison of merged and unmerged.
+    """The comparison of a merged file with its base and adapter.
 
     Attributes:
         max_abs_weight_diff: largest difference of the file from the merged weights in float64, over all tensors.
         max_abs_logit_diff: largest difference of a low-resolution mask logit, over all prompts and mask outputs.
         max_abs_logit: largest logit, for scale.
-        flipped: share of mask pixels that changed side.
-        lowest_iou: of a mask with its counterpart.
-        mean_iou: over all prompts and mask outputs.
+        flipped: share of mask pixels whose logit changed sign.
+        lowest_iou: lowest IoU of a merged mask with its unmerged counterpart.
+        mean_iou: mean IoU over all prompts and mask outputs.
         bound: largest allowed `max_abs_logit_diff` for the dtypes in the file.
     """
 
@@ -47,18 +47,18 @@ class Comparison:
 def compare_merged(
     merged: str | Path, base: str | Path, adapter: Adapter, config: str, image: str | Path | None = None
 ) -> Comparison:
-    """Builds stock SAM 2 from the merged file, and another from the base with the adapter, and compares them.
+    """Compares stock SAM 2 built from the merged file with stock SAM 2 built from the base with the adapter.
 
     Args:
         merged: the file to verify, loaded by `build_sam2` itself unless it is safetensors; or a folder, loaded by
             transformers' `Sam2Model`.
-        base: the weights that were merged.
-        adapter: that was merged into them.
+        base: the weights that the adapter was merged into.
+        adapter: the merged adapter.
         config: name of the stock config, e.g. `configs/sam2.1/sam2.1_hiera_l.yaml`.
-        image: to segment; by default smooth noise, the same each time.
+        image: image to segment; by default smooth noise, the same each time.
 
     Raises:
-        UserError: there is no such config, or the weights are of another one, or the image cannot be read.
+        UserError: there is no such config, the weights do not fit it, or the image cannot be read.
     """
     folder = Path(merged) if Path(merged).is_dir() else None
     live = build_stock(config, image_size=folder_size(folder) if folder else None)

@@ -1,1 +1,1 @@
-"""Checks before a long training: environment, config, checkpoint, data, one real step, disk."""
+"""Checks to run before a long training: environment, config, checkpoint, data, one real step, disk."""

@@ -1,4 +1,4 @@
-"""Checks of class prompts: whether model and data agree, what the validation lacks, and a step of each kind."""
+"""Checks class prompts: whether model and data agree, whether the validation is complete, and a step of each kind."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +13,10 @@ AREA = "class prompts"
 
 
 def check_classes(training: Training) -> Iterator[Finding]:
-    """Model and data agree on the classes and on the width of windows; nothing to say without class prompts.
+    """Whether model and data agree on the classes and the width of windows; no finding without class prompts.
 
     Raises:
-        UserError: they do not, as training would say it.
+        UserError: they do not agree, with the same message as in training.
     """
     tokens, steps, val = find_tokens(training.model), class_steps(training), training.trainer["data"].get("val") or {}
     check_rates((training.trainer.get("optim") or {}).get("options"), training.model)
@@ -33,34 +33,37 @@ def check_classes(training: Training) -> Iterator[Finding]:
     said = f"{tokens.tokens.shape[1]} tokens each for {table}; {steps.share:.0%} of the steps train them"
     yield green(AREA, f"{said}, {steps.corrections:.0%} of these with correction clicks")
     for sentence in shortcomings(tiles) if tiles is not None else ():
-        yield yellow(AREA, sentence, "look at the split")
+        yield yellow(AREA, sentence, "check the split")
 
 
 def check_steps(training: Training) -> Iterator[Finding]:
-    """A step by class prompts, and one with correction clicks after them, on one window with all classes."""
+    """Runs a class step and a class step with correction clicks, on one window with all classes."""
     steps = class_steps(training)
     if steps is None or find_tokens(training.model) is None:
         return
     for corrected in (False, True):
         if steps.corrections < 1 if not corrected else steps.corrections > 0:
-            what = "a window by class prompts" + (" and correction clicks" if corrected else "")
+            what = "a window with class prompts" + (" and correction clicks" if corrected else "")
             yield from training.one_step(class_batch(training, steps, corrected), what)
             yield from _check_reached(training, what)
 
 
 def _check_reached(training: Training, what: str) -> Iterator[Finding]:
-    """DDP waits for each trained parameter unless it is told not to; a prompt without clicks reaches fewer of them."""
+    """Warns of parameters without a gradient, for which DDP waits unless `find_unused_parameters` is set.
+
+    A class step without clicks uses fewer parameters than a click step.
+    """
     unused = bool((training.trainer.get("distributed") or {}).get("find_unused_parameters"))
     trained = [(name, value) for name, value in training.model.named_parameters() if value.requires_grad]
     missed = [name for name, value in trained if value.grad is None]
     if missed and not unused and len(missed) < len(trained):
         said = f"{what}: {len(missed)} trained parameters get no gradient, the first is {missed[0]}"
-        advice = "with several GPUs set trainer.distributed.find_unused_parameters=true, or do not train them"
+        advice = "with several GPUs set trainer.distributed.find_unused_parameters=true, or freeze these parameters"
         yield yellow("step", said, advice)
 
 
 def class_steps(training: Training) -> Any:
-    """The training's `ClassSteps`; None where no step is one."""
+    """The training's `ClassSteps`; None if the training has no class steps."""
     from hydra.utils import instantiate
 
     steps = instantiate((training.trainer["data"].get("train") or {}).get("class_steps"), _convert_="all")
@@ -68,7 +71,7 @@ def class_steps(training: Training) -> Any:
 
 
 def class_batch(training: Training, steps: Any, corrected: bool) -> Any:
-    """A batch of one window; raises `UserError` where the data cannot give one."""
+    """A batch of one window; raises a `UserError` if the data has no suitable window."""
     from hydra.utils import instantiate
 
     conf = training.trainer["data"]["train"]

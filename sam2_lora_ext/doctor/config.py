@@ -1,4 +1,4 @@
-"""Checks of a training config: it composes, its classes import, its files exist, its keys fit, its folder is free."""
+"""Checks a training config: it composes, its classes import, its files exist, its keys match, its folder is free."""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ def walk(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_targets(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Imports every `_target_` here, since Hydra hides the cause behind "Error locating target"."""
+    """Imports every `_target_`, since Hydra would hide the cause behind "Error locating target"."""
     targets: dict[str, str] = {}
     for where, value in walk(config):
         if where.rpartition(".")[2] == "_target_":
@@ -42,14 +42,14 @@ def check_targets(config: Mapping[str, Any]) -> Iterator[Finding]:
                 "correct the name, or fix the import",
             )
     if not bad:
-        yield green(AREA, f"composes; all {len(targets)} classes and functions that it names can be imported")
+        yield green(AREA, f"the config composes; all {len(targets)} classes and functions in it can be imported")
 
 
 def resolve(target: str) -> Any:
     """The object of a dotted name.
 
     Raises:
-        ImportError: no such module, or an import inside it fails.
+        ImportError: there is no such module, or an import inside it fails.
         AttributeError: the module has no such name.
     """
     parts = target.split(".")
@@ -59,7 +59,7 @@ def resolve(target: str) -> Any:
             found = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name and (name == error.name or name.startswith(f"{error.name}.")) and cut > 1:
-                continue  # perhaps a class, not a module
+                continue  # `name` may be a class, not a module
             raise
         for part in parts[cut:]:
             found = getattr(found, part)
@@ -68,7 +68,7 @@ def resolve(target: str) -> Any:
 
 
 def check_paths(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Files and folders that the data sets and the checkpoint read."""
+    """Whether the files and folders that the data sets and the checkpoint read exist."""
     ours, stocks = "image_dir|label_dir|csv|split_file|json|checkpoint_path|root", "img_folder|gt_folder|file_list_txt"
     keys = re.compile(rf"(^|\.)({ours}|{stocks})$")
     inputs = {
@@ -79,17 +79,17 @@ def check_paths(config: Mapping[str, Any]) -> Iterator[Finding]:
     }
     missing: dict[str, str] = {}
     for where, value in inputs.items():
-        if not os.path.exists(value):  # unlike Path.exists, no error for a name that is too long
+        if not os.path.exists(value):  # Path.exists raises for a name that is too long
             missing.setdefault(value, where)
     for value, where in missing.items():
-        said = f"{where} is {value}, which does not exist (from {Path.cwd()})"
+        said = f"{where} is {value}, which does not exist (seen from {Path.cwd()})"
         yield red(AREA, said, "correct the path; the config's header lists the environment variables that set it")
     if not missing:
         yield green(AREA, f"all {len(set(inputs.values()))} input paths exist")
 
 
 def check_keys(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """The keys of batches, losses and meters, which the Trainer compares only when it uses them."""
+    """Whether the keys of batches, losses and meters match, which the Trainer checks only when it uses them."""
     trainer = config["trainer"]
     losses = set(trainer.get("loss") or {})
     bad = False
@@ -101,18 +101,18 @@ def check_keys(config: Mapping[str, Any]) -> Iterator[Finding]:
             bad = True
             has = ", ".join(sorted(losses)) or "nothing"
             said = f"trainer.data.{phase}.collate_fn.dict_key is {key}, but trainer.loss has {has}"
-            yield red(AREA, said, f"give trainer.loss an entry {key}")
+            yield red(AREA, said, f"add an entry {key} to trainer.loss")
         if phase == "val" and key == "all":
             bad = True
             said = "the dict_key of validation is all, which the Trainer refuses"
-            yield red(AREA, said, "name it after the data, in data, loss and meters")
+            yield red(AREA, said, "choose another key in data, loss and meters")
         meters = set((trainer.get("meters") or {}).get(phase) or {})
         if meters and meters != {key}:
             bad = True
             said = f"trainer.meters.{phase} has {', '.join(sorted(meters))}, but its batches have the key {key}"
             yield red(AREA, said, f"name it {key}")
     if not bad:
-        yield green(AREA, "keys of data, loss and meters fit")
+        yield green(AREA, "the keys of data, loss and meters match")
 
 
 def run_folder(config: Mapping[str, Any]) -> Path:
@@ -121,14 +121,14 @@ def run_folder(config: Mapping[str, Any]) -> Path:
 
 
 def check_folder(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether the run's folder can be written, and whether a run is in it already."""
+    """Whether the run's folder can be written and already contains a run."""
     folder = run_folder(config)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield red(AREA, f"{existing} cannot be written", "choose another launcher.experiment_log_dir")
     elif is_finished(folder):
-        yield yellow(AREA, f"{folder} holds a finished run, which will not be trained again", ANOTHER)
+        yield yellow(AREA, f"{folder} contains a finished run, which will not be trained again", ANOTHER)
     elif (folder / "checkpoints/checkpoint.pt").exists():
-        yield yellow(AREA, f"{folder} holds an unfinished run, which will be continued", ANOTHER)
+        yield yellow(AREA, f"{folder} contains an unfinished run, which will be continued", ANOTHER)
     else:
-        yield green(AREA, f"the run goes to {folder}")
+        yield green(AREA, f"the run will be written to {folder}")

@@ -1,4 +1,4 @@
-"""Checks of the data: a short scan of the training and validation data, and a search for shared images."""
+"""Checks the data: a short scan of the training and validation data, and a search for shared images."""
 
 import time
 from collections import Counter
@@ -37,7 +37,7 @@ class DataSets:
             configs = [config for config, _ in raw_blocks(data)]
             if not configs:
                 said = f"{phase}: {data.get('_target_')} has no video_dataset, so it was not checked"
-                yield yellow(AREA, said, "check it yourself")
+                yield yellow(AREA, said, "check this data yourself")
             for config in configs:
                 dataset = instantiate(config, _convert_="all")
                 self.built[phase].append(dataset)
@@ -48,14 +48,14 @@ class DataSets:
                     yield green(AREA, f"{phase}: {len(dataset)} videos in a {type(dataset).__name__}")
 
     def check_apart(self) -> Iterator[Finding]:
-        """Images in both training and validation, which make the metrics too optimistic."""
+        """Warns of images in both training and validation, which make the metrics too optimistic."""
         paths = {phase: set().union(*map(image_paths, built)) for phase, built in self.built.items()}
         if shared := sorted(paths["train"] & paths["val"]):
-            said = f"{len(shared)} of {len(paths['val'])} images of validation are trained on too, such as {shared[0]}"
-            yield yellow(AREA, said, "give dataset.split_file, made by tools/prepare_data.py split")
+            said = f"{len(shared)} of {len(paths['val'])} validation images are also in training, such as {shared[0]}"
+            yield yellow(AREA, said, "set dataset.split_file to a file written by tools/prepare_data.py split")
 
     def check_classes(self) -> list[Finding]:
-        """A class number must mean the same in training and in validation: raises the same `UserError` as training."""
+        """Raises training's `UserError` if class numbers differ in meaning between training and validation."""
         compare_datasets(self.built)
         return []
 
@@ -65,10 +65,10 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
     counts = Counter(number for item in range(len(dataset)) for number in dataset.classes_of(item))
     names = ", ".join(f"{name} {counts[number]}" for number, name in sorted(dataset.class_names.items()))
     clean = sum(not dataset.classes_of(item) for item in range(len(dataset)))
-    said = f"{phase}: {len(dataset)} samples of {len(dataset.images)} images, with {names}; {clean} clean"
+    said = f"{phase}: {len(dataset)} samples from {len(dataset.images)} images, with {names}; {clean} clean"
     yield green(AREA, f"{said}; {dataset.index.image_dir}")
     if skipped := dataset.index.problems:
-        said = f"{phase}: {len(skipped)} entries are skipped, the first: {skipped[0]}"
+        said = f"{phase}: {len(skipped)} entries are skipped, the first is {skipped[0]}"
         yield yellow(AREA, said, "python tools/prepare_data.py scan DATA lists all")
     for sentence in remarks(dataset.index):
         yield yellow(AREA, f"{phase}: {sentence}", "python tools/prepare_data.py scan DATA lists all")
@@ -79,7 +79,7 @@ def describe(phase: str, dataset: Any) -> Iterator[Finding]:
         yield red(AREA, f"{phase}: no sample has a defect", "check split_file and min_area")
     elif absent:
         said = f"{phase}: no sample of {', '.join(absent)}"
-        yield yellow(AREA, said, "check the split, if that class should be in it")
+        yield yellow(AREA, said, "check the split if it should contain these classes")
 
 
 def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
@@ -93,7 +93,7 @@ def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
         except UserError as error:
             damaged.append(str(error))
     if damaged:
-        said = f"{phase}: {len(damaged)} of {len(chosen)} decoded images are damaged, the first: {damaged[0]}"
+        said = f"{phase}: {len(damaged)} of {len(chosen)} decoded images are damaged, the first is {damaged[0]}"
         yield red(AREA, said, "python tools/prepare_data.py scan DATA lists all")
         return
     speed = 1000 * (time.perf_counter() - began) / len(chosen)
@@ -105,7 +105,7 @@ def decode_some(phase: str, dataset: Any) -> Iterator[Finding]:
 
 
 def image_paths(dataset: Any) -> set[str]:
-    """The image files of a data set of ours, with links followed; empty for other kinds."""
+    """The image files of one of our data sets, with links resolved; empty for other data sets."""
     if not hasattr(dataset, "index"):
         return set()
     return {str(Path(dataset.index.path(int(image))).resolve()) for image in dataset.images}

@@ -1,4 +1,4 @@
-"""Checks of the machine: packages, SAM 2's import with its real cause, GPU, shared memory, ports, disk."""
+"""Checks the machine: packages, the import of SAM 2 (with the cause of a failure), GPU, shared memory, ports, disk."""
 
 import importlib
 import importlib.metadata
@@ -16,7 +16,7 @@ from sam2_lora_ext.doctor.findings import Finding, green, red, root_cause, yello
 from sam2_lora_ext.host.configs import INSTALL_SAM2
 
 AREA = "environment"
-HIDDEN = "run from another folder, remove that one from PYTHONPATH, or rename it"
+HIDDEN = "run from another folder, remove that folder from PYTHONPATH, or rename it"
 IMPORTS = ("torch", "torchvision.ops", "sam2.build_sam", "training.train", "training.trainer", "sam2_lora_ext.trainer")
 EXTRA = "train"
 PORTS, PORTS_TRIED = (10000, 65000), 5
@@ -52,7 +52,7 @@ def check_packages(
         elif not line.specifier.contains(found[line.name], prereleases=True):
             yield yellow(
                 AREA,
-                f"{line.name} {found[line.name]} is older than what was tested ({line.specifier})",
+                f"{line.name} {found[line.name]} is older than the tested versions ({line.specifier})",
                 f'pip install "{line}"',
             )
     sam2 = version("sam2") or version("SAM-2")
@@ -75,18 +75,18 @@ def check_imports(modules: tuple[str, ...] = IMPORTS) -> Iterator[Finding]:
             elif isinstance(error, ModuleNotFoundError):
                 advice = f'install {missing}: pip install -e ".[train]"'
             elif "torchvision::" in str(error):
-                advice = "torch and torchvision are of different releases: install the pair of requirements.txt"
+                advice = "torch and torchvision are from different releases: install the versions in requirements.txt"
             elif "parent directory" in str(error):
-                advice = "run from another folder: a folder named sam2 here hides the package"
+                advice = "run from another folder: a folder named sam2 in this one hides the package"
             else:
                 advice = "fix the cause in the error; make env installs the tested versions"
             yield red(AREA, f"import {name} fails: {root_cause(error)}", advice)
             return
-    yield green(AREA, f"SAM 2 and its training code import ({Path(importlib.import_module('sam2').__file__).parent})")
+    yield green(AREA, f"SAM 2 and its training code work ({Path(importlib.import_module('sam2').__file__).parent})")
 
 
 def hiding(missing: str) -> str | None:
-    """The path that hides SAM 2's own `sam2` or `training` and lacks the module `missing`; None if there is none."""
+    """The path that hides SAM 2's own `sam2` or `training` and lacks the module `missing`; None if nothing does."""
     top, _, inside = missing.partition(".")
     found = sys.modules.get(top)
     if top not in ("sam2", "training") or not inside or found is None:
@@ -96,7 +96,7 @@ def hiding(missing: str) -> str | None:
 
 
 def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """The GPUs compared with the config's needs; without a config just a list of them."""
+    """Compares the GPUs with the config's needs; without a config only lists them."""
     import torch
 
     trainer = config["trainer"] if config is not None else {}
@@ -115,7 +115,7 @@ def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
                 "set trainer.accelerator=cpu trainer.optim.amp.enabled=false, or fix the driver",
             )
         else:
-            use = "the config trains on the CPU" if config is not None else "training on a CPU is slow but works"
+            use = "the config trains on the CPU" if config is not None else "training on a CPU works but is slow"
             yield green(AREA, f"no CUDA ({why}); {use}")
         return
     names = {torch.cuda.get_device_name(number) for number in range(count)}
@@ -135,9 +135,9 @@ def check_gpu(config: Mapping[str, Any] | None) -> Iterator[Finding]:
 
 
 def check_shared_memory(config: Mapping[str, Any] | None, folder: str = "/dev/shm") -> Iterator[Finding]:
-    """Whether queued batches of the workers fit: workers x 2 batches of float32 images, and their masks.
+    """Whether the workers' queued batches fit: workers x 2 batches of float32 images and their masks.
 
-    Without a config the settings of configs/base/severstal.yaml count.
+    Without a config the settings of configs/base/severstal.yaml are assumed.
     """
     trainer = config["trainer"] if config is not None else {"data": {"train": {"num_workers": 4}}, "model": {}}
     data = trainer["data"]
@@ -170,21 +170,21 @@ def check_ports(config: Mapping[str, Any] | None) -> Iterator[Finding]:
         try:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", port))
-            yield green(AREA, f"ports of [{low}, {high}] can be opened")
+            yield green(AREA, f"ports in [{low}, {high}] can be opened")
             return
         except OSError as error:
             reason = error.strerror or str(error)
-    yield red(AREA, f"no port of [{low}, {high}] can be opened ({reason})", "set submitit.port_range to free ports")
+    yield red(AREA, f"no port in [{low}, {high}] can be opened ({reason})", "set submitit.port_range to free ports")
 
 
 def check_disk(folder: Path, need: float, what: str) -> Iterator[Finding]:
-    """The free space in the folder of a run, compared with the size of its files."""
+    """Compares the free space in a run's folder with the size of its files."""
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(existing).free
     text = f"disk of {existing}: {free / GIGA:,.1f} GB free, about {need / GIGA:,.2f} GB needed ({what})"
     if free < need:
-        yield red("disk", text, "free some, or write elsewhere: launcher.experiment_log_dir=FOLDER")
+        yield red("disk", text, "free some space, or write elsewhere: launcher.experiment_log_dir=FOLDER")
     elif free < 3 * need:
-        yield yellow("disk", text, "that is little more than one run")
+        yield yellow("disk", text, "this is enough for one or two runs only")
     else:
         yield green("disk", text)

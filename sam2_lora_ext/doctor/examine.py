@@ -19,15 +19,15 @@ STEP_ADVICE = (
 
 
 def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) -> Iterator[Finding]:
-    """All findings; checks that an earlier error makes impossible are skipped.
+    """Runs all checks and yields their findings; checks that an earlier error makes impossible are skipped.
 
     Args:
-        name: a config, or None for the environment alone.
+        name: a config, or None to check only the environment.
         overrides: for the config, in Hydra's grammar.
         step: run the real step too.
     """
-    yield from guarded("environment", environment.check_packages, "make env installs what is needed")
-    imports = list(guarded("environment", environment.check_imports, "make env installs what is needed"))
+    yield from guarded("environment", environment.check_packages, "make env installs all packages")
+    imports = list(guarded("environment", environment.check_imports, "make env installs all packages"))
     yield from imports
     if any(finding.level == "red" for finding in imports):
         return
@@ -36,7 +36,7 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
         for check in machine:
             yield from guarded("environment", lambda check=check: check(None), "fix the cause in the error")
         free = shutil.disk_usage(Path.cwd()).free / environment.GIGA
-        said = f"{free:,.1f} GB free in {Path.cwd()}; with -c CONFIG it is compared with the need"
+        said = f"{free:,.1f} GB free in {Path.cwd()}; -c CONFIG compares this with the need of a run"
         yield green("disk", said)
         return
     try:
@@ -55,7 +55,7 @@ def examine(name: str | None, overrides: Sequence[str] = (), step: bool = True) 
 
 
 def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
-    """Base, adapters, data, the step (with a `gpu` that the config wants and has) and the disk."""
+    """Checks base, adapters, data, the step (only if `gpu`: the config's device is available) and the disk."""
     from sam2_lora_ext.doctor import class_prompts
     from sam2_lora_ext.doctor.training import Training
 
@@ -72,7 +72,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
     for area, check in checks:
         for finding in guarded(area, check, BASE):
             if finding.level == "red" and finding.text in causes:
-                continue  # such as the annotations that both phases read
+                continue  # for instance an error in annotations that both phases read
             causes += [finding.text] if finding.level == "red" else []
             yield finding
     missing = training.base_path is not None and not os.path.exists(training.base_path)
@@ -80,7 +80,7 @@ def examine_training(config: dict, step: bool, gpu: bool) -> Iterator[Finding]:
         yield from guarded("step", training.check_step, STEP_ADVICE)
         yield from guarded("step", lambda: class_prompts.check_steps(training), STEP_ADVICE)
     elif step:
-        yield yellow("step", "no step was run, since a line above is red", "fix it and run the doctor again")
+        yield yellow("step", "the step was skipped because of a failure above", "fix it and run the doctor again")
     if training.buildable:
         folder = configs.run_folder(config)
         what = "checkpoints, exports, logs"

@@ -1,4 +1,4 @@
-"""The findings of the doctor: green, yellow and red lines; yellow and red ones with advice."""
+"""The doctor's findings: green, yellow and red lines, the yellow and red ones with advice."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ MARKS = {"green": "ok  ", "yellow": "note", "red": "FAIL"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: green is fine, yellow is a warning, red will not work."""
+    """One line: green for a passed check, yellow for a warning, red for an error."""
 
     level: Level
     area: str
@@ -38,7 +38,7 @@ def red(area: str, text: str, advice: str) -> Finding:
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost cause of an error in one line; the text of a `UserError` unchanged."""
+    """The innermost cause of an error in one line; the text of a `UserError` is unchanged."""
     if mistake := find_user_error(error) or system_sentence(error):
         return str(mistake)
     seen: set[int] = set()
@@ -51,7 +51,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def guarded(area: str, check: Callable[[], Iterable[Finding]], advice: str) -> Iterator[Finding]:
-    """The findings of a check; an exception becomes a red one with its cause, so that the other checks continue."""
+    """The findings of a check; an exception becomes a red finding with its cause, so that other checks can run."""
     try:
         yield from check()
     except (Exception, SystemExit) as error:
@@ -59,7 +59,7 @@ def guarded(area: str, check: Callable[[], Iterable[Finding]], advice: str) -> I
 
 
 def show(finding: Finding, file: TextIO = sys.stdout) -> None:
-    """Prints one line, in colour on a terminal."""
+    """Prints a finding, in colour on a terminal."""
     start, end = (COLOURS[finding.level], "\033[0m") if file.isatty() else ("", "")
     print(f"{start}{MARKS[finding.level]}{end}  {finding.area:<11} {finding.text}", file=file)
     if finding.advice:
@@ -67,7 +67,7 @@ def show(finding: Finding, file: TextIO = sys.stdout) -> None:
 
 
 def to_json(findings: Iterable[Finding]) -> dict[str, Any]:
-    """`{ok, counts, findings}` for --json."""
+    """The findings as `{ok, counts, findings}`, for --json."""
     rows = list(findings)
     counts = {level: sum(row.level == level for row in rows) for level in COLOURS}
     return {"ok": not counts["red"], "counts": counts, "findings": [asdict(row) for row in rows]}

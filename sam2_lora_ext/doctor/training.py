@@ -1,4 +1,4 @@
-"""Checks of the parts of a training: the base, the adapted model, the data, and one real step on one sample."""
+"""Checks the parts of a training: the base, the adapted model, the data, and one real step on one sample."""
 
 import contextlib
 import os
@@ -17,14 +17,14 @@ from sam2_lora_ext.settings import check_class_ids
 from sam2_lora_ext.utils.errors import UserError
 
 GIGA = 1e9
-TRIES = 50  # samples that are searched for one with a defect
+TRIES = 50  # samples searched for one with a defect
 
 
 class Training:
-    """A config's parts, built on first use and shared by several checks.
+    """The parts of a training, built on first use and shared by several checks.
 
     Args:
-        config: as plain containers, resolved.
+        config: the resolved config as plain containers.
     """
 
     def __init__(self, config: Mapping[str, Any]):
@@ -62,7 +62,7 @@ class Training:
             return False
 
     def check_checkpoint(self) -> Iterator[Finding]:
-        """The base: readable, which SAM 2 it is, its identity, and whether it fits the model; then it is loaded."""
+        """Checks that the base is readable, finite and fits the model, reports its size and identity, and loads it."""
         from sam2_lora_ext.adapters.weights import ADAPTER_KEYS, explain_mismatch, identify, read_weights, weights_id
 
         area = "checkpoint"
@@ -83,12 +83,12 @@ class Training:
         if any(key.endswith(ADAPTER_KEYS) for key in state):
             yield red(
                 area,
-                f"{self.base_path} is a training checkpoint with adapters inside, not a base",
+                f"{self.base_path} is a training checkpoint with adapters, not a base",
                 "give the file that its training started from, or merge it first: tools/merge_lora.py",
             )
             return
         if self.buildable and (sentence := explain_mismatch(state, self.model.state_dict())):
-            yield red(area, sentence, "use the config of this checkpoint, or the checkpoint of this config")
+            yield red(area, sentence, "use the config for this checkpoint, or the checkpoint for this config")
             return
         missing = [key for key in self.model.state_dict() if key not in state] if self.buildable else []
         for glob in (self.initializer.get("ignore_missing_keys") or []) if self.buildable else []:
@@ -100,7 +100,7 @@ class Training:
         ]:
             yield red(
                 area,
-                f"{self.base_path} holds NaN or infinity in {bad[0]} and {len(bad) - 1} more",
+                f"{self.base_path} holds NaN or infinity in {bad[0]} and {len(bad) - 1} more tensors",
                 "copy or download it again",
             )
             return
@@ -108,7 +108,7 @@ class Training:
             self.model.load_state_dict(state, strict=False)
 
     def check_adapters(self) -> Iterator[Finding]:
-        """The trained parameters; targets that match nothing are an error when the model is built."""
+        """Reports the trained parameters; building the model fails if a target matches nothing."""
         from sam2_lora_ext.lora import report
 
         facts = report(self.model)
@@ -124,7 +124,7 @@ class Training:
         yield green("adapters", f"{said}; layers: {groups or 'all'}")
 
     def check_loss(self) -> Iterator[Finding]:
-        """The loss can be built, and the data has the classes that it weights; no finding if so."""
+        """Checks that the loss can be built and the data has the classes that it weights; no finding if so."""
         from hydra.utils import instantiate
 
         losses = {key: instantiate(conf, _convert_="all") for key, conf in (self.trainer.get("loss") or {}).items()}
@@ -132,11 +132,11 @@ class Training:
         yield from ()
 
     def check_step(self) -> Iterator[Finding]:
-        """A step on one sample with a defect, by clicks."""
+        """Runs a click step on one sample with a defect."""
         yield from self.one_step(self.sample(), "one sample")
 
     def one_step(self, batch: Any, what: str) -> Iterator[Finding]:
-        """Forward, loss, backward and an optimizer step on a batch, called `what`, with its time and memory."""
+        """Runs forward, loss, backward and an optimizer step on a batch, called `what`; reports time and memory."""
         from hydra.utils import instantiate
 
         model, area = self.model.to(self.device).train(), "step"
@@ -155,7 +155,7 @@ class Training:
             yield red(
                 area,
                 f"the loss of {what} is {float(loss)}",
-                "look at the base and at the sample's image; try trainer.optim.amp.enabled=false",
+                "check the base and the sample's image; try trainer.optim.amp.enabled=false",
             )
             return
         loss.backward()
@@ -170,7 +170,7 @@ class Training:
         yield from check_gradients(model)
 
     def sample(self) -> Any:
-        """A batch of one training sample with a defect, if one of the first has any."""
+        """A batch of one training sample, with a defect if one of the first `TRIES` has any."""
         from hydra.utils import instantiate
 
         conf = self.trainer["data"]["train"]
@@ -180,20 +180,20 @@ class Training:
 
     @staticmethod
     def place_with_defect(dataset: Any) -> int:
-        """The place of a sample that shows a defect, in a data set over a `video_dataset`; 0 where the first do not."""
+        """The index of the first sample with a defect in a wrapper of a `video_dataset`; 0 if `TRIES` have none."""
         inner = getattr(dataset, "video_dataset", None)
         known = getattr(inner, "classes_of", lambda index: {1})
         return next((index for index in range(min(len(inner or dataset), TRIES)) if known(index)), 0)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision as in the config; the Trainer's is for CUDA only."""
+        """Mixed precision as in the config; the Trainer uses it on CUDA only."""
         amp = (self.trainer.get("optim") or {}).get("amp") or {}
         if not amp.get("enabled") or self.device.type != "cuda":
             return contextlib.nullcontext()
         return torch.autocast("cuda", dtype=getattr(torch, amp.get("amp_dtype", "bfloat16")))
 
     def disk_need(self) -> float:
-        """Bytes that a run writes: checkpoints with optimizer state (twice while one is replaced), exports, logs."""
+        """Bytes that a run writes: checkpoints with optimizer state (two during a replacement), exports, logs."""
         from sam2_lora_ext.lora import lora_layers
 
         trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
@@ -206,7 +206,7 @@ class Training:
 
 
 def find_with(dataset: Any, name: str) -> Any:
-    """The data set that has an attribute `name`, inside wrappers that have a `dataset`.
+    """The data set with an attribute `name`, searched inside wrappers with an attribute `dataset`.
 
     Raises:
         UserError: there is none.

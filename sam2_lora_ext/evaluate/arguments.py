@@ -13,9 +13,9 @@ FEW = Whole(1, 1000)  # clicks, or points per side
 
 EXAMPLES = """\
 examples:
-  a run compared with its base, on the run's own validation data, as the run was trained:
+  a run compared with its base, on the run's own validation data and with its own views:
     python tools/evaluate.py --compare checkpoints/sam2.1_hiera_large.pt runs/r8 --out runs/r8/evaluation
-  the run in tiles, as in production; on the images that it was trained on; on images of another folder:
+  the run in tiles, as in production; on its training images; on images of another folder:
     python tools/evaluate.py --adapter runs/r8 --tile 512 --overlap 128 --device cuda --out runs/tiles
     python tools/evaluate.py --adapter runs/r8 --split train --out runs/on_training_images
     python tools/evaluate.py --adapter runs/r8 --data data/line_2 --out runs/line_2
@@ -27,7 +27,7 @@ examples:
 
 
 def evaluate_parser(description: str) -> argparse.ArgumentParser:
-    """The options, in groups."""
+    """The parser of all options, in groups."""
     parser = argparse.ArgumentParser(
         description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
         "--image-size",
         type=number(RESOLUTION),
         metavar="PIXELS",
-        help="of the model's input, as scratch.resolution was (default: the run's, else the stock config's)",
+        help="side of the model's input, like scratch.resolution (default: the run's, else the stock config's)",
     )
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     data = parser.add_argument_group("data (default: the validation data of the first run among the models)")
@@ -51,26 +51,26 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--split",
         metavar="NAME[,..]",
-        help="of the split file; of a run or config: val (default) or train, the data that it validates or trains on",
+        help="split in the split file; without one: val (default) or train, the run's or config's own data",
     )
     add(
         "--objects",
         choices=("instances", "components", "classes", "all"),
-        help="what an object is (default: the run's, else instances where the format has them, else components)",
+        help="definition of an object (default: the run's, else instances if the format has them, else components)",
     )
     add(
         "--min-area",
         type=number(COUNT),
         metavar="PIXELS",
-        help="smaller specks are not objects (default: the run's, else 16)",
+        help="smaller objects are ignored (default: the run's, else 16)",
     )
-    add("--limit", type=number(COUNT), metavar="N", help="only N items, evenly spaced (then without Kaggle's score)")
+    add("--limit", type=number(COUNT), metavar="N", help="only N items, evenly spaced; omits Kaggle's score")
     add = parser.add_argument_group("prompts and views").add_argument
     add("--max-clicks", type=number(FEW), default=8, help="largest number of clicks on an object (default: 8)")
     add(
         "--same-clicks",
         action="store_true",
-        help="all models get the clicks on the first model's errors (default: after the first click, on their own)",
+        help="all models get the clicks on the first model's errors (default: each gets clicks on its own errors)",
     )
     add("--clean-clicks", type=number(FEW), default=4, help="clicks on each clean image (default: 4)")
     add("--tile", type=number(COUNT), metavar="COLUMNS", help="segment the strip in tiles of this width")
@@ -79,19 +79,19 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
         type=number(Whole(0, 10**6)),
         default=0,
         metavar="COLUMNS",
-        help="least overlap of neighbouring tiles in columns",
+        help="minimum overlap of neighbouring tiles in columns",
     )
     add(
         "--crop",
         type=_crop,
         metavar="COLUMNS|none",
-        help="columns of the window around the objects; none: whole images (default: as in the run's own validation)",
+        help="columns of the window around the objects; none: whole images (default: the run's validation crop)",
     )
     add(
         "--automatic",
         type=number(FEW),
         metavar="POINTS",
-        help="also automatic masks, from POINTS x POINTS clicks (stock: 32)",
+        help="also evaluate automatic masks from POINTS x POINTS clicks (stock: 32)",
     )
     add(
         "--automatic-thresholds",
@@ -99,7 +99,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
         nargs=2,
         default=(0.8, 0.95),
         metavar=("IOU", "STABILITY"),
-        help="of automatic masks (default: stock's, 0.8 0.95)",
+        help="minimum for automatic masks (default: stock's, 0.8 0.95)",
     )
     add(
         "--submission-prompt",
@@ -107,7 +107,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
         metavar="PROMPT",
         help="prompt of the masks in submission.csv (default: 1click)",
     )
-    add("--seed", type=number(SEED), default=0, help="of shifted boxes and clicks on clean steel")
+    add("--seed", type=number(SEED), default=0, help="seed of shifted boxes and clicks on clean steel")
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default: runs/evaluation")
     add(
@@ -115,7 +115,7 @@ def evaluate_parser(description: str) -> argparse.ArgumentParser:
         type=number(Whole(0, 1000)),
         default=4,
         metavar="N",
-        help="of each kind in the galleries (default: 4; 0 for none)",
+        help="pictures of each kind in a gallery (default: 4; 0 for none)",
     )
     add("--force", action="store_true", help="replace an earlier evaluation in --out")
     return parser
@@ -134,7 +134,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
             "--compare A B ..."
         )
     if args.compare and args.adapter:
-        raise UserError("--adapter is for one model: put it among those of --compare")
+        raise UserError("--adapter cannot be combined with --compare: add its path to --compare")
     if args.tile and args.crop not in (None, "none"):
         raise UserError("--crop and --tile exclude each other: give one of them")
     if args.tile and not 0 <= args.overlap < args.tile or not args.tile and args.overlap:

@@ -1,4 +1,4 @@
-"""Defects found without any prompt: masks of the stock `SAM2AutomaticMaskGenerator` compared with the true masks.
+"""Compares masks of the stock `SAM2AutomaticMaskGenerator`, which needs no prompt, with the true masks.
 
 Legend: O objects, A automatic masks, H W pixels.
 """
@@ -21,10 +21,10 @@ class AutomaticMasks:
 
     Args:
         model: any SAM 2 in eval mode.
-        points_per_side: the generator prompts with this number squared of points, per image or tile.
-        thresholds: it keeps masks of at least this predicted IoU and this stability.
+        points_per_side: the generator prompts with the square of this number of points, per image or tile.
+        thresholds: minimum predicted IoU and minimum stability of a mask.
         tile: width of tiles, None for whole strips.
-        overlap: of neighbouring tiles.
+        overlap: overlap of neighbouring tiles.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class AutomaticMasks:
         self.tile, self.overlap = tile, overlap
 
     def masks(self, image: np.ndarray) -> Tensor:
-        """All masks bool [A, H, W] of an image uint8 [H, W, 3], A may be 0; a tile's are empty outside it."""
+        """All masks bool [A, H, W] of an image uint8 [H, W, 3]; A may be 0, a tile's masks are empty outside it."""
         height, width = image.shape[:2]
         tile = min(self.tile or width, width)
         found = []
@@ -60,7 +60,7 @@ class AutomaticMasks:
         return torch.stack(found) if found else torch.zeros(0, height, width, dtype=torch.bool)
 
     def best_ious(self, image: np.ndarray, truth: Tensor) -> tuple[list[float], int]:
-        """For each true mask bool [O, 1, H, W] the IoU of the best automatic mask (0 without any), and A."""
+        """The IoU of the best automatic mask for each true mask bool [O, 1, H, W] (0 without masks), and A."""
         masks = self.masks(image)
         if not len(masks):
             return [0.0] * len(truth), 0

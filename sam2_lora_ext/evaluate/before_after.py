@@ -1,4 +1,4 @@
-"""A picture of one click's masks before and after a training."""
+"""Draws one-click masks before and after a training."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from sam2_lora_ext.evaluate.predictor import first_answers
 
 
 def draw_before_after(path: Path, samples: list, base: object, merged: object) -> None:
-    """Draws the first two defects of each class: image, truth, and the masks of one click before and after."""
+    """Draws the first two defects of each class: image, truth, and one-click masks before and after."""
     rows, captions, shown = [], [], dict.fromkeys((1, 2, 3, 4), 0)
     for sample in samples:
         fresh = [o for o in sample.defects if shown[class_of(sample.object_ids[o])] < 2]

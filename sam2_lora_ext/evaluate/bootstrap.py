@@ -13,12 +13,12 @@ def bootstrap_interval(
     Args:
         values: one per object.
         groups: the image of each object.
-        level: covered share, in (0, 1).
+        level: coverage, in (0, 1).
         draws: number of resamples.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
-        The lower and upper bound; both equal the mean when there is one image.
+        The lower and upper bound; with a single image both equal the mean.
     """
     names = {name: position for position, name in enumerate(dict.fromkeys(groups))}
     positions = np.array([names[group] for group in groups])
@@ -41,12 +41,12 @@ def bootstrap_sums(
     Args:
         table: the terms of each image in each sum, [images, sums].
         statistic: sums [draws, sums] -> values [draws]; draws without a value are NaN and ignored.
-        level: covered share, in (0, 1).
+        level: coverage, in (0, 1).
         draws: number of resamples.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
-        The lower and upper bound; NaN where no draw has a value.
+        The lower and upper bound; NaN if no draw has a value.
     """
     count, rng = len(table), np.random.default_rng(seed)
     times = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)])

@@ -1,4 +1,4 @@
-"""Boundary F of masks: how well outlines agree within a few pixels (Perazzi et al., DAVIS, CVPR 2016).
+"""Boundary F of masks, which measures the agreement of outlines within a few pixels (Perazzi et al., CVPR 2016).
 
 Legend: H W pixels.
 """
@@ -26,8 +26,8 @@ def boundary_f(prediction: np.ndarray, target: np.ndarray, tolerance: int = 2) -
     """`F = 2 P R / (P + R)` of two outlines.
 
     P is the share of the prediction's outline within `tolerance` pixels of the target's, R the share of the target's
-    within `tolerance` of the prediction's. An empty mask, or one that fills the image, has no outline: P = 1 for such a
-    prediction, R = 1 for such a target; so F is 1 for two empty masks and 0 for one empty mask.
+    within `tolerance` of the prediction's. An empty mask, or one that fills the image, has no outline. F is 1 if both
+    masks have no outline and 0 if only one has none.
 
     Args:
         prediction: bool [H, W].

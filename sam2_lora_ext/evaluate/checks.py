@@ -1,4 +1,4 @@
-"""Checks that find errors of data, models and outputs before an evaluation starts."""
+"""Checks data, models and outputs before an evaluation starts."""
 
 import os
 import tempfile
@@ -23,14 +23,14 @@ DEEPEST = 3500  # bytes of the output folder's path: the limit of Linux is 4096
 def prepare(
     candidates: Sequence[Candidate], conditions: Conditions, out: Path, limit: int | None = None, force: bool = False
 ) -> tuple[Samples, dict[str, Any]]:
-    """The samples to evaluate and the record of the conditions, after all checks.
+    """Runs all checks; returns the samples to evaluate and the record of the conditions.
 
     Args:
         candidates: the models.
         conditions: the data and the protocol.
         out: the output folder.
         limit: see `Samples`.
-        force: files may be replaced.
+        force: replace existing files.
 
     Raises:
         UserError: a mistake in data, models or outputs.
@@ -48,16 +48,16 @@ def prepare(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises a `UserError` unless all names are different and valid names of folders."""
+    """Raises a `UserError` unless all names are unique and valid folder names."""
     if len(set(names)) < len(names) or any("/" in name or name in ("", ".", "..") for name in names):
         raise UserError(f"each model needs a unique name without slashes (write name=path), got {', '.join(names)}")
     for name in names:
         if name in RECORDS:
-            raise UserError(f"a model cannot be named {name}, the name of a file of the evaluation: write name=path")
+            raise UserError(f"a model cannot be named {name}, like a file of the evaluation: write name=path")
         if not name.isprintable() or len(name.encode("utf-8", "surrogateescape")) > LONGEST:
             raise UserError(
-                f"the name {name[:40]!r} of a model has {len(name)} characters, too many for a folder: "
-                f"write name=path with a name of printable characters, at most {LONGEST} bytes"
+                f"the model name {name[:40]!r} with {len(name)} characters is not a valid folder name: "
+                f"write name=path with a name of printable characters and at most {LONGEST} bytes"
             )
 
 
@@ -66,12 +66,12 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
 
     Args:
         out: the output folder.
-        names: of the models.
-        force: files may be replaced.
-        inputs: files that are read, which are never replaced.
+        names: the models' names.
+        force: replace existing files.
+        inputs: files that are read and must not be replaced.
 
     Raises:
-        UserError: one exists already, cannot be written, or is an input.
+        UserError: an output exists already, cannot be written, or is an input.
     """
     if any(len(os.fsencode(part)) > LONGEST for part in out.parts) or len(os.fsencode(out.absolute())) > DEEPEST:
         raise UserError(f"the path of --out {str(out)[:60]}... is too long for a file system: choose a shorter one")
@@ -79,7 +79,7 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
     for folder in (out, *[path for name in names for path in (out / name, out / name / GALLERY)]):
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         try:
-            with tempfile.TemporaryFile(dir=there):  # os.access alone allows root even /proc
+            with tempfile.TemporaryFile(dir=there):  # for root, os.access allows even /proc
                 pass
         except OSError as error:
             raise UserError(f"{there} is not a writable folder: give another --out") from error
@@ -91,7 +91,7 @@ def check_outputs(out: Path, names: Sequence[str], force: bool, inputs: Iterable
         if os.path.lexists(file) and not file.is_file():
             raise UserError(f"{file} is not a file that can be replaced: give another --out")
         if file.resolve() in read:
-            raise UserError(f"{file} is read, so it cannot be replaced: give another --out")
+            raise UserError(f"{file} is an input and cannot be replaced: give another --out")
 
 
 def check_samples(samples: Samples, min_area: int) -> None:
@@ -103,7 +103,7 @@ def check_samples(samples: Samples, min_area: int) -> None:
     dataset = samples.dataset
     if not any(dataset.classes_of(item) for item in samples.items):
         raise UserError(
-            f"the {len(samples)} items of {dataset.index.image_dir} that are evaluated show no defect of at least "
+            f"the {len(samples)} evaluated items of {dataset.index.image_dir} have no defect of at least "
             f"{min_area} pixels: check --limit, --min-area and the split"
         )
     for _ in tqdm(samples, desc="reading images", unit="image", disable=None, leave=False):
@@ -111,7 +111,7 @@ def check_samples(samples: Samples, min_area: int) -> None:
 
 
 def check_models(candidates: Sequence[Candidate], image_size: int | None) -> None:
-    """Builds each of several models once, to find errors early; a single model is built by the evaluation itself."""
+    """Builds each of several models once to find errors early; the evaluation itself builds a single model anyway."""
     if len(candidates) > 1:
         for wanted in candidates:
             build(wanted, "cpu", image_size)

@@ -1,8 +1,8 @@
-"""Simulated users: clicks in the middle of the largest error, shifted boxes, clicks on clean steel.
+"""Simulates users: clicks in the middle of the largest error, shifted boxes, clicks on clean steel.
 
-Prompts depend only on the image, the object and the seed, so every model gets the same; later clicks correct a model's
-own errors, or replay those of another model. Legend: O objects, H W pixels, P clicks. Coordinates are (x, y) in pixels
-of the strip.
+First prompts depend only on the image, the object and the seed, so they are the same for every model; later clicks
+correct a model's own errors, or replay the clicks of another model. Legend: O objects, H W pixels, P clicks.
+Coordinates are (x, y) in pixels of the strip.
 """
 
 import zlib
@@ -26,12 +26,12 @@ def click_rounds(
 
     Args:
         view: the image.
-        truth: bool [O, 1, H, W], O >= 1, none of them empty.
-        count: clicks.
-        replay: for each object fixed clicks, independent of its masks; after the last one it keeps its mask.
+        truth: bool [O, 1, H, W], O >= 1, no mask empty.
+        count: number of clicks.
+        replay: fixed clicks for each object, independent of its masks; after its last click an object keeps its mask.
 
     Yields:
-        Masks bool [O, 1, H, W] and object scores (logits) float [O] of the latest predictions; each object's clicks.
+        Masks bool [O, 1, H, W], object scores (logits) float [O], and the clicks so far on each object.
     """
     prediction, scores = torch.zeros_like(truth), torch.zeros(len(truth))
     histories: list[Clicks] = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int32)) for _ in truth]
@@ -56,7 +56,7 @@ def click_rounds(
 
 
 def exact_boxes(truth: Tensor) -> Tensor:
-    """float [O, 4] of (x0, y0, x1, y1), the outermost pixels of masks bool [O, 1, H, W] that are not empty."""
+    """float [O, 4] of (x0, y0, x1, y1), the outermost pixels of non-empty masks bool [O, 1, H, W]."""
     return mask_to_box(truth)[:, 0].float()
 
 
@@ -67,11 +67,11 @@ def shifted_boxes(
 
     Args:
         boxes: float [O, 4], see `exact_boxes`.
-        share: 0.1 moves a box of 50 x 20 pixels by 5 and 2.
+        share: 0.1 moves a box of 50 x 20 pixels by 5 and 2 pixels.
         size: (H, W); boxes are clipped to the image, but keep at least one pixel.
         image: name of the image, part of the seed.
         object_ids: part of the seed.
-        seed: of the diagonals.
+        seed: seed of the diagonals.
     """
     signs = torch.tensor([_diagonal(seed, image, identifier) for identifier in object_ids], dtype=torch.float32)  # O 2
     step = share * (boxes[:, 2:] - boxes[:, :2] + 1) * signs
@@ -80,7 +80,7 @@ def shifted_boxes(
 
 
 def sound_clicks(image: np.ndarray, count: int, name: str, seed: int = 0) -> Tensor:
-    """float [count, 2]: points on exposed steel of a clean image uint8 [H, W, 3]; its middle if all is black."""
+    """float [count, 2]: points on exposed steel of a clean image uint8 [H, W, 3]; its middle if it is all black."""
     height, width = image.shape[:2]
     exposed = np.flatnonzero(image.mean(axis=2) > DARK)
     if not len(exposed):

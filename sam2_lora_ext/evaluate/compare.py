@@ -1,4 +1,4 @@
-"""Several models on the same objects: one record for `evaluation.json`, galleries and submissions."""
+"""Compares models on the same objects: one record for `evaluation.json`, galleries and submissions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -62,12 +62,12 @@ def compare(
 
     Args:
         candidates: the models; the others are compared with the first one.
-        samples: of the data set, with at least one defect.
+        samples: the data set's samples, with at least one defect.
         protocol: the prompts and views.
-        out: folder; each model gets `<name>/` in it.
+        out: output folder; each model gets `<name>/` in it.
         device: such as cuda.
         submitted: the prompt of the masks in submission.csv.
-        pictures: of each kind in a gallery.
+        pictures: number of pictures of each kind in a gallery.
         conditions: see `Conditions.record`.
         force: replace files.
 
@@ -134,7 +134,7 @@ def compare(
 
 
 def _rows(result: ModelResult, samples: Samples) -> list[dict[str, Any]]:
-    """The results of each object, and `annotation`, the id of an instance in the annotation file (null: none)."""
+    """The results of each object, with `annotation`, the id of an instance in the annotation file (null: none)."""
     items, objects = samples.dataset.items, samples.dataset.objects
 
     def annotation(row: ObjectResult) -> int | None:

@@ -1,7 +1,7 @@
-"""The conditions of an evaluation: those of the first run, or those of the command line, and their differences.
+"""The conditions of an evaluation, from the first run or the command line, and how they differ from each run's own.
 
-By default a model is evaluated as it was trained: crop, resolution, bits and definition of an object, on the run's own
-validation data. Every difference from a run's own conditions is a sentence in the results.
+By default a model is evaluated as it was trained: with the run's crop, resolution, bits and definition of an object, on
+its validation data. The results list every difference from a run's own conditions as a sentence.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from sam2_lora_ext.evaluate.models import Candidate
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import sha256_of
 
-VIEW = ("crop", "stride", "max_objects", "group_width", "resolution")  # the view of images
-HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # the reading of other data for a run
+VIEW = ("crop", "stride", "max_objects", "group_width", "resolution")  # settings of the view of images
+HABITS = ("bits", "objects", "min_area", "include_clean", "on_invalid")  # settings of a run for reading other data
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Conditions:
         source: the data, with crop and resolution.
         own: model name -> the validation data of its run.
         runs: model name -> the run's folder.
-        tile: columns of tiles; None without tiles.
-        overlap: of tiles.
-        chosen: whether the command names the data or the split.
-        train: whether it has `--split train`.
-        notes: sentences on conditions that could not be compared.
+        tile: columns of a tile; None without tiles.
+        overlap: overlap of tiles.
+        chosen: whether the command line names the data or the split.
+        train: whether the command line has `--split train`.
+        notes: sentences about conditions that could not be compared.
     """
 
     source: Source
@@ -48,7 +48,7 @@ class Conditions:
     notes: Sequence[str] = ()
 
     def sentences(self) -> list[str]:
-        """Sentences on the differences of each run's own conditions from these."""
+        """Sentences about the differences between each run's own conditions and these."""
         return [f"{name}: {said}" for name, own in self.own.items() for said in self._differences(own)]
 
     def _differences(self, own: Source) -> list[str]:
@@ -86,10 +86,10 @@ class Conditions:
         return f"at crop {self.source.crop}" if self.source.crop else "whole"
 
     def training_images(self, dataset: Any) -> list[str]:
-        """Sentences on the runs that were trained on images of the evaluated data set.
+        """Sentences about the runs that were trained on images of the evaluated data set.
 
         Raises:
-            UserError: some were, the command chose the data, and it lacks `--split train`.
+            UserError: there is such a run, and the command line chooses the data without `--split train`.
         """
         evaluated = {str(Path(dataset.index.path(int(image))).resolve()) for image in dataset.images}
         said = []
@@ -97,20 +97,20 @@ class Conditions:
             try:
                 shared = len(images_among(evaluated, from_run(run, "train").image_paths()))
             except UserError as error:
-                said.append(f"{name}: whether it was trained on these images is not known ({error})")
+                said.append(f"{name}: it is unknown whether it was trained on these images ({error})")
                 continue
             if shared and self.chosen and not self.train:
                 raise UserError(
-                    f"{name} was trained on {shared} of these {len(evaluated)} images: name no data, for the run's "
-                    "validation data, or a split without them, or give --split train to evaluate training images"
+                    f"{name} was trained on {shared} of these {len(evaluated)} images: name no data to use the run's "
+                    "validation data, choose a split without them, or give --split train to evaluate training images"
                 )
             if shared:
-                why = "" if self.train else "; the data that it validates on and the data that it trains on share them"
+                why = "" if self.train else ", which are in both its training data and its validation data"
                 said.append(f"{name}: trained on {shared} of these {len(evaluated)} images{why}")
         return said
 
     def record(self, dataset: Any) -> dict[str, Any]:
-        """For evaluation.json: `used`, the runs' `own`, and `sentences` on how they differ.
+        """The entry for evaluation.json: the conditions `used`, the runs' `own`, and `sentences` about differences.
 
         Raises:
             UserError: see `training_images`.
@@ -125,7 +125,7 @@ class Conditions:
 
 
 def images_among(images: set[str], others: set[str]) -> set[str]:
-    """The images that are also among others: the same file, or a copy with the same name; only such files are read."""
+    """The images that are also among others: the same file, or an equal file of the same name."""
     named = defaultdict(list)
     for other in others:
         named[os.path.basename(other)].append(other)
@@ -142,7 +142,7 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
     """The conditions for a command line of tools/evaluate.py.
 
     Raises:
-        UserError: no data is named and no model is in a run, or the data cannot be determined.
+        UserError: no data is named and no model belongs to a run, or the data cannot be determined.
     """
     runs = {wanted.name: wanted.run for wanted in candidates if wanted.run is not None}
     known = args.training_config or args.data
@@ -153,14 +153,14 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
         except UserError as error:
             if not known:
                 raise
-            notes.append(f"{name}: its own conditions are not known ({error})")
+            notes.append(f"{name}: its own conditions are unknown ({error})")
     first = next(iter(own), None)
     phase = "train" if args.split == "train" and args.split_file is None else "val"
     source = source_of(args, phase, None if first is None else own[first])
     if source is None and first is None:
         raise UserError(
-            "name the data: --data PATH, or -c CONFIG for that of a training config (no model here is in a run, "
-            "which records its data)"
+            "no model belongs to a run, which would record its data: name the data by --data PATH, or by -c CONFIG for "
+            "the data of a training config"
         )
     if source is None:
         source = from_run(runs[first], phase, **({"exif": False} if args.as_stored else {}))
@@ -174,7 +174,7 @@ def settle(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Conditi
 
 
 def changed(source: Source, args: argparse.Namespace) -> Source:
-    """The source with the settings of the command line."""
+    """The source changed by the settings of the command line."""
     options = {"bits": args.bits, "objects": args.objects, "min_area": args.min_area, "resolution": args.image_size}
     values = {key: value for key, value in options.items() if value is not None}
     if args.split is not None:

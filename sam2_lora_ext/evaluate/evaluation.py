@@ -1,4 +1,4 @@
-"""Evaluates one model on every object of a data set and keeps the results by object.
+"""Evaluates one model on every object of a data set and keeps the results per object.
 
 Legend: O objects, H W pixels. Areas are (intersection, prediction, target) in pixels.
 """
@@ -57,20 +57,20 @@ class ModelResult:
 
     objects: list[ObjectResult] = field(default_factory=list)
     clean: list[CleanResult] = field(default_factory=list)
-    image_seconds: list[float] = field(default_factory=list)  # encoding, one an image
-    click_seconds: list[float] = field(default_factory=list)  # one click on one object, upscaling included
+    image_seconds: list[float] = field(default_factory=list)  # encoding of each image
+    click_seconds: list[float] = field(default_factory=list)  # one click on one object, including upscaling
     box_seconds: list[float] = field(default_factory=list)  # one box
-    automatic_seconds: list[float] = field(default_factory=list)  # all automatic masks of one image, encoding included
-    automatic_counts: list[int] = field(default_factory=list)  # automatic masks, one an image
+    automatic_seconds: list[float] = field(default_factory=list)  # all automatic masks of one image, with encoding
+    automatic_counts: list[int] = field(default_factory=list)  # number of automatic masks of each image
 
     def clicks(self) -> dict[tuple[int, int], Clicks]:
-        """The clicks on each object, by item and identifier, to prompt another model with."""
+        """The clicks on each object, by item and identifier, for prompting another model."""
         columns = {(row.item, row.object_id): torch.tensor(row.clicks).reshape(-1, 3) for row in self.objects}
         return {key: (clicks[:, :2].float(), clicks[:, 2].int()) for key, clicks in columns.items()}
 
 
 Watcher = Callable[[Sample, str, Tensor], None]
-"""Receives the masks bool [O, 1, H, W] of a sample's defects for each prompt's name."""
+"""Receives a sample, a prompt's name, and the masks bool [O, 1, H, W] of the sample's defects for this prompt."""
 
 
 @torch.inference_mode()
@@ -85,10 +85,10 @@ def run_model(
 
     Args:
         model: any SAM 2.
-        samples: of the data set.
+        samples: the data set's samples.
         protocol: the prompts and views.
         watch: receives every mask.
-        replay: fixed clicks, as `ModelResult.clicks` of another model; None: each click corrects the last mask.
+        replay: fixed clicks from `ModelResult.clicks` of another model; None: each click corrects the last mask.
 
     Raises:
         UserError: the model predicts NaN.

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: its best, median and worst masks of one click, and false alarms on clean strips."""
+"""Draws the gallery of an evaluation: best, median and worst one-click masks, and false alarms on clean strips."""
 
 import os
 import re
@@ -22,14 +22,14 @@ from sam2_lora_ext.utils.files import EXISTS
 from sam2_lora_ext.utils.folders import existing_folder, replace_folder
 
 PICTURE = re.compile(r"(best|median|worst|false_alarms)_\d+\.jpg")
-WIDEST, GAP = 900, 4  # pixels of a picture, and between its halves
+WIDEST, GAP = 900, 4  # pixels: largest width of a picture, distance between its halves
 
 
 def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult | CleanResult]]:
-    """Objects by their IoU at one click, at most `count` per kind and none twice, and false alarms.
+    """Chooses the best, median and worst objects by IoU at one click, at most `count` each, and false alarms.
 
-    Fewer than three objects give the best only. A false alarm is a click on clean steel with a positive object score,
-    in descending order, one per image.
+    No object is chosen twice; of fewer than three objects only the best is chosen. A false alarm is a click on clean
+    steel with a positive object score; they are in descending order of score, one per image.
     """
     values = iou(torch.tensor([row.by_clicks[0] for row in result.objects]).reshape(-1, 3)).tolist()
     order = [result.objects[o] for o in sorted(range(len(values)), key=lambda o: -values[o])]
@@ -50,7 +50,7 @@ def choose(result: ModelResult, count: int = 4) -> dict[str, list[ObjectResult |
 
 
 def refuse_gallery(folder: Path, force: bool) -> None:
-    """Raises a `UserError` when pictures may not be written to `folder`; with `force`, when it has other files."""
+    """Raises a `UserError` if `folder` is not empty; with `force`, if it contains files other than pictures."""
     folder = existing_folder(folder)
     if not os.path.lexists(folder) or folder.is_dir() and not any(folder.iterdir()):
         return
@@ -77,11 +77,13 @@ def write_gallery(
     *,
     force: bool = True,
 ) -> list[dict[str, Any]]:
-    """Replaces a gallery by new pictures, JPEG; returns `{kind, file, caption}` of each, `file` relative to the
-    folder's parent.
+    """Replaces a gallery with new JPEG pictures.
+
+    Returns:
+        `{kind, file, caption}` of each picture, `file` relative to the folder's parent.
 
     Raises:
-        UserError: see `refuse_gallery`, or the system refuses.
+        UserError: see `refuse_gallery`, or the folder cannot be written.
     """
     written = []
 
@@ -101,7 +103,7 @@ def write_gallery(
 
 
 def draw(row: ObjectResult | CleanResult, sample: Sample, class_names: dict[int, str]) -> tuple[Image.Image, str]:
-    """The truth, the prediction with its click, and the caption."""
+    """A picture of the truth and of the prediction with its click, and its caption."""
     height, width = sample.image.shape[:2]
     predicted, scale = decode_runs(row.runs, height, width) > 0, max(1.0, 2 * width / WIDEST)
     if isinstance(row, CleanResult):

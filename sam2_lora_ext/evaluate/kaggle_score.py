@@ -1,8 +1,8 @@
-"""Kaggle's mean Dice of the Severstal competition and a submission.csv; the prompt gives each defect's class.
+"""Computes Kaggle's mean Dice of the Severstal competition and writes submission.csv; prompts give the classes.
 
 The score is the mean over all (image, class) pairs, 1 where both masks are empty. Here the prompts determine which
-classes are in an image, so the many empty pairs are right by construction: `empty_submission` is the score of these
-alone, and `dice_present` excludes them. Legend: H W pixels.
+classes are in an image, so the many empty pairs are right by construction: `empty_submission` is the score that they
+alone give, and `dice_present` excludes them. Legend: H W pixels.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ HEADER = ("ImageId", "ClassId", "EncodedPixels")
 
 
 class KaggleTally:
-    """Collects masks by image and class; given to `run_model` as `watch`, for whole images only.
+    """Collects masks by image and class as the `watch` of `run_model`, for whole images only.
 
     Args:
         index: the annotations.
@@ -48,21 +48,21 @@ class KaggleTally:
             union = masks[classes == class_id, 0].any(0)
             truth = self.truth(sample.name, class_id)
             value = float(dice(mask_counts(union, truth)))
-            assert (sample.name, class_id) not in self.scores.setdefault(prompt, {}), "an image came in two parts"
+            assert (sample.name, class_id) not in self.scores.setdefault(prompt, {}), "an image was evaluated in parts"
             self.scores[prompt][sample.name, class_id] = value
             if prompt == self.submitted:
                 self.runs[sample.name, class_id] = encode_mask(union.numpy())
 
     def truth(self, name: str, class_id: int) -> Tensor:
-        """The full mask bool [H, W] of a class, including specks that are too small to be objects."""
+        """The full mask bool [H, W] of a class, including parts that are too small to be objects."""
         image = self.places[name]
         runs = union_runs([runs for number, runs in self.index.masks(image) if number == class_id])
         return torch.from_numpy(np.ascontiguousarray(decode_runs(runs, *self.index.sizes[image].tolist()))).bool()
 
     def pairs(self, prompt: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Image, Dice float64 and whether there is a defect (bool) of each (image, class) pair, in a fixed order.
+        """Image, Dice (float64) and presence of a defect (bool) of each (image, class) pair, in a fixed order.
 
-        Images that may lack masks are excluded: their empty classes are unknown.
+        Images that may lack masks are excluded, since their empty classes are unknown.
         """
         images, values, present = [], [], []
         for name in sorted(name for name, image in self.places.items() if self.index.complete[image]):
@@ -74,9 +74,9 @@ class KaggleTally:
         return images, np.array(values), np.array(present)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """For each prompt the mean `dice` over all pairs and `dice_present` over those with a defect.
+        """For each prompt, the mean Dice over all pairs (`dice`) and over pairs with a defect (`dice_present`).
 
-        Each comes with its 95 % interval by image (`_ci95`); `empty_submission` is the score without any mask.
+        Each has its 95 % interval by image (`_ci95`); `empty_submission` is the score without any mask.
         """
         result = {}
         for prompt in self.scores:
@@ -101,7 +101,7 @@ class KaggleTally:
         return result
 
     def write(self, path: str | Path, force: bool) -> None:
-        """Writes a row for every image and class, with an empty field for an empty mask."""
+        """Writes submission.csv: a row for every image and class, with an empty field for an empty mask."""
         rows = [
             (name, number, format_rle(self.runs.get((name, number), NO_RUNS)))
             for name in sorted(self.places)

@@ -1,4 +1,4 @@
-"""Pixel counts of masks -> IoU, Dice and means: pure functions on torch tensors.
+"""Computes pixel counts of masks, IoU, Dice and means by pure functions on torch tensors.
 
 Shapes: `...` any leading sizes, H W pixels, N objects. Counts are integers, so they add up exactly on any device.
 """
@@ -50,14 +50,14 @@ def class_means(values: Tensor, class_ids: Tensor, classes: Sequence[int]) -> di
 
 
 def score_accuracy(score_logits: Tensor, class_ids: Tensor) -> tuple[float | None, float | None]:
-    """The accuracy of the object score: on clean objects (logit <= 0: "nothing here"), and on defects (logit > 0).
+    """The accuracy of the object score on clean objects (right if logit <= 0) and on defects (right if logit > 0).
 
     Args:
         score_logits: [N].
         class_ids: [N], 0 for a clean object.
 
     Returns:
-        The share on clean objects and the share on defects; `None` where there are none.
+        The shares of right scores on clean objects and on defects; `None` where there are none.
     """
     clean, found = class_ids == CLEAN, score_logits > 0
     return exact_mean((~found[clean]).double()), exact_mean(found[~clean].double())

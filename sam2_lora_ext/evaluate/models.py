@@ -1,4 +1,4 @@
-"""Finds the model that a path names (weights, an adapter on its base, or a run) and builds it as in production."""
+"""Finds the model at a path (weights, an adapter with its base, or a run) and builds it as in production."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Candidate:
     """A model to evaluate.
 
     Args:
-        name: in tables.
+        name: the model's name in tables.
         weights: full weights, or the base of the adapter.
         adapter: a folder, or a Trainer's checkpoint with adapters; None for full weights.
         config: a stock config's name; None identifies it from the weights.
-        trained: number of trained parameters as recorded by the run of full weights; for an adapter they are counted.
-        run: the run that produced it, whose record has its training conditions; None if there is none.
+        trained: number of trained parameters recorded by a run of full weights; an adapter's are counted instead.
+        run: the run that produced the model, whose record has its training conditions; None if there is none.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Candidate:
     run: Path | None = None
 
     def inputs(self) -> list[Path]:
-        """The files that building it reads."""
+        """The files that are read to build the model."""
         return [self.weights, *([] if self.adapter is None else source_files(self.adapter))]
 
 
 def candidates(texts: Sequence[str], base: Path | None = None, config: str | None = None) -> list[Candidate]:
-    """The models of several paths, see `candidate`; the first full weights replace a base that was moved."""
+    """The models at several paths, see `candidate`; the first full weights replace a base that is missing."""
     paths = [split_name(text)[1] for text in texts]
     spare = next((path for path in paths if path.is_file() and _is_whole(path)), None)
     return [candidate(text, base, config, spare) for text in texts]
@@ -59,9 +59,9 @@ def candidate(text: str, base: Path | None = None, config: str | None = None, sp
 
     Args:
         text: as given on the command line.
-        base: for adapters; by default the file that the adapter was trained on, if it still exists.
+        base: the base of adapters; by default the file that the adapter was trained on, if it still exists.
         config: a stock config's name; by default identified from the weights.
-        spare: the base to try if that file is missing.
+        spare: used as the base if that file is missing.
 
     Raises:
         UserError: the path does not exist, or an adapter's base is unknown.
@@ -81,26 +81,26 @@ def candidate(text: str, base: Path | None = None, config: str | None = None, sp
     known = Path(facts["base_path"]) if facts.get("base_path") else None
     found = next((file for file in (base, known, spare) if file is not None and (file == base or file.exists())), None)
     if found is None or not found.exists():
-        wanted = base or known or "which it does not name"
-        raise UserError(f"{path} is an adapter, and its base ({wanted}) is missing: give it with --checkpoint")
+        wanted = base or known or "not recorded"
+        raise UserError(f"{path} is an adapter, but its base ({wanted}) is missing: give it with --checkpoint")
     return Candidate(name, found, find_adapter(path), config, run=run)
 
 
 def build(wanted: Candidate, device: str = "cpu", image_size: int | None = None) -> tuple[SAM2Base, dict[str, Any]]:
-    """The model as `build_sam2` builds it by default, with an active adapter, and its description.
+    """Builds the model as `build_sam2` does by default, with an active adapter; also returns its description.
 
     Args:
         wanted: the model to build.
         device: such as cuda.
-        image_size: pixels of a side of the model's input, instead of the config's.
+        image_size: side of the model's input in pixels, instead of the config's.
 
     Raises:
-        UserError: the weights are of another model than the config, or the adapter is of another base.
+        UserError: the weights do not fit the config, or the adapter belongs to another base.
     """
     state = read_weights(wanted.weights)
     config = wanted.config or identify(state)
     if config is None:
-        raise UserError(f"{wanted.weights} looks like no stock SAM 2: name its config with --config")
+        raise UserError(f"{wanted.weights} fits no stock SAM 2 config: name its config with --config")
     check_inputs(config)
     overrides = [] if image_size is None else [f"++model.image_size={image_size}"]
     model = build_sam2(config, None, device="cpu", hydra_overrides_extra=overrides)
@@ -128,28 +128,28 @@ def build(wanted: Candidate, device: str = "cpu", image_size: int | None = None)
 
 
 def check_device(device: str) -> None:
-    """Raises a `UserError` for a device that torch does not know or the machine does not have."""
+    """Raises a `UserError` for a device that torch does not support or the machine does not have."""
     try:
         kind = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device is cpu, cuda, cuda:1 and so on, or mps, got {device!r}") from None
+        raise UserError(f"--device must be cpu, cuda, cuda:1 and so on, or mps, got {device!r}") from None
     there = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (kind.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not there.get(kind.type, False):
-        raise UserError(f"--device {device} is missing: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise UserError(f"--device {device} is missing: torch finds {torch.cuda.device_count()} CUDA devices; use cpu")
 
 
 def split_name(text: str) -> tuple[str | None, Path]:
-    """Name and path of `path` or `name=path`; an existing path may itself contain an equals sign."""
+    """The name and path of `path` or `name=path`; an existing path may itself contain an equals sign."""
     name, given, rest = text.partition("=")
     return (name, Path(rest)) if given and not Path(text).exists() else (None, Path(text))
 
 
 def short_name(path: Path) -> str:
-    """A name for a table: of `runs/r8/adapters/best` the run's, r8."""
+    """A path's name in tables, such as r8, the name of the run, for `runs/r8/adapters/best`."""
     resolved = path.absolute()
     if resolved.parent.name in ("adapters", "weights", "checkpoints"):
         resolved = resolved.parent.parent

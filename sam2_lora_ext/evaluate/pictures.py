@@ -1,4 +1,4 @@
-"""Draws masks over strips, and grids of them with captions. Images are uint8 [H, W, 3], masks bool [H, W]."""
+"""Draws masks over strips and grids of pictures with captions. Images are uint8 [H, W, 3], masks bool [H, W]."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +22,9 @@ def overlay(
     Args:
         image: uint8 [H, W, 3].
         mask: bool [H, W].
-        colour: of the mask.
+        colour: colour of the mask.
         click: position of the dot.
-        scale: factor by which the picture will be reduced; lines and dots are drawn larger by it.
+        scale: factor by which the picture will be reduced; lines and dots are enlarged by it.
     """
     picture = image.astype(np.float32)
     picture[mask] = 0.65 * picture[mask] + 0.35 * np.float32(colour)
@@ -41,7 +41,7 @@ def overlay(
 def save_grid(
     path: str | Path, rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], titles: Sequence[str]
 ) -> None:
-    """Writes a PNG of equally large cells in rows, a title over each column and a caption under each cell."""
+    """Writes a PNG with a grid of cells of equal size, a title above each column and a caption below each cell."""
     height, width = rows[0][0].shape[:2]
     sheet = Image.new(
         "RGB", (GAP + len(titles) * (width + GAP), CAPTION + GAP + len(rows) * (height + CAPTION + GAP)), "white"

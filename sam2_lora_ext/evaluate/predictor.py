@@ -1,6 +1,6 @@
-"""Evaluates a SAM 2 as it runs in production: through the stock `SAM2ImagePredictor`, at the strip's own resolution.
+"""Evaluates a SAM 2 as in production: through the stock `SAM2ImagePredictor`, at the strip's own resolution.
 
-Legend: O objects, H W pixels of the (cropped) strip. Clicks are simulated as SAM does: the first in the middle of the
+Legend: O objects, H W pixels of the (cropped) strip. Clicks are simulated as in SAM: the first in the middle of the
 defect, each later one in the middle of the largest error.
 """
 
@@ -26,7 +26,7 @@ from sam2_lora_ext.evaluate.metrics import dice, exact_mean, iou, mask_counts
 
 @dataclass(frozen=True)
 class Sample:
-    """A strip, or a part of one, with its objects."""
+    """A strip, or a crop of one, with its objects."""
 
     name: str
     image: np.ndarray  # uint8 [H, W, 3]
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """The results of one defect; intersection, prediction and target areas in pixels."""
+    """The results of one defect as areas of intersection, prediction and target in pixels."""
 
     name: str
     object_id: int
@@ -50,7 +50,7 @@ class Row:
 
 
 def read_samples(dataset: SeverstalRawDataset, crop_width: int | None) -> Iterator[Sample]:
-    """The items of a data set built with `training=False`, cut as in validation; None keeps whole strips."""
+    """The items of a data set built with `training=False`, cropped as in validation; None keeps whole strips."""
     for index in range(len(dataset)):
         yield read_sample(dataset, index, crop_width)
 
@@ -59,7 +59,7 @@ def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None
     """One item of a data set, see `read_samples`.
 
     Raises:
-        UserError: its image cannot be decoded, or a value does not fit into the data set's bits.
+        UserError: its image cannot be decoded, or a pixel value exceeds the data set's bits.
     """
     video, segments = dataset.get_video(index)
     frame_idx = video.frames[0].frame_idx
@@ -80,9 +80,9 @@ def read_sample(dataset: SeverstalRawDataset, index: int, crop_width: int | None
 
 
 def make_predictor(model: SAM2Base) -> SAM2ImagePredictor:
-    """The stock predictor, also for models with another input size than 1024 px."""
+    """The stock predictor, also for models with an input size other than 1024 px."""
     with warnings.catch_warnings():
-        # stock's transforms warn
+        # a warning from stock's transforms
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*deprecated", category=FutureWarning)
         return fit_predictor(SAM2ImagePredictor(model))
 
@@ -111,7 +111,8 @@ class Prompter:
             all_masks: return all three candidates of a first click instead of the one with the best predicted IoU.
 
         Returns:
-            Logits [O, M, H, W] at the strip's resolution, on the CPU, and [O, M, h, w] at the model's; M is 1 or 3.
+            Logits [O, M, H, W] at the strip's resolution, on the CPU, and [O, M, h, w] at the model's resolution; M is
+            1 or 3.
         """
         labels = labels.to(self.predictor.device)
         logits, scores, low = self.predictor._predict(
@@ -123,11 +124,11 @@ class Prompter:
         return logits.cpu(), low
 
     def boxes(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicts from the exact box around each mask bool [O, 1, H, W]: logits [O, 1, H, W] and [O, 1, h, w]."""
+        """Logits [O, 1, H, W] and [O, 1, h, w] for the exact box around each mask bool [O, 1, H, W]."""
         return self.corners(mask_to_box(masks)[:, 0].float())
 
     def corners(self, corners: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicts from boxes float [O, 4] of (x0, y0, x1, y1): logits [O, 1, H, W] and [O, 1, h, w]."""
+        """Logits [O, 1, H, W] and [O, 1, h, w] for boxes float [O, 4] of (x0, y0, x1, y1)."""
         boxes = self._scaled(corners.reshape(-1, 2, 2)).reshape(-1, 4)
         logits, _, low = self.predictor._predict(None, None, boxes, multimask_output=False, return_logits=True)
         return logits.cpu(), low
@@ -180,7 +181,7 @@ def averages(rows: Sequence[Row]) -> dict[str, float]:
 
 @torch.inference_mode()
 def max_logit_difference(one: SAM2Base, other: SAM2Base, samples: Iterable[Sample]) -> float:
-    """The largest difference of low-resolution logits over all samples: three masks of a click, one of a box."""
+    """The largest difference of low-resolution logits over all samples, for all masks of a click and a box."""
     largest = 0.0
     predictors = make_predictor(one.eval()), make_predictor(other.eval())
     for sample in samples:

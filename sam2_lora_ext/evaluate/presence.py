@@ -1,4 +1,4 @@
-"""The object score as a detector of defects: AUROC, and false alarms where 95 % of the defects are found.
+"""Evaluates the object score as a detector of defects: AUROC, and false alarms at 95 % recall.
 
 Legend: P clicks on defects, N clicks on clean steel.
 """
@@ -16,7 +16,7 @@ DRAWS = 500
 
 
 def auroc(defects: Sequence[float], sound: Sequence[float]) -> float | None:
-    """The probability that a defect scores higher than clean steel, ties counted half; None where one is missing.
+    """The probability that a defect scores higher than clean steel, ties counting half; None if either is missing.
 
     AUROC = sum_pn ([d_p > s_n] + 1/2 [d_p = s_n]) / (P N), the Mann-Whitney statistic.
     """
@@ -31,7 +31,7 @@ def false_alarms(defects: Sequence[float], sound: Sequence[float], recall: float
     """The share of clean clicks detected as defects, at the highest threshold that finds `recall` of the defects.
 
     Returns:
-        The share and the threshold t (a click with a score of at least t is a defect); None where clicks are missing.
+        The share and the threshold t (a score of at least t predicts a defect); None if clicks of a kind are missing.
     """
     if not len(defects) or not len(sound):
         return None
@@ -51,7 +51,7 @@ class Scores:
 
 
 def presence_table(scores: Scores, recall: float = RECALL) -> dict[str, Any] | None:
-    """Both numbers with 95 % intervals from resampled images; None where defects or clean clicks are missing."""
+    """AUROC and false alarms with 95 % intervals from resampled images; None without defects or clean clicks."""
     area, alarms = auroc(scores.defects, scores.sound), false_alarms(scores.defects, scores.sound, recall)
     if area is None or alarms is None:
         return None
@@ -70,9 +70,9 @@ def presence_table(scores: Scores, recall: float = RECALL) -> dict[str, Any] | N
 
 
 def presence_difference(first: Scores, other: Scores, recall: float = RECALL) -> dict[str, dict[str, float | int]]:
-    """`other - first` of both numbers for two models with the same prompts, on the same resampled images.
+    """`other - first` of AUROC and false alarms of two models with the same prompts, on the same resampled images.
 
-    Empty where defects or clean clicks are missing.
+    Empty without defects or clean clicks.
     """
     before, after = presence_table(first, recall), presence_table(other, recall)
     if before is None or after is None:
@@ -89,7 +89,7 @@ def presence_difference(first: Scores, other: Scores, recall: float = RECALL) ->
 def resampled(scores: Scores, recall: float = RECALL, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """AUROC and false alarms float64 [draws, 2] of resampled images.
 
-    Defective and clean images are drawn separately, so that no draw lacks one of them.
+    Defective and clean images are drawn separately, so that every draw contains both.
     """
     rng = np.random.default_rng(seed)
     groups = [_by_image(scores.defects, scores.defect_images), _by_image(scores.sound, scores.sound_images)]

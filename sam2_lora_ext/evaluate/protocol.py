@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: prompts and views, which are recorded in evaluation.json."""
+"""The protocol of an evaluation (prompts and views), which evaluation.json records."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,17 +14,17 @@ class Protocol:
     Args:
         clicks: the numbers of clicks that are reported.
         max_clicks: largest number of clicks per object (for clicks to reach an IoU); at least the largest of `clicks`.
-        shifts: shares by which boxes are shifted.
-        tolerance: of the boundary F, in pixels.
-        clean_clicks: clicks on each clean image.
-        tile: w of tiles, None for whole strips.
-        overlap: of tiles, in columns.
+        shifts: shares of the box size by which boxes are shifted.
+        tolerance: tolerance of the boundary F, in pixels.
+        clean_clicks: number of clicks on each clean image.
+        tile: width of tiles, None for whole strips.
+        overlap: overlap of tiles, in columns.
         crop: columns of the window around the objects, as in the run's own validation; None for whole images.
         automatic: points per side for automatic masks; None omits them.
-        thresholds: least predicted IoU and least stability of an automatic mask.
-        same_clicks: later clicks are the same for all models too, on the errors of the first model.
-        image_size: pixels of a side of the model's input; None takes the config's.
-        seed: of box shifts and clean clicks.
+        thresholds: minimum predicted IoU and minimum stability of an automatic mask.
+        same_clicks: later clicks are the same for all models too, and correct the errors of the first model.
+        image_size: side of the model's input in pixels; None takes the config's.
+        seed: seed of box shifts and clean clicks.
     """
 
     clicks: tuple[int, ...] = (1, 2, 4, 8)
@@ -43,9 +43,9 @@ class Protocol:
 
     @classmethod
     def of(cls, values: Any) -> "Protocol":
-        """The protocol in an evaluation.json; raises `UserError` for one that this version does not write."""
+        """The protocol in an evaluation.json; raises `UserError` for a protocol that this version does not write."""
         if not isinstance(values, Mapping):
-            raise UserError(f"the protocol of an evaluation is a mapping, got {values!r}")
+            raise UserError(f"the protocol of an evaluation must be a mapping, got {values!r}")
         check_keys("the protocol of an evaluation", values, [field.name for field in fields(cls)])
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
@@ -56,7 +56,7 @@ class Protocol:
 
     @property
     def view(self) -> str:
-        """The view of a strip, in words."""
+        """The view of a strip in words."""
         if self.tile:
             return f"tiles of {self.tile} columns that overlap by {self.overlap}"
         return f"windows of {self.crop} columns around the objects" if self.crop else "whole strips"
@@ -68,5 +68,5 @@ def clicks_name(count: int) -> str:
 
 
 def box_name(share: float) -> str:
-    """`box_5` for a box that is shifted by 0.05 of its size."""
+    """`box_5` for a box shifted by 0.05 of its size."""
     return f"box_{round(100 * share)}"

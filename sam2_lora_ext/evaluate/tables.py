@@ -1,4 +1,4 @@
-"""From single objects to tables: means with 95 % intervals by image, classes, sizes, and paired differences.
+"""Computes tables from results per object: means with 95 % intervals by image, classes, sizes, paired differences.
 
 Legend: O objects.
 """
@@ -27,9 +27,9 @@ Interval = dict[str, float | int]
 def columns(objects: Sequence[ObjectResult], protocol: Protocol) -> dict[str, np.ndarray]:
     """Every metric as float64 [O].
 
-    `iou_*`, `dice_*` and `boundary_*` by prompt; `clicks_to_80` is the number of clicks to an IoU of 0.80, and
-    `max_clicks` where it is not reached (`missed_80` is 1 there); `automatic_recall` is 1 where an automatic mask has
-    an IoU of at least 0.5, `automatic_iou` that of the best.
+    `iou_*`, `dice_*` and `boundary_*` by prompt; `clicks_to_80` is the number of clicks to an IoU of 0.80, or
+    `max_clicks` if it is not reached (then `missed_80` is 1); `automatic_iou` is the IoU of the best automatic mask,
+    and `automatic_recall` is 1 if that is at least 0.5.
     """
     table: dict[str, np.ndarray] = {}
     for prompt in protocol.prompts:
@@ -51,7 +51,7 @@ def columns(objects: Sequence[ObjectResult], protocol: Protocol) -> dict[str, np
 def means(
     table: Mapping[str, np.ndarray], images: Sequence[str], keep: np.ndarray | None = None
 ) -> dict[str, Interval]:
-    """`{metric: {mean, low, high, objects}}` of all objects, or of those in `keep` (bool [O]); empty for none."""
+    """`{metric: {mean, low, high, objects}}` of all objects, or of those in `keep` (bool [O]); else empty."""
     keep = np.ones(len(images), dtype=bool) if keep is None else keep
     groups = [image for image, kept in zip(images, keep, strict=True) if kept]
     return {name: interval(values[keep], groups) for name, values in table.items()} if groups else {}
@@ -92,10 +92,10 @@ def scores_of(result: ModelResult) -> Scores:
 
 
 def differences(first: ModelResult, other: ModelResult, protocol: Protocol) -> dict[str, Interval]:
-    """Mean of `other - first` object by object, with the interval of that difference; also of AUROC and false alarms.
+    """Means of the paired differences `other - first` with their intervals; also for AUROC and false alarms.
 
     Raises:
-        UserError: they were not evaluated on the same objects.
+        UserError: the models were not evaluated on the same objects.
     """
     if [(row.item, row.object_id) for row in first.objects] != [(row.item, row.object_id) for row in other.objects]:
         raise UserError("the models were not evaluated on the same objects: evaluate them together with --compare")

@@ -1,4 +1,4 @@
-"""The tables of an evaluation as Markdown."""
+"""Formats the tables of an evaluation as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from sam2_lora_ext.evaluate.titles import (
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """All tables of an `evaluation.json`."""
+    """All tables of an `evaluation.json` as Markdown."""
     protocol, models = Protocol.of(record["protocol"]), record["models"]
     names, parts = [model["name"] for model in models], [f"{summary_line(record)}\n"]
     if lines := conditions_lines(record.get("conditions")):
@@ -30,7 +30,7 @@ def describe(record: Mapping[str, Any]) -> str:
     if record["differences"]:
         changes = list(record["differences"].items())
         parts += [
-            f"Differences from {record['reference']}, object by object (* where the interval excludes 0):\n",
+            f"Differences from {record['reference']} on the same objects (* where the interval excludes 0):\n",
             text_table(changes, headline(protocol) | other_differences(record), signed=True),
         ]
     parts += ["Dice and boundary F:\n", text_table(columns, details(protocol))]
@@ -42,7 +42,7 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 def summary_line(record: Mapping[str, Any]) -> str:
-    """The data and the prompts."""
+    """A sentence about the data and the prompts."""
     protocol, data = Protocol.of(record["protocol"]), record["data"]
     split = f", split {data['split']}" if data["split"] else ""
     clicks = f"clicks of {record['reference']} for all" if protocol.same_clicks else "clicks in the largest error"
@@ -54,7 +54,7 @@ def summary_line(record: Mapping[str, Any]) -> str:
 
 
 def conditions_lines(said: Mapping[str, Any] | None) -> list[str]:
-    """The conditions and their differences from those of each run; empty for old evaluations."""
+    """Lines about the conditions and their differences from each run's own; empty for old evaluations."""
     if not said:
         return []
     used = said["used"]
@@ -73,7 +73,7 @@ def conditions_lines(said: Mapping[str, Any] | None) -> list[str]:
 
 
 def overview_table(models: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
-    """A line for each model: cost and quality."""
+    """A table with the cost and quality of each model."""
     rows = [
         [model["name"], *costs(model), *[cell(model["metrics"].get(metric)) for metric in titles]] for model in models
     ]
@@ -81,25 +81,25 @@ def overview_table(models: Sequence[Mapping[str, Any]], titles: Mapping[str, str
 
 
 def group_table(models: Sequence[Mapping[str, Any]], kind: str, titles: Mapping[str, str]) -> str:
-    """A line for each model and class, or size."""
+    """A table with a line for each model and class, or each model and size."""
     rows = [[name, *[cell(values.get(metric)) for metric in titles]] for name, values in groups(models, kind)]
     return _lines(["", *titles.values()], rows)
 
 
 def groups(models: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[str, Mapping[str, Interval]]]:
-    """Name (with the number of objects) and means, by class or size and then by model."""
+    """The name (with the number of objects) and the means of each group, by class or size and then by model."""
     found = [(model["name"], name, model[kind][name]) for name in models[0][kind] for model in models]
     return [(f"{name} ({next(iter(values.values()))['objects']}), {model}", values) for model, name, values in found]
 
 
 def costs(model: Mapping[str, Any]) -> list[str]:
-    """Trained parameters and the size of the file that holds what was trained."""
+    """The number of trained parameters and the size of their file."""
     trained = model["trained_parameters"]
     return ["-" if trained is None else f"{trained:,}", f"{model['file_bytes'] / 1e6:.2f} MB"]
 
 
 def other_rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Title and a cell for each model: false alarms, Kaggle's score, automatic masks, speed."""
+    """Rows of a title and a cell for each model: false alarms, Kaggle's score, automatic masks, speed."""
 
     def presence(model: Mapping[str, Any], key: str) -> str:
         found = model["presence"]
@@ -116,7 +116,7 @@ def other_rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
     prompts = next((list(model["kaggle"]) for model in models if model["kaggle"]), [])
     rows: list[tuple[str, Any]] = [(title, lambda model, key=key: presence(model, key)) for key, title in OTHER.items()]
     threshold = lambda model: _number((model["presence"] or {}).get("threshold"))  # noqa: E731
-    rows.append(("object score with that recall", threshold))
+    rows.append(("object score at this recall", threshold))
     for prompt in prompts:
         title = f"Kaggle Dice {prompt_title(prompt)}"
         rows.append((title, lambda model, prompt=prompt: kaggle(model, prompt, "dice")))
@@ -125,8 +125,8 @@ def other_rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
     if prompts:
         empty = next(model["kaggle"][prompts[0]]["empty_submission"] for model in models if model["kaggle"])
         rows.append(("Kaggle Dice of an empty submission", lambda model: f"{empty:.4f}"))
-    rows.append(("automatic masks an image", lambda model: _number(model["automatic_masks_per_image"])))
-    speeds = {"encode_ms": "an image", "click_ms": "a click", "box_ms": "a box", "automatic_ms": "automatic masks"}
+    rows.append(("automatic masks per image", lambda model: _number(model["automatic_masks_per_image"])))
+    speeds = {"encode_ms": "per image", "click_ms": "per click", "box_ms": "per box", "automatic_ms": "automatic masks"}
     for key, what in speeds.items():
         rows.append((f"ms {what}, median", lambda model, key=key: speed(model, key)))
     return [(title, [value(model) for model in models]) for title, value in rows]
@@ -135,13 +135,13 @@ def other_rows(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
 def text_table(
     columns: Sequence[tuple[str, Mapping[str, Interval]]], metrics: Mapping[str, str], signed: bool = False
 ) -> str:
-    """A Markdown table: a column for each name, a row for each metric (key -> title); `*` marks a difference from 0."""
+    """A Markdown table: a column for each name, a row for each metric (key -> title); for `signed` see `cell`."""
     rows = [[title, *[cell(values.get(metric), signed) for _, values in columns]] for metric, title in metrics.items()]
     return _lines(["", *[name for name, _ in columns]], rows)
 
 
 def cell(value: Interval | None, signed: bool = False) -> str:
-    """`0.512 [0.490, 0.530]`; a signed one has a `*` where its interval excludes 0, one image has no interval."""
+    """`0.512 [0.490, 0.530]`; a signed cell has a `*` if its interval excludes 0. One image has no interval."""
     if value is None:
         return "-"
     if value.get("images") == 1:
@@ -157,7 +157,7 @@ def bounds(mean: float, low: float, high: float, signed: bool = False, mark: str
 
 
 def other_differences(record: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics with differences that are not means over objects, and their titles."""
+    """The metrics whose differences are not means over objects, and their titles."""
     keys = dict.fromkeys(key for values in record["differences"].values() for key in values)
     prompts = {key: prompt_title(key.removeprefix("kaggle_")) for key in keys if key.startswith("kaggle_")}
     kaggle = {key: f"Kaggle Dice {title}" for key, title in prompts.items()}

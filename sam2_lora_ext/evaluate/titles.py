@@ -34,7 +34,7 @@ def details(protocol: Protocol) -> dict[str, str]:
 
 
 def overview(protocol: Protocol) -> dict[str, str]:
-    """The few metrics of a comparison of methods, one line each."""
+    """The few metrics in the overview of a comparison, and their titles."""
     first, last = protocol.prompts[0], protocol.prompts[len(protocol.clicks) - 1]
     wanted = dict.fromkeys([f"iou_{first}", f"iou_{last}", "iou_box", "boundary_box", "clicks_to_80"])
     titles = headline(protocol) | details(protocol)
@@ -42,7 +42,7 @@ def overview(protocol: Protocol) -> dict[str, str]:
 
 
 def grouped(protocol: Protocol) -> dict[str, str]:
-    """The metrics of the tables by class and size."""
+    """The metrics of the tables by class and size, and their titles."""
     return {
         key: title
         for key, title in headline(protocol).items()

@@ -1,7 +1,7 @@
-"""Views of a strip: whole, squashed to the model's square input, or in overlapping tiles at full detail.
+"""Views of a strip: whole, resized to the model's square input, or in overlapping tiles at full resolution.
 
-Both take the same prompts on the same strip, through the stock `SAM2ImagePredictor`. Legend: O objects, H W
-pixels of the strip, P clicks, N tiles, w tile width. Coordinates are (x, y) in pixels of the strip.
+Both views take the same prompts, through the stock `SAM2ImagePredictor`. Legend: O objects, H W pixels of the strip,
+P clicks, N tiles, w tile width. Coordinates are (x, y) in pixels of the strip.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 from sam2_lora_ext.data.tiles import stitch, tile_starts
 from sam2_lora_ext.evaluate.predictor import Prompter, make_predictor
 
-NOTHING = -32.0  # logit without a prompt; the predictors clamp theirs here too
+NOTHING = -32.0  # logit without a prompt; the predictors clamp logits at this value too
 BATCH = 16  # objects per batch of prompts
 
 Clicks = tuple[Tensor, Tensor]
@@ -37,7 +37,7 @@ class View(Protocol):
     """An image that can be prompted."""
 
     def clicks(self, clicks: Sequence[Clicks], memories: Sequence[Any]) -> list[Answer]:
-        """Predicts from all clicks so far on each object; `memories` are those of the previous call, None at first."""
+        """Predicts from all clicks so far on each object; `memories` come from the previous call, None at first."""
         ...
 
     def boxes(self, boxes: Tensor) -> Tensor:
@@ -79,9 +79,10 @@ class WholeView:
 class TiledView:
     """The strip in tiles, each a separate image.
 
-    A click prompts the tiles that contain it, once they have a positive one; a box prompts all tiles that it
-    intersects, each with its part of the box. Where tiles overlap, their logits are averaged as in `tiles.stitch`;
-    without any prompted tile the mask is empty. So an object across two tiles may need a click in each; both count.
+    Clicks prompt the tiles that contain them; a tile is prompted from its first positive click on. A box prompts all
+    tiles that it intersects, each with its part of the box. Where tiles overlap, their logits are averaged as in
+    `tiles.stitch`; without a prompted tile the mask is empty. An object across two tiles may need a click in each tile;
+    both clicks count.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class TiledView:
         return torch.stack(masks)[:, None]
 
     def _together(self, answers: dict[int, Tensor]) -> Tensor:
-        """Logits [H, W] from those [H, w] of some tiles."""
+        """The logits [H, W] of the strip from the logits [H, w] of some of its tiles."""
         out = torch.full((self.height, self.width), NOTHING)
         covered = torch.zeros(self.width, dtype=torch.bool)
         for n in answers:
@@ -141,9 +142,9 @@ class Viewer:
     """Makes the views of one model.
 
     Args:
-        model: in eval mode.
-        tile: w, or None for whole strips.
-        overlap: least number of columns that neighbouring tiles share.
+        model: a SAM 2 in eval mode.
+        tile: tile width w, or None for whole strips.
+        overlap: minimum overlap of neighbouring tiles in columns.
     """
 
     def __init__(self, model: SAM2Base, tile: int | None = None, overlap: int = 0):
@@ -158,7 +159,7 @@ class Viewer:
         self.scores.handle.remove()
 
     def look(self, image: np.ndarray) -> View:
-        """Encodes an image uint8 [H, W, 3]; the view is valid until the next one is made."""
+        """Encodes an image uint8 [H, W, 3]; the view is valid until the next call."""
         needed = 1 if self.tile is None else len(tile_starts(image.shape[1], self.tile, self.overlap))
         while len(self.predictors) < needed:
             self.predictors.append(make_predictor(self.model))

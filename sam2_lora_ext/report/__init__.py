@@ -1,1 +1,1 @@
-"""One HTML page about runs: facts, curves, tables, pictures, updates by layer, commands to repeat them."""
+"""One HTML page about runs: facts, curves, tables, pictures, updates by layer, commands that repeat the runs."""

@@ -1,4 +1,4 @@
-"""The norm of each layer's update relative to its weight, and the same by block.
+"""Computes the norm of each update relative to its weight, by layer and by block.
 
 For a layer whose weight W became W + D: ||D|| / ||W||, Frobenius norms. For a block: sqrt(sum ||D||^2 / sum ||W||^2).
 """
@@ -28,7 +28,7 @@ SHORT = (
 
 @dataclass(frozen=True)
 class Change:
-    """The norms of an update and of its weight; the latter is None without the base."""
+    """The norms of an update and of its weight; the weight's norm is None without the base."""
 
     name: str
     norm: float
@@ -36,14 +36,14 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """Their ratio; None without the base, and for a weight of zeros."""
+        """The ratio of the two norms; None without the base and for a weight of zeros."""
         return self.norm / self.weight if self.weight else None
 
 
 def adapter_changes(adapter: Adapter, base: Mapping[str, Tensor] | None) -> list[Change]:
     """A row for each adapted layer and each tensor trained in full, in the order of the adapter.
 
-    Without the base only plain LoRA can be computed: the changes of DoRA and full training depend on it.
+    Without the base only plain LoRA has rows: the updates of DoRA and full training depend on the base.
     """
     rows = []
     for name, layer in adapter.layers.items():
@@ -67,7 +67,7 @@ def weight_changes(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> l
 
 
 def by_block(rows: Iterable[Change]) -> list[Change]:
-    """The rows summed by block; those outside of blocks by the part of the model."""
+    """The rows summed by block; rows outside of blocks are summed by part of the model."""
     sums: dict[str, list[float]] = {}
     known = True
     for row in rows:

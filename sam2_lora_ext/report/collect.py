@@ -1,4 +1,4 @@
-"""Reads the files of runs and evaluations, and reports missing or damaged ones."""
+"""Reads the files of runs and evaluations; a missing or damaged file raises a `UserError`."""
 
 import csv
 import io
@@ -22,13 +22,13 @@ TABLE = "logs/metrics.csv"
 
 @dataclass
 class Run:
-    """One run folder; fields of files that do not exist (yet) are empty."""
+    """One run folder; the fields of missing files are empty."""
 
     path: Path
     name: str
     label: str  # short, and unique among the runs of a report
     summary: dict[str, Any] = field(default_factory=dict)  # of a finished run
-    extended: int | None = None  # steps at its earlier end, while an extended run is unfinished
+    extended: int | None = None  # steps at the earlier end of an extended run that is not finished again
     lora: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, str]] = field(default_factory=list)  # of logs/metrics.csv
 
@@ -47,14 +47,14 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def adapter(self) -> tuple[str, Adapter] | None:
-        """The adapter for the use of the run, and its kind: best, else final, else latest."""
+        """The kind and the adapter of the run: best, else final, else latest."""
         for kind in ("best", "final", "latest"):
             if is_adapter_folder(self.path / "adapters" / kind):
                 return kind, load_adapter(self.path / "adapters" / kind)
         return None
 
     def weights(self) -> tuple[str, dict[str, Any]] | None:
-        """The full weights of a run that trained no adapter, and their kind: best, else final."""
+        """The kind and the full weights of a run that trained no adapter: best, else final."""
         for kind in ("best", "final"):
             if (self.path / "weights" / f"{kind}.pt").exists():
                 return kind, read_weights(self.path / "weights" / f"{kind}.pt")
@@ -75,10 +75,10 @@ class Evaluation:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Several run folders; labels of folders with the same name are made unique.
+    """Reads several run folders; labels of folders with the same name are made unique.
 
     Raises:
-        UserError: as `read_run`, or a run is given twice.
+        UserError: see `read_run`; or a run is given twice.
     """
     places = [path.resolve() for path in paths]
     if len(set(places)) < len(places):
@@ -90,14 +90,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path, label: str | None = None) -> Run:
-    """A run folder of `LoRATrainer`.
+    """Reads a run folder of `LoRATrainer`.
 
     Raises:
         UserError: it is not a run folder, or a file in it is damaged.
     """
     if not (path / "run.json").is_file():
         raise UserError(
-            f"{path} is not a run folder (it has no run.json): give the folder of launcher.experiment_log_dir"
+            f"{path} is not a run folder (it has no run.json): give the folder set by launcher.experiment_log_dir"
         )
     run = Run(path, str(_json(path / "run.json", dict).get("name", path.name)), label or path.resolve().name)
     for attribute, file in (("summary", SUMMARY), ("lora", "lora.json")):
@@ -112,29 +112,29 @@ def read_run(path: Path, label: str | None = None) -> Run:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """An evaluation folder, or its evaluation.json.
+    """Reads an evaluation folder, or its evaluation.json.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: evaluation.json is missing or damaged.
     """
     file = path / "evaluation.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"there is no {file}: make it with tools/evaluate.py")
+        raise UserError(f"there is no {file}: create it with tools/evaluate.py")
     record = _json(file, dict)
     if not {"protocol", "models", "differences", "data"} <= set(record) or not record["models"]:
-        raise UserError(f"{file} is not from tools/evaluate.py: give its folder")
+        raise UserError(f"{file} was not written by tools/evaluate.py: give the folder of an evaluation")
     return Evaluation(file.parent, record)
 
 
 @contextmanager
 def understood(what: str) -> Iterator[None]:
-    """Turns errors of the content of JSON files (`what`) into a `UserError`."""
+    """Turns errors from unexpected content of the JSON files `what` into a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        sentence = f"{what} is damaged or of another version ({error!r}): restore it, or run again"
+        sentence = f"{what} is damaged or from another version ({error!r}): restore it, or run again"
         raise UserError(sentence) from error
 
 
@@ -144,7 +144,9 @@ def _rows(table: Path) -> list[dict[str, str]]:
             reader = csv.DictReader(file)
             if not {"step", "phase", "loss"} <= set(reader.fieldnames or ()):
                 raise UserError(f"{table} is damaged: its header lacks step, phase or loss")
-            return [row for row in reader if None not in row.values()]  # a running job may be in the middle of a line
+            return [
+                row for row in reader if None not in row.values()
+            ]  # a running job may have written only part of the last line
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} is damaged or cannot be read ({error}): restore it, or move it away") from error
 
@@ -155,5 +157,5 @@ def _json(path: Path, kind: type) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or cannot be read ({error}): restore it, or run again") from error
     if not isinstance(content, kind):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}; restore it, or run again")
+        raise UserError(f"{path} is damaged: it contains a {type(content).__name__}; restore it, or run again")
     return content

@@ -1,4 +1,4 @@
-"""Plots as inline SVG that use the page's colours, for its light and dark styles."""
+"""Draws plots as inline SVG in the page's own colours, for its light and dark styles."""
 
 import io
 import re
@@ -17,12 +17,12 @@ Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
 def plot(curves: Mapping[tuple[str, str], Curve], title: str, ylabel: str, *, log: bool = False) -> str:
-    """Lines over optimizer steps as `<svg>`; empty without a point.
+    """A plot of curves over optimizer steps as `<svg>`; an empty text without points.
 
     Args:
-        curves: by run and quantity; with several runs each run has a colour, with one run each curve.
-        title: above the plot.
-        ylabel: of the values.
+        curves: (run, quantity) -> curve; colours distinguish runs, or the curves of a single run.
+        title: title above the plot.
+        ylabel: label of the values.
         log: use a logarithmic axis if the values span more than a power of ten.
     """
     curves = {name: curve for name, curve in curves.items() if curve[0]}
@@ -46,13 +46,13 @@ def plot(curves: Mapping[tuple[str, str], Curve], title: str, ylabel: str, *, lo
     axes.set(xlabel="optimizer step", ylabel=ylabel, title=_plain(title), yscale=scale)
     if len(curves) < 4:
         axes.legend(labelcolor=INK, frameon=False, fontsize=8)
-    else:  # too many to be drawn over the curves
+    else:  # a large legend would hide the curves
         figure.legend(loc="outside lower center", ncols=2, labelcolor=INK, frameon=False, fontsize=8)
     return _svg(figure, title)
 
 
 def bars(rows: Sequence[Change], title: str) -> str:
-    """A horizontal bar for each row: `relative` in percent, or `norm` without a base."""
+    """A horizontal bar for each row: `relative` in percent, or `norm` without the base."""
     if not rows:
         return ""
     relative = all(row.relative is not None for row in rows)
@@ -82,7 +82,7 @@ def _axes(size: tuple[float, float]):
 
 def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text remains text; unique ids
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text instead of paths; unique ids
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -94,7 +94,7 @@ def _svg(figure: Figure, title: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escaped for matplotlib: a dollar would begin a formula, a leading underscore would hide it from a legend."""
+    """Text escaped for matplotlib: a dollar would start a formula, a leading underscore would hide a legend entry."""
     return text.lstrip("_").replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""Small pieces of HTML: escaped text, tables that scroll on a phone, pictures inside the page, and its style."""
+"""Small pieces of HTML: escaped text, tables that scroll on narrow screens, embedded pictures, and the page's style."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from PIL import Image
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import read_bytes
 
-WIDE = 2.5  # width by height
+WIDE = 2.5  # width divided by height
 LARGEST_PICTURE = 1 << 26  # bytes; browsers do not open pages with larger ones
 
 STYLE = """
@@ -44,16 +44,16 @@ summary { cursor: pointer; margin: .3rem 0 }
 
 
 class Raw(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 def text(value: object) -> str:
-    """Escaped, unless it is `Raw`."""
+    """A value as escaped text, unless it is `Raw`."""
     return value if isinstance(value, Raw) else escape(str(value))
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], wrap: bool = False) -> str:
-    """A table whose first column names the row; with `wrap` long cells break, else a narrow screen scrolls."""
+    """A table whose first column names the row; with `wrap` long cells wrap, otherwise the table scrolls."""
     head = "".join(f"<th>{text(cell)}</th>" for cell in header)
     opening = "<td>" if wrap else "<td class=n>"
     body = "".join(
@@ -68,7 +68,7 @@ def folded(title: str, body: str, unfolded: bool = False) -> str:
 
 
 def picture(file: Path, caption: str) -> str:
-    """A JPEG or PNG inside the page; a strip spans two columns if there are several.
+    """A JPEG or PNG embedded in the page; a strip spans two columns of the grid.
 
     Raises:
         UserError: the file is missing or not a picture.
@@ -86,12 +86,12 @@ def picture(file: Path, caption: str) -> str:
 
 
 def figure(svg: str) -> str:
-    """A plot; nothing for an empty one."""
+    """A plot as a figure; empty for an empty plot."""
     return f"<figure>{svg}</figure>" if svg else ""
 
 
 def page(title: str, body: str) -> str:
-    """The page; it makes no network requests, not even for an icon."""
+    """The whole page; it makes no network requests, not even for an icon."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">

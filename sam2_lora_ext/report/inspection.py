@@ -1,4 +1,4 @@
-"""The section of the report about inspection without clicks: numbers, found, missed and false by class, pictures."""
+"""The report's section about inspection without clicks: numbers, found, missed and false strips, pictures."""
 
 from dataclasses import dataclass
 from html import escape
@@ -10,7 +10,7 @@ from sam2_lora_ext.report.html import folded, picture, table
 from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import LARGEST_NOTE, inside, read_json
 
-LEGEND = "The truth (green) with the result over it (blue), or a false alarm (orange)."
+LEGEND = "The truth (green) below the result (blue), or a false alarm (orange)."
 
 
 @dataclass
@@ -22,31 +22,31 @@ class InspectionResult:
 
 
 def read_inspection(path: Path) -> InspectionResult:
-    """A folder of tools/evaluate_inspection.py, or its inspection.json.
+    """Reads a folder written by tools/evaluate_inspection.py, or its inspection.json.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: inspection.json is missing or damaged.
     """
     file = path / "inspection.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"there is no {file}: make it with tools/evaluate_inspection.py")
+        raise UserError(f"there is no {file}: create it with tools/evaluate_inspection.py")
     record = read_json(file, LARGEST_NOTE)
     if not isinstance(record, dict) or not {"result", "gallery", "strips", "command"} <= set(record):
-        raise UserError(f"{file} is not from tools/evaluate_inspection.py: give its folder")
+        raise UserError(f"{file} was not written by tools/evaluate_inspection.py: give the folder of an inspection")
     return InspectionResult(file.parent, record)
 
 
 def inspection(found: InspectionResult) -> str:
-    """The section.
+    """The section as HTML.
 
     Raises:
         UserError: a picture is missing.
     """
     record, result = found.record, found.record["result"]
-    fitted = "thresholds fitted on validation strips" if result["decision"]["fitted"] else "thresholds never fitted"
+    fitted = "thresholds fitted on validation strips" if result["decision"]["fitted"] else "thresholds not fitted"
     said = (
         f"{result['strips']} strips, {result['clean_strips']} of them clean: {record['strips']['origin']}. "
-        f"No click; {fitted}; {result['ms_per_strip']:.1f} ms a strip on {record['device']}."
+        f"No clicks; {fitted}; {result['ms_per_strip']:.1f} ms per strip on {record['device']}."
     )
     parts = ["<h2>Inspection without clicks</h2>", f"<p>{escape(said)}</p>"]
     rows = [[title, shown(result[key])] for key, title in OVERALL.items()]

@@ -1,4 +1,4 @@
-"""The tables of an evaluation as HTML: means with intervals, differences, classes, sizes, false alarms, speed."""
+"""Formats the tables of an evaluation as HTML."""
 
 from collections.abc import Mapping
 from html import escape
@@ -28,7 +28,7 @@ from sam2_lora_ext.report.html import Raw, folded, table
 
 
 def tables(evaluation: Evaluation) -> str:
-    """The overview, the main table, differences, classes, sizes, false alarms, Kaggle, speed."""
+    """The overview, the main table, differences, classes, sizes, false alarms, Kaggle's score and speed."""
     record = evaluation.record
     protocol, models = Protocol.of(record["protocol"]), record["models"]
     names = [model["name"] for model in models]
@@ -54,7 +54,7 @@ def tables(evaluation: Evaluation) -> str:
         lines = [[title, *[_difference(values.get(key), key) for values in changes]] for key, title in titles.items()]
         parts += [
             f"<h3>Differences from {escape(record['reference'])}</h3>",
-            "<p class=soft>On the same objects; green (better) and red (worse) where the interval excludes 0.</p>",
+            "<p class=soft>On the same objects; green is better, red is worse, where the interval excludes 0.</p>",
             table(["", *record["differences"]], lines),
         ]
     for kind, heading in (("classes", "By class"), ("sizes", SIZES_TITLE)):
@@ -71,7 +71,7 @@ def _shown(value: Mapping[str, Any] | None) -> Raw:
 
 
 def _difference(value: Mapping[str, Any] | None, metric: str) -> Raw:
-    """Signed, and coloured as better or worse if the interval excludes 0."""
+    """A signed difference, coloured as better or worse if its interval excludes 0."""
     shown = _small(cell(value, signed=True).replace("*", ""))
     if value is None or value["low"] <= 0 <= value["high"]:
         return shown

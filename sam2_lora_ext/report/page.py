@@ -1,4 +1,4 @@
-"""The sections of the report, put together from runs and evaluations."""
+"""Builds the page of the report from runs and evaluations, section by section."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -15,15 +15,15 @@ from sam2_lora_ext.report.repeat import data_of, training_command, use_commands
 from sam2_lora_ext.utils.files import inside
 
 LEGEND = (
-    "The truth (green), then the mask of one click (blue, the click red); on clean steel the false detection (orange)."
+    "The truth (green) and the one-click mask (blue) with its click (red); on clean steel the false alarm (orange)."
 )
 
 
 def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], inspections: Sequence[InspectionResult] = ()) -> str:
-    """The page.
+    """The whole page as HTML.
 
     Raises:
-        UserError: a file of a run or an evaluation has an unexpected content.
+        UserError: a file of a run or an evaluation has unexpected content.
     """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [f"<h1>{escape(title)}</h1>"]
@@ -36,7 +36,7 @@ def render(runs: Sequence[Run], evaluations: Sequence[Evaluation], inspections: 
         with understood(f"{result.folder / 'inspection.json'}"):
             parts.append(inspection(result))
     if not evaluations and not inspections:
-        parts.append("<h2>Evaluation</h2><p>There is none yet; its command is at the end of this page.</p>")
+        parts.append("<h2>Evaluation</h2><p>There is none yet; the command is at the end of this page.</p>")
     parts += [adaptation(runs), reproduce(runs, [*evaluations, *inspections])]
     return page(title, "\n".join(parts))
 
@@ -96,7 +96,7 @@ def facts(runs: Sequence[Run]) -> str:
 
 
 def method(run: Run) -> str:
-    """The method of the training, in words."""
+    """The training method in words."""
     if not run.lora:
         return "-"
     config, groups = run.lora.get("config"), run.lora.get("groups") or {}
@@ -112,7 +112,7 @@ def method(run: Run) -> str:
 
 
 def curves(runs: Sequence[Run]) -> str:
-    """Loss, IoU and learning rate."""
+    """The curves of loss, IoU and learning rate."""
     phases = (("training", "train"), ("validation", "val"))
     loss = {(run.label, phase): run.curve(key, "loss") for run in runs for phase, key in phases}
     prompts = (("1 click", "iou_1click"), ("8 clicks", "iou_8clicks"), ("box", "iou_box"))
@@ -128,7 +128,7 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def galleries(evaluation: Evaluation) -> str:
-    """Best, median, worst masks of one click, and false alarms; collapsed for the first of several models."""
+    """Best, median and worst one-click masks and false alarms; only the second of several models is unfolded."""
     models = [model for model in evaluation.record["models"] if model["gallery"]]
     parts = []
     for number, model in enumerate(models):
@@ -160,13 +160,13 @@ def adaptation(runs: Sequence[Run]) -> str:
 
 
 def changes(run: Run) -> tuple[str, list[Change]]:
-    """A sentence about the comparison, and the update of each layer."""
+    """A sentence about the comparison with the base, and the update of each layer."""
     base = run.base()
     if found := run.adapter():
         kind, adapter = found
         if base is not None and adapter.misfit(base) is None:
             return f"adapter {kind}, relative to the base.", adapter_changes(adapter, base)
-        note = f"adapter {kind}. The base is not at {run.lora.get('base_path')} now, so norms are absolute."
+        note = f"adapter {kind}. The base is no longer at {run.lora.get('base_path')}, so norms are absolute."
         return note, adapter_changes(adapter, None)
     if found := run.weights():
         kind, state = found
@@ -174,12 +174,12 @@ def changes(run: Run) -> tuple[str, list[Change]]:
             key: value.shape for key, value in state.items()
         }:
             return f"weights {kind}, relative to the base.", weight_changes(state, base)
-        return f"the base of its weights is not at {run.lora.get('base_path')} now, so there is no comparison.", []
-    return "it has no adapter and no weights yet.", []
+        return f"the base is no longer at {run.lora.get('base_path')}, so the weights cannot be compared.", []
+    return "the run has no adapter and no weights yet.", []
 
 
 def reproduce(runs: Sequence[Run], evaluations: Sequence[Evaluation | InspectionResult]) -> str:
-    """The exact commands."""
+    """The commands that repeat the runs and their evaluations."""
     lines = [line for run in runs for line in (training_command(run), *use_commands(run)) if line]
     lines += [shlex.join(evaluation.record["command"]) for evaluation in evaluations if "command" in evaluation.record]
-    return "<h2>To repeat it</h2>" + "".join(f"<pre>{escape(line)}</pre>" for line in dict.fromkeys(lines))
+    return "<h2>Commands to repeat it</h2>" + "".join(f"<pre>{escape(line)}</pre>" for line in dict.fromkeys(lines))

@@ -1,4 +1,4 @@
-"""The commands that repeat a run: its config with the environment variables of its start, then merge and evaluate."""
+"""Writes the commands that repeat a run: training with its environment variables, then merge and evaluation."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ VARIABLE = re.compile(
 
 
 def training_command(run: Run) -> str | None:
-    """The shell command that repeats the training into another folder; None if the run has no config.yaml."""
+    """The shell command that repeats the training in another folder; None if the run has no config.yaml."""
     config = run.path / "config.yaml"
     if not config.exists():
         return None
@@ -27,7 +27,7 @@ def training_command(run: Run) -> str | None:
 
 
 def environment(run: Run) -> dict[str, str]:
-    """The values of environment variables in the run's config, found by comparing its raw and resolved forms."""
+    """The environment variables of the run's config and their values, found by comparing raw and resolved config."""
     from omegaconf import OmegaConf
 
     files = [run.path / "config.yaml", run.path / "config_resolved.yaml"]
@@ -47,7 +47,7 @@ def environment(run: Run) -> dict[str, str]:
 
 
 def use_commands(run: Run) -> list[str]:
-    """The commands that merge the adapter, and compare it with its base under the conditions in the run's record."""
+    """The commands that merge the adapter and compare it with its base under the run's recorded conditions."""
     base, config = run.lora.get("base_path"), run.lora.get("model_config")
     if not base:
         return []
@@ -73,13 +73,13 @@ def knows_data(run: Run) -> bool:
 
 
 def data_of(run: Run) -> str:
-    """The run's images, splits and views; the reason if they are unknown."""
+    """The run's images, split and view in words, or the reason why they are unknown."""
     if find_run(run.path) is None:
         return "-"
     try:
         source = from_run(run.path)
     except UserError as error:
-        return f"not known: {error}"
+        return f"unknown: {error}"
     split = f", split by {source.split_file}" if source.split_file else ""
     view = f"crop {source.crop}" if source.crop else "whole images"
     return f"{source.data}{split}; {view}, {source.resolution} px, {source.bits} bits"

@@ -1,9 +1,9 @@
-"""Settings that a run may change when it is started again: those of `ALLOWED`; all others are compared.
+"""Compares the settings of a restarted run with its record; only those in `ALLOWED` may change.
 
-A key is the dotted path below `trainer:`, as in a composed config. A key that one side lacks has the default of its
-`_target_`, so that settings added by a later version compare by their defaults; `RENAMED` maps the settings of earlier
-versions. The base is compared by its identity, data by content. Imports neither torch nor Hydra itself; defaults are
-looked up in the classes that a config names.
+A key is the dotted path below `trainer:`, as in a composed config. A key that one side lacks gets the default of its
+`_target_`, so settings added by a later version compare by their defaults; `RENAMED` maps the settings of earlier
+versions. The base is compared by its identity, data by content. Imports neither torch nor Hydra itself; defaults come
+from the classes that a config names.
 """
 
 import dataclasses
@@ -17,40 +17,40 @@ from typing import Any
 
 ALLOWED = {  # key -> the reason why it does not change the result
     "run_dir": "where the run is",
-    "resume_with_changes": "about the other settings",
-    "accelerator": "the same numbers to rounding",
+    "resume_with_changes": "only permits other changes",
+    "accelerator": "the same numbers up to rounding",
     "metrics_every": "how often a row is written",
     "keep_previous": "how many checkpoints are kept",
     "export.*": "what is written besides adapters",
-    "logging.*": "what is shown where",
-    "optim.gradient_logger": "what is looked at",
-    "optim.gradient_logger.*": "what is looked at",
+    "logging.*": "what is logged and where",
+    "optim.gradient_logger": "only reads gradients",
+    "optim.gradient_logger.*": "only reads gradients",
     "env_variables.*": "settings of the machine",
-    "distributed.backend": "how ranks talk",
-    "distributed.timeout_mins": "how long they wait",
+    "distributed.backend": "how ranks communicate",
+    "distributed.timeout_mins": "how long ranks wait",
     "distributed.find_unused_parameters": "the same gradients",
-    "cuda.cudnn_*": "which of equal algorithms is taken",
+    "cuda.cudnn_*": "which of several equivalent algorithms runs",
     "checkpoint.save_*": "where and how often checkpoints are written",
-    "checkpoint.resume_from": "read at the first start alone",
+    "checkpoint.resume_from": "read at the first start only",
     "checkpoint.skip_saving_parameters": "set by LoRATrainer",
     "checkpoint.initialize_after_preemption": "set by LoRATrainer",
-    "checkpoint.model_weight_initializer.state_dict.checkpoint_path": "the base is known by its identity",
-    "model.activations": "what is kept for backward: the same numbers to rounding",
-    "model.activations.*": "what is kept for backward: the same numbers to rounding",
-    "model.memory": "what version 0.1 called activations",
-    "model.memory.*": "what version 0.1 called activations",
-    "model.feature_cache": "features that are found instead of computed",
-    "model.feature_cache.*": "features that are found instead of computed",
-    "model.compile_image_encoder": "the same numbers to rounding",
-    "model.use_act_ckpt_iterative_pt_sampling": "the same numbers, computed again",
-    "model.lora.implementation": "the same numbers to rounding",
-    "loss.*.implementation": "the same numbers to rounding",
+    "checkpoint.model_weight_initializer.state_dict.checkpoint_path": "the base is compared by its identity",
+    "model.activations": "what is saved for backward: the same numbers up to rounding",
+    "model.activations.*": "what is saved for backward: the same numbers up to rounding",
+    "model.memory": "the name of activations in version 0.1",
+    "model.memory.*": "the name of activations in version 0.1",
+    "model.feature_cache": "features are read instead of computed",
+    "model.feature_cache.*": "features are read instead of computed",
+    "model.compile_image_encoder": "the same numbers up to rounding",
+    "model.use_act_ckpt_iterative_pt_sampling": "the same numbers, recomputed",
+    "model.lora.implementation": "the same numbers up to rounding",
+    "loss.*.implementation": "the same numbers up to rounding",
     "data.*.num_workers": "which process draws a sample: other crops and flips of the same kind",
     "data.*.pin_memory": "how batches reach the device",
-    "data.*.cache_dir": "where the index is kept",
-    "data.*.full_check": "how damage is looked for",
+    "data.*.cache_dir": "where the index is stored",
+    "data.*.full_check": "how thoroughly files are checked",
 }
-# Allowed where the content is known to be equal.
+# Settings that may change if the content of the data is recorded, since the content is compared.
 PATHS = ("image_dir", "label_dir", "csv", "json", "root", "split_file")
 RENAMED: dict[str, str] = {}  # end of a key of an earlier version -> end of its current key in the same section
 SECTIONS = {  # key -> the class of a section without `_target_`
@@ -80,11 +80,11 @@ class Change:
 def changes(before: Record, after: Record) -> list[Change]:
     """Changes between two records of `run.config` that affect the result; empty when the run may continue.
 
-    Values that one of them lacks (None, or no entry) are not compared, see `unrecorded`.
+    Base, data and ranks are not compared if one record lacks them (None, or no entry), see `unrecorded`.
     """
-    known = set(_targets(after["trainer"]))  # modules that only the run folder names are not imported
+    known = set(_targets(after["trainer"]))  # never imports a module that only the run folder names
     old, new = (dict(_walk("", record["trainer"], known)) for record in (before, after))
-    if new.get("mode") == "val":  # trains nothing
+    if new.get("mode") == "val":  # validation does not affect the run
         old["mode"] = "val"
     found = []
     for key in dict.fromkeys([*new, *old]):
@@ -98,7 +98,7 @@ def changes(before: Record, after: Record) -> list[Change]:
 
 
 def unrecorded(before: Record, after: Record) -> list[str]:
-    """The entries that the earlier record lacks, in words."""
+    """Names of the entries that the earlier record lacks and the later one has."""
     return [key for key, (old, new) in _facts(before, after).items() if old is None and new is not None]
 
 
@@ -107,7 +107,7 @@ def _facts(before: Record, after: Record) -> dict[str, tuple[Any, Any]]:
     facts = {"the number of ranks": (before.get("ranks"), after.get("ranks"))}
     for phase in ("train", "val"):
         pair = (_digest(before, phase), _digest(after, phase))
-        facts[f"the content of trainer.data.{phase} (images, masks, classes, the chosen part)"] = pair
+        facts[f"the content of trainer.data.{phase} (images, masks, classes, split)"] = pair
     return facts
 
 
@@ -197,7 +197,7 @@ def _import(target: Any) -> Any:
     module, _, name = str(target).rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception:  # any error of a user's own module: then there are no defaults to compare with
+    except Exception:  # any error of a user's own module; then missing keys have no defaults
         return None
 
 

@@ -35,7 +35,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep_previous: b
     """Replaces the checkpoint atomically; after a kill or on a full disk the old one remains.
 
     Raises:
-        UserError: the system refuses.
+        UserError: the file cannot be written.
     """
 
     def save(temporary: Path) -> None:
@@ -50,14 +50,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep_previous: b
 
 
 def prepare_resume(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Checks that checkpoint.pt, if there is one, can be resumed from; the previous one replaces a damaged one.
+    """Checks that checkpoint.pt, if it exists, can be resumed from; the previous checkpoint replaces a damaged one.
 
     Args:
         folder: the checkpoints' folder.
-        state: name -> tensor that a checkpoint of this model holds.
+        state: name -> tensor, as in a checkpoint of this model.
 
     Raises:
-        UserError: it cannot, and there is no previous one.
+        UserError: neither checkpoint can be resumed from.
     """
     path, previous = folder / NAME, folder / PREVIOUS
     if not os.path.lexists(path):
@@ -71,7 +71,7 @@ def prepare_resume(folder: Path, state: Mapping[str, Tensor]) -> None:
             problem = error
     if not previous.exists():
         raise UserError(
-            f"cannot resume: {problem}; delete it to start anew, or choose another launcher.experiment_log_dir"
+            f"cannot resume: {problem}; delete it to start again, or choose another launcher.experiment_log_dir"
         ) from problem
     check_checkpoint(previous, state)
     if path.exists():
@@ -81,14 +81,14 @@ def prepare_resume(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def check_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Reads a checkpoint as in a resume.
+    """Reads a checkpoint as a resume would.
 
     Raises:
-        UserError: it is damaged, contains code, or is of another model.
+        UserError: it is damaged, contains code, or belongs to another model.
     """
     content = read_file(path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # memory-mapped tensors are not compared with their checksums
+        with zipfile.ZipFile(path) as archive:  # memory-mapping does not verify checksums
             if archive.testzip() is not None:
                 raise UserError(f"{path} is damaged")
     if not isinstance(content, Mapping) or any(field not in content for field in FIELDS):
@@ -98,15 +98,15 @@ def check_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
     wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if wrong:
         raise UserError(
-            f"{path} is of another model or LoRA config: {wrong[0]} is {_shape(found.get(wrong[0]))} in it and "
-            f"{_shape(shapes.get(wrong[0]))} here ({len(wrong)} such)"
+            f"{path} belongs to another model or LoRA config: {wrong[0]} is {_shape(found.get(wrong[0]))} in it and "
+            f"{_shape(shapes.get(wrong[0]))} in this model ({len(wrong)} tensors differ)"
         )
 
 
 def notes_to_resume(folder: Path) -> dict[str, Any] | None:
-    """The notes of the checkpoint from which a start will continue; None without a checkpoint.
+    """The notes of the checkpoint that a start will resume; None without a checkpoint.
 
-    Empty when it has no notes, or is damaged, which `prepare_resume` reports.
+    Empty when the checkpoint has no notes or is damaged; `prepare_resume` reports the damage.
     """
     for path in (folder / NAME, folder / PREVIOUS):
         if os.path.lexists(path):
@@ -117,7 +117,7 @@ def notes_to_resume(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def own_options(optimizer: torch.optim.Optimizer, keep: bool) -> Iterator[None]:
-    """For loading a state into an optimizer: with `keep` its hyperparameters (betas and the like) stay as set."""
+    """With `keep`, an optimizer keeps its hyperparameters (such as betas) while the block loads a state into it."""
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     yield
     if keep:

@@ -1,6 +1,6 @@
 """Deletes the temporary files of a killed run at its next start, by their names and folders.
 
-A temporary file or folder of `NAME` is `.NAME.<process>.tmp` in the same folder.
+The temporary file or folder for `NAME` is `.NAME.<process>.tmp` in the same folder.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ OURS = {  # glob of folders below the run's -> regular expression of the names t
 
 
 def clean_up(run: Path, checkpoints: Path) -> None:
-    """Deletes temporaries, and completes replacements of adapters that a kill interrupted; the run must be locked.
+    """Deletes temporary files and completes interrupted replacements of adapters; the run must be locked.
 
     Args:
-        run: its folder.
-        checkpoints: the folder of its checkpoints, which need not be below it.
+        run: the run's folder.
+        checkpoints: the folder of its checkpoints, inside the run's folder or elsewhere.
     """
     for kind in KINDS:
         with contextlib.suppress(OSError):

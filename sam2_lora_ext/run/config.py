@@ -1,17 +1,17 @@
 """`run_config.yaml`, the run's own record of the arguments of its Trainer; read by evaluate, report and resume.
 
 The launcher writes `config.yaml` and `config_resolved.yaml` before the run can be refused. This file is written only by
-a run that has the lock and was accepted. It is YAML of
+an accepted start that has the lock. Its YAML keys are
 
-    version   of this package, of the last start that wrote it
+    version   version of this package at the last start that wrote the file
     trainer   the resolved `trainer:` section, with `_target_`
     ranks     number of processes
     base      {"id": `weights_id` of the base or null, "path": its file}
     data      {"train": digest, "val": digest}; null where a data set has no `AnnotationIndex`
     changes   allowed by `trainer.resume_with_changes`: a list of {"step", "key", "before", "after"}
 
-A start that is refused may overwrite `config_resolved.yaml`, until its Trainer restores the copy of the last accepted
-start (`.config_resolved.yaml`). Needs neither torch nor Hydra.
+A refused start may overwrite `config_resolved.yaml`, until its Trainer restores the copy of the last accepted start
+(`.config_resolved.yaml`). Needs neither torch nor Hydra.
 """
 
 import logging
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, and no aliases, since a few lines of them can expand beyond any memory."""
+    """Loads plain values only, and no aliases, since a few lines of aliases can expand to any size."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases, which a run never writes")
+            raise yaml.YAMLError("it contains aliases, which a run never writes")
         return super().compose_node(parent, index)
 
 
@@ -49,15 +49,15 @@ class _Dumper(yaml.SafeDumper):
 def read_run_config(run: Path, *, warn: bool = True) -> dict[str, Any]:
     """The record of a run, as described above.
 
-    A run of version 0.1.0 has none: then the launcher's `config_resolved.yaml` is read, `ranks` is None, `base` and
-    `data` are empty, and a warning is logged.
+    A run of version 0.1.0 has no record. For it the launcher's `config_resolved.yaml` is read, `ranks` is None, `base`
+    and `data` are empty, and a warning is logged.
 
     Args:
         run: the run's folder.
         warn: log that warning.
 
     Raises:
-        UserError: neither file exists, or it is damaged.
+        UserError: neither file exists, or the file is damaged.
     """
     run = Path(run)
     unknown: dict[str, Any] = {"version": None, "ranks": None, "base": {}, "data": {}, "changes": []}
@@ -68,8 +68,8 @@ def read_run_config(run: Path, *, warn: bool = True) -> dict[str, Any]:
         raise UserError(f"{run} holds no {NAME} and no {OLD_NAME}: give the folder of a run of LoRATrainer")
     if warn:
         log.warning(
-            "%s is of version 0.1.0, which did not record what its Trainer received, its ranks and the content of its "
-            "data: the launcher's %s is taken for it",
+            "%s is a run of version 0.1.0, which did not record its Trainer's arguments, its ranks and the content of "
+            "its data: the launcher's %s is read instead",
             run,
             OLD_NAME,
         )
@@ -83,7 +83,7 @@ def write_run_config(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A config's value as plain YAML: dicts, lists, numbers, text; interpolations resolved."""
+    """A config's value as plain YAML (dicts, lists, numbers, text), with interpolations resolved."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
@@ -99,7 +99,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{file} is damaged or cannot be read ({' '.join(str(error).split())}): restore it") from error
     if not isinstance(record, dict) or not isinstance(record.get("trainer"), dict):
-        raise UserError(f"{file} does not hold the trainer section of a run: restore it")
+        raise UserError(f"{file} lacks the trainer section of a run: restore it")
     for name, kind in (("base", dict), ("data", dict), ("changes", list), ("ranks", (int, NoneType))):
         if name in record and not isinstance(record[name], kind):
             raise UserError(f"{file} is damaged: its {name} is {record[name]!r}; restore it")

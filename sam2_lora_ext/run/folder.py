@@ -4,7 +4,7 @@ run_dir/
   run_config.yaml         arguments of the Trainer, ranks, identities of base and data, changes: see `run.config`
   run.json                the run's name with its start time, fixed at the first start
   lora.json               adapted layers, parameters, the LoRA config, the identity of the base
-  validations.json        the metrics of every validation; early stopping and `best` are computed from it
+  validations.json        the metrics of every validation, which determine early stopping and `best`
   adapters/{best,latest,final}/   PEFT folders
   weights/{best,final}.pt         full weights instead, if no adapter is trained (class prompts as a further entry)
   merged_best.pt          on request: weights that stock `build_sam2` loads
@@ -38,7 +38,7 @@ SIZES = {"t": "tiny", "s": "small", "b+": "base_plus", "l": "large"}
 
 
 def model_size(config_name: str | None) -> str:
-    """ "large" for "configs/sam2.1/sam2.1_hiera_l.yaml", and so on; the file's own name for other configs."""
+    """The size of a stock config, such as "large" for "configs/sam2.1/sam2.1_hiera_l.yaml"; else its file's name."""
     name = Path(config_name or "custom").stem
     hiera = re.search(r"hiera_(t|s|b\+|l)$", name)
     return SIZES[hiera.group(1)] if hiera else name.removeprefix("sam2_")
@@ -56,8 +56,8 @@ class RunFolder:
     Args:
         path: `launcher.experiment_log_dir`.
         model: the unwrapped model; read at each export.
-        facts: the constant part of the adapter's metadata: `base_id`, `model_config` ... .
-        lora: the `LoRAConfig` as given; None: full fine-tuning.
+        facts: the constant part of the adapter's metadata (`base_id`, `model_config` ...).
+        lora: the `LoRAConfig` as given; None for full fine-tuning.
         merged: also write `merged_best.pt`.
         flat_files: also write the flat files.
         base_path: the base checkpoint, read again for merging.
@@ -102,7 +102,7 @@ class RunFolder:
         return name
 
     def write_lora(self) -> None:
-        """Writes lora.json: the `LoRAConfig` as given, the base, the layers, their parameters."""
+        """Writes lora.json with the `LoRAConfig` as given, the base, the layers and their parameters."""
         write_json(self.path / "lora.json", {**self.notes, **self.report})
 
     def validations(self) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ class RunFolder:
         """Writes the current model as `best`, `latest` or `final`."""
         prompts = prompts_of(self.model, self.facts.get("base_id"))
         if not self.has_adapter:
-            if kind != "latest":  # checkpoint.pt already is the latest
+            if kind != "latest":  # checkpoint.pt already has the latest weights
                 state = {key: value for key, value in self.model.state_dict().items() if key != STATE_KEY}
                 write_merged(self.path / "weights" / f"{kind}.pt", state, "pt", prompts)
             return
@@ -168,7 +168,7 @@ class RunFolder:
 
 
 def read_notes(file: Path, fields: set[str]) -> Any:
-    """The JSON in a file, an object or a list of objects that have these fields."""
+    """The JSON of a file: an object, or a list of objects, with at least these fields."""
     again = "restore it, or choose another launcher.experiment_log_dir"
     try:
         content = read_json(file, LARGEST_NOTE)
@@ -176,5 +176,5 @@ def read_notes(file: Path, fields: set[str]) -> Any:
         raise UserError(f"{file} is damaged ({error}): {again}") from error
     entries = content if isinstance(content, list) else [content]
     if not all(isinstance(entry, dict) and fields <= entry.keys() for entry in entries):
-        raise UserError(f"{file} has an unexpected content: {again}")
+        raise UserError(f"{file} has unexpected content: {again}")
     return content

@@ -1,6 +1,6 @@
-"""Watches the training steps: signals end the run between two of them, non-finite numbers before anything is saved.
+"""Ends a run after a signal, between two steps, or on non-finite numbers, before anything is saved.
 
-In training on one rank it reads back only one flag from the device, one step late, after stock has synchronised.
+In training on one rank only one flag is read back from the device, one step late, after stock has synchronised.
 """
 
 import logging
@@ -22,7 +22,7 @@ SHOWN = 8  # sample names in a message
 
 
 class Seen(NamedTuple):
-    """A forward pass: its batch, its losses by name (the total first), the training steps so far with it, its phase."""
+    """A forward pass: batch, losses by name (the total first), number of training steps including it, phase."""
 
     batch: BatchedVideoDatapoint
     losses: dict[str, Tensor]
@@ -31,10 +31,10 @@ class Seen(NamedTuple):
 
 
 class StepGuard(Interrupt):
-    """Catches signals while entered.
+    """Catches signals inside its `with` block, and checks losses, gradients and weights.
 
     Args:
-        folder: for saved batches whose loss or gradient is not finite.
+        folder: receives batches whose loss or gradient is not finite.
 
     Attributes:
         agreed: the signal received by any rank, shared with all after the next forward pass; 0 for none.
@@ -46,9 +46,9 @@ class StepGuard(Interrupt):
         self.folder = folder
         self.agreed = self.skipped = 0
         self.seen: Seen | None = None  # the last forward pass
-        self.pending: Seen | None = None  # whose gradients are checked, but the flag is not read yet
+        self.pending: Seen | None = None  # its gradients are checked, but the flag has not been read yet
         self.flag: Tensor | None = None  # on the CPU: whether a gradient of `pending` is not finite
-        self.scaled = False  # whether AMP's scaler handles that
+        self.scaled = False  # whether AMP's scaler handles such a gradient
         self.datasets: Sequence[Any] = ()
 
     @property
@@ -57,8 +57,9 @@ class StepGuard(Interrupt):
         return self.signum if dist.get_world_size() == 1 else self.agreed
 
     def exit(self, step: int) -> NoReturn:
-        """Ends the process with 128 + the signal's number, once all ranks are here: torch's launcher kills the others
-        when the first ends, and one of them may be writing.
+        """Ends the process with 128 + the signal's number, after all ranks have called this.
+
+        torch's launcher kills the other ranks when the first one ends, and one of them may be writing.
         """
         dist.barrier()
         name = signal.Signals(self.stop_signal).name
@@ -68,19 +69,19 @@ class StepGuard(Interrupt):
     def watch(
         self, batch: BatchedVideoDatapoint, losses: Mapping[str, Tensor], step: int, phase: str, datasets: Sequence[Any]
     ) -> None:
-        """To be called by all ranks after each forward pass.
+        """Checks the total loss; all ranks must call this after each forward pass.
 
-        In training on one rank stock's own check covers the total, see `diagnosis`.
+        In training on one rank, stock itself checks the total, see `diagnosis`.
 
         Args:
             batch: the input.
             losses: name -> scalar; the total first, then its parts.
-            step: training steps so far, with this one.
+            step: training steps so far, including this one.
             phase: "train" or "val".
             datasets: the raw data sets, for the samples' names.
 
         Raises:
-            UserError: the total is not finite on some rank; all ranks raise the same message.
+            UserError: the total is not finite on at least one rank; all ranks raise the same message.
         """
         # detached: otherwise the graph may keep memory until after the next forward pass
         self.seen = Seen(batch, {name: loss.detach() for name, loss in losses.items()}, step, phase)
@@ -96,17 +97,17 @@ class StepGuard(Interrupt):
             raise UserError(_first(self.diagnosis() if wrong else None))
 
     def diagnosis(self) -> str:
-        """The message for a total loss that is not finite: the gradient of the previous step may be the cause."""
+        """The message for a total loss that is not finite; the cause may be the gradient of the previous step."""
         if self._flagged() and not self.scaled:
             return self._report("a gradient", self.pending)
         return self._report(f"the loss ({self.seen.phase})", self.seen)
 
     def check_gradients(self, parameters: Sequence[nn.Parameter], scaled: bool) -> None:
-        """To be called when all gradients are computed, which are the same on all ranks; reports one step later.
+        """Checks the gradients, which are equal on all ranks, when all are computed; reports one step later.
 
         Args:
-            parameters: the trained ones.
-            scaled: whether AMP's scaler handles overflows: it skips such a step and lowers its scale.
+            parameters: the trained parameters.
+            scaled: whether AMP's scaler handles overflows by skipping the step and lowering its scale.
 
         Raises:
             UserError: a gradient of the previous step is not finite, and no scaler handles it.
@@ -122,7 +123,7 @@ class StepGuard(Interrupt):
         self.pending, self.scaled = self.seen, scaled
 
     def settle(self) -> None:
-        """Reads the flag of the last gradients; the device must have been synchronised since.
+        """Reads the flag of the last gradients; the device must have been synchronised after `check_gradients`.
 
         Raises:
             UserError: see `check_gradients`.
@@ -136,14 +137,14 @@ class StepGuard(Interrupt):
         self.pending = None
 
     def check_weights(self, parameters: Sequence[nn.Parameter], step: int) -> None:
-        """To be called before parameters are saved: a step with finite gradients can still be too large.
+        """Checks parameters before they are saved, since a step with finite gradients can still be too large.
 
         Args:
-            parameters: the trained ones.
+            parameters: the trained parameters.
             step: training steps so far.
 
         Raises:
-            UserError: one of them is not finite, or a gradient of the last step was not.
+            UserError: a parameter is not finite, or a gradient of the last step was not.
         """
         norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in parameters]))
         finite = bool(norms.isfinite().all())
@@ -179,7 +180,7 @@ class StepGuard(Interrupt):
 
 
 def raw_datasets(dataset: Any) -> list[Any]:
-    """The raw data sets inside stock's wrappers: mixed, concatenated, repeated, a `Subset`, a `VOSDataset`."""
+    """The raw data sets inside stock's wrappers (mixed, concatenated, repeated, `Subset`, `VOSDataset`)."""
     if hasattr(dataset, "datasets"):
         return [raw for part in dataset.datasets for raw in raw_datasets(part)]
     inner = next((getattr(dataset, name) for name in ("video_dataset", "dataset") if hasattr(dataset, name)), None)
@@ -187,9 +188,9 @@ def raw_datasets(dataset: Any) -> list[Any]:
 
 
 def _names(video_ids: Sequence[int], datasets: Sequence[Any]) -> list[str]:
-    """The images' names, each once; their numbers if no data set has an index.
+    """The images' names without repeats; their numbers if no data set has an index.
 
-    A number does not identify the data set: if several have an image with it, all their names are given.
+    If several data sets have an image with a number, the entry lists all their names.
     """
     indices = [raw.index for raw in datasets if hasattr(raw, "index")]
     names = []
@@ -200,7 +201,7 @@ def _names(video_ids: Sequence[int], datasets: Sequence[Any]) -> list[str]:
 
 
 def _first(message: str | None) -> str:
-    """The message of the first rank that has one; to be called by all ranks."""
+    """The message of the first rank that has one; all ranks must call this."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return next(filter(None, messages))

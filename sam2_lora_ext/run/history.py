@@ -32,7 +32,7 @@ class History:
         """
         check_keys("trainer.early_stop", early_stop or (), ("patience", "min_delta"))
         if monitor == "false_alarms" and mode == "max":
-            raise UserError("of trainer.monitor=false_alarms less is better: set trainer.monitor_mode=min")
+            raise UserError("trainer.monitor=false_alarms is better when lower: set trainer.monitor_mode=min")
         return cls(monitor, EarlyStop(**{"mode": mode, **(early_stop or {"patience": sys.maxsize})}))
 
     def add(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
@@ -46,12 +46,12 @@ class History:
 
     @property
     def last_epoch(self) -> int:
-        """The last validated epoch; -1 before any."""
+        """The last validated epoch; -1 before the first validation."""
         return self.entries[-1]["epoch"] if self.entries else -1
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The best validation; None before any with a number."""
+        """The best validation; None before the first validation without NaN."""
         index = self.rule.best(self._values)
         return None if index is None else self.entries[index]
 
@@ -79,5 +79,5 @@ class History:
         if self.monitor not in metrics:
             known = ", ".join(metrics)
             raise UserError(
-                f"trainer.monitor is {self.monitor!r}, which the validation does not give: choose from {known}"
+                f"trainer.monitor is {self.monitor!r}, which the validation does not report: choose from {known}"
             )

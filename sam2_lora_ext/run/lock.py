@@ -1,4 +1,4 @@
-"""One run per folder: a lock that the system releases whenever its process ends."""
+"""Locks a run's folder for one process; the system releases the lock when the process ends."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ def read_configs(folder: Path) -> dict[str, bytes]:
 def keep_configs(folder: Path, configs: Mapping[str, bytes]) -> None:
     """Writes the config files of the run that has the lock, and a copy of each for `restore_configs`.
 
-    Another start may have replaced them since they were read, immediately after locking.
+    They were read immediately after locking; another start may have replaced them since.
     """
     for name, content in configs.items():
         for file in (folder / f".{name}", folder / name):
@@ -32,7 +32,7 @@ def keep_configs(folder: Path, configs: Mapping[str, bytes]) -> None:
 
 
 def restore_configs(folder: Path) -> None:
-    """Restores the config files after a start that was refused or trained nothing, whose launcher replaced them."""
+    """Restores the config files that the launcher replaced, after a start that was refused or did not train."""
     with contextlib.suppress(UserError, OSError):
         kept = {name: (folder / f".{name}").read_bytes() for name in CONFIGS if (folder / f".{name}").is_file()}
         keep_configs(folder, kept)
@@ -42,7 +42,7 @@ def lock_folder(folder: Path) -> IO[str]:
     """Creates the folder if needed and locks it for as long as the returned file is open.
 
     Raises:
-        UserError: another process has it, or the system refuses the folder.
+        UserError: another process has the lock, or the folder cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

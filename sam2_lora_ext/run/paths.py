@@ -1,4 +1,4 @@
-"""Finds the run of a path, the training config in its record, and its working directory. Needs no torch."""
+"""Finds the run that a path belongs to, its recorded training config and its working directory. Needs no torch."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -11,7 +11,7 @@ INSIDE = ("adapters", "checkpoints", "weights")  # folders of a run that a user 
 
 
 def find_run(path: str | Path) -> Path | None:
-    """The run of a path: a run's folder, or a file or folder in it (adapters/best, checkpoint.pt ...)."""
+    """The run of a path, which may be the run's folder or a file or folder in it (adapters/best, checkpoint.pt ...)."""
     path = Path(path)
     for folder in (path, *path.parents)[:4]:
         if any((folder / name).is_file() for name in (NAME, OLD_NAME)):
@@ -32,7 +32,7 @@ def _trainer(run: Path, changed: int) -> Mapping[str, Any]:
 
 
 def started_in(run: Path, trainer: Mapping[str, Any]) -> Path | None:
-    """The folder that a run was started in, to which its paths are relative; None if it is not recorded."""
+    """The working directory of a run's start, to which its paths are relative; None if it is not recorded."""
     given, place = Path(str(trainer.get("run_dir") or "/")), run.resolve()
     ours = not given.is_absolute() and place.parts[-len(given.parts) :] == given.parts
     return Path(*place.parts[: -len(given.parts)]) if ours else None

@@ -1,4 +1,4 @@
-"""What a run remembers and writes beside its checkpoint: validations, rows of metrics, adapters, the summary."""
+"""Writes what a run records besides its checkpoint: validations, rows of metrics, adapters, the summary."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ class Meter(Protocol):
 
 
 def metrics_of(outs: Mapping[str, Any], meters: Iterable[str]) -> dict[str, float]:
-    """What meters gave, by their own keys, of all that the Trainer's validation returns."""
+    """The meters' values, by their own keys, from everything that the Trainer's validation returns."""
     metrics: dict[str, float] = {}
     for name in meters:
         prefix = f"Meters_train/{name}/"
@@ -36,27 +36,27 @@ def metrics_of(outs: Mapping[str, Any], meters: Iterable[str]) -> dict[str, floa
 
 
 class RunRecord:
-    """Opens the files of a run; on a resume drops what lies behind the checkpoint, since it will be made again.
+    """Opens the files of a run; a resume drops records after the checkpoint, since training will write them again.
 
-    Every rank has one; rank 0 writes. A start that trains nothing writes nothing: the run is `finished`, or only
-    validated.
+    Every rank has one; rank 0 writes. A start that does not train writes nothing: its run is `finished`, or it only
+    validates.
 
     Args:
-        start: of the run; it is accepted here.
-        model: unwrapped.
-        history: with `monitor` and rule, without entries yet.
+        start: the run's start; accepted here.
+        model: the unwrapped model.
+        history: has `monitor` and rule, but no entries yet.
         facts: about the base: `base_id`, `base_path`, `model_config`.
         lora: the config's `lora` block, or None.
         export: `merged` and `flat_files`.
-        meter_keys: every metric that a validation may give.
-        learning_rate: the highest of the schedule.
-        epoch: validated epochs from this one on are forgotten.
-        step: training rows beyond it are dropped.
-        last_epoch: the run is finished when its epoch has come this far, or its history says so, and it has a summary.
-        trains: whether training is what was asked for.
+        meter_keys: every metric that a validation may report.
+        learning_rate: the highest rate of the schedule.
+        epoch: validations of this epoch and later ones are dropped.
+        step: training rows after this step are dropped.
+        last_epoch: a run with a summary is finished when its epoch has reached this, or when it stopped early.
+        trains: whether this start should train.
 
     Raises:
-        UserError: the monitored metric is none of `meter_keys`, or a file is damaged or of other settings.
+        UserError: the monitored metric is not in `meter_keys`, or a file is damaged or was written with other settings.
     """
 
     def __init__(
@@ -103,17 +103,17 @@ class RunRecord:
             self.files, self.name = files, files.name(learning_rate)
             self.csv.truncate_after(step, entries[-1]["epoch"] if entries else -1)
             files.write_lora()
-            logging.info("What is trained:\n" + format_report(files.report))
+            logging.info("Trained parameters:\n" + format_report(files.report))
 
         on_rank_0(open_files)
         dist.broadcast_object_list(shared, src=0)
         self.history, self.finished = History(history.monitor, history.rule, shared[0]), shared[1]
         if self.finished and trains:
-            logging.info(f"The run in {self.run_dir} is finished: nothing is trained, and its records stay as they are")
+            logging.info(f"The run in {self.run_dir} is finished: nothing is trained and its records do not change")
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint says about itself; on rank 0."""
+        """The notes stored in a checkpoint; empty on ranks other than 0."""
         return {} if self.files is None else self.files.notes
 
     def row(self, phase: str, step: int, epoch: int, values: Mapping[str, float], **more: float) -> None:
@@ -125,34 +125,34 @@ class RunRecord:
         self.csv.write({"step": step, "epoch": epoch, "phase": phase, **first, **known, **more})
 
     def window_row(self, step: int, epoch: int, window: Meter, learning_rate: float) -> None:
-        """Writes a row of training metrics since the last one, and forgets them; to be called by all ranks."""
+        """Writes a row of the training metrics since the last row and resets them; all ranks must call this."""
         values = window.compute_synced()
         window.reset()
         self.row("train", step, epoch, values, learning_rate=learning_rate)
 
     def validation(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Takes note of a validation; the model is exported when it is the best so far."""
+        """Records a validation; exports the model when it is the best so far."""
         self.history.add(epoch, step, metrics)
         self.row("val", step, epoch, metrics)
         if self.history.last_is_best:
             self.export("best", step)
         if self.files is not None:
-            self.files.write_validations(self.history.entries)  # last: only now it has happened
+            self.files.write_validations(self.history.entries)  # last, so that a recorded validation is complete
         if reason := self.history.stop_reason:
             logging.info(f"Early stop at step {step}: {reason}")
 
     def export(self, kind: str, step: int) -> None:
-        """Writes the model as it is now as `best`, `latest` or `final`."""
+        """Writes the current model as `best`, `latest` or `final`."""
         if self.files is not None:
             metrics = self.history.entries[-1]["metrics"] if self.history.entries and kind != "latest" else {}
             self.files.export(kind, step, metrics, self.name)
 
     def finish(self, step: int, **facts: Any) -> None:
-        """Writes `final` and training_summary.json, unless this is a finished run that was started again.
+        """Writes `final` and training_summary.json, unless the run was already finished at its start.
 
         Args:
             step: optimizer steps of the whole run.
-            **facts: the rest of what `summarize` takes.
+            **facts: the other arguments of `summarize`.
         """
         if self.files is None:
             return

@@ -1,4 +1,4 @@
-"""SAM 2's Trainer with what it reads and writes of weights: the base, a checkpoint to go on from, and a new one."""
+"""SAM 2's Trainer that identifies its base, checks a checkpoint before a resume, and writes checkpoints atomically."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from sam2_lora_ext.run.start import RunStart, on_rank_0
 
 
 class ResumingTrainer(Trainer):
-    """The stock Trainer's hooks about weights; a subclass sets what they use before its `super().__init__`.
+    """Overrides the stock Trainer's hooks for weights; a subclass sets the attributes before its `super().__init__`.
 
     Attributes:
-        start: what a run may go on from.
+        start: compares this start with the run's record.
         guard: counts the steps that the scaler skipped.
-        record: what is noted in a checkpoint.
-        keep_previous: keep the checkpoint before the last one.
-        base_path: the file of the base, None without one; set here.
-        base_id: `weights_id` of the base; set here.
+        record: provides the notes for checkpoints.
+        keep_previous: keep the second-to-last checkpoint.
+        base_path: the file of the base, None without a base; set by this class.
+        base_id: `weights_id` of the base; set by this class.
     """
 
     start: RunStart

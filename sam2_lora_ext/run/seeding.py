@@ -15,9 +15,9 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def mixed(values: Tensor) -> Tensor:
-    """Each integer of an int64 tensor scattered over all 64 bits: splitmix64's finalizer (Steele, Lea, Flood, 2014).
+    """Mixes the 64 bits of each integer of an int64 tensor by splitmix64's finalizer (Steele, Lea, Flood, 2014).
 
-    It turns consecutive multiples of an odd number into random numbers, the same on any device and in any order.
+    It turns consecutive multiples of an odd number into random numbers, which do not depend on device or order.
     """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         values = (values ^ _shifted(values, shift)) * factor  # products of 64 bits wrap around
@@ -29,7 +29,7 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seeds Python, NumPy and torch (all devices) from `parts`; workers of a DataLoader follow from torch's."""
+    """Seeds Python, NumPy and torch (all devices) from `parts`; DataLoader workers derive their seeds from torch's."""
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a training after the current step, on all ranks together."""
+"""Ends a training after the current step on SIGTERM or Ctrl-C, on all ranks together."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ def _replace_defaults(handler: Callable[[int, FrameType | None], None]) -> dict[
 
 
 class Interrupt:
-    """Remembers the first signal; the same one again, a second or more later, ends the process at once.
+    """Remembers the first signal; the same signal a second or more later ends the process at once.
 
     Existing handlers are kept: submitit ignores SIGTERM and requeues on USR2.
     """
@@ -54,7 +54,7 @@ class Interrupt:
 
 
 class Forward:
-    """In the process that started several ranks: forwards SIGTERM and Ctrl-C to them and waits for their end.
+    """Forwards SIGTERM and Ctrl-C to the ranks that this process started, and waits for their end.
 
     Existing handlers are kept: the ranks ignore a signal that is ignored here.
 

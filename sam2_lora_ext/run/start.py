@@ -1,7 +1,7 @@
-"""A start of a run: it locks the folder and compares its settings with the record before it changes anything.
+"""Starts a run: locks its folder and compares its settings with the record before anything changes.
 
 A start that is refused, or whose run is finished, leaves the run's records unchanged; the two files that the launcher
-has written by then are restored from the copies of the last accepted start.
+has already written are restored from the copies of the last accepted start.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from sam2_lora_ext.utils.errors import UserError
 
 Result = TypeVar("Result")
 SINCE_0_1 = (
-    "; training clicks go on by other random numbers, and images with an orientation tag are turned upright unless "
-    "dataset.exif is false"
+    "; training clicks continue with other random numbers, and images with an orientation tag are turned upright "
+    "unless dataset.exif is false"
 )
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class RunStart:
     Args:
         run_dir: the run's folder.
         trainer: the class of the Trainer.
-        received: its arguments.
+        received: the Trainer's arguments.
     """
 
     def __init__(self, run_dir: Path, trainer: type, received: Mapping[str, Any]):
@@ -72,7 +72,7 @@ class RunStart:
         """Locks the folder; the process group must exist.
 
         Raises:
-            UserError: on all ranks: a run is active in it, or the system refuses.
+            UserError: on all ranks: a run is active in the folder, or the folder cannot be used.
         """
         self.lock = on_rank_0(lambda: lock_folder(self.run_dir))
         if self.lock is not None:
@@ -109,17 +109,17 @@ class RunStart:
         missing = unrecorded(self.before, self.record)
         if missing:
             old = self.before["version"] in (None, "0.1.0")
-            why = f"{self.run_dir} was begun by version 0.1.0, which did not record {', '.join(missing)}"
+            why = f"{self.run_dir} was started by version 0.1.0, which did not record {', '.join(missing)}"
             if not old:
                 why = f"{self.run_dir / run_config.NAME} is missing or lacks {', '.join(missing)}"
-            log.warning(f"{why}: they cannot be compared, and are recorded when it continues{SINCE_0_1 if old else ''}")
+            log.warning(f"{why}: they cannot be compared; a resume records them{SINCE_0_1 if old else ''}")
         self._refuse_or_note(changes(self.before, self.record))
 
     def check_base(self, base_id: str | None, path: str | None) -> None:
-        """Compares the base, once it is loaded.
+        """Compares the loaded base with the run's record.
 
         Raises:
-            UserError: on all ranks: it is not the base that the run started from.
+            UserError: on all ranks: the run started from another base.
         """
         self.record["base"] = {"id": base_id, "path": path}
         on_rank_0(self._check_base)
@@ -141,7 +141,7 @@ class RunStart:
         self.found += found
 
     def accept(self, step: int) -> None:
-        """Rank 0: records the settings of this start; the run is no longer finished.
+        """Records the settings of this start, on rank 0; the run is no longer finished.
 
         Args:
             step: optimizer steps so far.
@@ -156,7 +156,7 @@ class RunStart:
         keep_configs(self.run_dir, self.configs)
 
     def withdraw(self) -> None:
-        """Leaves the run unchanged: restores the launcher's files."""
+        """Restores the config files that the launcher replaced, so that the run is unchanged."""
         if os.environ.get("RANK", "0") == "0":
             restore_configs(self.run_dir)
 
@@ -167,8 +167,8 @@ class RunStart:
 
 
 def data_digest(dataset: Any) -> str | None:
-    """SHA-256 of the training data of a data set of SAM 2: each index's content and the selected images; None if one
-    of its raw data sets has no index, or there is no data set."""
+    """SHA-256 of a data set's content: of each index and the selected images. None without a data set, or if one of
+    its raw data sets has no index."""
     raws = raw_datasets(dataset) if dataset is not None else []
     if not raws or not all(hasattr(raw, "index") and hasattr(raw, "images") for raw in raws):
         return None
@@ -180,10 +180,11 @@ def data_digest(dataset: Any) -> str | None:
 
 
 def record_of(run: Path, now: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of the run's last accepted start, or of version 0.1.0; None if there is none.
+    """The record of the run's last accepted start, or one rebuilt from the files of version 0.1.0; None without both.
 
-    The launcher's `config_resolved.yaml` already belongs to this start, its copy to the run. Without a copy, or for a
-    checkpoint of another run (`resume_from`), only LoRA's config and the base are known, and `now` replaces the rest.
+    The launcher has already written `config_resolved.yaml` for this start; its copy belongs to the run. Without a
+    copy, or for a checkpoint of another run (`resume_from`), only LoRA's config and the base are known, and the rest
+    comes from `now`.
     """
     file, copy = run / "lora.json", run / f".{run_config.OLD_NAME}"
     if (run / run_config.NAME).is_file():

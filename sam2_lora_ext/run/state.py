@@ -1,4 +1,4 @@
-"""The progress of a run, from its own files. Needs no torch."""
+"""Reads the progress of a run from its files. Needs no torch."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,16 @@ VALIDATIONS = "validations.json"
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run was trained to its end and not extended since: a summary older than its validations is outdated.
+    """Whether the run was trained to its end and not extended since.
 
-    A run that is extended after its end renames its summary (to `OLD_SUMMARY`); version 0.1.0 did not.
+    A run that is extended renames its summary to `OLD_SUMMARY`. Version 0.1.0 did not, so a summary with fewer steps
+    than the last validation does not count.
     """
     summary, entries = _read(run / SUMMARY, dict), validations(run)
     try:
         return summary is not None and not (entries and entries[-1]["step"] > summary["steps"])
     except (LookupError, TypeError):
-        return summary is not None  # damaged: reported by the code that reads all of it
+        return summary is not None  # damaged: reported by the code that reads the whole summary
 
 
 def validations(run: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`training_summary.json`: model, data, duration and results of a training."""
+"""The content of `training_summary.json`: model, settings, duration and results of a training."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from sam2_lora_ext.utils.versions import git_commit, versions
 
 
 def launched_config(argv: Sequence[str]) -> str | None:
-    """The training config of a launcher's command line (-c CONFIG); None if there was no such command."""
+    """The training config in a launcher's command line (-c CONFIG); None if it has none."""
     for position, word in enumerate(argv):
         if word in ("-c", "--config") and position + 1 < len(argv):
             return argv[position + 1]
@@ -37,7 +37,7 @@ def summarize(
     base_path: str | None,
     skipped_steps: int,
 ) -> dict[str, Any]:
-    """The summary as plain values; epochs are phases, `skipped_steps` those of float16 overflows."""
+    """The summary as plain values; epochs are phases, `skipped_steps` counts float16 overflows."""
     return {
         "name": name,
         "config": launched_config(sys.argv),

@@ -170,7 +170,7 @@ def test_real_members(tmp_path, nano_base, strips, repository: Path, run_python)
     assert int(rows[0]["params_trained"]) * 2 == int(rows[2]["params_trained"])
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("training_summary.json")}
     again = run_python(command, env=env, cwd=tmp_path)
-    assert again.returncode == 1 and "3, 2 of them finished already" in again.stdout
+    assert again.returncode == 1 and "3, 2 of them already finished" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert (tmp_path / "out/ablation.png").exists() and "| rank |" in (
         tmp_path / "out/ablation.md"

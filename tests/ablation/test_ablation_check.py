@@ -28,7 +28,7 @@ def test_an_ablation_compares_its_members_by_the_same_rule(whole, half, nano_bas
         (done, ["scratch.steps=8"], "trainer.data.train.steps was 4 and is now 8"),
         (begun, ["lora.dropout=0.5"], "lora.dropout was 0.0 and is now 0.5"),
     ):
-        with pytest.raises(UserError, match=f"holds a member of other settings: .*{words}"):
+        with pytest.raises(UserError, match=f"has a member with other settings: .*{words}"):
             finished(member, *overrides)
     with pytest.raises(UserError, match="the number of ranks was 1 and is now 2"):
         finished(done, ranks=2)

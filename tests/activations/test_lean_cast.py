@@ -76,6 +76,6 @@ def test_a_later_step_without_autocast_is_a_sentence():
     with torch.autocast("cpu", torch.bfloat16):
         model(batch)
     with pytest.raises(
-        UserError, match="bfloat16 since a step under autocast, and this one is without.*activations.weights to false"
+        UserError, match="bfloat16 in an earlier step under autocast, but this step runs without.*activations.weights"
     ):
         model(batch)

@@ -164,7 +164,7 @@ def test_the_command_line_and_its_record(folder, tmp_path, repository, run_pytho
         cwd=tmp_path,
         check=True,
     )
-    assert f"merged   {folder / 'three'}, times -0.3" in done.stdout and "what bfloat16 costs" in done.stdout
+    assert f"merged   {folder / 'three'}, times -0.3" in done.stdout and "the effect of bfloat16" in done.stdout
     record = json.loads((tmp_path / "m.safetensors.json").read_text())
     assert [entry["weight"] for entry in record["adapters"]] == [0.7, -0.3]
     assert record["result"]["dtypes"] == ["bfloat16"] and record["verify"]["flipped"] < 0.05

@@ -138,7 +138,7 @@ def test_a_failed_proof_is_an_error(folder, tmp_path):
     args = Namespace(out=tmp_path / "m.pt", base=folder / "base.pt", verify=NANO, image=None)
     merged = merge_files(args.base, folder / "run", args.out)
     write_weights(args.out, read_weights(args.base))
-    with pytest.raises(UserError, match="m.pt is not the adapter's model: its mask logits differ by"):
+    with pytest.raises(UserError, match="m.pt does not match base and adapter: its mask logits differ by"):
         verify(args, merged, {"kept": 1})
     record = json.loads((tmp_path / "m.pt.json").read_text())
     assert record["kept"] == 1 and record["verify"]["lowest_iou"] < 1 and record["verify"]["config"] == NANO

@@ -145,7 +145,9 @@ def test_the_command_line(folder, tmp_path, monkeypatch, repository, capsys):
     command = ["--base", str(folder / "base.pt"), "--merged", str(folder / "q and v.pt"), "--out", str(tmp_path / "a")]
     unmerge_lora.main(command)
     printed = capsys.readouterr().out
-    assert "48 LoRA layers of rank 4 to 4, 0 modules kept whole" in printed and "(0.01 is allowed in" in printed
+    assert (
+        "48 LoRA layers of rank 4 to 4, 0 modules trained in full" in printed and "(0.01 is allowed besides" in printed
+    )
     metadata = load_adapter(tmp_path / "a").metadata
     assert metadata["base_id"] == weights_id(read_weights(folder / "base.pt")) and metadata["model_config"] == NANO
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 8  # two parts of rank 4 for PEFT

@@ -228,7 +228,7 @@ def test_a_pair_of_another_layout_is_not_put_beside_a_tools_config(pair, reposit
             "--force",
         ]
     )
-    assert done.returncode == 2 and "anylabeling.yaml belongs to a pair of another layout" in done.stderr
+    assert done.returncode == 2 and "anylabeling.yaml belongs to ONNX files of another layout" in done.stderr
 
 
 @pytest.mark.slow

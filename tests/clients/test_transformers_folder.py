@@ -267,7 +267,7 @@ def test_weights_of_no_known_size_are_refused(nano):
     state = read_weights(nano / "base.pt")
     for key in [key for key in state if ".blocks.7." in key]:
         del state[key]
-    with pytest.raises(UserError, match="of no stock size of SAM 2"):
+    with pytest.raises(UserError, match="have no stock size of SAM 2"):
         video_config(state)
     with pytest.raises(UserError, match="give a multiple of 32"):
         video_config(read_weights(nano / "base.pt"), 100)

@@ -64,8 +64,8 @@ def test_the_card_of_a_run_on_data_of_another_kind_says_so(nano, tmp_path):
     shutil.copytree(nano / "adapter", tmp_path / "run" / "adapters" / "best")
     write_model_folder(nano / "base.pt", [tmp_path / "run"], tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "- training: not known, for the run's record has no data set" in card and "- validation: not known" in card
-    assert "the model saw" not in card and "## Licence" in card
+    assert "- training: unknown, since the run's record names no data set" in card and "- validation: unknown" in card
+    assert "model input" not in card and "## Licence" in card
 
 
 def test_the_card_without_a_run_says_that_nothing_is_known(nano):
@@ -106,7 +106,7 @@ def test_the_mask_generation_pipeline_takes_the_folder(nano, offline):
         (["--format", "pt", "--image-size", "64"], "--image-size is only for a folder"),
         (["--out", "{nano}/model"], "model exists already: choose another name, or give --force"),
         (["--out", "{nano}", "--force"], "holds"),
-        (["--out", "{out}/full", "--force"], "replaces a model of transformers"),
+        (["--out", "{out}/full", "--force"], "replaces a transformers model"),
         (["--image-size", "100"], "must be"),
         (["--verify", TINY], "look like configs/sam2_nano.yaml"),
     ],

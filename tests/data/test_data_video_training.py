@@ -117,7 +117,7 @@ def test_stock_video_predictor_follows_a_defect_and_draws_it(merged, strips, tmp
         (["--click", "a,b"], "--click"),
         (["--config", "gone.yaml"], "there is no config 'gone.yaml'"),
         (["--checkpoint", index.path(image)], "not a file of weights"),
-        (["--device", "xyz"], "--device is cpu"),
+        (["--device", "xyz"], "--device must be cpu"),
     ):
         with pytest.raises(UserError, match=words):
             track_strip.main([*arguments, *wrong])

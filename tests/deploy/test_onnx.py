@@ -130,7 +130,7 @@ def test_files_of_another_model_fail_the_proof(folder):
 @pytest.mark.slow
 def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("sam2_lora_ext.deploy.onnx_export.BOUND", 0.0)
-    with pytest.raises(UserError, match="the ONNX files differ from the model: .* none was written"):
+    with pytest.raises(UserError, match="the ONNX files differ from the model: .* nothing was written"):
         export(build(NANO), tmp_path / "onnx", noise_pixels(SIZE), {})
     assert not list(tmp_path.iterdir())
 
@@ -139,7 +139,7 @@ def test_nothing_is_written_when_the_proof_fails(tmp_path, monkeypatch):
     "options, words",
     [
         ({}, "image_encoder.onnx exists already: choose another name, or give --force"),
-        ({"--out": "merged.pt"}, "merged.pt is a file: --out names the folder"),
+        ({"--out": "merged.pt"}, "merged.pt is a file: give --out the folder"),
         ({"--out": "new", "--config": "configs/nothing.yaml"}, "there is no config 'configs/nothing.yaml'"),
         ({"--out": "new", "--config": "configs/demo.yaml"}, "configs/demo.yaml is not an inference config"),
         ({"--out": "new", "--checkpoint": "nothing.pt"}, "there is no file nothing.pt"),

@@ -10,8 +10,8 @@ CONFIG, SMALL = "demo_classes", "scratch.resolution=64"
 def test_class_prompts_and_their_steps_are_said(place):  # noqa: F811
     said = [finding.text for finding in find(SMALL, level="green", step=True, config=CONFIG)]
     assert any("8 tokens each for 1 defect_1, 2" in text and "50% of the steps" in text for text in said)
-    assert any(text.startswith("a window by class prompts, 4 object(s)") for text in said)
-    assert any(text.startswith("a window by class prompts and correction clicks, 4 object(s)") for text in said)
+    assert any(text.startswith("a window with class prompts, 4 object(s)") for text in said)
+    assert any(text.startswith("a window with class prompts and correction clicks, 4 object(s)") for text in said)
     assert not any("class prompts" in finding.text for finding in find(level="green"))
 
 

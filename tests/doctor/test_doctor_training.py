@@ -33,7 +33,7 @@ def test_a_checkpoint_of_another_model(place, nano_base, tmp_path, monkeypatch):
 def test_a_training_checkpoint_instead_of_the_base(place, nano_base, tmp_path, monkeypatch):
     state = read_weights(nano_base) | {"image_encoder.trunk.blocks.0.attn.qkv.lora_a": torch.zeros(8, 24)}
     write_weights(tmp_path / "checkpoint.pt", state)
-    only(checkpoint_faults(monkeypatch, tmp_path / "checkpoint.pt"), "with adapters inside", "merge")
+    only(checkpoint_faults(monkeypatch, tmp_path / "checkpoint.pt"), "with adapters, not a base", "merge")
 
 
 def test_weights_that_are_not_finite(place, nano_base, tmp_path, monkeypatch):
@@ -104,8 +104,8 @@ def test_a_damaged_image(own_strips):
 
 def test_validation_on_what_is_trained_on(own_strips):
     found = [finding for finding in find("trainer.data.val.datasets.0.video_dataset.split=train", level="yellow")]
-    assert any("8 of 8 images of validation are trained on too" in finding.text for finding in found)
-    assert not any("trained on too" in finding.text for finding in find(level="yellow"))
+    assert any("8 of 8 validation images are also in training" in finding.text for finding in found)
+    assert not any("also in training" in finding.text for finding in find(level="yellow"))
 
 
 def test_a_split_that_does_not_fit(own_strips):

@@ -79,7 +79,7 @@ def test_files_in_the_way_are_found_before_a_model_is_asked(nano_base, strips, t
     with pytest.raises(UserError, match="replaced"):
         tool.main([*model, "--out", str(tmp_path / "folder"), "--force"])
     check_outputs(tmp_path / "1", ["m"], force=True)
-    with pytest.raises(UserError, match="submission.csv is read"):  # whatever it is
+    with pytest.raises(UserError, match="submission.csv is an input"):  # whatever it is
         check_outputs(tmp_path / "1", ["m"], force=True, inputs=[tmp_path / "1/m/submission.csv"])
 
 

@@ -178,14 +178,14 @@ def test_a_run_that_validates_on_its_training_images_says_so(run, tmp_path):
     both = {f"{phase}_{key}": None for phase in ("train", "val") for key in ("split", "split_file")}
     other = copy_of(run, tmp_path / "other", **both)
     sentences = said(conditions(models=[other]))
-    assert "other: trained on 12 of these 12 images; the data that it validates on" in sentences[0]
+    assert "other: trained on 12 of these 12 images, which are in both its training data" in sentences[0]
     sentences = said(conditions(models=[run, other]))  # the images of the first are the other's training images
     assert any("other: trained on 4 of these 4 images" in sentence for sentence in sentences)
 
 
 def test_data_that_moved_does_not_end_a_comparison(run, tmp_path):
     moved = copy_of(run, tmp_path / "moved", train_reader={"_target_": "a.KaggleReader", "csv": "/gone/train.csv"})
-    assert "moved: whether it was trained on these images is not known" in said(conditions(models=[moved]))[0]
+    assert "moved: it is unknown whether it was trained on these images" in said(conditions(models=[moved]))[0]
 
 
 def test_a_config_says_how_models_are_asked(run, nano_base, strips, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_files_are_written_and_readable(finished, strips):
     text = (out / "evaluation.md").read_text()
     assert "IoU 1 click" in text and "AUROC" in text and "Differences from base" in text
     thresholds = [f"{model['presence']['threshold']:.2f}" for model in record["models"]]
-    assert f"| object score with that recall | {' | '.join(thresholds)} |" in text
+    assert f"| object score at this recall | {' | '.join(thresholds)} |" in text
 
 
 def test_tiles_and_an_adapter_alone(models, strips, tmp_path, capsys):
@@ -190,7 +190,7 @@ def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp
         (["--compare", "{base}", "{base}", "--data", "{strips}"], "a unique name"),
         (
             ["--checkpoint", "{base}", "--data", "{strips}", "--submission-prompt", "3clicks"],
-            "--submission-prompt is one of",
+            "--submission-prompt must be one of",
         ),
         (
             ["--checkpoint", "{base}", "--config", "configs/sam2.1/sam2.1_hiera_t.yaml", "--data", "{strips}"],
@@ -198,8 +198,8 @@ def test_a_run_of_norms_alone_is_a_model_with_few_trained_parameters(models, tmp
         ),
         (["--checkpoint", "{base}", "--config", "configs/nope.yaml", "--data", "{strips}"], "there is no config"),
         (["--checkpoint", "{base}", "--device", "cuda:77", "--data", "{strips}"], "cuda:77 is missing"),
-        (["--checkpoint", "{base}", "--device", "tpu", "--data", "{strips}"], "--device is cpu"),
-        (["--compare", "{base}", "--adapter", "{base}", "--data", "{strips}"], "put it among those of --compare"),
+        (["--checkpoint", "{base}", "--device", "tpu", "--data", "{strips}"], "--device must be cpu"),
+        (["--compare", "{base}", "--adapter", "{base}", "--data", "{strips}"], "add its path to --compare"),
         (["--checkpoint", "{base}", "--data", "{strips}", "--limit", "3", "--min-area", "9999999"], "check --limit"),
     ],
 )

@@ -188,7 +188,7 @@ def test_an_ablation_as_a_job_array(cluster, tmp_path, nano_base, strips, reposi
     assert "lora.rank must be a whole number of at least 1, got 0" in rows[1]["reason"]
     assert re.search(r"array    \d+, 3 jobs", done.stdout) and "best     rank-" in done.stdout
     again = run_python(command, env=env, cwd=tmp_path)
-    assert "2 of them finished already" in again.stdout and re.search(r"array    \d+, 1 jobs", again.stdout)
+    assert "2 of them already finished" in again.stdout and re.search(r"array    \d+, 1 jobs", again.stdout)
     assert torch.load(tmp_path / "out/rank-4/checkpoints/checkpoint.pt", weights_only=True)["epoch"] == 1
 
 

@@ -64,7 +64,7 @@ def test_a_report_replaces_pages_alone(tmp_path):
 
 def test_an_ablation_does_not_replace_a_strangers_table(tmp_path):
     (tmp_path / "ablation.csv").write_text("mine")
-    with pytest.raises(UserError, match="ablation.csv exists already, but is not from an ablation"):
+    with pytest.raises(UserError, match="ablation.csv exists and is not from an ablation"):
         ablate.main(["-c", "demo", "--grid", "lora.rank=2", "--out", str(tmp_path)])
     assert (tmp_path / "ablation.csv").read_text() == "mine"
 

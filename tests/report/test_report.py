@@ -65,7 +65,7 @@ def test_the_page_needs_nothing_else(page):
 def test_it_has_every_section_and_number(page, run):
     text = read(page).text
     headings = ["Run", "Curves", "Evaluation", "Differences from base", "By class", "By size", "Clean steel"]
-    for heading in [*headings, "Pictures", "Updates by layer", "To repeat it"]:
+    for heading in [*headings, "Pictures", "Updates by layer", "Commands to repeat it"]:
         assert heading in text
     summary = json.loads((run / "training_summary.json").read_text())
     assert summary["name"] in text and f"{summary['parameters']['trained']:,}" in text
@@ -192,7 +192,7 @@ def test_what_trained_without_adapters_is_compared_with_its_base(run, tmp_path, 
     assert key in text and "50.00%" in text and "All 1 layers" in text
     (norms / "lora.json").write_text(json.dumps(lora | {"config": None, "base_path": "/nowhere.pt"}))
     text = read(render([read_run(norms)], [])).text
-    assert "full fine-tuning" in text and "there is no comparison" in text
+    assert "full fine-tuning" in text and "the weights cannot be compared" in text
 
 
 def test_mistakes_are_sentences(run, tmp_path, page):
@@ -200,7 +200,7 @@ def test_mistakes_are_sentences(run, tmp_path, page):
         tool.main([str(tmp_path)])
     with pytest.raises(UserError, match="exists already"):
         tool.main([str(run)])
-    with pytest.raises(UserError, match="make it with tools/evaluate.py"):
+    with pytest.raises(UserError, match="create it with tools/evaluate.py"):
         tool.main([str(run), "--evaluation", str(tmp_path), "--out", str(tmp_path / "x.html")])
     with pytest.raises(UserError, match="is a folder, and only files can be replaced"):
         tool.main([str(run), "--out", str(tmp_path), "--force"])
@@ -211,16 +211,16 @@ def test_mistakes_are_sentences(run, tmp_path, page):
         tool.main([str(broken), "--force"])
     record = '{"protocol": {}, "models": [{}], "differences": {}, "data": {}}'
     (broken / "evaluation/evaluation.json").write_text(record)
-    with pytest.raises(UserError, match="evaluation.json is damaged or of another version"):
+    with pytest.raises(UserError, match="evaluation.json is damaged or from another version"):
         tool.main([str(broken), "--force"])
     shutil.rmtree(broken / "evaluation")
     damages = {
         "lora.json": [
             ("{", "is damaged"),
-            ("[]", "it holds a list"),
-            ('{"config": {"a": 1}}', "is damaged or of another"),
+            ("[]", "it contains a list"),
+            ('{"config": {"a": 1}}', "is damaged or from another"),
         ],
-        "training_summary.json": [('{"best": 3}', "training_summary.json or lora.json in .*broken is damaged or of")],
+        "training_summary.json": [('{"best": 3}', "training_summary.json or lora.json in .*broken is damaged or from")],
         "logs/metrics.csv": [("a,b\n", "its header lacks"), ("step,phase,loss\n1,train,x\n", "in the column loss")],
     }
     for file, contents in damages.items():

@@ -212,7 +212,7 @@ def test_the_record_is_read_as_it_was_written(record, tmp_path):
 )
 def test_a_damaged_record(tmp_path, text):
     (tmp_path / "run_config.yaml").write_text(text)
-    with pytest.raises(UserError, match="run_config.yaml (is damaged|does not hold)"):
+    with pytest.raises(UserError, match="run_config.yaml (is damaged|lacks)"):
         read_run_config(tmp_path)
 
 

@@ -97,8 +97,8 @@ def test_an_old_run_resumes_and_is_completed(place, nano_base, capsys):
     lines = {line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")}
     [line] = [line for line in lines if "0.1.0" in line]
     assert "did not record the number of ranks, the content of trainer.data.train" in line
-    assert "they cannot be compared, and are recorded when it continues" in line
-    assert "training clicks go on by other random numbers" in line
+    assert "they cannot be compared; a resume records them" in line
+    assert "training clicks continue with other random numbers" in line
     record = read_run_config(place / "plain")
     assert record["ranks"] == 1 and record["base"]["id"] == known and all(record["data"].values())
     assert is_finished(place / "plain") and len(json.loads((place / "plain/validations.json").read_text())) == 3

@@ -69,7 +69,7 @@ def test_opening_again_appends(tmp_path):
     assert path.read_bytes() == before
     log.write({"step": 6})
     assert path.read_bytes() == before + b"6,,,\n"
-    with pytest.raises(UserError, match="has the columns step, epoch, phase, loss where this run writes step, iou"):
+    with pytest.raises(UserError, match="has the columns step, epoch, phase, loss, but this run writes step, iou"):
         MetricsCSV(path, ["step", "iou"])
 
 
@@ -126,7 +126,7 @@ def test_zeros_after_a_power_cut_are_cut_off(tmp_path):
 def test_damage_is_named(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,epoch,phase,loss\n1,2\n3,0,train,0.5\n")
-    with pytest.raises(UserError, match="row 2, has 2 cells where the header has 4"):
+    with pytest.raises(UserError, match="row 2, has 2 cells, but the header has 4"):
         MetricsCSV(path, COLUMNS)
     path.write_text("step,epoch,phase,loss\nx,0,train,0.5\n")
     with pytest.raises(UserError, match="a row with the step 'x'"):
