@@ -106,7 +106,7 @@ class LoRATrainer(ResumingTrainer):
         # The base is loaded again on resume: the checkpoint lacks the frozen weights, and the base may have changed.
         self.checkpoint_conf.initialize_after_preemption = True
         if self.scaler.is_enabled() and self.optim_conf.amp.amp_dtype == "bfloat16":
-            self.scaler = torch.amp.GradScaler(enabled=False)  # bfloat16 has float32's range: scaling only overflows
+            self.scaler = torch.amp.GradScaler(enabled=False)  # bfloat16 has float32's range
         for key in self.loss:
             self.meters.setdefault(Phase.TRAIN, {}).setdefault(key, {})[WINDOW] = self.window
         self.user_gradient_logger, self.gradient_logger = self.gradient_logger, self._after_gradients
