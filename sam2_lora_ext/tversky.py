@@ -24,9 +24,9 @@ def focal_tversky(logits: Tensor, targets: Tensor, alpha: float, beta: float, ga
     """Focal-Tversky loss (arXiv 1810.07842), `(1 - TI) ** (1 / gamma)`, of each object.
 
     `TI = (TP + 1) / (TP + alpha FN + beta FP + 1)` on probabilities p = sigmoid(logits): TP = sum(p g),
-    FN = sum((1 - p) g), FP = sum(p (1 - g)). Both masks empty: 0; only the target empty:
-    `(beta FP / (beta FP + 1)) ** (1 / gamma)`. `1 - TI` is clamped at 1e-6, so a perfect mask costs
-    `1e-6 ** (1 / gamma)` and has no gradient.
+    FN = sum((1 - p) g), FP = sum(p (1 - g)). Only the target empty:
+    `(beta FP / (beta FP + 1)) ** (1 / gamma)`. `1 - TI` is clamped at 1e-6, so a perfect mask (two empty ones too)
+    costs `1e-6 ** (1 / gamma)` and has no gradient.
 
     Args:
         logits: [O H W].

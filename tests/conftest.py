@@ -18,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's `make tes
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+ROOT_LOGGER = logging.root
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 """The type of `run_python`, for annotations of tests."""
@@ -60,8 +61,15 @@ def run_python_in(
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """Undoes what a Trainer in this process does to our loggers: later tests read their records through `caplog`."""
+    """Undoes what a Trainer in this process does to logging, in which `caplog` finds records: it replaces the root."""
+    restore_logging()
     yield
+    restore_logging()
+
+
+def restore_logging() -> None:
+    """The root logger of Python, and this package's loggers below it."""
+    logging.root = ROOT_LOGGER
     ours = logging.getLogger("sam2_lora_ext")
     ours.handlers, ours.propagate = [], True
     ours.setLevel(logging.NOTSET)

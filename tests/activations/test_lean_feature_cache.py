@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
         (
             {"targets": ["image_encoder.*.attn.qkv"]},
             {"folder": "x", "max_gb": 1},
-            "image_encoder.*is trained.*decoder alone",
+            "image_encoder.*is trained.*only the decoder",
         ),
         ({**LORA, "trainable": ["sam_mask_decoder.conv_s0"]}, {"folder": "x", "max_gb": 1}, "conv_s0.*is trained"),
         (None, {"folder": "x", "max_gb": 1}, "is trained"),

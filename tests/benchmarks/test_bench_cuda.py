@@ -88,6 +88,7 @@ def test_clicks_are_made_on_the_device():
             assert points.shape == (2, 1, 2) and points.dtype == torch.float32 and labels.dtype == torch.int32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CPU_BY_CUDA)
 def test_how_far_the_cpu_s_autocast_is_from_cuda_s(method, few_clicks, monkeypatch):
     with monkeypatch.context() as patched:

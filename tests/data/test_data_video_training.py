@@ -130,7 +130,7 @@ def test_the_run_says_how_its_strips_are_seen(merged, strips, tmp_path, capsys):
     words = ["--checkpoint", str(merged[1]), "--image", image, "--click", "800,128", "--device", "cpu"]
     track_strip.main([*words, "--run", str(merged[0]), "--out", str(tmp_path / "a.png")])
     said = capsys.readouterr().out
-    assert "windows of 256 columns at every 128, 16 bits (from the validation data of the run" in said
+    assert "windows of 256 columns, one every 128, 16 bits (from the validation data of the run" in said
     assert "12 windows" in said
     inside = str(merged[0] / "adapters/final")
     track_strip.main([*words, "--run", inside, "--width", "400", "--out", str(tmp_path / "b.png")])

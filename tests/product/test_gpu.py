@@ -122,6 +122,7 @@ def test_a_killed_run_resumes(device, run, tmp_path, nano_base, strips, monkeypa
     assert (flat - whole).norm() <= 0.02 * whole.norm()
 
 
+@pytest.mark.slow
 def test_a_run_is_merged_and_evaluated_on_the_device(device, run, nano_base, strips, tmp_path):
     """The merged file and the adapter give the same results in an evaluation on the device."""
     base = read_weights(nano_base)
