@@ -12,6 +12,7 @@ from sam2_lora_ext.ablation.grid import Member
 from sam2_lora_ext.utils.errors import UserError
 
 
+@pytest.mark.slow
 def test_an_ablation_compares_its_members_by_the_same_rule(whole, half, nano_base, strips, tmp_path):
     """Finished or not: harmless changes pass, others are named; data and base are compared by content."""
     env, moved = environment(nano_base, strips, tmp_path), Path(shutil.copytree(strips, tmp_path / "moved"))

@@ -36,6 +36,7 @@ def ratios(rows, keys):
     return {name: [value(row, key) / value(rows["full"], key) for key in keys] for name, row in rows.items()}
 
 
+@pytest.mark.slow
 def test_a_small_model_s_step_keeps_to_its_ratios(monkeypatch):
     monkeypatch.setitem(SAMPLING, "num_correction_pt_per_frame", 1)
     rows = {method: count(method, "nano", 128, 2, 3, autocast=True) for method in ("full", *SMALL)}

@@ -76,6 +76,7 @@ def test_fake_tensors_cost_what_real_ones_do(method, monkeypatch, few_clicks):
         assert fake[key] == pytest.approx(real[key], rel=0.01), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True])
 def test_the_estimate_is_what_a_real_step_takes(amp):
     """Under autocast a model's first step casts its frozen weights permanently: they do not count as saved."""

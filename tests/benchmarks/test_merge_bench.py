@@ -9,6 +9,7 @@ from helpers.stock_models import NANO
 from sam2_lora_ext.utils.errors import UserError
 
 
+@pytest.mark.slow
 def test_figures_of_a_small_model(tmp_path, capsys):
     merge.main(["--config", NANO, "--rounds", "2", "--out", str(tmp_path / "merge.json")])
     result = json.loads((tmp_path / "merge.json").read_text())

@@ -61,6 +61,7 @@ def test_the_graph_is_the_network_for_any_number_of_tiles(tmp_path: Path, capsys
         export_classes(network, prompts, tmp_path / "out", noise_pixels(128), {})
 
 
+@pytest.mark.slow
 def test_float16_says_what_it_costs(tmp_path: Path) -> None:
     prompts = make_prompts()
     network = ClassNetwork(class_model(prompts))

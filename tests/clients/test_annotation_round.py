@@ -170,7 +170,7 @@ CORRECT: dict[str, Callable[[Path, Round], None]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CORRECT)
+@pytest.mark.parametrize("kind", ["coco", *(pytest.param(k, marks=pytest.mark.slow) for k in CORRECT if k != "coco")])
 def test_pre_labels_are_corrected_read_back_and_trained_on(pre, nano_base, tmp_path, kind):
     convert(pre.index, kind, tmp_path / "desk", progress=False)
     CORRECT[kind](tmp_path / "desk", pre)

@@ -73,6 +73,7 @@ def grammar(value: Any) -> str:
     return repr(value)
 
 
+@pytest.mark.slow
 def test_overrides_end_to_end():
     """What a user types: composed, resolved through all interpolations, checked, and written as the launcher does."""
     drawn = random.Random(SEED)

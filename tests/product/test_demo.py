@@ -66,6 +66,7 @@ def test_the_picture_shows_something(finished):
     assert len(Image.open(finished[0] / "inspection.png").convert("RGB").getcolors(2**24)) > 100
 
 
+@pytest.mark.slow
 def test_again_starts_from_nothing(finished, tmp_path):
     stale = finished[0] / "train" / "stale.txt"
     stale.touch()

@@ -178,6 +178,7 @@ def test_a_checkpoint_knows_what_it_is(whole, nano_base, tmp_path):
         read_adapter(path, alpha=4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_compared_too(whole, nano_base, strips, tmp_path):
     """`resume_from` has no record to compare with, but the checkpoint has its LoRA config."""
     env = environment(nano_base, strips, tmp_path / "new")

@@ -140,6 +140,7 @@ def test_skipped_steps_of_float16_are_counted(env, tmp_path, monkeypatch):
     assert "float16 overflow at step 3: 1 steps skipped so far" in (tmp_path / "run/logs/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_not_scaled(env, tmp_path, monkeypatch):
     """Stock's scale doubles until something overflows; without one, what is not finite is real, and ends the run."""
     amp = "trainer.optim.amp={enabled: true, amp_dtype: bfloat16}"

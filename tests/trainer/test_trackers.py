@@ -84,6 +84,7 @@ def written_to_tensorboard(run_dir) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.slow
 def test_mlflow_tracks_a_training_of_the_stock_launcher(nano_base, strips, run_dir, tmp_path):
     train_by_config("mlflow", nano_base, strips, run_dir, tmp_path / "config", MLFLOW_EXPERIMENT_NAME="steel")
     client = MlflowClient(f"sqlite:///{run_dir}/tensorboard/mlflow.db")

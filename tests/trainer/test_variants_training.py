@@ -25,7 +25,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "settings",
+    [VARIANTS["dora"], *(pytest.param(v, marks=pytest.mark.slow) for v in [*VARIANTS.values()][1:])],
+    ids=VARIANTS,
+)
 def test_trains_resumes_exactly_and_merges(settings, tmp_path, nano_base, strips, monkeypatch):
     whole, run = tmp_path / "whole", tmp_path / "run"
     settings = ("lora.dropout=0.1", "trainer.export.flat_files=true", *settings)
