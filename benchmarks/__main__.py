@@ -6,7 +6,8 @@ purposes: `benchmarks.quality` (40 minutes), `benchmarks.large_run` (7 GB, four 
 your own config).
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

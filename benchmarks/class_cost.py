@@ -7,7 +7,7 @@ prompt encoder and mask decoder for all classes. A class step has as many object
 an image. With corrections it has as many predictions, too.
 """
 
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -7,7 +7,7 @@ The client sends the page's requests to the real server at a loopback address. `
 clicks to earlier ones.
 """
 
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -10,7 +10,7 @@ backward are partitioned, before code is generated; the default backend stops th
 same rule.
 """
 
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -6,7 +6,8 @@ Needs the real data (`SAM2_LORA_REAL_DATA`, default `../shared/data` of the repo
 writes `runs/bench/data.json`.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -8,7 +8,8 @@ counted are the memory of CUDA, cuDNN and the allocator, about 1 GB, which --res
 nothing for backward.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

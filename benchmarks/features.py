@@ -6,7 +6,7 @@ Stock is HF PEFT's LoRA in stock `SAM2Train` with the stock loss. One fixed imag
 warm-up step. Prints a table and writes `runs/bench/features.json`.
 """
 
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -7,7 +7,8 @@ each case, method and batch, with `modelled_ms` of every card in `benchmarks.roo
 same on a small model, to test it.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -8,7 +8,8 @@ same settings are skipped, so the command can be stopped and resumed. Writes ins
 NEU-Seg is split as in `benchmarks.quality`; it has no clean images, so only the synthetic strips measure false alarms.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports
@@ -65,7 +66,7 @@ SHAPES = {"unet_r34_shapes": "unet_r34"}  # pretrained on the same images as the
 ROWS = (*OURS, *RIVALS, *IMAGENET, *SHAPES)
 CONFIGS = {"neu": "neu_seg_classes.yaml", "synthetic": "synthetic_classes.yaml"}
 STRIPS, CUT = 400, (240, 320)  # synthetic strips: 240 for training, 80 for validation, 80 for test
-NANO = "the small SAM 2: synthetic shapes"
+NANO = "the small SAM 2: synthetic shapes, 8,000 steps"
 SHOWN = {
     "macro_dice": "macro Dice",
     "dice_present": "Dice, present",
@@ -123,7 +124,7 @@ def train_ours(run: Path, data: Data, settings: list[str]) -> tuple[Segmenter, i
 
 
 def train_rival(
-    row: str, data: Data, settings: list[str], steps: int, seed: int, shapes: Path, shape_steps: int
+    row: str, data: Data, settings: list[str], steps: int, seed: int, shapes: Path
 ) -> tuple[Segmenter, int]:
     """`train_ours` for a network without prompts, on the same batches; `shapes` is the file of its pretraining."""
     trainer = load(data.config, [*data.overrides, *settings])["trainer"]
@@ -138,7 +139,7 @@ def train_rival(
         network = rivals.make_sam(kind, trainer, len(classes))
     if row in SHAPES:
         before = rivals.make_cnn(kind, 1)
-        pretraining.pretrain(before, shape_steps, shapes)
+        pretraining.pretrain(before, shapes)
         pretraining.copy_body(before, network)
     dataset = instantiate(trainer["data"]["train"], _convert_="all")
     phases = -(-steps // trainer["data"]["train"]["steps_per_phase"])
@@ -173,7 +174,7 @@ def starting_weights(row: str) -> str:
     if row in IMAGENET:
         return "ImageNet"
     if row in SHAPES:
-        return "synthetic shapes, like the small SAM 2"
+        return f"the same shapes, {pretraining.STEPS} steps"
     return "none" if row in rivals.CNNS else NANO
 
 
@@ -213,10 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--neu", type=Path, default=default, help="NEU-Seg: images/ and annotations/")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/inspection")
     parser.add_argument("--data", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*OURS, *RIVALS])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*OURS, *RIVALS, *SHAPES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=number(COUNT), default=300)
-    parser.add_argument("--shape-steps", type=number(COUNT), default=1000, help="pretraining steps of 16 images each")
     args = parser.parse_args(argv)
     out = args.out.resolve()
     file = out / "inspection.json"
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 segmenter, trained = (
                     train_ours(run, data, settings)
                     if row in OURS
-                    else train_rival(row, data, settings, args.steps, seed, out / f"{row}.pt", args.shape_steps)
+                    else train_rival(row, data, settings, args.steps, seed, out / f"{row}.pt")
                 )
                 rows.append(key | {"trained": trained, "result": measure(segmenter, data, words)})
                 write_json(file, rows)

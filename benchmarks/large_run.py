@@ -7,7 +7,8 @@ Without --base, stock `build_sam2` creates random weights with Meta's key names.
 of each stage, and writes them to large_run.json. Needs about 7 GB of memory and four minutes.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -6,7 +6,8 @@ Plain is `torch.save(torch.load(base), out)`; merge is `tools/merge_lora.py` wit
 and the record with its hashes. Both run in separate processes, in turns (A B A B ...), timed from Python's start.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -7,7 +7,7 @@ In brackets is the difference of a row from the preset: the saving (or cost) of 
 `activations: stock` with the plain layer and the plain loss.
 """
 
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

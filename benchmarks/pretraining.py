@@ -15,26 +15,19 @@ from tqdm import trange
 
 from benchmarks.rivals import factor
 from sam2_lora_ext.data.shape_scenes import MEAN, STD, make_pool, turn
-from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import write_atomic
 
 SCENES, SEED, CLEAN_SHARE = 12_000, 42, 0.1  # as in make_demo_base.py
-BATCH, RATE, EVERY = 16, 1e-3, 100
+BATCH, STEPS, RATE, EVERY = 16, 500, 1e-3, 100
 
 
-def pretrain(network: nn.Module, steps: int, file: Path) -> None:
+def pretrain(network: nn.Module, file: Path) -> None:
     """Loads the weights in `file` into a network with one output channel, or trains them and writes the file.
 
     A stopped training resumes from the last multiple of a hundred steps, in `file` with the suffix `.part`.
-
-    Raises:
-        UserError: the file is from a training with another number of steps.
     """
     if file.exists():
-        saved = torch.load(file, weights_only=True)
-        if saved["step"] != steps:
-            raise UserError(f"{file} is of {saved['step']} steps, not of {steps}: remove it, or give another --out")
-        network.load_state_dict(saved["network"])
+        network.load_state_dict(torch.load(file, weights_only=True))
         return
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.01)
     part, first = file.with_name(file.name + ".part"), 0
@@ -45,19 +38,19 @@ def pretrain(network: nn.Module, steps: int, file: Path) -> None:
         first = saved["step"]
     pool = make_pool(SCENES, 1, SEED, clean_share=CLEAN_SHARE)
     network.train()
-    for step in trange(first, steps, initial=first, total=steps, desc="pretraining", unit="step"):
+    for step in trange(first, STEPS, initial=first, total=STEPS, desc="pretraining", unit="step"):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * factor(step / steps)
+            group["lr"] = RATE * factor(step / STEPS)
         pixels, target = batch_of(pool, np.random.default_rng((SEED, step)))
         loss = shape_loss(network(pixels), target)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % EVERY == 0 or step + 1 == steps:
+        if (step + 1) % EVERY == 0 or step + 1 == STEPS:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             write_atomic(part, lambda path: torch.save(state, path))
-    write_atomic(file, lambda path: torch.save({"network": network.state_dict(), "step": steps}, path))
+    write_atomic(file, lambda path: torch.save(network.state_dict(), path))
     part.unlink(missing_ok=True)
 
 

@@ -8,7 +8,8 @@ through the stock predictor. Finished methods with the same settings are skipped
 Writes quality.json, quality.md and quality.png into --out.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

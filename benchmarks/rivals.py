@@ -137,6 +137,7 @@ def make_sam(kind: str, trainer: dict[str, Any], classes: int) -> nn.Module:
     base = trainer["checkpoint"]["model_weight_initializer"]["state_dict"]["checkpoint_path"]
     _, unexpected = model.load_state_dict(read_weights(Path(base)), strict=False)
     assert not unexpected, unexpected
+    model.sam_mask_decoder.pred_obj_score_head.requires_grad_(False)  # not used
     return SAMS[kind](model, classes)
 
 

@@ -5,7 +5,7 @@
 Counted in DDP's own communication hook while one backward pass runs, on SAM 2.1 large by default, with random weights.
 """
 
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -12,7 +12,8 @@ Trainer (`benchmarks.waits`). `--timed` adds seconds of real steps on this CPU (
 predict a GPU's.
 """
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -17,7 +17,7 @@ and `.to(some_device)` are excluded), copies to the device, and waits of NCCL an
 parameters.
 """
 
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -8,7 +8,7 @@ first signal lets the current step finish and `latest` be written; a second one 
 """
 
 if __name__ == "__main__":  # from here on, Ctrl-C ends the process with one sentence
-    from sam2_lora_ext.utils.errors import catch_interrupts
+    from sam2_lora_ext.utils.command_line import catch_interrupts
 
     catch_interrupts()
 
@@ -25,7 +25,8 @@ from sam2_lora_ext.host.compose import compose, locate
 from sam2_lora_ext.host.configs import USER_CONFIG_DIR, import_launcher, known_configs
 from sam2_lora_ext.run.signals import Forward
 from sam2_lora_ext.settings.arguments import GPUS, NODES, number
-from sam2_lora_ext.utils.errors import UserError, find_user_error, run_cli
+from sam2_lora_ext.utils.command_line import run_cli
+from sam2_lora_ext.utils.errors import UserError, find_user_error
 
 EXAMPLES = """\
 examples:

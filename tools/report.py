@@ -5,7 +5,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-from sam2_lora_ext.utils.errors import catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
 
 if __name__ == "__main__":
     catch_interrupts()  # before the slow imports

@@ -77,6 +77,12 @@ class Decision:
             raise UserError(f"a decision must have {', '.join(sorted(names))}, got {str(values)[:200]}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
+    def note(self) -> str | None:
+        """A warning before the decision is fitted."""
+        if self.fitted:
+            return None
+        return "the thresholds are not fitted, so classes with scores above 0 are present: run tools/fit_decision.py"
+
     def smallest(self, scores: Tensor) -> list[int]:
         """The minimum area of a component of each class, given the scores [C]."""
         rows = zip(scores.tolist(), self.weak_score, self.weak_area, self.min_area, strict=True)

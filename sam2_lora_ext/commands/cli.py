@@ -5,7 +5,7 @@ A command is a module with `parser()` and `main(argv)`; neither imports torch be
 """
 
 if __name__ == "__main__":  # from here on, Ctrl-C ends the process with one sentence
-    from sam2_lora_ext.utils.errors import catch_interrupts
+    from sam2_lora_ext.utils.command_line import catch_interrupts
 
     catch_interrupts()
 
@@ -14,7 +14,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sam2_lora_ext.utils.errors import UserError, catch_interrupts, run_cli
+from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 COMMANDS = {  # name -> module and description
     "train": ("sam2_lora_ext.train", "train adapters with SAM 2's own launcher and Trainer"),

@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_existing(args.out / name, args.force)
     segmenter = segmenter_of(args)
     strips, facts = strips_of(args, segmenter.prompts)
-    if not segmenter.decision.fitted:
-        print("the thresholds are not fitted, so classes with scores above 0 are present: run tools/fit_decision.py")
+    if note := segmenter.decision.note():
+        print(note)
     note = facts["note"] = seen_in_fitting(args, strips) if segmenter.decision.fitted else None
     if note:
         print(f"note: {note}")

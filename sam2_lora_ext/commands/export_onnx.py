@@ -155,6 +155,8 @@ def export_class_graph(args: argparse.Namespace) -> None:
     if args.image_size not in (None, size):
         raise UserError(f"the class prompts were trained at {size} pixels: leave out --image-size {args.image_size}")
     pixels = read_pixels(args.image, size) if args.image else noise_pixels(size)
+    if args.decide and (note := prompts.decision.note()):
+        print(note)
     facts = {"checkpoint": str(args.checkpoint), "config": args.config}
     proof = export_classes(
         segmenter.network,

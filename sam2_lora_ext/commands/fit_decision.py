@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from sam2_lora_ext.inspection.fitting import fit_decision, look_at
     except ModuleNotFoundError as error:
         raise UserError(f"fitting needs SAM 2 and its training code ({error}): pip install -e '.[sam2]'") from error
-    if args.split in ("train", "test"):
+    if args.split and (args.split in ("train", "test") or args.split.startswith("!")):
         raise UserError(f"thresholds must not be fitted to --split {args.split}: name validation strips")
     segmenter = segmenter_of(args)
     place = place_of(args.checkpoint)

@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     mixed = not prompts.decision.exclusive or max(prompts.class_ids) > 255
     wanted = args.formats or (USUAL if mixed else f"label_png,{USUAL}")
     formats = check_formats(wanted, prompts.decision.exclusive, prompts.class_ids)
-    if not prompts.decision.fitted:
-        print("the thresholds are not fitted, so classes with scores above 0 are present: run tools/fit_decision.py")
+    if note := prompts.decision.note():
+        print(note)
     facts = {
         **_identity(segmenter),
         "bits": bits,

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 from training.utils.data_utils import BatchedVideoDatapoint, BatchedVideoMetaData
 
-from sam2_lora_ext.data import shapes
+from sam2_lora_ext.data import pixels, shapes
 from sam2_lora_ext.data.ids import CLEAN, object_id
 
 SIZE = 128
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+MEAN, STD = np.float32(pixels.MEAN), np.float32(pixels.STD)
 Scene = tuple[np.ndarray, np.ndarray]  # images uint8 [T, H, W, 3], masks bool [T, O, H, W]
 
 

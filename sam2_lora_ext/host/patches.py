@@ -1,6 +1,7 @@
-"""Two fixes of the stock Trainer, active only while `LoRATrainer` runs.
+"""What `LoRATrainer` changes around the stock Trainer: two fixes, a shared log, and one sentence for a user's mistake.
 
-Without CUDA its first step fails in `MemMeter`; and it logs the entire environment, including secrets.
+The fixes are active only while it runs: without CUDA stock's first step fails in `MemMeter`, and it logs the entire
+environment, including secrets.
 """
 
 import errno

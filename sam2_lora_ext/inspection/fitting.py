@@ -3,7 +3,8 @@
 1. Scale and bias of a class: logistic regression of "the pixel is of the class" on its logit (Platt 1999), so that
    classes have a common scale, then a shift of the bias.
 2. Threshold and minimum areas of a class: those with the largest mean Dice over strips, 1 where both masks are empty.
-   They are searched in tables of components, exactly for each class while the other classes are fixed.
+   They are searched in tables of components for each class while the other classes are fixed; the masks of a table are
+   those of the previous threshold, though a threshold also selects the tiles that contribute to a mask.
 3. Both steps again, starting from the result. The best round by the mean Dice of the complete decision is returned.
 
 Test strips are never used. Legend: C classes, H W pixels of a strip.

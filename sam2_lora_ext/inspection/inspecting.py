@@ -186,13 +186,12 @@ class Inspector:
             return state, error
 
     def _inspect(self, path: Path, state: tuple[int, int], image: np.ndarray | Exception, tally: Tally) -> Record:
-        began = time.perf_counter()
         try:
             if isinstance(image, Exception):
                 raise image
             if (owner := self.owners.setdefault(path.stem, path.name)) != path.name:
                 raise UserError(f"its results would have the same names as those of {owner}: rename it")
-            self.prelabels.keep_image(path)
+            original = self.prelabels.original(path)
             began = time.perf_counter()
             found = self.segmenter(image)
         except BAD as error:
@@ -213,7 +212,7 @@ class Inspector:
                 1000 * seconds,
             )
             try:
-                self.prelabels.write_strip(record, image)
+                self.prelabels.write_strip(record, image, original)
             except OSError as error:
                 raise UserError(f"cannot write to {self.prelabels.folder}: {error.strerror or error}") from error
         self.journal.add(record)

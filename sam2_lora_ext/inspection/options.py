@@ -1,4 +1,4 @@
-"""The options that the inspection tools share; `command` interprets them."""
+"""The options that the inspection tools share; `arguments` reads them."""
 
 from pathlib import Path
 from typing import Any
@@ -29,5 +29,5 @@ def add_strips(parser: Any) -> None:
     """Adds the options that `strips_of` reads."""
     add_source(parser, positional=False)
     parser.add_argument("--split-file", type=Path, metavar="CSV", help="table with the columns image and split")
-    parser.add_argument("--split", metavar="NAME", help="part of the data (default: the validation strips)")
+    parser.add_argument("--split", metavar="NAME", help="part of the data (default: the run's validation strips)")
     parser.add_argument("--run", type=Path, metavar="RUN", help="run whose data to use (default: that of --checkpoint)")

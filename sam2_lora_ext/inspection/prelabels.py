@@ -62,17 +62,18 @@ class Prelabels:
             if name in formats:
                 (folder / name / inner).mkdir(parents=True, exist_ok=True)
 
-    def keep_image(self, path: Path) -> None:
-        """Copies an image if a format needs it next to its annotations."""
-        if "supervisely" in self.formats:
-            shutil.copy2(path, self.folder / "supervisely/train/img" / path.name)
+    def original(self, path: Path) -> bytes | None:
+        """The contents of an image file that a format needs next to its annotations."""
+        return path.read_bytes() if "supervisely" in self.formats else None
 
-    def write_strip(self, record: Record, image: np.ndarray) -> None:
-        """Writes the files of one strip, uint8 [H, W, 3]."""
+    def write_strip(self, record: Record, image: np.ndarray, original: bytes | None) -> None:
+        """Writes the files of one strip, uint8 [H, W, 3], whose file has the contents `original`."""
         index = index_of([record], self.class_names)
         if "label_png" in self.formats:
             write_label_png(index, [record.name], self.folder / "label_png", False)
-        if "supervisely" in self.formats:
+        if original is not None:
+            kept = self.folder / "supervisely/train/img" / record.name
+            write_atomic(kept, lambda path: path.write_bytes(original))
             write_supervisely(index, [record.name], self.folder / "supervisely", False)
         drawn = self.folder / "overlays" / f"{Path(record.name).stem}.jpg"
         if "overlays" in self.formats and record.objects:

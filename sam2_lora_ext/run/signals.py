@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from sam2_lora_ext.utils.errors import interrupt
+from sam2_lora_ext.utils.command_line import interrupt
 
 TWICE = 1.0  # seconds within which equal signals count as one: the terminal and the parent process may both send it
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler, interrupt)  # handlers that only end the process

@@ -18,7 +18,8 @@ from sam2_lora_ext.commands.merge import verify
 from sam2_lora_ext.deploy.stock import build_stock, noise_image, read_image
 from sam2_lora_ext.deploy.verify import compare_merged, mask_ious
 from sam2_lora_ext.lora import build_lora_model
-from sam2_lora_ext.utils.errors import UserError, run_cli
+from sam2_lora_ext.utils.command_line import run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 HEAD = "sam_mask_decoder.iou_prediction_head"
 

@@ -17,7 +17,8 @@ from sam2_lora_ext.adapters.peft import Adapter, LayerAdapter, load_adapter, sav
 from sam2_lora_ext.adapters.unmerge import unmerge
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
 from sam2_lora_ext.lora import build_lora_model
-from sam2_lora_ext.utils.errors import UserError, run_cli
+from sam2_lora_ext.utils.command_line import run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 HEAD = "sam_mask_decoder.iou_prediction_head"
 CONFIGS = {

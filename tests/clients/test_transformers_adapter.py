@@ -24,7 +24,8 @@ from sam2_lora_ext.adapters.transformers_table import name_pairs
 from sam2_lora_ext.adapters.weights import read_weights, weights_id, write_weights
 from sam2_lora_ext.deploy.stock import build_stock, mask_logits, noise_image
 from sam2_lora_ext.lora import build_lora_model
-from sam2_lora_ext.utils.errors import UserError, run_cli
+from sam2_lora_ext.utils.command_line import run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 from sam2_lora_ext.deploy.transformers_folder import make_config, model_logits, their_state  # noqa: E402

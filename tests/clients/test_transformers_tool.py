@@ -16,7 +16,8 @@ from helpers.stock_models import TINY
 from helpers.transformers_models import adapted, their_model
 from sam2_lora_ext.adapters.peft import load_adapter
 from sam2_lora_ext.run.config import write_run_config
-from sam2_lora_ext.utils.errors import UserError, run_cli
+from sam2_lora_ext.utils.command_line import run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 from sam2_lora_ext.deploy.transformers_folder import trained_size, write_model_folder  # noqa: E402

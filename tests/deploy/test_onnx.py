@@ -17,7 +17,8 @@ from sam2_lora_ext.deploy.onnx_export import export, prove
 from sam2_lora_ext.deploy.onnx_layouts import FEATURES, PAIR
 from sam2_lora_ext.deploy.stock import build_stock, noise_pixels
 from sam2_lora_ext.lora import build_lora_model
-from sam2_lora_ext.utils.errors import UserError, run_cli
+from sam2_lora_ext.utils.command_line import run_cli
+from sam2_lora_ext.utils.errors import UserError
 
 SIZE = 128
 

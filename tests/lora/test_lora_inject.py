@@ -210,7 +210,7 @@ def test_freezing_a_model_without_adapters_is_refused(model):
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"rnak": 4}, r"no setting 'rnak', did you mean 'rank'\? There are targets, rank, alpha"),
+        ({"rnak": 4}, r"no setting 'rnak', did you mean 'rank'\? Choose from targets, rank, alpha"),
         ({"rank": 0}, "lora.rank must be a whole number of at least 1, got 0"),
         ({"rank": 4.0}, "lora.rank"),
         ({"rank": True}, "lora.rank"),

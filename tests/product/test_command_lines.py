@@ -80,7 +80,7 @@ def test_ctrl_c_is_a_sentence_from_the_first_line_on(name, delay, tmp_path):
 def test_every_command_line_catches_ctrl_c_before_its_imports(path):
     before, _, after = (ROOT / path).read_text().partition("    catch_interrupts()")
     imported = set(re.findall(r"^(?:import|from) (\S+)", before, re.MULTILINE))
-    assert after and imported <= {"os", "sys", "sam2_lora_ext.utils.errors"}
+    assert after and imported <= {"os", "sys", "sam2_lora_ext.utils.command_line", "sam2_lora_ext.utils.errors"}
 
 
 @pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("tools/*.py"))])
@@ -134,7 +134,7 @@ def test_ctrl_c_inside_a_later_import_ends_the_program_too(tmp_path):
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\nexcept BaseException:\n    pass\n"
     )
     script = (
-        "from sam2_lora_ext.utils.errors import catch_interrupts, run_cli\n"
+        "from sam2_lora_ext.utils.command_line import catch_interrupts, run_cli\n"
         "catch_interrupts()\n"
         "def main(argv):\n    import greedy\n    print('went on')\n"
         "run_cli(main)\n"

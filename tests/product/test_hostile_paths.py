@@ -16,7 +16,8 @@ from sam2_lora_ext.host.configs import USER_CONFIG_DIR, known_configs
 from sam2_lora_ext.host.yaml_files import check_yaml, load_yaml
 from sam2_lora_ext.report.collect import read_evaluation, read_run
 from sam2_lora_ext.report.page import galleries
-from sam2_lora_ext.utils.errors import UserError, run_cli
+from sam2_lora_ext.utils.command_line import run_cli
+from sam2_lora_ext.utils.errors import UserError
 from sam2_lora_ext.utils.files import inside
 
 ROOT = Path(__file__).resolve().parents[2]
