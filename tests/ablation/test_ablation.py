@@ -162,7 +162,7 @@ def test_real_members(tmp_path, nano_base, strips, repository: Path, run_python)
     ]
     done = run_python(command, env=env, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "lora.rank must be a whole number of at least 1, got 0" in done.stderr + done.stdout
+    assert "lora.rank must be a whole number from 1 to 4096, got 0" in done.stderr + done.stdout
     assert "best     rank-" in done.stdout
     with open(tmp_path / "out/ablation.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -185,7 +185,7 @@ def test_an_ablation_as_a_job_array(cluster, tmp_path, nano_base, strips, reposi
     with open(tmp_path / "out/ablation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["finished", "failed", "finished"]
-    assert "lora.rank must be a whole number of at least 1, got 0" in rows[1]["reason"]
+    assert "lora.rank must be a whole number from 1 to 4096, got 0" in rows[1]["reason"]
     assert re.search(r"array    \d+, 3 jobs", done.stdout) and "best     rank-" in done.stdout
     again = run_python(command, env=env, cwd=tmp_path)
     assert "2 of them already finished" in again.stdout and re.search(r"array    \d+, 1 jobs", again.stdout)
