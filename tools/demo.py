@@ -52,7 +52,6 @@ CLASSES = (
     "lora.trainable=[sam_mask_decoder]",
     "dataset.class_prompts={share: 1.0, corrections: 0.0, around: 0.8}",
     "trainer.loss.severstal.weight_dict.loss_class=3",
-    "trainer.model.activations=fast",
 )
 COLUMNS = ("iou_1click", "iou_8clicks", "iou_box", "dice_1click", "dice_8clicks", "dice_box")
 

@@ -134,7 +134,7 @@ def test_the_run_says_how_its_strips_are_seen(merged, strips, tmp_path, capsys):
     assert "12 windows" in said
     inside = str(merged[0] / "adapters/final")
     track_strip.main([*words, "--run", inside, "--width", "400", "--out", str(tmp_path / "b.png")])
-    assert "windows of 400 columns at every 200" in capsys.readouterr().out
+    assert "windows of 400 columns, one every 200" in capsys.readouterr().out
     with pytest.raises(UserError, match="is read"):
         track_strip.main([*words, "--out", image, "--force"])
     compared = [str(merged[0])]
