@@ -244,7 +244,7 @@ def test_ultralytics_opens_a_merged_file(tmp_path, strips, run_python):
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     run_python(
         [
-            Path(__file__).with_name("ultralytics_masks.py"),
+            Path(__file__).parents[1] / "helpers/ultralytics_masks.py",
             weights,
             tmp_path / "square.png",
             tmp_path / "prompts.json",
