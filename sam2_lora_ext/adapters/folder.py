@@ -98,5 +98,5 @@ def check_digest(
     elif header[DIGEST] != digest_of(tensors, config, header):
         raise UserError(
             f"{weights} and the {CONFIG} in its folder do not belong together, or one of them was changed: "
-            "copy the whole folder again, or export it anew with tools/export_adapter.py"
+            "copy the whole folder again, or export it again with tools/export_adapter.py"
         )

@@ -59,7 +59,7 @@ def read_file(path: str | Path) -> object:
         if "GLOBAL" in str(error) or "TorchScript" in str(error):
             raise UserError(
                 f"{path} holds Python objects, which run code when they are loaded: only files of tensors "
-                "are read, so save its state dict anew"
+                "are read, so save its state dict again"
             ) from error
         raise UserError(f"{path} is damaged or not a file of weights: copy or download it again") from error
 

@@ -106,7 +106,7 @@ def run_model(
             _synchronize(model)
             result.image_seconds.append(time.perf_counter() - began)
             if sample.defects:
-                _ask(view, sample, item, protocol, automatic, result, watch or (lambda *_: None), replay)
+                _evaluate_item(view, sample, item, protocol, automatic, result, watch or (lambda *_: None), replay)
             else:
                 _ask_clean(view, sample, item, protocol, result)
             score = (result.objects if sample.defects else result.clean)[-1].score
@@ -125,7 +125,7 @@ def _ask_clean(view: View, sample: Sample, item: int, protocol: Protocol, result
         result.clean.append(CleanResult(sample.name, item, tuple(place.tolist()), answer.score, runs))
 
 
-def _ask(
+def _evaluate_item(
     view: View,
     sample: Sample,
     item: int,

@@ -117,7 +117,7 @@ class Segmenter:
         overlap = tile // OVERLAP if self.overlap is None else min(self.overlap, tile - 1)
         starts = tile_starts(width, tile, overlap)
         strip = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        answers = [self._ask(part) for part in cut(strip, starts, tile).split(self.batch_size)]
+        answers = [self._predict(part) for part in cut(strip, starts, tile).split(self.batch_size)]
         logits, scores = (torch.cat(column) for column in zip(*answers, strict=True))
         if not bool(scores.isfinite().all()) or not bool(logits.isfinite().all()):
             raise UserError("the model outputs NaN or infinity: the weights are damaged or training diverged")
@@ -131,7 +131,7 @@ class Segmenter:
         scores = scores.cpu()
         return Inspection(masks, scores, z, find_objects(masks, z, scores, self.prompts.class_ids))
 
-    def _ask(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and scores of tiles uint8 [n, 3, H, w], squashed to the model's input size as in training."""
         pixels = tiles.to(self.network.device).float() / 255
         size = (self.network.size, self.network.size)

@@ -42,7 +42,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Click = tuple[Number, Number, Annotated[int, Field(ge=0, le=1)]]
 
 
-class Asked(BaseModel):
+class PromptRequest(BaseModel):
     """The prompts of a request on an image."""
 
     model_config = ConfigDict(extra="forbid")
@@ -55,11 +55,11 @@ class Asked(BaseModel):
         return Prompts(tuple(self.clicks), self.box, self.whole)
 
 
-class Predict(Asked):
+class Predict(PromptRequest):
     models: Annotated[list[str], Field(min_length=1, max_length=2)]
 
 
-class Keep(Asked):
+class Keep(PromptRequest):
     model: str
     class_id: int | None = None  # None: keep the masks of the class prompts
 
@@ -141,8 +141,8 @@ def create_app(engine: Engine, labels: Labels, classes: ClassPages, hosts: froze
         return {"height": height, "width": width, "encode_ms": sum(encoded), **kept(image)}
 
     @app.post("/api/predict")
-    def predict(asked: Predict) -> dict[str, Any]:
-        answers = [engine.answer(asked.image, name, asked.prompts()) for name in asked.models]
+    def predict(body: Predict) -> dict[str, Any]:
+        answers = [engine.answer(body.image, name, body.prompts()) for name in body.models]
         return {
             "answers": [
                 {
@@ -154,30 +154,30 @@ def create_app(engine: Engine, labels: Labels, classes: ClassPages, hosts: froze
                     "encode_ms": answer.encode_ms,
                     "decode_ms": answer.decode_ms,
                 }
-                for name, answer in zip(asked.models, answers, strict=True)
+                for name, answer in zip(body.models, answers, strict=True)
             ]
         }
 
     @app.post("/api/classes")
-    def class_masks(asked: Classes) -> dict[str, Any]:
+    def class_masks(body: Classes) -> dict[str, Any]:
         return {
-            "model": asked.model,
+            "model": body.model,
             "found": [
                 {"class_id": one.class_id, "score": one.score, "parts": [part.ravel().tolist() for part in one.parts]}
-                for one in classes.inspect(asked.image, asked.model)
+                for one in classes.inspect(body.image, body.model)
             ],
         }
 
     @app.post("/api/keep")
-    def keep(asked: Keep) -> dict[str, Any]:
-        if asked.class_id is not None:
-            answer = engine.answer(asked.image, asked.model, asked.prompts())
-            labels.keep(asked.image, asked.class_id, answer.runs, asked.model)
+    def keep(body: Keep) -> dict[str, Any]:
+        if body.class_id is not None:
+            answer = engine.answer(body.image, body.model, body.prompts())
+            labels.keep(body.image, body.class_id, answer.runs, body.model)
         else:
-            for one in classes.inspect(asked.image, asked.model):
+            for one in classes.inspect(body.image, body.model):
                 for part in one.parts:
-                    labels.keep(asked.image, one.class_id, part, asked.model)
-        return kept(asked.image)
+                    labels.keep(body.image, one.class_id, part, body.model)
+        return kept(body.image)
 
     @app.delete("/api/images/{image}/masks/{number}")
     def drop_mask(image: int, number: int) -> dict[str, Any]:
@@ -185,13 +185,13 @@ def create_app(engine: Engine, labels: Labels, classes: ClassPages, hosts: froze
         return kept(image)
 
     @app.post("/api/images/{image}/clean")
-    def mark_clean(image: int, asked: Clean) -> dict[str, Any]:
-        labels.mark_clean(image, asked.clean)
+    def mark_clean(image: int, body: Clean) -> dict[str, Any]:
+        labels.mark_clean(image, body.clean)
         return kept(image)
 
     @app.post("/api/save")
-    def save(asked: Save) -> dict[str, Any]:
-        folder, note = labels.save(asked.format, asked.name)
+    def save(body: Save) -> dict[str, Any]:
+        folder, note = labels.save(body.format, body.name)
         return {"folder": str(folder), "note": note, **counts()}
 
     add_error_handlers(app)
