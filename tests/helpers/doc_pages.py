@@ -30,6 +30,7 @@ SMALL = [  # (what a page says, what is run here)
     ("--grid lora.rank=4,8,16", "scratch.steps=2 --grid lora.rank=2,4"),
     ("S = 1024", "S = 128"),
     ('steel.pt")', 'steel.pt", device="cpu")'),
+    ("hydra_overrides_extra=[size], ", 'hydra_overrides_extra=[size], device="cpu", '),
     ("apply_postprocessing=False)", 'apply_postprocessing=False, device="cpu")'),
     ("predictor = SAM2ImagePredictor(model)", "predictor = fit_predictor(SAM2ImagePredictor(model))"),  # not 1024 px
 ]
