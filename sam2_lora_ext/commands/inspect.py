@@ -93,19 +93,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "half": args.half,
         "formats": formats,
     }
-    journal = Journal(args.out, facts, args.force)
-    if args.force:
-        _clear(args.out)
     names = dict(zip(prompts.class_ids, prompts.class_names, strict=True))
-    inspector = Inspector(segmenter, journal, Prelabels(args.out, formats, names), bits, exif)
-    before = len(journal.places)
-    began = time.perf_counter()
-    if args.watch:
-        print(f"watching {args.watch}; stop with Ctrl-C")
-        tally = inspector.run(watch(args.watch, journal, args.idle))
-    else:
-        files = find_images(args.images, journal)
-        tally = inspector.run(files, len(files))
+    with Journal(args.out, facts, args.force) as journal:
+        if args.force:
+            _clear(args.out)
+        inspector = Inspector(segmenter, journal, Prelabels(args.out, formats, names), bits, exif)
+        before = len(journal.places)
+        began = time.perf_counter()
+        if args.watch:
+            print(f"watching {args.watch}; stop with Ctrl-C")
+            tally = inspector.run(watch(args.watch, journal, args.idle))
+        else:
+            files = find_images(args.images, journal)
+            tally = inspector.run(files, len(files))
     seconds = time.perf_counter() - began
     if before:
         print(f"{before} strips were already in {args.out}")

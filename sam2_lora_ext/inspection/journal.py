@@ -58,7 +58,7 @@ def row_of(found: Found) -> tuple[int, float, int, tuple[int, ...], str]:
 
 
 class Journal:
-    """The journal in a folder, open for writing.
+    """The journal in a folder, open for writing and locked until the end of a `with` block.
 
     Args:
         folder: created if missing.
@@ -83,10 +83,17 @@ class Journal:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.file.close()
             raise UserError(f"another inspection writes to {folder}: wait for it, or choose another --out") from None
         except OSError:
             pass  # a file system without locks
         self._begin(json.loads(json.dumps(facts)), force)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
 
     def _begin(self, facts: dict[str, Any], force: bool) -> None:
         """Reads the records, drops an incomplete last line, and compares or writes the facts."""
