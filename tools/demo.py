@@ -40,7 +40,7 @@ BASE = ROOT / "assets/sam2_nano.pt"
 CROP = 256  # columns of a strip in view, as in configs/demo.yaml
 MARK = ".sam2_lora_demo"  # file that marks a folder of the demo, which may be cleared
 CLASS_STEPS = os.getenv("SAM2_LORA_DEMO_STEPS", "300")
-# For so few steps: class steps only, and the small decoder in full, which learns faster than its LoRA.
+# Class steps only, and the small decoder in full: in so few steps it learns more than its LoRA (docs/results.md).
 CLASSES = (
     "-m",
     "sam2_lora_ext.train",
